@@ -1,0 +1,236 @@
+"""Compiles a diffusers scheduler into coefficients, by running it on unit vectors instead of images.
+
+A deterministic scheduler is linear in its latents and model outputs. So call i is given two unit vectors
+that no earlier call has seen, one as its latents X_i and one as its model output E_i, and what it returns
+is its formula, written in those coordinates. No sampler is written a second time here: a scheduler of
+diffusers that works this way compiles, whatever its paper, and one that does not is refused.
+
+Two samplers keep more than the recurrence may read: UniPC its corrected latents, and PNDM, once, the
+first output of all. On a real trajectory X_j is what call j-1 returned; that identity removes the excess.
+
+The result is checked against the scheduler again, on random latents of three magnitudes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tgate_engine.errors import ExportError
+from tgate_engine.sampler import HISTORY, Sampler, SamplerStep
+from tgate_export.schedulers import (
+    ADVICE,
+    SAMPLERS,
+    declared,
+    facts,
+    make_scheduler,
+    one_line,
+    refuse_options,
+)
+
+__all__ = ["SAMPLERS", "compile_sampler", "compile_scheduler", "make_scheduler"]
+
+Array = NDArray[np.float64]
+
+MAX_RESIDUAL = 1e-6
+"""Largest relative difference allowed between the compiled step and the scheduler's own."""
+
+TAIL = 1e-11
+"""What counts as nothing left outside the window, relative to the step's largest coefficient."""
+
+MAX_WEIGHT = 100.0
+"""Largest use of an identity. A larger one would cancel digits that float32 does not have."""
+
+MAGNITUDES = (0.1, 1.0, 30.0)
+"""Scales of the random check: clipping and thresholding act on large values only."""
+
+
+def compile_sampler(name: str, base_config: Mapping[str, Any], steps: int) -> Sampler:
+    """The sampler ``name`` for ``steps`` inference steps of a checkpoint.
+
+    ``base_config``: the checkpoint's scheduler configuration, whichever class it names.
+
+    Raises :class:`ExportError` when the name is not known, an option is not linear or not deterministic,
+    or diffusers itself cannot run the scheduler with that many steps.
+    """
+    return compile_scheduler(make_scheduler(name, base_config), steps, name=name)
+
+
+def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
+    """The coefficients of any deterministic, linear diffusers scheduler for ``steps`` inference steps.
+
+    ``scheduler`` is not changed: every run uses a new one made from its configuration. Options given at each
+    step rather than in the configuration (DDIM's eta, Euler's s_churn) have diffusers' defaults, which are
+    deterministic. The coefficients are those diffusers computes, in float32, held exactly; raising its
+    noise schedule to float64 first would give other numbers than its users get.
+
+    Raises :class:`ExportError` naming the scheduler, what was measured and what to do.
+    """
+    kind = type(scheduler).__name__
+    if type(steps) is not int or steps < 1:
+        raise ExportError(f"the number of steps must be a whole number of at least 1, got {steps!r}")
+    refuse_options(scheduler)
+    run = _Run(scheduler, steps)
+    lead_in = len(run.timesteps) - steps
+    # PNDM starts with two calls for its first step. Anything else that is not n calls (Heun takes two per
+    # step; a rounding error in a scheduler's spacing adds one) would put the gate at the wrong place.
+    if lead_in not in (0, 1) or (lead_in == 1 and kind != "PNDMScheduler"):
+        other = "Take a few steps more or fewer, or another timestep_spacing. " if lead_in == 1 else ""
+        raise ExportError(
+            f"{kind} calls the network {len(run.timesteps)} times for {steps} steps, and the gating rules "
+            f"would not know which calls to count. {other}{ADVICE}"
+        )
+    calls = _coefficients(run, kind)
+    initial_scale = float(getattr(run.scheduler, "init_noise_sigma", 1.0))
+    residual = _residual(_Run(scheduler, steps), calls, initial_scale)
+    # A comparison with nan is false, so this also refuses a residual that is not a number.
+    if not residual < MAX_RESIDUAL:
+        raise ExportError(
+            f"{kind} is not linear in its latents and outputs: with {steps} steps it differs from the "
+            f"compiled coefficients by {residual:.1e} (relative; {MAX_RESIDUAL:.0e} is allowed). {ADVICE}"
+        )
+    return Sampler(
+        name=name,
+        steps=steps,
+        initial_scale=initial_scale,
+        calls=calls,
+        lead_in=lead_in,
+        prediction_type=str(declared(scheduler).get("prediction_type") or "unstated"),
+        options={**facts(scheduler), "residual": float(f"{residual:.2g}")},
+    )
+
+
+class _Run:
+    """One trajectory of a new scheduler. Schedulers count their steps, so none is used twice.
+
+    Vectors travel as [batch, 1, 1, size] because some schedulers name the first dimensions.
+    """
+
+    def __init__(self, scheduler: Any, steps: int) -> None:
+        self.kind = type(scheduler).__name__
+        self.steps = steps
+        self.scheduler = type(scheduler).from_config(scheduler.config)
+        try:
+            self.scheduler.set_timesteps(steps)
+            self.timesteps = list(self.scheduler.timesteps)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def step(self, call: int, latents: Array, output: Array) -> tuple[Array, Array]:
+        """What the network would see of ``latents``, and the next latents. All [batch, size]."""
+        timestep = self.timesteps[call]
+        sample = torch.from_numpy(latents)[:, None, None]
+        try:
+            seen = sample
+            if hasattr(self.scheduler, "scale_model_input"):
+                seen = self.scheduler.scale_model_input(sample, timestep)
+            noise = torch.from_numpy(output)[:, None, None]
+            following = self.scheduler.step(noise, timestep, sample, return_dict=False)[0]
+        except Exception as error:
+            raise self._failed(error) from error
+        return _array(seen), _array(following)
+
+    def _failed(self, error: Exception) -> ExportError:
+        return ExportError(
+            f"diffusers cannot run {self.kind} with {self.steps} steps: {one_line(error)}. "
+            f"Change the number of steps or the sampler. {ADVICE}"
+        )
+
+
+def _array(tensor: Any) -> Array:
+    array: Array = tensor[:, 0, 0].to(torch.float64).numpy()
+    return array
+
+
+def _coefficients(run: _Run, kind: str) -> tuple[SamplerStep, ...]:
+    """Every call's formula, read off unit vectors: coordinate j is X_j, coordinate calls + j is E_j."""
+    calls = len(run.timesteps)
+    formulas: Array = np.zeros((calls, 2, calls))  # [call, X or E, index]
+    steps = []
+    for i in range(calls):
+        latents, output = np.zeros((2, 1, 2 * calls))
+        latents[0, i] = output[0, calls + i] = 1.0
+        seen, following = run.step(i, latents, output)
+        formulas[i] = following[0].reshape(2, calls)
+        if not (np.isfinite(formulas[i]).all() and np.isfinite(seen).all()):
+            raise ExportError(
+                f"diffusers gives values that are not finite in call {i} of {calls} when {kind} runs with "
+                f"{run.steps} steps. Change the number of steps or the scheduler's options. {ADVICE}"
+            )
+        window = _window(formulas, i)
+        if window is None:
+            raise ExportError(
+                f"call {i} of {kind} with {run.steps} steps needs more than the current and {HISTORY} "
+                f"previous pairs of latents and outputs, and is not compiled. {ADVICE}"
+            )
+        steps.append(
+            SamplerStep(
+                timestep=float(run.timesteps[i]),
+                input_scale=float(seen[0, i]),
+                latents=tuple(window[0].tolist()),
+                outputs=tuple(window[1].tolist()),
+            )
+        )
+    return tuple(steps)
+
+
+def _window(formulas: Array, i: int) -> Array | None:
+    """Call i's coefficients [X or E, lag], over the current and at most HISTORY previous pairs.
+
+    Tried first: the formula as it stands. Then the formula less multiples of the identities
+    X_j - formula_{j-1} = 0, for j = i and if need be i-1 and i-2, the fewest that clear everything older
+    than the window; the smallest window they clear. None when nothing does.
+    """
+    target = formulas[i]
+    scale = np.abs(target).max()
+    for used in range(min(i, HISTORY) + 1):
+        identities = np.zeros((used, *target.shape))
+        for a in range(used):
+            identities[a] = -formulas[i - a - 1]
+            identities[a, 0, i - a] += 1.0
+        for lag in range(used, HISTORY + 1):
+            first = max(i - lag, 0)
+            tail = target[:, :first].ravel()
+            weights = np.zeros(used)
+            if used and tail.size:
+                # Columns are the identities; min-norm where they depend on each other.
+                weights = np.linalg.lstsq(identities[:, :, :first].reshape(used, -1).T, tail, rcond=1e-12)[0]
+            cleared = target - np.tensordot(weights, identities, axes=1)
+            left = np.abs(cleared[:, :first]).max(initial=0.0)
+            if left <= TAIL * scale and np.abs(weights).max(initial=0.0) <= MAX_WEIGHT:
+                window = np.zeros((2, HISTORY + 1))
+                window[:, : i - first + 1] = cleared[:, first : i + 1][:, ::-1]
+                return window
+    return None
+
+
+def _residual(run: _Run, calls: tuple[SamplerStep, ...], initial_scale: float) -> float:
+    """Largest difference between the scheduler's steps and the compiled ones, on random trajectories.
+
+    Each step is compared by itself, on the scheduler's own latents, relative to the largest of its terms:
+    float32 rounding inside the scheduler is of that size. 64 numbers at each of MAGNITUDES.
+    """
+    rng = np.random.default_rng(0)
+    magnitudes = np.array(MAGNITUDES)[:, None]
+    shape = (len(MAGNITUDES), 64)
+    latents = [initial_scale * magnitudes * rng.standard_normal(shape)]
+    outputs: list[Array] = []
+    worst = 0.0
+    for i, call in enumerate(calls):
+        outputs.append(magnitudes * rng.standard_normal(shape))
+        seen, following = run.step(i, latents[i], outputs[i])
+        expected = call.input_scale * latents[i]
+        terms = [c * latents[i - j] for j, c in enumerate(call.latents) if c]
+        terms += [c * outputs[i - j] for j, c in enumerate(call.outputs) if c]
+        size = np.abs([following, *terms]).max(axis=(0, 2))
+        differences = [
+            np.abs(seen - expected).max(axis=1) / np.abs(expected).max(axis=1),
+            np.abs(following - sum(terms)).max(axis=1) / size,
+        ]
+        worst = float(np.maximum(worst, np.max(differences)))  # keeps a nan, where max() may lose it
+        latents.append(following)
+    return worst

@@ -1,0 +1,195 @@
+"""A checkpoint in diffusers layout: its configs and its tensors, read one at a time and never unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import Tensor
+
+from tgate_engine.errors import ExportError
+
+_WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
+_HUB_PATTERNS = ("*.json", "*/*.json", "*/*.txt", "*/*.safetensors", "README.md", "LICENSE*")
+
+# Names that older checkpoints use for the autoencoder's attention.
+_OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+
+@dataclass
+class Checkpoint:
+    """A directory with ``model_index.json`` and one sub-directory a component.
+
+    Raises :class:`ExportError`, naming the file, for whatever is missing, unreadable or of the wrong kind.
+    """
+
+    root: Path
+    model_index: Mapping[str, Any]
+    prefer_half: bool = False
+    _configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _tensors: dict[str, TensorFiles] = field(default_factory=dict)
+
+    @staticmethod
+    def open(location: str, *, prefer_half: bool = False) -> Checkpoint:
+        """A local directory, or a hub id, which is downloaded into the hub's cache.
+
+        ``prefer_half``: where a component has both, read its fp16 file rather than its full one.
+        """
+        root = _locate(location)
+        if not (root / "model_index.json").is_file():
+            raise ExportError(f"{root} has no model_index.json; --checkpoint wants a directory in diffusers layout")
+        return Checkpoint(root, _read_json(root / "model_index.json"), prefer_half)
+
+    def config(self, component: str) -> dict[str, Any]:
+        """A component's config.json."""
+        if component not in self._configs:
+            path = self.root / component / "config.json"
+            if not path.is_file():
+                raise ExportError(f"{path} is missing; the checkpoint is incomplete")
+            self._configs[component] = _read_json(path)
+        return self._configs[component]
+
+    def scheduler_config(self) -> dict[str, Any]:
+        path = self.root / "scheduler" / "scheduler_config.json"
+        if not path.is_file():
+            raise ExportError(f"{path} is missing; the checkpoint is incomplete")
+        return _read_json(path)
+
+    def tensors(self, component: str) -> TensorFiles:
+        """A component's tensors, by key."""
+        if component not in self._tensors:
+            self._tensors[component] = TensorFiles.open(self.root / component, self.prefer_half)
+        return self._tensors[component]
+
+    def vae_factor(self) -> int:
+        """Pixels per latent pixel."""
+        return int(2 ** (len(self.config("vae")["block_out_channels"]) - 1))
+
+    def licence(self) -> str:
+        """The licence that the model card's front matter names, or "unknown"."""
+        card = self.root / "README.md"
+        if card.is_file():
+            lines = card.read_text("utf-8", "replace").splitlines()
+            if lines and lines[0].strip() == "---":
+                for line in lines[1:]:
+                    if line.strip() == "---":
+                        break
+                    key, _, value = line.partition(":")
+                    if key.strip() == "license":
+                        return value.strip().strip("\"'") or "unknown"
+        return "unknown"
+
+
+@dataclass
+class TensorFiles:
+    """The safetensors files of one component, opened lazily; a tensor is read when asked for and not kept."""
+
+    directory: Path
+    files: Mapping[str, Path]
+    _open: dict[Path, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def open(directory: Path, prefer_half: bool) -> TensorFiles:
+        paths = _weight_files(directory, prefer_half)
+        keys: dict[str, Path] = {}
+        for path in paths:
+            try:
+                with safetensors.safe_open(path, framework="pt") as file:
+                    keys.update(dict.fromkeys(file.keys(), path))
+            except (OSError, safetensors.SafetensorError) as error:
+                raise ExportError(
+                    f"{path} is not a whole safetensors file ({error}); download the checkpoint again"
+                ) from None
+        return TensorFiles(directory, keys)
+
+    def find(self, key: str) -> str:
+        """The name that ``key`` of today's modules has in these files."""
+        for candidate in _spellings(key):
+            if candidate in self.files:
+                return candidate
+        raise ExportError(
+            f"{self.directory} has no tensor {key!r} (it has {len(self.files)} others); "
+            "the checkpoint is of another architecture than its config.json says, or incomplete"
+        )
+
+    def read(self, key: str) -> Tensor:
+        """The tensor of that key, on the CPU, in the checkpoint's dtype. The caller owns it."""
+        name = self.find(key)
+        path = self.files[name]
+        try:
+            if path not in self._open:
+                self._open[path] = safetensors.safe_open(path, framework="pt")
+            tensor: Tensor = self._open[path].get_tensor(name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ExportError(f"{path}: tensor {name!r} cannot be read ({error}); download it again") from None
+        return tensor
+
+    def close(self) -> None:
+        """Let go of the files' memory maps."""
+        self._open.clear()
+
+
+def _spellings(key: str) -> Iterable[str]:
+    yield key
+    yield f"text_model.{key}"
+    yield key.removeprefix("text_model.")
+    for new, old in _OLD_NAMES.items():
+        if new in key:
+            yield key.replace(new, old)
+
+
+def _locate(location: str) -> Path:
+    path = Path(location).expanduser()
+    if path.is_dir():
+        return path
+    looks_local = location.startswith((".", "/", "~")) or location.count("/") != 1 or path.exists()
+    if looks_local:
+        what = "is not a directory" if path.exists() else "does not exist"
+        raise ExportError(f"checkpoint {location} {what}; --checkpoint wants a diffusers directory or a hub id")
+    import huggingface_hub  # noqa: PLC0415  (only a hub id needs it)
+
+    try:
+        return Path(huggingface_hub.snapshot_download(location, allow_patterns=list(_HUB_PATTERNS)))
+    except Exception as error:  # the hub's client raises many kinds: no network, no such repository, no permission
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExportError(
+            f"checkpoint {location!r} is no local directory and could not be fetched from the hub ({first}); "
+            "give a local diffusers directory with --checkpoint"
+        ) from None
+
+
+def _weight_files(directory: Path, prefer_half: bool) -> list[Path]:
+    """One file, or the shards that an index names."""
+    if not directory.is_dir():
+        raise ExportError(f"{directory} is missing; the checkpoint is incomplete")
+    variants = (".fp16", "") if prefer_half else ("", ".fp16")
+    for variant in variants:
+        for stem in _WEIGHT_NAMES:
+            single = directory / f"{stem}{variant}.safetensors"
+            if single.is_file():
+                return [single]
+            for index in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
+                if (directory / index).is_file():
+                    names = sorted(set(_read_json(directory / index).get("weight_map", {}).values()))
+                    missing = [n for n in names if os.path.basename(n) != n or not (directory / n).is_file()]
+                    if missing or not names:
+                        raise ExportError(f"{directory / index} names {missing or 'no files'}, not in that directory")
+                    return [directory / n for n in names]
+    pickles = sorted(p.name for p in directory.glob("*.bin"))
+    hint = f" (it has {pickles[0]}, which is a pickle and is not read)" if pickles else ""
+    raise ExportError(f"{directory} has no safetensors weights{hint}; the checkpoint is incomplete")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} is not readable JSON ({error}); the checkpoint is damaged") from None
+    if not isinstance(data, dict):
+        raise ExportError(f"{path} holds {type(data).__name__}, not an object; the checkpoint is damaged")
+    return data

@@ -1,0 +1,229 @@
+"""A denoiser becomes one module per phase: attention outputs turn into inputs and outputs.
+
+This is the method itself (arXiv 2404.02747, section 4), applied to any network whose attention modules a family
+can name. A reused module is replaced by its carry, so its norm, projections and attention product have no reader
+left and vanish from the traced graph. "Attention output" is what the module returns: after the output projection,
+before the residual addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tgate_engine.manifest import Dim
+from tgate_engine.plan import FULL, REUSE_BOTH, REUSE_CROSS, REUSE_SELF, UNGUIDED
+from tgate_engine.rows import GUIDANCE, INPUT_SCALE, LATENTS, OUTPUTS, TIMESTEP
+from tgate_engine.sampler import HISTORY
+
+Kind = Literal["self", "cross"]
+Halves = Literal["both", "negative", "positive"]
+Denoise = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+"""(denoiser, latents [N, C, h, w], timesteps [N], conditioning by name, each [N, ...]) -> model output [N, C, h, w]."""
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """An attention module that the method gates: its qualified name in the denoiser, and its kind."""
+
+    module: str
+    kind: Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What one denoising graph computes.
+
+    ``halves``: which halves of classifier-free guidance it runs. ``reuses``: the attention outputs that are
+    inputs, ``stores`` those that are outputs, each as (kind, mean): the mean of both halves, or the halves as they
+    are. Cross-attention is only ever carried as its mean.
+    """
+
+    name: str
+    halves: Halves
+    reuses: tuple[tuple[Kind, bool], ...] = ()
+    stores: tuple[tuple[Kind, bool], ...] = ()
+
+
+def variants(*, guided: bool, fidelity_reuse: bool) -> tuple[Variant, ...]:
+    """The graphs of a bundle.
+
+    ``guided``: with classifier-free guidance; without it every graph runs the prompt's half, and there is no
+    guidance to stop. ``fidelity_reuse``: plans with f > 1 are wanted, which reuse self-attention after the gate.
+    """
+    both: Halves = "both" if guided else "positive"
+    one: Halves = "negative" if guided else "positive"
+    self_mean: tuple[tuple[Kind, bool], ...] = (("self", True),) if fidelity_reuse else ()
+    graphs = [
+        Variant(name=FULL, halves=both, stores=(("self", False), ("cross", True), *self_mean)),
+        Variant(name=REUSE_SELF, halves=both, reuses=(("self", False),)),
+        Variant(name=REUSE_CROSS, halves=one, reuses=(("cross", True),), stores=self_mean),
+    ]
+    if fidelity_reuse:
+        graphs.append(Variant(name=REUSE_BOTH, halves=one, reuses=(("self", True), ("cross", True))))
+    if guided:
+        graphs.append(Variant(name=UNGUIDED, halves="positive"))
+    return tuple(graphs)
+
+
+def carry_name(kind: Kind, index: int, mean: bool) -> str:
+    """``self.3`` (both halves), ``self.3.mean`` (their mean) or ``cross.3`` (always the mean)."""
+    return f"{kind}.{index}.mean" if kind == "self" and mean else f"{kind}.{index}"
+
+
+@dataclass
+class _Taps:
+    """What the attention modules of one call are given and what they gave."""
+
+    given: dict[str, Tensor] = field(default_factory=dict)
+    taken: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Carried(nn.Module):
+    """Stands where an attention module was and returns its carry."""
+
+    def __init__(self, taps: _Taps, module: str) -> None:
+        super().__init__()
+        self._taps, self._module = taps, module
+
+    def forward(self, *_args: object, **_kwargs: object) -> Tensor:
+        return self._taps.given[self._module]
+
+
+class GatedStep(nn.Module):
+    """One whole denoising step as a module: input scaling, network, guidance, sampler update, carries.
+
+    Inputs by name, in the order of ``input_names``: ``latents`` [B, C, h, w], its three predecessors
+    ``latents.1`` … ``latents.3``, the last three outputs ``output.1`` … ``output.3``, the step row [B, 11]
+    (:mod:`tgate_engine.rows`), conditioning ``<name>.negative`` and ``<name>.positive`` [B, ...], and the carries
+    that the variant reuses. Outputs, in the order of ``output_names`` (``output_batches`` has their first dimensions): ``next_latents``, ``output`` (both
+    float32 [B, C, h, w]) and the carries it stores.
+
+    The denoiser is borrowed: :meth:`attached` puts the taps on it and takes them off again.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        denoise: Denoise,
+        sites: Sequence[AttentionSite],
+        variant: Variant,
+        conditioning: Sequence[str],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self._denoise = denoise
+        self._variant = variant
+        self._conditioning = tuple(conditioning)
+        self._dtype = dtype
+        self._taps = _Taps()
+        self._index: dict[str, tuple[Kind, int]] = {}
+        counts: dict[Kind, int] = {"self": 0, "cross": 0}
+        for site in sites:
+            self._index[site.module] = (site.kind, counts[site.kind])
+            counts[site.kind] += 1
+        halves = ("negative", "positive") if variant.halves == "both" else (variant.halves,)
+        self._halves = halves
+        self._read = {
+            module: carry_name(kind, i, mean)
+            for wanted, mean in variant.reuses
+            for module, (kind, i) in self._index.items()
+            if kind == wanted
+        }
+        self.input_names: tuple[str, ...] = (
+            "latents",
+            *(f"latents.{j}" for j in range(1, HISTORY + 1)),
+            *(f"output.{j}" for j in range(1, HISTORY + 1)),
+            "step",
+            *(f"{name}.{half}" for name in self._conditioning for half in halves),
+            *self._read.values(),
+        )
+        self._stored = [
+            (module, carry_name(kind, i, mean), mean)
+            for wanted, mean in variant.stores
+            for module, (kind, i) in self._index.items()
+            if kind == wanted
+        ]
+        self.output_batches: dict[str, Dim] = {
+            "next_latents": "batch",
+            "output": "batch",
+            **{name: "2*batch" if len(halves) == 2 and not mean else "batch" for _, name, mean in self._stored},
+        }
+        self.output_names = tuple(self.output_batches)
+
+    @contextmanager
+    def attached(self) -> Iterator[GatedStep]:
+        """While open, the denoiser's attention modules read from and write to this step."""
+        undo: list[Callable[[], object]] = []
+        try:
+            for module_name in self._index:
+                parent_name, _, leaf = module_name.rpartition(".")
+                parent = self.denoiser.get_submodule(parent_name)
+                module = self.denoiser.get_submodule(module_name)
+                if module_name in self._read:
+                    setattr(parent, leaf, _Carried(self._taps, module_name))
+                    undo.append(lambda parent=parent, leaf=leaf, module=module: setattr(parent, leaf, module))
+                else:
+                    undo.append(module.register_forward_hook(self._tap(module_name)).remove)
+            yield self
+        finally:
+            for restore in reversed(undo):
+                restore()
+            self._taps.given.clear()
+            self._taps.taken.clear()
+
+    def _tap(self, module_name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def take(_module: nn.Module, _args: object, output: Tensor) -> None:
+            self._taps.taken[module_name] = output
+
+        return take
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(self.input_names, inputs, strict=True))
+        step = named["step"]
+        self._taps.given = {module: named[carry] for module, carry in self._read.items()}
+        self._taps.taken = {}
+
+        latents = named["latents"]
+        scaled = (latents * _column(step, INPUT_SCALE)).to(self._dtype)
+        timestep = step[:, TIMESTEP]
+        both = len(self._halves) == 2
+        if both:
+            scaled, timestep = torch.cat([scaled, scaled]), torch.cat([timestep, timestep])
+        conditioning = {
+            name: torch.cat([named[f"{name}.{half}"] for half in self._halves])
+            if both
+            else named[f"{name}.{self._halves[0]}"]
+            for name in self._conditioning
+        }
+        output = self._denoise(self.denoiser, scaled, timestep, conditioning).float()
+        if both:
+            negative, positive = output.chunk(2)
+            output = negative + _column(step, GUIDANCE) * (positive - negative)
+
+        # The sampler: x_{i+1} = sum_j a_j x_{i-j} + sum_j b_j e_{i-j} (tgate_engine.sampler).
+        past = [(named[f"latents.{j}"], named[f"output.{j}"]) for j in range(1, HISTORY + 1)]
+        following = torch.zeros_like(latents)
+        for j, (x, e) in enumerate([(latents, output), *past]):
+            following = following + _column(step, LATENTS.start + j) * x + _column(step, OUTPUTS.start + j) * e
+
+        return following, output, *(self._store(module, mean) for module, _, mean in self._stored)
+
+    def _store(self, module: str, mean: bool) -> Tensor:
+        taken = self._taps.taken[module]
+        if mean and len(self._halves) == 2:
+            negative, positive = taken.chunk(2)
+            return (negative + positive) / 2
+        # An output may not be the very tensor of another one, nor of the residual stream.
+        return taken.clone()
+
+
+def _column(step: Tensor, index: int) -> Tensor:
+    """Column ``index`` of the step rows, shaped to scale [B, C, h, w]."""
+    return step[:, index].reshape(-1, 1, 1, 1)

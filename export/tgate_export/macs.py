@@ -1,0 +1,71 @@
+"""Multiply-accumulates, counted from the exported graph itself.
+
+Two counts, as in the method's tables: the paper's tool counts linear and convolution layers; the true total adds
+the two attention products QK^T and AV. Norms, activations and additions are in neither.
+"""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+import sympy
+
+from tgate_engine.errors import ExportError
+from tgate_engine.manifest import Macs
+
+
+def count(model: ir.Model, weights: frozenset[str], images: int) -> Macs:
+    """Multiply-accumulates for one image.
+
+    ``weights``: names of the weight initializers, which tell a layer's product from an attention product.
+    ``images``: the fixed batch of the graph, or 1 where it is symbolic.
+    """
+    layers = products = 0
+    for node in model.graph:
+        if node.op_type in ("MatMul", "Gemm"):
+            macs = _product(node)
+            if any(value is not None and value.name in weights for value in node.inputs[:2]):
+                layers += macs
+            else:
+                products += macs
+        elif node.op_type == "Conv":
+            layers += _convolution(node)
+        elif node.op_type == "Attention":
+            products += _attention(node)
+    return Macs(paper=layers // images, all=(layers + products) // images)
+
+
+def _product(node: ir.Node) -> int:
+    inner = _shape(node, node.inputs[0])[-1]
+    if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+        inner = _shape(node, node.inputs[0])[0]
+    return inner * math.prod(_shape(node, node.outputs[0]))
+
+
+def _convolution(node: ir.Node) -> int:
+    kernel = _shape(node, node.inputs[1])  # [out channels, in channels / groups, *kernel]
+    return math.prod(kernel[1:]) * math.prod(_shape(node, node.outputs[0]))
+
+
+def _attention(node: ir.Node) -> int:
+    query, key, value = (_shape(node, v) for v in node.inputs[:3])
+    if len(query) != 4:
+        raise ExportError(f"attention over {len(query)} dimensions cannot be counted; 4 are wanted")
+    batch, heads, length, width = query
+    return batch * heads * length * key[2] * (width + value[3])
+
+
+def _shape(node: ir.Node, value: ir.Value | None) -> tuple[int, ...]:
+    if value is None or value.shape is None:
+        name = None if value is None else value.name
+        raise ExportError(f"{node.op_type} {node.name!r}: the shape of {name!r} is not known, so it cannot be counted")
+    return tuple(_size(dim) for dim in value.shape)
+
+
+def _size(dim: int | ir.SymbolicDim) -> int:
+    """A dimension's size for one image: symbolic ones are expressions in the batch."""
+    if isinstance(dim, int):
+        return dim
+    expression = sympy.sympify(str(dim.value))
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))

@@ -1,0 +1,38 @@
+"""Tokenizers as single JSON files that the ``tokenizers`` library reads without transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from tgate_engine.errors import ExportError
+from tgate_engine.manifest import Tokenizer
+from tgate_export.checkpoint import Checkpoint
+
+
+def export_tokenizer(checkpoint: Checkpoint, name: str, input_name: str, length: int, target: Path) -> Tokenizer:
+    """Write tokenizer ``name`` of the checkpoint to ``target`` (a file in the bundle's ``tokenizer`` directory).
+
+    Raises :class:`ExportError` where it does not load.
+    """
+    directory = checkpoint.root / name
+    try:
+        loaded: Any = transformers.CLIPTokenizer.from_pretrained(directory, local_files_only=True)
+        backend = loaded.backend_tokenizer
+    except Exception as error:  # transformers raises many kinds for files that are missing or of another kind
+        raise ExportError(f"{directory} does not load as a CLIP tokenizer ({type(error).__name__}: {error})") from None
+    # The run time cuts and fills by itself, so that it can say what was cut.
+    backend.no_truncation()
+    backend.no_padding()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    backend.save(str(target))
+    if not isinstance(loaded.pad_token_id, int):
+        raise ExportError(f"{directory} names no padding token")
+    return Tokenizer(
+        file=f"{target.parent.name}/{target.name}",
+        input=input_name,
+        length=min(length, int(loaded.model_max_length)),
+        pad_id=loaded.pad_token_id,
+    )

@@ -20,7 +20,6 @@ from tgate_engine.manifest import MANIFEST_FILE, FileDigest, Manifest, check_nam
 from tgate_engine.plan import Plan
 
 
-
 @dataclass(frozen=True)
 class Bundle:
     """A bundle's directory and its manifest. Nothing of it is in memory but the manifest."""
@@ -62,7 +61,9 @@ class Bundle:
         for name, want in self.manifest.files.items():
             path = self.file(name)
             if not path.is_file() or path.resolve() != self.path.resolve() / name:
-                raise BundleError(f"{self.path}: {name} is missing or not a plain file; copy or export the bundle again")
+                raise BundleError(
+                    f"{self.path}: {name} is missing or not a plain file; copy or export the bundle again"
+                )
             got = path.stat().st_size
             if got != want.bytes:
                 raise BundleError(
@@ -86,7 +87,9 @@ class Bundle:
         Raises :class:`BundleError` where the name is taken (unless ``force``).
         """
         if plan.name in self.manifest.plans and not force:
-            raise BundleError(f"{self.path} already has a plan {plan.name!r}; use another --name, or --force to replace it")
+            raise BundleError(
+                f"{self.path} already has a plan {plan.name!r}; use another --name, or --force to replace it"
+            )
         manifest = replace(self.manifest, plans={**self.manifest.plans, plan.name: plan})
         plan.check(manifest)
         write_atomically(self.path / MANIFEST_FILE, dump_manifest(manifest).encode())
@@ -129,7 +132,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write beside ``path`` and rename over it: a reader sees the old file or the new one, whole."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with _a_full_disk_is_named(path.parent), os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -158,13 +161,29 @@ def staging(target: Path, *, force: bool = False) -> Iterator[Path]:
     stage, lock = _locked_directory(target.parent, prefix)
     try:
         os.chmod(stage, 0o755)
-        yield stage
-        _sync(stage)
+        with _a_full_disk_is_named(target.parent):
+            yield stage
+            _sync(stage)
         _check_target(target, force)
         _commit(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         os.close(lock)
+
+
+@contextlib.contextmanager
+def _a_full_disk_is_named(directory: Path) -> Iterator[None]:
+    """Turns "no space left" from whoever writes into ``directory`` into one line that says where.
+
+    Libraries that write in C or Rust raise classes of their own, which hold the system's words alone.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or os.strerror(errno.ENOSPC) in str(error):
+            raise BundleError(f"there is no space left in {directory}; free some, or write elsewhere") from error
+        raise
 
 
 def _check_target(target: Path, force: bool) -> None:
@@ -262,5 +281,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -270,7 +271,17 @@ class _Reader:
         return value
 
     def number(self, key: str) -> float:
-        return float(self.get(key, (int, float)))
+        return self.finite(key, self.get(key, (int, float)))
+
+    def finite(self, key: str, value: Any) -> float:
+        """``value`` as a float. JSON has no NaN, but Python reads it, and 1e999 as infinity."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if isinstance(value, (bool, str)) or not math.isfinite(number):
+            raise BundleError(f"{self.where}.{key}: expected a finite number, got {value!r:.60}")
+        return number
 
     def flag(self, key: str) -> bool:
         return bool(self.get(key, bool))
@@ -347,15 +358,11 @@ def _conditioning(r: _Reader) -> Conditioning:
     if source not in ("text", "constant"):
         raise BundleError(f"{r.where}.source: expected 'text' or 'constant', got {source!r}")
     value = r.get("value", list)
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
-        raise BundleError(f"{r.where}.value: expected numbers, got {value!r:.60}")
-    return Conditioning(name=r.text("name"), source=source, value=tuple(float(v) for v in value))
+    return Conditioning(name=r.text("name"), source=source, value=tuple(r.finite("value", v) for v in value))
 
 
 def _tokenizer(r: _Reader) -> Tokenizer:
-    return Tokenizer(
-        file=r.name("file"), input=r.text("input"), length=r.whole("length", 2), pad_id=r.whole("pad_id")
-    )
+    return Tokenizer(file=r.name("file"), input=r.text("input"), length=r.whole("length", 2), pad_id=r.whole("pad_id"))
 
 
 def _digest(r: _Reader) -> FileDigest:

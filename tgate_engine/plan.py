@@ -6,6 +6,7 @@ A plan is made at export (:func:`build_plan`) from a :class:`~tgate_engine.sched
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -131,6 +132,8 @@ class Plan:
             sampler = Sampler.from_json({**data["sampler"], "calls": calls})
             if not isinstance(name, str) or isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
                 raise PlanError(f"a plan needs a name and a guidance scale, got {name!r} and {guidance!r}")
+            if not math.isfinite(guidance):
+                raise PlanError(f"plan {name!r} needs a finite guidance scale, got {guidance}")
             return Plan(
                 name=name,
                 schedule=schedule,
@@ -148,7 +151,7 @@ class Plan:
                     for step, call in zip(steps, sampler.calls, strict=True)
                 ),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlanError(f"a plan is malformed ({type(error).__name__}: {error}); export the bundle again") from None
 
 

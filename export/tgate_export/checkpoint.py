@@ -151,7 +151,7 @@ def _locate(location: str) -> Path:
     if looks_local:
         what = "is not a directory" if path.exists() else "does not exist"
         raise ExportError(f"checkpoint {location} {what}; --checkpoint wants a diffusers directory or a hub id")
-    import huggingface_hub  # noqa: PLC0415  (only a hub id needs it)
+    import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(location, allow_patterns=list(_HUB_PATTERNS)))

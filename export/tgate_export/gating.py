@@ -8,6 +8,7 @@ before the residual addition.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,8 +102,8 @@ class GatedStep(nn.Module):
     Inputs by name, in the order of ``input_names``: ``latents`` [B, C, h, w], its three predecessors
     ``latents.1`` … ``latents.3``, the last three outputs ``output.1`` … ``output.3``, the step row [B, 11]
     (:mod:`tgate_engine.rows`), conditioning ``<name>.negative`` and ``<name>.positive`` [B, ...], and the carries
-    that the variant reuses. Outputs, in the order of ``output_names`` (``output_batches`` has their first dimensions): ``next_latents``, ``output`` (both
-    float32 [B, C, h, w]) and the carries it stores.
+    that the variant reuses. Outputs, in the order of ``output_names``: ``next_latents``, ``output`` (both float32
+    [B, C, h, w]) and the carries it stores; ``output_batches`` has their first dimensions.
 
     The denoiser is borrowed: :meth:`attached` puts the taps on it and takes them off again.
     """
@@ -168,7 +169,7 @@ class GatedStep(nn.Module):
                 module = self.denoiser.get_submodule(module_name)
                 if module_name in self._read:
                     setattr(parent, leaf, _Carried(self._taps, module_name))
-                    undo.append(lambda parent=parent, leaf=leaf, module=module: setattr(parent, leaf, module))
+                    undo.append(functools.partial(setattr, parent, leaf, module))
                 else:
                     undo.append(module.register_forward_hook(self._tap(module_name)).remove)
             yield self

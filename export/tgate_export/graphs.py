@@ -18,6 +18,9 @@ import onnxscript.optimizer
 import torch
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    IdentityEliminationPass,
+    LiftConstantsToInitializersPass,
     RemoveUnusedNodesPass,
     RemoveUnusedOpsetsPass,
 )
@@ -155,12 +158,13 @@ def _detach_weights(
         if name not in parameters:
             continue  # a constant that tracing met, such as a table of positions
         prefix = next(p for p in components if name.startswith(p))
-        assert value.shape is not None and value.dtype is not None
+        assert value.shape is not None
+        assert value.dtype is not None
         weights[name] = WeightRef(
             component=components[prefix],
             key=name[len(prefix) :],
             transposed=name in transposed,
-            shape=tuple(int(d) for d in value.shape),
+            shape=value.shape.numpy(),
             dtype=_dtype_name(value.dtype),
         )
         del graph.initializers[name]
@@ -200,10 +204,30 @@ def _name_values(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str])
 
 
 def _simplify(model: ir.Model) -> None:
-    onnxscript.optimizer.optimize_ir(model, input_size_limit=1 << 20, output_size_limit=1 << 20)
+    for _ in range(2):  # folding one shape can make another one constant
+        onnxscript.optimizer.fold_constants(model, input_size_limit=1 << 20, output_size_limit=1 << 20)
+        RemoveUnusedNodesPass()(model)
+    _drop_units(model.graph)
+    IdentityEliminationPass()(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     CommonSubexpressionEliminationPass()(model)
+    DeduplicateInitializersPass()(model)
     RemoveUnusedNodesPass()(model)
     RemoveUnusedOpsetsPass()(model)
+
+
+def _drop_units(graph: ir.Graph) -> None:
+    """Multiplying or dividing by the constant 1 is the identity; diffusers does so after every attention."""
+    for node in list(graph):
+        if node.op_type not in ("Mul", "Div") or len(node.inputs) != 2:
+            continue
+        value, unit = node.inputs
+        constant = None if unit is None else ir.convenience.get_const_tensor(unit)
+        if value is None or constant is None or constant.size != 1 or len(constant.shape) > 0:
+            continue
+        if float(constant.numpy()) == 1.0 and not node.outputs[0].is_graph_output():
+            node.outputs[0].replace_all_uses_with(value)
+            graph.remove(node, safe=True)
 
 
 def _drop_unused_inputs(
@@ -214,13 +238,13 @@ def _drop_unused_inputs(
     outputs = set(graph.outputs)
     for value in list(graph.inputs):
         alive = bool(value.uses()) or value in outputs
+        assert value.name is not None
         if value.name in weights:
             graph.inputs.remove(value)
             if alive:
                 value.const_value = None
                 graph.initializers[value.name] = value
         elif alive:
-            assert value.name is not None
             used.append(specs[value.name])
         else:
             graph.inputs.remove(value)

@@ -38,9 +38,14 @@ def count(model: ir.Model, weights: frozenset[str], images: int) -> Macs:
 
 def _product(node: ir.Node) -> int:
     inner = _shape(node, node.inputs[0])[-1]
-    if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+    if node.op_type == "Gemm" and _transposed(node):
         inner = _shape(node, node.inputs[0])[0]
     return inner * math.prod(_shape(node, node.outputs[0]))
+
+
+def _transposed(node: ir.Node) -> bool:
+    attribute = node.attributes.get("transA")
+    return attribute is not None and bool(attribute.as_int())
 
 
 def _convolution(node: ir.Node) -> int:

@@ -13,7 +13,9 @@ from tgate_export.checkpoint import Checkpoint
 from tgate_export.families.base import Family
 
 
-def fake_module(mode: FakeTensorMode, family: Family, checkpoint: Checkpoint, component: str, dtype: torch.dtype) -> nn.Module:
+def fake_module(
+    mode: FakeTensorMode, family: Family, checkpoint: Checkpoint, component: str, dtype: torch.dtype
+) -> nn.Module:
     """A component whose parameters are fake: shapes and dtypes, no memory. Its buffers are real constants."""
     with accelerate.init_empty_weights(include_buffers=False):
         module = family.build(checkpoint, component)

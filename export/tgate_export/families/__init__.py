@@ -35,9 +35,7 @@ class Model:
 
 
 MODELS: Mapping[str, Model] = {
-    "mini-sdxl": Model(
-        family=Sdxl(), checkpoint=None, steps=25, gate=10, self_interval=5, guidance_scale=5.0
-    ),
+    "mini-sdxl": Model(family=Sdxl(), checkpoint=None, steps=25, gate=10, self_interval=5, guidance_scale=5.0),
     "sdxl": Model(
         family=Sdxl(),
         checkpoint="stabilityai/stable-diffusion-xl-base-1.0",

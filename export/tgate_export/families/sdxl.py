@@ -52,7 +52,9 @@ class Sdxl:
         elif component == "vae":
             module = diffusers.AutoencoderKL.from_config(config)
         else:
-            cls = transformers.CLIPTextModel if component == "text_encoder" else transformers.CLIPTextModelWithProjection
+            cls = (
+                transformers.CLIPTextModel if component == "text_encoder" else transformers.CLIPTextModelWithProjection
+            )
             text_config = transformers.CLIPTextConfig.from_dict(config)
             text_config._attn_implementation = "sdpa"
             module = cls(text_config)

@@ -1,0 +1,1 @@
+"""Run time: walks a plan over the graphs of a bundle."""

@@ -1,0 +1,236 @@
+"""From prompts to pictures. It knows prompts, seeds and pictures; the runner knows steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tgate_engine.bundle import Bundle
+from tgate_engine.errors import RequestError
+from tgate_engine.manifest import Manifest
+from tgate_engine.plan import Plan
+from tgate_runtime.binding import Binding
+from tgate_runtime.conditioning import batch_rows, halves
+from tgate_runtime.decoder import decode
+from tgate_runtime.noise import check_seed, noise, random_seed
+from tgate_runtime.runner import StepDone, run
+from tgate_runtime.session import Session
+from tgate_runtime.text import TextEncoder
+
+log = logging.getLogger("tgate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """``images``: one RGB picture for each image asked for, prompt by prompt. ``latents``: float32
+    [N, C, h, w], the final latents before decoding. ``seed``: the one used, drawn or given."""
+
+    images: list[Image.Image]
+    latents: NDArray[np.float32]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """``done`` of ``total`` steps of the whole request are taken; ``step`` is the last one."""
+
+    done: int
+    total: int
+    step: StepDone
+
+
+class Pipeline:
+    """A bundle ready to draw. Immutable and thread-safe: threads may call one Pipeline at once."""
+
+    def __init__(self, session: Session) -> None:
+        """Draw with an open session, which stays the caller's to close."""
+        self.session = session
+        self._text = TextEncoder(session)
+
+    @staticmethod
+    def open(
+        source: str | os.PathLike[str] | Bundle,
+        *,
+        engine: str = "ort-cpu",
+        threads: int | None = None,
+        plans: Sequence[str] | None = None,
+        check_digests: bool = True,
+    ) -> Pipeline:
+        """Open a bundle; see :meth:`Session.open`. Everything is loaded here, before the first request."""
+        return Pipeline(Session.open(source, engine=engine, threads=threads, plans=plans, check_digests=check_digests))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
+        guidance_scale: float | None = None,
+        plan: str = "default",
+        num_images: int = 1,
+        initial_latents: NDArray[Any] | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+    ) -> Result:
+        """Draw ``num_images`` pictures of each prompt.
+
+        ``seed``: 0 .. 2**63 - 1; image j of the request takes its own stream of it. None draws one, which
+        the result reports. ``negative_prompt``: one for all, or one for each prompt; None is the model's convention
+        for none. ``guidance_scale``: above 1; None takes the plan's. ``initial_latents``: float32 [N, C, h, w]
+        standard normal noise in place of the seed's. ``on_step`` is called after each step in the calling thread;
+        an exception from it stops the request and comes out here.
+
+        A prompt longer than the tokenizer takes is cut, with a warning in the log ``tgate`` that quotes what
+        was cut. Raises :class:`RequestError` for a request that cannot be served, before any step is taken.
+        """
+        manifest = self.session.manifest
+        chosen = manifest.plan(plan)
+        scale = _check_guidance(guidance_scale, chosen, manifest)
+        prompts, negatives = _check_prompts(prompt, negative_prompt)
+        if not manifest.guided and negative_prompt:
+            log.warning("the bundle was exported without guidance: the negative prompt is not used")
+        count = len(prompts) * _check_count(num_images)
+        used_seed = random_seed() if seed is None else check_seed(seed)
+        if initial_latents is None:
+            start = np.stack([noise(used_seed, j, manifest.latents) for j in range(count)])
+        else:
+            start = _check_latents(initial_latents, (count, *manifest.latents))
+        rows = self._conditioning(prompts, negatives, num_images)
+        latents = self._denoise(chosen, start, rows, scale, on_step)
+        return Result(images=[decode(self.session, image) for image in latents], latents=latents, seed=used_seed)
+
+    def close(self) -> None:
+        """Close the session."""
+        self.session.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _conditioning(
+        self, prompts: Sequence[str], negatives: Sequence[str | None], num_images: int
+    ) -> dict[str, NDArray[Any]]:
+        """``<name>.<half>`` to [N, ...], every distinct text encoded once."""
+        manifest = self.session.manifest
+        if not manifest.guided:
+            negatives = [None] * len(prompts)
+        elif not manifest.zero_negative:
+            negatives = [negative or "" for negative in negatives]
+        texts = dict.fromkeys([*prompts, *(negative for negative in negatives if negative is not None)])
+        encoded = {text: self._text.encode(text) for text in texts}
+        for cut in dict.fromkeys(text.cut for text in encoded.values() if text.cut):
+            log.warning('the prompt is longer than the model takes; left out: "%s"', cut)
+        each = [
+            halves(manifest, encoded[prompt].tensors, None if negative is None else encoded[negative].tensors)
+            for prompt, negative in zip(prompts, negatives, strict=True)
+        ]
+        return {name: np.concatenate([rows[name] for rows in each for _ in range(num_images)]) for name in each[0]}
+
+    def _denoise(
+        self,
+        plan: Plan,
+        start: NDArray[np.float32],
+        rows: Mapping[str, NDArray[Any]],
+        guidance_scale: float,
+        on_step: Callable[[Progress], None] | None,
+    ) -> NDArray[np.float32]:
+        """Final latents [N, C, h, w] of all images, in batches of the size that the bundle takes."""
+        count, done = len(start), 0
+        batches = list(_batches(count, *self.session.manifest.batch))
+        total = len(batches) * len(plan.steps)
+        bindings: dict[int, Binding] = {}
+        final = np.empty_like(start)
+        for first, size, batch in batches:
+            if batch not in bindings:
+                bindings[batch] = Binding(self.session, plan, batch)
+            some = slice(first, first + size)
+            steps = run(
+                bindings[batch],
+                latents=batch_rows(start[some], batch),
+                conditioning={name: batch_rows(values[some], batch) for name, values in rows.items()},
+                guidance_scale=guidance_scale,
+            )
+            for step in steps:
+                done += 1
+                if on_step is not None:
+                    on_step(Progress(done=done, total=total, step=step))
+            final[some] = bindings[batch].latents()[:size]
+        return final
+
+
+def _batches(count: int, least: int, most: int) -> Iterator[tuple[int, int, int]]:
+    """(first image, images, batch) of each run: full batches, then the rest, padded up to ``least``."""
+    for first in range(0, count, most):
+        size = min(most, count - first)
+        yield first, size, max(size, least)
+
+
+def _check_prompts(
+    prompt: str | Sequence[str], negative: str | Sequence[str | None] | None
+) -> tuple[list[str], list[str | None]]:
+    """Prompts and as many negative prompts."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(text, str) for text in prompts):
+        raise RequestError(f"the prompt must be a text or a list of texts, got {prompt!r:.80}")
+    negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else negative
+    if not isinstance(negatives, (list, tuple)) or not all(n is None or isinstance(n, str) for n in negatives):
+        raise RequestError(f"the negative prompt must be a text or a list of texts, got {negative!r:.80}")
+    if len(negatives) != len(prompts):
+        raise RequestError(
+            f"got {len(prompts)} prompts and {len(negatives)} negative prompts; give one for each, or one"
+        )
+    return [*prompts], [*negatives]
+
+
+def _check_guidance(scale: float | None, plan: Plan, manifest: Manifest) -> float:
+    if scale is None:
+        return plan.guidance_scale
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
+        raise RequestError(f"the guidance scale must be a number, got {scale!r}")
+    if not math.isfinite(scale) or abs(scale) > float(np.finfo(np.float32).max):
+        raise RequestError(f"the guidance scale must be finite, got {scale}")
+    if manifest.guided and scale <= 1:
+        raise RequestError(
+            f"the bundle was exported with guidance, which takes a scale above 1, got {scale}; "
+            "export with --guidance-scale 1 for a bundle without guidance"
+        )
+    if not manifest.guided and scale > 1:
+        raise RequestError(
+            f"the bundle was exported without guidance and takes no scale above 1, got {scale}; "
+            "export with a --guidance-scale above 1"
+        )
+    return float(scale)
+
+
+def _check_count(num_images: int) -> int:
+    try:
+        count = operator.index(num_images)
+    except TypeError:
+        count = 0
+    if isinstance(num_images, bool) or count < 1:
+        raise RequestError(f"the number of images must be a whole number of at least 1, got {num_images!r}")
+    return count
+
+
+def _check_latents(latents: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    wanted = f"initial latents must be float32 of shape {list(shape)}, standard normal noise"
+    if not isinstance(latents, np.ndarray):
+        raise RequestError(f"{wanted}, got {type(latents).__name__}")
+    if latents.shape != shape or latents.dtype != np.float32:
+        raise RequestError(f"{wanted}; got {latents.dtype} of shape {list(latents.shape)}")
+    if not np.isfinite(latents).all():
+        raise RequestError(f"{wanted}; got values that are not finite")
+    return latents

@@ -1,0 +1,54 @@
+"""Walks a plan. It knows steps and buffers, not prompts and not the method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tgate_engine.plan import Step
+from tgate_runtime.binding import Binding
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone:
+    """A step that was taken. ``elapsed_ms`` is the time inside the engine alone."""
+
+    index: int
+    step: Step
+    elapsed_ms: float
+
+
+def run(
+    binding: Binding,
+    *,
+    latents: NDArray[np.float32],
+    conditioning: Mapping[str, NDArray[Any]],
+    guidance_scale: float,
+) -> Iterator[StepDone]:
+    """Take the steps of ``binding.plan``, one for each item asked for.
+
+    ``latents``: standard normal noise, float32 [B, C, h, w]; x_0 is this times the sampler's ``initial_scale``.
+    ``conditioning``: see :meth:`Binding.begin`. ``guidance_scale``: ignored by graphs with one half.
+
+    Yields after each step; ``binding.latents()`` then gives that step's result, and after the last step the
+    final latents. Between items nothing runs: closing the generator (or dropping it) stops the work, and frees
+    the binding for the next run. Raises :class:`~tgate_engine.errors.RequestError` at the first item for inputs
+    that do not fit, or a binding in use, and :class:`~tgate_engine.errors.EngineError` where a graph fails.
+    """
+    lock = binding.claim()
+    try:
+        scale = np.float32(binding.plan.sampler.initial_scale)
+        binding.begin(np.asarray(latents) * scale, conditioning)
+        for step in binding.plan.steps:
+            call = binding.set_step(step, guidance_scale)
+            start = time.perf_counter()
+            call()
+            elapsed_ms = (time.perf_counter() - start) * 1e3
+            yield StepDone(index=step.index, step=step, elapsed_ms=elapsed_ms)
+    finally:
+        lock.release()

@@ -1,0 +1,91 @@
+"""An opened bundle on one engine: the weights, once, for every request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+
+from tgate_engine.bundle import Bundle
+from tgate_engine.errors import EngineError
+from tgate_engine.manifest import Manifest
+from tgate_engine.plan import Plan
+from tgate_runtime.backends import Backend, Executable, backend
+from tgate_runtime.signatures import check_signatures
+
+
+class Session:
+    """Loaded graphs and the manifest they came from. Immutable and thread-safe: open one, share it.
+
+    What a request changes lies in its :class:`~tgate_runtime.binding.Binding`. Closing a session lets go of the
+    graphs; bindings made before keep those they use until they are dropped themselves.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Backend, executables: dict[str, Executable]) -> None:
+        self.bundle = bundle
+        self.backend = engine
+        self._executables: dict[str, Executable] | None = executables
+
+    @staticmethod
+    def open(
+        source: str | os.PathLike[str] | Bundle,
+        *,
+        engine: str = "ort-cpu",
+        threads: int | None = None,
+        plans: Sequence[str | Plan] | None = None,
+        graphs: Sequence[str] = (),
+        check_digests: bool = True,
+    ) -> Session:
+        """Check a bundle and load its graphs, so that what can fail fails here and not at the first step.
+
+        ``source``: a bundle's directory, or a Bundle opened (and checked) before. ``engine``: one of
+        :data:`tgate_runtime.backends.ENGINES`. ``threads``: of one graph call; None leaves it to the engine.
+        ``plans``: load the graphs of these plans alone (names, or plans that the bundle does not list), with the
+        text graph and the decoder; None takes every plan of the bundle. ``graphs``: further graphs to load.
+
+        Raises :class:`~tgate_engine.errors.BundleError`, ``PlanError`` or :class:`EngineError`.
+        """
+        loader = backend(engine, threads=threads)
+        bundle = source if isinstance(source, Bundle) else Bundle.open(source, check_digests=check_digests)
+        manifest = bundle.manifest
+        chosen = list(manifest.plans.values()) if plans is None else []
+        for plan in plans or ():
+            chosen.append(manifest.plan(plan) if isinstance(plan, str) else plan)
+        for plan in chosen:
+            plan.check(manifest)
+        used = [name for plan in chosen for name in plan.graphs()]
+        names = dict.fromkeys([manifest.text, manifest.decoder, *used, *graphs])
+        check_signatures(manifest, names)
+        executables = {}
+        for name in names:
+            spec = manifest.graphs[name]
+            executables[name] = loader.load(bundle.file(spec.file), spec)
+        return Session(bundle, loader, executables)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's facts."""
+        return self.bundle.manifest
+
+    def graph(self, name: str) -> Executable:
+        """A loaded graph. Raises :class:`EngineError` where it was not loaded, or the session is closed."""
+        if self._executables is None:
+            raise EngineError(f"the session of {self.bundle.path} is closed; open another one")
+        if name not in self._executables:
+            have = ", ".join(self._executables)
+            raise EngineError(
+                f"graph {name!r} is not loaded (loaded: {have}); name its plan in Session.open(plans=...)"
+            )
+        return self._executables[name]
+
+    def close(self) -> None:
+        """Let go of the graphs. A closed session stays closed; closing twice does nothing."""
+        self._executables = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

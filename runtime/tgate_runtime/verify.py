@@ -1,0 +1,135 @@
+"""Replays a bundle's goldens, so that it can prove itself on this machine and engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from tgate_engine.bundle import Bundle
+from tgate_engine.errors import BundleError
+from tgate_engine.manifest import Golden, GraphSpec, resolve
+from tgate_engine.plan import Plan
+from tgate_runtime.binding import Binding
+from tgate_runtime.dtypes import decode, encode, storage
+from tgate_runtime.runner import run
+from tgate_runtime.session import Session
+
+Tensors = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """One golden, replayed. ``error``: the largest absolute difference over the largest absolute value, the worst
+    of its tensors; NaN where the engine gave something not finite."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Within tolerance. NaN is not."""
+        return self.error <= self.tolerance
+
+
+def verify(
+    bundle: Bundle,
+    *,
+    engine: str = "ort-cpu",
+    threads: int | None = None,
+    on_golden: Callable[[int, int, str], None] | None = None,
+) -> list[Checked]:
+    """Replay every golden of an opened bundle, whose digests and plans ``Bundle.open`` has checked.
+
+    ``on_golden(done, total, name)`` is called after each. Returns one entry per golden, in the manifest's order;
+    it is the caller's to judge them. Raises :class:`BundleError` for a golden that cannot be replayed and
+    :class:`~tgate_engine.errors.EngineError` for a graph that cannot be loaded or run.
+    """
+    goldens = bundle.manifest.goldens
+    plans = [*bundle.manifest.plans.values(), *(g.plan for g in goldens.values() if g.plan is not None)]
+    graphs = [golden.graph for golden in goldens.values() if golden.plan is None]
+    for graph in graphs:
+        if graph not in bundle.manifest.graphs:
+            raise BundleError(f"{bundle.path}: a golden names graph {graph!r}, which is not there; export again")
+    checked = []
+    with Session.open(bundle, engine=engine, threads=threads, plans=plans, graphs=graphs) as session:
+        for done, (name, golden) in enumerate(goldens.items(), start=1):
+            try:
+                tensors = load_file(bundle.file(golden.file))
+                if golden.plan is None:
+                    error = _replay_graph(session, golden, tensors)
+                else:
+                    error = _replay_plan(session, golden.plan, tensors)
+            except (KeyError, ValueError, SafetensorError) as fault:
+                raise BundleError(f"{bundle.path}: golden {name} is malformed ({fault}); export again") from None
+            checked.append(Checked(name=name, error=error, tolerance=golden.tolerance))
+            if on_golden is not None:
+                on_golden(done, len(goldens), name)
+    return checked
+
+
+def relative_error(got: NDArray[Any], wanted: NDArray[Any]) -> float:
+    """max |got - wanted| / max |wanted|, in float64. NaN where ``got`` is not finite; absolute where wanted is 0."""
+    a, b = got.astype(np.float64), wanted.astype(np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"shape {a.shape} where {b.shape} is recorded")
+    if not np.isfinite(a).all():
+        return math.nan
+    scale = float(np.abs(b).max(initial=0.0))
+    return float(np.abs(a - b).max(initial=0.0)) / (scale or 1.0)
+
+
+def _replay_plan(session: Session, plan: Plan, tensors: Tensors) -> float:
+    """Walk a golden's plan from ``latents.0``; the worst error of ``latents.<i+1>`` after step i."""
+    noise = tensors["latents.0"]
+    binding = Binding(session, plan, len(noise))
+    prefix = "conditioning."
+    steps = run(
+        binding,
+        latents=noise,
+        conditioning={name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)},
+        guidance_scale=float(tensors["guidance_scale"].reshape(-1)[0]),
+    )
+    return _worst([relative_error(binding.latents(), tensors[f"latents.{s.index + 1}"]) for s in steps])
+
+
+def _replay_graph(session: Session, golden: Golden, tensors: Tensors) -> float:
+    """Run one graph once on ``input.*``; the worst error of ``output.*``."""
+    spec = session.manifest.graphs[golden.graph]
+    batch = _batch_of(spec, tensors)
+    allocate = session.backend.allocate
+    inputs = {t.name: allocate(resolve(t.shape, batch), t.dtype) for t in spec.inputs}
+    outputs = {t.name: allocate(resolve(t.shape, batch), t.dtype) for t in spec.outputs}
+    for name, buffer in inputs.items():
+        values = tensors[f"input.{name}"]
+        if values.shape != buffer.shape:
+            raise ValueError(f"input {name} has shape {values.shape}, the graph takes {buffer.shape}")
+        buffer.write(values if values.dtype == storage(buffer.dtype) else encode(values, buffer.dtype))
+    session.graph(golden.graph).bind(inputs, outputs)()
+    recorded = [name for name in outputs if f"output.{name}" in tensors]
+    if not recorded:
+        raise ValueError("it records no output")
+    return _worst(
+        [relative_error(decode(outputs[n].read(), outputs[n].dtype), tensors[f"output.{n}"]) for n in recorded]
+    )
+
+
+def _batch_of(spec: GraphSpec, tensors: Tensors) -> int:
+    """How many images the recorded inputs are for."""
+    for tensor in spec.inputs:
+        for size, dim in zip(tensors[f"input.{tensor.name}"].shape, tensor.shape, strict=True):
+            if dim == "batch":
+                return int(size)
+    return 1
+
+
+def _worst(errors: list[float]) -> float:
+    """The largest; NaN if any is."""
+    return math.nan if any(math.isnan(e) for e in errors) else max(errors, default=0.0)

@@ -1,0 +1,68 @@
+"""What ``tgate bench`` measures, on the toy bundle; the times themselves are not tested."""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from tests.toy_bundle import Toy, build
+from tgate_engine import views
+from tgate_engine.bundle import Bundle
+from tgate_engine.errors import BundleError, RequestError
+from tgate_runtime.benchmark import bench
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.open(build(tmp_path_factory.mktemp("bench") / "toy"))
+
+
+def test_plans_are_measured_in_turns(bundle: Bundle) -> None:
+    seen: list[str] = []
+    data = json.loads(
+        json.dumps(bench(bundle, threads=1, repeats=3, batch=2, on_run=lambda *args: seen.append(args[2])))
+    )
+    assert seen == ["gated", "guidance_stopped", "ungated"] * 4
+    assert set(data["graphs"]) == {"text", "decoder", "full", "reuse_self", "reuse_cross", "unguided"}
+    assert all(graph["ms"] > 0 for graph in data["graphs"].values())
+    for plan in data["plans"].values():
+        assert len(plan["runs_ms"]) == 3
+        assert plan["ms"] == statistics.median(plan["runs_ms"])
+        assert 0 < plan["outside_engine"] < 1
+        assert plan["picture_ms"] > plan["ms"]
+    plans = data["plans"]
+    assert data["speedup"] == plans["ungated"]["ms"] / plans["gated"]["ms"]
+    assert data["mac_ratio"] == pytest.approx(8 * 2600 / (4 * 2600 + 1700 + 3 * 1100))
+    assert data["guidance_stopped_mac_ratio"] == pytest.approx(8 * 2600 / (5 * 2600 + 3 * 1300))
+    settings = data["settings"]
+    assert (settings["engine"], settings["threads"], settings["batch"], settings["repeats"]) == ("ort-cpu", 1, 2, 3)
+    assert (settings["steps_n"], settings["gate_m"], settings["self_interval_k"]) == (8, 5, 2)
+    assert settings["cpu"]
+
+
+def test_without_guidance_there_is_none_to_stop(tmp_path: Path) -> None:
+    data = bench(Bundle.open(build(tmp_path / "toy", Toy(guided=False))), threads=1, repeats=1, warm_ups=0)
+    assert data["plans"]["guidance_stopped"] == {"ms": None}
+    out = io.StringIO()
+    views.benchmark(data, out)
+    assert "guidance_stopped" in out.getvalue()
+
+
+def test_the_view_for_people(bundle: Bundle) -> None:
+    out = io.StringIO()
+    views.benchmark(bench(bundle, threads=1, repeats=1), out)
+    assert "1.35×" in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+
+
+def test_settings_that_cannot_be(bundle: Bundle) -> None:
+    with pytest.raises(RequestError, match="repeats must be at least 1"):
+        bench(bundle, repeats=0)
+    with pytest.raises(RequestError, match="takes 1 to 4 images at once, got 9"):
+        bench(bundle, batch=9, repeats=1)
+    with pytest.raises(BundleError, match="has no plan 'other'"):
+        bench(bundle, plan="other")

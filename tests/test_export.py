@@ -1,0 +1,257 @@
+"""What export refuses, and that whatever happens nothing on disk is lost or half written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from safetensors import safe_open
+
+from tgate_engine.bundle import Bundle
+from tgate_engine.cli import export_main
+from tgate_export import weights
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run ``tgate-export`` with arguments it must refuse; gives its one line. Nothing may be left below ``out``."""
+
+    def run(*arguments: str) -> str:
+        output = tmp_path / "out" / "bundle"
+        before = sorted(tmp_path.rglob("out/**"))
+        code = export_main([*arguments, "--output", str(output), "--quiet"])
+        error = capsys.readouterr().err
+        assert code != 0
+        assert "Traceback" not in error
+        lines = [line for line in error.splitlines() if line.strip()]
+        assert len(lines) == 1, error
+        assert [p for p in sorted(tmp_path.rglob("out/**")) if p not in before and p.name != "out"] == []
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "mini-sdlx"], ["mini-sdlx", "did you mean 'mini-sdxl'"]),
+        (["--model", "mini-sdxl", "--m", "0"], ["m = 0", "between 1 and", "25"]),
+        (["--model", "mini-sdxl", "--m", "26"], ["m = 26", "between 1 and", "25"]),
+        (["--model", "mini-sdxl", "--m", "5", "--steps", "4"], ["m = 5", "n = 4"]),
+        (["--model", "mini-sdxl", "--k", "0"], ["k = 0", "at least 1"]),
+        (["--model", "mini-sdxl", "--warm-up", "-1"], ["-1", "at least 0"]),
+        (["--model", "mini-sdxl", "--fidelity-interval", "0"], ["f = 0", "at least 1"]),
+        (["--model", "mini-sdxl", "--height", "100"], ["--height", "multiple of 16", "100", "96 and 112"]),
+        (["--model", "mini-sdxl", "--width", "0"], ["--width", "0"]),
+        (["--model", "mini-sdxl", "--sampler", "dpmpp_2n"], ["dpmpp_2n", "dpmpp_2m"]),
+        (["--model", "mini-sdxl", "--guidance-scale", "nan"], ["nan"]),
+        (["--model", "mini-sdxl", "--batch", "4:1"], ["4:1"]),
+        (["--model", "mini-sdxl", "--checkpoint", "./nowhere"], ["./nowhere", "does not exist"]),
+    ],
+    ids=lambda value: "-".join(value[2:] or value[1:]) if isinstance(value, list) and value[0] == "--model" else "",
+)
+def test_bad_settings_are_one_line(refused: Run, arguments: list[str], words: list[str]) -> None:
+    line = refused(*arguments)
+    for word in words:
+        assert word in line
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A checkpoint of the test's own, to damage."""
+    return Path(shutil.copytree(tiny_checkpoint("conv_projection"), tmp_path / "checkpoint"))
+
+
+def _unet(checkpoint: Path) -> Path:
+    return checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def test_a_truncated_checkpoint(refused: Run, checkpoint: Path) -> None:
+    data = _unet(checkpoint).read_bytes()
+    _unet(checkpoint).write_bytes(data[: len(data) // 2])
+    line = refused("--model", "sdxl", "--checkpoint", str(checkpoint))
+    assert "diffusion_pytorch_model.safetensors" in line
+    assert "download" in line
+
+
+def test_a_checkpoint_with_a_corrupt_header(refused: Run, checkpoint: Path) -> None:
+    data = bytearray(_unet(checkpoint).read_bytes())
+    data[8:40] = b"\xff" * 32
+    _unet(checkpoint).write_bytes(data)
+    assert "not a whole safetensors file" in refused("--model", "sdxl", "--checkpoint", str(checkpoint))
+
+
+def test_a_checkpoint_without_weights(refused: Run, checkpoint: Path) -> None:
+    _unet(checkpoint).unlink()
+    assert "has no safetensors weights" in refused("--model", "sdxl", "--checkpoint", str(checkpoint))
+
+
+def test_a_checkpoint_of_another_pipeline(refused: Run, checkpoint: Path) -> None:
+    index = json.loads((checkpoint / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionPipeline"
+    (checkpoint / "model_index.json").write_text(json.dumps(index))
+    line = refused("--model", "sdxl", "--checkpoint", str(checkpoint))
+    assert "StableDiffusionPipeline" in line
+    assert "StableDiffusionXLPipeline" in line
+
+
+def test_a_checkpoint_whose_denoiser_is_another_architecture(refused: Run, checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "unet" / "config.json").read_text())
+    config["addition_embed_type"] = None
+    (checkpoint / "unet" / "config.json").write_text(json.dumps(config))
+    assert "another architecture" in refused("--model", "sdxl", "--checkpoint", str(checkpoint))
+
+
+def test_a_directory_that_is_no_checkpoint(refused: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "model_index.json" in refused("--model", "sdxl", "--checkpoint", str(tmp_path / "empty"))
+
+
+def test_a_file_in_place_of_a_checkpoint(refused: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "is not a directory" in refused("--model", "sdxl", "--checkpoint", str(tmp_path / "file"))
+
+
+def test_weights_of_another_shape_fail_before_the_bundle_has_a_name(refused: Run, checkpoint: Path) -> None:
+    """A config that disagrees with its weights is found when they are streamed."""
+    config = json.loads((checkpoint / "text_encoder" / "config.json").read_text())
+    config["intermediate_size"] *= 2
+    (checkpoint / "text_encoder" / "config.json").write_text(json.dumps(config))
+    line = refused("--model", "sdxl", "--checkpoint", str(checkpoint), "--height", "64", "--width", "64")
+    assert "has shape" in line
+    assert "text_encoder" in line
+
+
+def test_an_output_that_exists(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    target.mkdir()
+    (target / "precious.txt").write_text("keep me")
+    for extra in ([], ["--force"]):
+        assert export_main(["--model", "mini-sdxl", "--output", str(target), "--quiet", *extra]) != 0
+        assert str(target) in capsys.readouterr().err
+        assert (target / "precious.txt").read_text() == "keep me"
+
+
+def test_a_full_disk(refused: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    """The disk fills up while the weights are written, after tracing: one line, nothing left."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(weights, "_bytes_of", full)
+    line = refused("--model", "sdxl", "--checkpoint", str(checkpoint), "--height", "64", "--width", "64")
+    assert "no space left" in line.lower()
+
+
+def test_a_disk_that_is_too_small(refused: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    usage = shutil.disk_usage(checkpoint)
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    line = refused("--model", "sdxl", "--checkpoint", str(checkpoint), "--height", "64", "--width", "64")
+    assert "no space" in line
+
+
+@pytest.mark.parametrize("seconds", [0.0, 6.0])
+def test_a_killed_export_leaves_the_old_bundle(mini_bundle: Path, tmp_path: Path, seconds: float) -> None:
+    """SIGKILL, which nothing can clean up after, this long after the export has begun to write."""
+    target = tmp_path / "bundle"
+    shutil.copytree(mini_bundle, target)
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from tgate_engine.cli import export_main; sys.exit(export_main())",
+        *("--model", "mini-sdxl", "--force", "--output", str(target)),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(".bundle.staging-*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(seconds)
+        assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    Bundle.open(target)
+    assert (target / "manifest.json").read_bytes() == (mini_bundle / "manifest.json").read_bytes()
+
+
+def test_a_bundle_holds_one_copy_of_its_weights(mini_bundle: Path) -> None:
+    """No two tensors of the file hold the same bytes, and everything else is less than 5 % of it."""
+    bundle = Bundle.open(mini_bundle)
+    path = bundle.file(bundle.manifest.weights)
+    unique: dict[tuple[str, bytes], int] = {}
+    count = 0
+    with safe_open(path, framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+            tensor = file.get_tensor(name)
+            unique[str(tensor.dtype) + str(tensor.shape), tensor.tobytes()] = tensor.nbytes
+            count += 1
+    assert len(unique) == count
+    assert bundle.size_bytes() < 1.05 * sum(unique.values())
+
+
+def test_every_graph_reads_its_weights_from_the_one_file(mini_bundle: Path) -> None:
+    bundle = Bundle.open(mini_bundle)
+    places: dict[str, set[tuple[int, int]]] = {}
+    for name, spec in bundle.manifest.graphs.items():
+        model = onnx.load(bundle.file(spec.file), load_external_data=False)
+        onnx.checker.check_model(str(bundle.file(spec.file)))
+        places[name] = set()
+        for tensor in model.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                facts = {entry.key: entry.value for entry in tensor.external_data}
+                assert facts["location"] == bundle.manifest.weights
+                places[name].add((int(facts["offset"]), int(facts["length"])))
+            else:
+                assert onnx.numpy_helper.to_array(tensor).nbytes < 4096, "a weight lies in the graph"
+    header = struct.unpack("<Q", bundle.file(bundle.manifest.weights).read_bytes()[:8])[0]
+    assert min(offset for spots in places.values() for offset, _ in spots) == 8 + header
+    # The method's graphs are cut out of the full one: what they use, it uses.
+    for name in ("reuse_self", "reuse_cross", "unguided"):
+        assert places[name] <= places["full"]
+    assert places["reuse_cross"] < places["unguided"]
+
+
+def test_what_is_reused_is_not_computed(mini_bundle: Path) -> None:
+    """Counted in the graphs themselves: attention products, and the inputs that are left."""
+    manifest = Bundle.open(mini_bundle).manifest
+    count = {}
+    for name in ("full", "reuse_self", "reuse_cross", "unguided"):
+        model = onnx.load(mini_bundle / manifest.graphs[name].file, load_external_data=False)
+        count[name] = sum(node.op_type == "Attention" for node in model.graph.node)
+    cross = sum(carry.attention == "cross" for carry in manifest.carries)
+    own = sum(carry.attention == "self" for carry in manifest.carries)
+    assert count == {"full": own + cross, "reuse_self": cross, "reuse_cross": own, "unguided": own + cross}
+    inputs = manifest.graphs["reuse_cross"].input_names()
+    assert not [name for name in inputs if name.startswith("prompt_embeds") or name.endswith(".positive")]
+    assert {name for name in inputs if name.endswith(".negative")} == {"pooled.negative", "time_ids.negative"}
+
+
+def test_linear_weights_lie_as_engines_read_them(
+    tiny_checkpoint: Callable[[str], Path], tiny_bundle: Callable[..., Path]
+) -> None:
+    """Checked against the checkpoint: a linear layer's weight is stored [in, out], a convolution's as it is."""
+    bundle = Bundle.open(tiny_bundle("conv_projection"))
+    with (
+        safe_open(_unet(tiny_checkpoint("conv_projection")), framework="numpy") as source,
+        safe_open(bundle.file(bundle.manifest.weights), framework="numpy") as stored,
+    ):
+        key = next(k for k in source.keys() if k.endswith("attn1.to_q.weight"))  # noqa: SIM118
+        np.testing.assert_array_equal(stored.get_tensor(f"unet.{key}^T"), source.get_tensor(key).T)
+        np.testing.assert_array_equal(stored.get_tensor("unet.conv_in.weight"), source.get_tensor("conv_in.weight"))

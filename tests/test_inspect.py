@@ -1,0 +1,106 @@
+"""The numbers behind ``tgate inspect``, and how they are shown."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.toy_bundle import Toy, build
+from tgate_engine import views
+from tgate_engine.bundle import Bundle
+from tgate_engine.inspect import carry_bytes, describe, guidance_stopped, shortened, ungated
+from tgate_engine.schedule import Schedule
+
+SCHEDULES = {
+    "default": Schedule(steps=8, gate=5, self_interval=2),
+    "fast": Schedule(steps=4, gate=2, fidelity_interval=2),
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.open(build(tmp_path_factory.mktemp("inspect") / "toy", Toy(schedules=SCHEDULES)))
+
+
+def test_a_plan_step_by_step(bundle: Bundle) -> None:
+    data = json.loads(json.dumps(describe(bundle)))
+    plan = data["plans"]["default"]
+    assert [s["graph"] for s in plan["steps"]] == ["full"] * 3 + ["reuse_self", "full"] + ["reuse_cross"] * 3
+    assert plan["steps"][3] == {
+        "index": 3,
+        "phase": "semantics-planning",
+        "graph": "reuse_self",
+        "timestep": 909.5,
+        "reads": ["self.0", "self.1"],
+        "writes": [],
+        "macs": {"paper": 1600, "all": 1700},
+    }
+    assert plan["macs"] == {"paper": 4 * 2000 + 1600 + 3 * 800, "all": 4 * 2600 + 1700 + 3 * 1100}
+    assert plan["macs_ungated"] == {"paper": 8 * 2000, "all": 8 * 2600}
+    assert all(sum(s["macs"][what] for s in plan["steps"]) == plan["macs"][what] for what in ("paper", "all"))
+
+
+def test_sizes(bundle: Bundle) -> None:
+    data = describe(bundle)
+    on_disk = {p.name: p.stat().st_size for p in bundle.path.rglob("*") if p.is_file()}
+    assert data["bytes"]["weights"] == on_disk["weights.safetensors"]
+    assert data["bytes"]["graphs"] == sum(size for name, size in on_disk.items() if name.endswith(".onnx"))
+    assert data["bytes"]["total"] == sum(p.stat().st_size for p in bundle.path.rglob("*") if p.is_file())
+    # Two self carries for both halves, two cross carries for one, 32 features of 4 bytes.
+    assert data["plans"]["default"]["carry_bytes"] == (2 * 2 + 2) * 32 * 4
+    assert carry_bytes(bundle.manifest.plan("default"), bundle.manifest, batch=3) == 3 * (2 * 2 + 2) * 32 * 4
+
+
+def test_the_plans_that_it_is_compared_with(bundle: Bundle, tmp_path: Path) -> None:
+    plan = bundle.manifest.plan("default")
+    assert [s.graph for s in ungated(plan, bundle.manifest).steps] == ["full"] * 8
+    stopped = guidance_stopped(plan, bundle.manifest)
+    assert stopped is not None
+    assert [s.graph for s in stopped.steps] == ["full"] * 5 + ["unguided"] * 3
+    stopped.check(bundle.manifest)
+    alone = Bundle.open(build(tmp_path / "toy", Toy(guided=False))).manifest
+    assert guidance_stopped(alone.plan("default"), alone) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ([], ""),
+        (["self.0"], "self.0"),
+        (["self.0", "self.1"], "self.0, self.1"),
+        ([f"self.{i}" for i in range(70)], "self.0 … self.69 (70)"),
+        ([f"{k}.{i}" for i in range(3) for k in ("cross", "self")], "cross.0 … cross.2 (3), self.0 … self.2 (3)"),
+        ([f"self.{i}.mean" for i in range(4)], "self.0.mean … self.3.mean (4)"),
+        (["odd", "self.0"], "odd, self.0"),
+    ],
+)
+def test_long_lists_of_carries_are_shortened(names: list[str], shown: str) -> None:
+    assert shortened(names) == shown
+
+
+def test_the_view_for_people(bundle: Bundle) -> None:
+    out = io.StringIO()
+    views.inspection(describe(bundle), out)
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("toy (toy), 4×4, float32, with guidance, 1 to 4 at once")
+    title = lines.index("plan default: n=8, m=5, k=2, warm-up 2, fidelity interval 1, toy, guidance 3")
+    assert " ".join(lines[title + 1].split()) == "step phase graph timestep reads writes paper MACs all MACs"
+    assert " ".join(lines[title + 5].split()) == "3 semantics-planning reuse_self 909.5 self.0, self.1 1600 1700"
+    assert "all MACs 15400; ungated 20800, 1.35× as many" in lines
+    assert "\x1b" not in out.getvalue()
+
+
+def test_the_view_at_a_terminal(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Terminal()
+    views.inspection(describe(bundle), out)
+    assert "reuse_self" in out.getvalue()
+    assert "───" in out.getvalue()

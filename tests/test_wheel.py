@@ -1,0 +1,106 @@
+"""The wheel stands alone: built, installed with `[cpu]` in a bare environment, it draws the same picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tgate_engine
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = (
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    "tgate_engine",
+    "export/tgate_export",
+    "runtime/tgate_runtime",
+)
+PROMPT = "a large red circle above a small blue square"
+BUILD_LIBRARIES = {"diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers"}
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Runs `command` without this environment's PYTHONPATH and returns what it printed, or fails with it."""
+    env = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that the checkout gains no build directory and lends no stale one."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in SOURCES:
+        source, target = ROOT / name, tree / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", ".", cwd=tree)
+    (built,) = (tree / "dist").glob("*.whl")
+    return built
+
+
+def pip(python: Path, *arguments: str | Path) -> str:
+    """Runs this environment's pip on the environment of `python`, which so needs none of its own."""
+    return run(sys.executable, "-m", "pip", "--python", python, *arguments, cwd=python.parent)
+
+
+@pytest.fixture(scope="module")
+def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` directory of an environment that holds the wheel with its `[cpu]` extra only."""
+    home = tmp_path_factory.mktemp("bare") / "venv"
+    venv.create(home, with_pip=False, symlinks=True)
+    constraints = ROOT / "constraints.txt"
+    pip(home / "bin" / "python", "install", "--quiet", "--no-compile", "-c", constraints, f"{wheel}[cpu]")
+    return home / "bin"
+
+
+def test_the_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    roots = {"tgate_engine": ROOT, "tgate_export": ROOT / "export", "tgate_runtime": ROOT / "runtime"}
+    wanted = {
+        path.relative_to(root).as_posix()
+        for package, root in roots.items()
+        for path in (root / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert wanted <= held
+    assert {f"{package}/py.typed" for package in roots} <= held
+    assert any(name.startswith("tgate_export/models/") and name.endswith(".safetensors") for name in held)
+    assert {name.partition("/")[0] for name in held - wanted} == {
+        f"tgate_engine-{tgate_engine.__version__}.dist-info"
+    }
+
+
+def test_a_bare_environment_draws_the_same_picture(bare: Path, mini_bundle: Path, tmp_path: Path) -> None:
+    listed = json.loads(pip(bare / "python", "list", "--format=json"))
+    installed = {package["name"].lower() for package in listed}
+    assert "tgate-engine" in installed
+    assert not installed & BUILD_LIBRARIES
+
+    pictures = []
+    for name, bin_dir in (("bare", bare), ("here", Path(sys.executable).parent)):
+        picture = tmp_path / f"{name}.png"
+        command = ("generate", mini_bundle, PROMPT, "--seed", "7", "--output", picture)
+        run(bin_dir / "tgate", *command, cwd=tmp_path)
+        pictures.append(picture)
+
+    with Image.open(pictures[0]) as image:
+        assert image.format == "PNG"
+        assert image.size == (128, 128)
+        assert np.asarray(image).std() > 0, "one flat colour"
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()

@@ -1,0 +1,156 @@
+"""What commands show of their results: data in, lines out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from tgate_engine.inspect import shortened
+
+Row = Sequence[str]
+
+
+def inspection(data: Mapping[str, Any], out: TextIO | None = None) -> None:
+    """Show what :func:`tgate_engine.inspect.describe` found."""
+    out = out or sys.stdout
+    size, batch = data["bytes"], data["batch"]
+    images = str(batch[0]) if batch[0] == batch[1] else f"{batch[0]} to {batch[1]}"
+    guidance = "with guidance" if data["guided"] else "without guidance"
+    _print(
+        out,
+        f"{data['model']} ({data['family']}), {data['width']}×{data['height']}, {data['dtype']}, {guidance}, "
+        f"{images} at once, licence {data['licence']}",
+    )
+    _print(out, f"on disk {_bytes(size['total'])}: weights {_bytes(size['weights'])}, graphs {_bytes(size['graphs'])}")
+    for name, plan in data["plans"].items():
+        title = (
+            f"plan {name}: n={plan['steps_n']}, m={plan['gate_m']}, k={plan['self_interval_k']}, "
+            f"warm-up {plan['warm_up']}, fidelity interval {plan['fidelity_interval']}, {plan['sampler']}, "
+            f"guidance {plan['guidance_scale']:g}"
+        )
+        rows = [
+            (
+                str(step["index"]),
+                step["phase"],
+                step["graph"],
+                f"{step['timestep']:.6g}",
+                shortened(step["reads"]),
+                shortened(step["writes"]),
+                _macs(step["macs"]["paper"]),
+                _macs(step["macs"]["all"]),
+            )
+            for step in plan["steps"]
+        ]
+        headers = ("step", "phase", "graph", "timestep", "reads", "writes", "paper MACs", "all MACs")
+        _print(out, "")
+        table(title, headers, rows, right=(0, 3, 6, 7), out=out)
+        for what in ("paper", "all"):
+            gated, ungated = plan["macs"][what], plan["macs_ungated"][what]
+            _print(out, f"{what} MACs {_macs(gated)}; ungated {_macs(ungated)}, {_ratio(ungated, gated)} as many")
+        _print(out, f"carries of one request for one image: {_bytes(plan['carry_bytes'])}")
+
+
+def benchmark(data: Mapping[str, Any], out: TextIO | None = None) -> None:
+    """Show what :func:`tgate_runtime.benchmark.bench` measured."""
+    out = out or sys.stdout
+    s = data["settings"]
+    threads = "the engine's own number of" if s["threads"] is None else s["threads"]
+    _print(
+        out,
+        f"{s['model']}, {s['width']}×{s['height']}, {s['dtype']}, batch {s['batch']}; {s['engine']} "
+        f"{s['engine_version']}, {threads} threads, {s['cpu']}; medians of {s['repeats']}",
+    )
+    calls = [
+        (
+            name,
+            f"{graph['ms']:.2f}",
+            _macs(graph["macs"]["all"]),
+            f"{graph['gmacs_per_s']:.1f}" if graph["macs"]["all"] else "",
+        )
+        for name, graph in data["graphs"].items()
+    ]
+    table("one call", ("graph", "ms", "all MACs", "GMAC/s"), calls, right=(1, 2, 3), out=out)
+    _print(out, f"for comparison, NumPy multiplies float32 matrices at {data['sgemm_gmacs_per_s']:.1f} GMAC/s here")
+    _print(out, "")
+    base = data["plans"]["ungated"]
+    rows: list[Row] = []
+    for name, plan in data["plans"].items():
+        if plan["ms"] is None:
+            rows.append((name, "-", "-", "-", "-", "-"))
+            continue
+        macs = _ratio(base["macs"]["all"], plan["macs"]["all"])
+        faster = _ratio(base["ms"], plan["ms"])
+        outside = f"{100 * plan['outside_engine']:.1f} %"
+        rows.append((name, f"{plan['ms']:.1f}", f"{plan['picture_ms']:.1f}", faster, macs, outside))
+    headers = ("plan", "loop ms", "picture ms", "faster", "fewer MACs", "outside the engine")
+    table(
+        f"plan {s['plan']}, n={s['steps_n']}, m={s['gate_m']}, k={s['self_interval_k']}",
+        headers,
+        rows,
+        right=(1, 2, 3, 4, 5),
+        out=out,
+    )
+
+
+def table(title: str, headers: Row, rows: Sequence[Row], *, right: Sequence[int] = (), out: TextIO) -> None:
+    """A table: drawn by rich at a terminal where it is installed, aligned plain text elsewhere.
+
+    ``right``: columns that hold numbers.
+    """
+    if out.isatty() and _rich_table(title, headers, rows, right, out):
+        return
+    widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
+    _print(out, title)
+    for row in (headers, *rows):
+        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        _print(out, "  ".join(cells).rstrip())
+
+
+def _rich_table(title: str, headers: Row, rows: Sequence[Row], right: Sequence[int], out: TextIO) -> bool:
+    try:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        return False
+    drawn = Table(
+        title=Text(title, no_wrap=True),
+        title_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for i, header in enumerate(headers):
+        drawn.add_column(header, justify="right" if i in right else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*map(Text, row))
+    console = Console(file=out)
+    # A terminal that breaks a long line is easier to read than a table that squeezes every cell.
+    widest = console.measure(drawn, options=console.options.update(max_width=1000)).maximum
+    console.width = max(console.width, widest)
+    console.print(drawn)
+    return True
+
+
+def _print(out: TextIO, text: str) -> None:
+    out.write(f"{text}\n")
+
+
+def _macs(count: float) -> str:
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.4g} {unit}"
+    return f"{count:g}"
+
+
+def _bytes(count: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} bytes"
+
+
+def _ratio(more: float, less: float) -> str:
+    return f"{more / less:.2f}×" if less else "-"

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny_models import make_tiny_sdxl, tiny_model
 from tgate_engine.report import Silent
 from tgate_export.build import ExportSettings, export
+
+# Small networks on two cores: threads of eager PyTorch would only wait for one another.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

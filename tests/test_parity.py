@@ -87,7 +87,8 @@ class Subject:
     def __init__(self, checkpoint: Path, bundle: Path) -> None:
         self.eager: StableDiffusionXLPipeline = load_tiny_sdxl(checkpoint)
         opened = Bundle.open(bundle)
-        self.session = Session.open(opened, plans=[*opened.manifest.plans.values(), self._every_graph(opened)])
+        plans = [*opened.manifest.plans.values(), self._every_graph(opened)]
+        self.session = Session.open(opened, plans=plans, threads=1)
 
     @staticmethod
     def _every_graph(bundle: Bundle) -> Plan:

@@ -171,6 +171,7 @@ def build_plan(
     if len(sampler.calls) != schedule.calls:
         raise PlanError(f"the sampler makes {len(sampler.calls)} network calls, the schedule {schedule.calls}")
     specs = {carry.name: carry for carry in carries}
+    has_means = any(carry.attention == "self" and carry.mean for carry in carries)
     steps: list[Step] = []
     for index, (action, call) in enumerate(zip(schedule.actions(), sampler.calls, strict=True)):
         graph = _graph_for(action)
@@ -181,7 +182,7 @@ def build_plan(
             )
         reads = tuple(n for n in graphs[graph].input_names() if n in specs)
         outputs = (n for n in graphs[graph].output_names() if n in specs)
-        writes = tuple(n for n in outputs if _stores(action, specs[n]))
+        writes = tuple(n for n in outputs if _stores(action, specs[n], has_means))
         steps.append(Step(index=index, phase=action.phase, graph=graph, call=call, reads=reads, writes=writes))
     return Plan(
         name=name, schedule=schedule, sampler=sampler, guidance_scale=guidance_scale, steps=_without_dead_writes(steps)
@@ -202,11 +203,15 @@ def _graph_for(action: Action) -> str:
     return REUSE_SELF if action.self_ is Use.REUSE else FULL
 
 
-def _stores(action: Action, carry: Carry) -> bool:
-    """Whether ``action`` stores ``carry``: means are stored at the gate and after it, halves before it."""
-    use = action.cross if carry.attention == "cross" else action.self_
+def _stores(action: Action, carry: Carry, has_means: bool) -> bool:
+    """Whether ``action`` stores ``carry``.
+
+    Where there are means of self-attention, they are stored at the gate and after it, both halves before it.
+    """
+    if carry.attention == "cross":
+        return action.cross is Use.STORE
     wants_mean = action.gate or action.phase is Phase.FIDELITY
-    return use is Use.STORE and (carry.mean == wants_mean)
+    return action.self_ is Use.STORE and (not has_means or carry.mean == wants_mean)
 
 
 def _without_dead_writes(steps: Sequence[Step]) -> tuple[Step, ...]:

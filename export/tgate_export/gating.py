@@ -59,14 +59,16 @@ def variants(*, guided: bool, fidelity_reuse: bool) -> tuple[Variant, ...]:
     """
     both: Halves = "both" if guided else "positive"
     one: Halves = "negative" if guided else "positive"
-    self_mean: tuple[tuple[Kind, bool], ...] = (("self", True),) if fidelity_reuse else ()
+    # With one half there is no mean: self-attention after the gate is carried as it was before it.
+    after: tuple[tuple[Kind, bool], ...] = (("self", guided),) if fidelity_reuse else ()
+    means = after if guided else ()
     graphs = [
-        Variant(name=FULL, halves=both, stores=(("self", False), ("cross", True), *self_mean)),
+        Variant(name=FULL, halves=both, stores=(("self", False), ("cross", True), *means)),
         Variant(name=REUSE_SELF, halves=both, reuses=(("self", False),)),
-        Variant(name=REUSE_CROSS, halves=one, reuses=(("cross", True),), stores=self_mean),
+        Variant(name=REUSE_CROSS, halves=one, reuses=(("cross", True),), stores=after),
     ]
     if fidelity_reuse:
-        graphs.append(Variant(name=REUSE_BOTH, halves=one, reuses=(("self", True), ("cross", True))))
+        graphs.append(Variant(name=REUSE_BOTH, halves=one, reuses=(*after, ("cross", True))))
     if guided:
         graphs.append(Variant(name=UNGUIDED, halves="positive"))
     return tuple(graphs)
@@ -205,7 +207,7 @@ class GatedStep(nn.Module):
         }
         output = self._denoise(self.denoiser, scaled, timestep, conditioning).float()
         if both:
-            negative, positive = output.chunk(2)
+            negative, positive = _halves(output)
             output = negative + _column(step, GUIDANCE) * (positive - negative)
 
         # The sampler: x_{i+1} = sum_j a_j x_{i-j} + sum_j b_j e_{i-j} (tgate_engine.sampler).
@@ -219,10 +221,15 @@ class GatedStep(nn.Module):
     def _store(self, module: str, mean: bool) -> Tensor:
         taken = self._taps.taken[module]
         if mean and len(self._halves) == 2:
-            negative, positive = taken.chunk(2)
+            negative, positive = _halves(taken)
             return (negative + positive) / 2
         # An output may not be the very tensor of another one, nor of the residual stream.
         return taken.clone()
+
+
+def _halves(doubled: Tensor) -> tuple[Tensor, ...]:
+    """[2B, ...] to two of [B, ...], for a B that may be symbolic."""
+    return doubled.unflatten(0, (2, -1)).unbind(0)
 
 
 def _column(step: Tensor, index: int) -> Tensor:

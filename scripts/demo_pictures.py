@@ -23,6 +23,7 @@ GAP_PX = 4
 
 
 def main(bundle: str, output: str) -> None:
+    """Draw every prompt with both plans and save the sheet as ``output``."""
     with Pipeline.open(bundle) as pipe:
         rows = [
             [pipe(prompt, seed=seed, plan=plan).images[0] for seed, prompt in enumerate(PROMPTS)]

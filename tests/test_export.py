@@ -159,7 +159,7 @@ def test_a_full_disk(refused: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: 
 
 def test_a_disk_that_is_too_small(refused: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     usage = shutil.disk_usage(checkpoint)
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr("tgate_export.weights.shutil.disk_usage", lambda _: usage._replace(free=1000))
     line = refused("--model", "sdxl", "--checkpoint", str(checkpoint), "--height", "64", "--width", "64")
     assert "no space" in line
 

@@ -110,9 +110,7 @@ def request_for(variant: str, sampler: str, steps: int, **changes: Any) -> dict[
     }
 
 
-def both(
-    pipe: StableDiffusionXLPipeline, *arguments: Any, m: int, k: int, f: int, w: int, **changes: Any
-) -> float:
+def both(pipe: StableDiffusionXLPipeline, *arguments: Any, m: int, k: int, f: int, w: int, **changes: Any) -> float:
     """Distance between package and written-out reference."""
     settings: dict[str, Any] = {"m": m, "k": k, "f": f, "w": w}
     package = tgate_latents(pipe, **request_for(*arguments, **changes), **settings)
@@ -158,9 +156,7 @@ def test_every_variant(pipes: Pipes, variant: str, negative: str | None) -> None
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 1.5, 7.5])
 def test_batch_of_two(pipes: Pipes, guidance_scale: float) -> None:
     changes = {"prompt": PAIR, "negative_prompt": [NEGATIVE, ""], "guidance_scale": guidance_scale}
-    assert (
-        both(pipes("conv_projection"), "conv_projection", "dpm", 6, m=4, k=2, f=2, w=0, **changes) < TOLERANCE
-    )
+    assert both(pipes("conv_projection"), "conv_projection", "dpm", 6, m=4, k=2, f=2, w=0, **changes) < TOLERANCE
 
 
 def test_batch_is_its_images(checkpoints: dict[str, Path]) -> None:
@@ -211,10 +207,7 @@ def test_the_models_can_fail_parity(pipes: Pipes, variant: str) -> None:
 
     # Cross-attention alone: without guidance, and with all self-attention computed, nothing else differs.
     alone = request_for(variant, tiny_model(variant).scheduler, 8, guidance_scale=1.0)
-    assert (
-        relative(written_out_latents(pipe, **alone, m=2, k=1, f=1, w=0), plain_latents(pipe, **alone))
-        > 1.5e-2
-    )
+    assert relative(written_out_latents(pipe, **alone, m=2, k=1, f=1, w=0), plain_latents(pipe, **alone)) > 1.5e-2
 
     noise = latent_noise(variant, 1)
     shaken = noise * (1 + 1e-6 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(1)))
@@ -314,9 +307,7 @@ def test_fault_1_a_plain_call_afterwards_reuses_cross_attention(
     assert torch.equal(plain_latents(tiny, **request), wanted)
 
 
-def test_fault_2_gate_zero_reuses_the_previous_call(
-    tiny: StableDiffusionXLPipeline, noise: torch.Tensor
-) -> None:
+def test_fault_2_gate_zero_reuses_the_previous_call(tiny: StableDiffusionXLPipeline, noise: torch.Tensor) -> None:
     with restored(tiny, _SAMPLERS["euler"]()):
         fresh = package(tiny, 4, noise, gate_step=0, fi_interval=1)
     # In a fresh pipeline: unguided, on the negative prompt, with nothing reused.
@@ -335,9 +326,7 @@ def test_fault_3_no_guidance_without_lcm(tiny: StableDiffusionXLPipeline, noise:
     pair = latent_noise("conv_projection", 2)
     with restored(tiny, _SAMPLERS["euler"]()):
         mixed = package(tiny, 4, pair, guidance_scale=1.0, prompt=PAIR, negative_prompt=None)
-        caches = [
-            m.cache for m in tiny.unet.modules() if isinstance(m, Attention) and m.to_k.in_features == 48
-        ]
+        caches = [m.cache for m in tiny.unet.modules() if isinstance(m, Attention) and m.to_k.in_features == 48]
     assert {len(cache) for cache in caches} == {1}  # one cross-attention output for two images
     changes = {"prompt": PAIR, "negative_prompt": None, "guidance_scale": 1.0}
     request = request_for("conv_projection", "euler", 4, **changes)
@@ -352,9 +341,7 @@ def test_fault_4_guidance_with_lcm(tiny: StableDiffusionXLPipeline, noise: torch
         package(tiny, 4, noise, lcm=True)  # which error depends on the architecture
 
 
-def test_fault_5_samplers_with_two_calls_per_step(
-    tiny: StableDiffusionXLPipeline, noise: torch.Tensor
-) -> None:
+def test_fault_5_samplers_with_two_calls_per_step(tiny: StableDiffusionXLPipeline, noise: torch.Tensor) -> None:
     heun = HeunDiscreteScheduler(**_NOISE)
     for reference in (tgate_latents, written_out_latents):
         request = request_for("conv_projection", "euler", 4, scheduler=heun)
@@ -456,9 +443,7 @@ def test_checkpoints(checkpoints: dict[str, Path], pipes: Pipes, variant: str) -
 def test_a_checkpoint_is_the_same_each_time(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     again = make_tiny_sdxl(tmp_path, "conv_projection")
     for written in sorted(checkpoints["conv_projection"].rglob("*.safetensors")):
-        assert (
-            written.read_bytes() == (again / written.relative_to(checkpoints["conv_projection"])).read_bytes()
-        )
+        assert written.read_bytes() == (again / written.relative_to(checkpoints["conv_projection"])).read_bytes()
 
 
 def test_unknown_variant(tmp_path: Path) -> None:

@@ -81,9 +81,7 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> Non
     assert wanted <= held
     assert {f"{package}/py.typed" for package in roots} <= held
     assert any(name.startswith("tgate_export/models/") and name.endswith(".safetensors") for name in held)
-    assert {name.partition("/")[0] for name in held - wanted} == {
-        f"tgate_engine-{tgate_engine.__version__}.dist-info"
-    }
+    assert {name.partition("/")[0] for name in held - wanted} == {f"tgate_engine-{tgate_engine.__version__}.dist-info"}
 
 
 def test_a_bare_environment_draws_the_same_picture(bare: Path, mini_bundle: Path, tmp_path: Path) -> None:

@@ -369,9 +369,7 @@ def _fit_last_layer(unet: UNet2DConditionModel, model: TinyModel) -> None:
                 "text_embeds": torch.randn(batch, model.pooled_width),
                 "time_ids": torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]] * batch),
             },
-            timestep_cond=None
-            if model.time_cond_width is None
-            else torch.randn(batch, model.time_cond_width),
+            timestep_cond=None if model.time_cond_width is None else torch.randn(batch, model.time_cond_width),
         )
         hook.remove()
         columns = torch.nn.functional.unfold(features[0], kernel_size=3, padding=1)  # [batch, 9 C, h w]

@@ -179,23 +179,31 @@ def _export(args: argparse.Namespace, report: Reporter) -> Show:
         force=args.force,
         verify=args.verify,
     )
-    path = export(settings, report, lambda stage: _check_export(stage, report))
+    path = export(settings, report, _replay(report) if args.verify else None)
     return lambda: print(path)
 
 
-def _check_export(stage: Path, report: Reporter) -> None:
-    """Replay the goldens of a bundle that is about to get its name."""
+def _replay(report: Reporter) -> Callable[[Path], None]:
+    """What replays the goldens of a bundle that is about to get its name. Asked for before minutes of work."""
     from tgate_engine.bundle import Bundle
 
     with _needs("verifying an export", f"{RUN_ADVICE}; or skip it with --no-verify"):
         from tgate_runtime.verify import verify
-    for golden in verify(Bundle.open(stage, check_digests=False), on_golden=report.progress):
-        if not golden.ok:
-            raise ExportError(
-                f"golden {golden.name} has a relative error of {golden.error:.2e}, tolerance {golden.tolerance:.0e}: "
-                "the graphs do not compute what PyTorch does; nothing was written"
-            )
-        report.note(f"golden {golden.name}: worst relative error {golden.error:.2e}")
+
+    def check(stage: Path) -> None:
+        try:
+            checked = verify(Bundle.open(stage, check_digests=False), on_golden=report.progress)
+        except EngineError as error:
+            raise ExportError(f"{error}; nothing was written (--no-verify exports without a check)") from error
+        for golden in checked:
+            if not golden.ok:
+                raise ExportError(
+                    f"golden {golden.name} has a relative error of {golden.error:.2e}, tolerance "
+                    f"{golden.tolerance:.0e}: the graphs do not compute what PyTorch does; nothing was written"
+                )
+            report.note(f"golden {golden.name}: worst relative error {golden.error:.2e}")
+
+    return check
 
 
 def _print_json(data: Any) -> None:
@@ -279,7 +287,7 @@ def _export_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
     add("--output", type=Path, metavar="DIR", help="bundles/<model> if left out")
     add("--force", action="store_true", help="replace a bundle that is there")
-    add("--no-verify", dest="verify", action="store_false", help="do not replay the goldens before finishing")
+    add("--no-verify", dest="verify", action="store_false", help="record no goldens, and replay none before finishing")
     _common(parser)
     return parser
 

@@ -76,7 +76,8 @@ class Sdxl:
     def denoise(
         self, denoiser: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
-        added = {"text_embeds": conditioning["pooled"], "time_ids": conditioning["time_ids"]}
+        # diffusers joins the pooled text to a float32 sinusoid; eager PyTorch promotes it, a graph must be told.
+        added = {"text_embeds": conditioning["pooled"].float(), "time_ids": conditioning["time_ids"]}
         output: Tensor = denoiser(
             latents,
             timesteps,

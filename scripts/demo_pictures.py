@@ -1,6 +1,6 @@
 """Draws the same prompts and seeds ungated (above) and gated (below), and saves them as one picture.
 
-    python scripts/demo_pictures.py BUNDLE OUTPUT.png
+python scripts/demo_pictures.py BUNDLE OUTPUT.png
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,8 @@ class Subject:
         self, plan: Plan, case: Case, *, prompt: str | list[str] = PROMPT, batch: int = 1
     ) -> NDArray[np.float32]:
         """Final latents of the engine, walking ``plan``."""
-        bundle = self.session.bundle
-        plans = {**bundle.manifest.plans, plan.name: plan}
-        plan.check(bundle.manifest)
-        other = Bundle(bundle.path, replace(bundle.manifest, plans=plans))
-        session = Session(other, self.session.backend, self.session._executables or {})
+        bundle = self.session.bundle.with_plans({plan.name: plan})
+        session = Session(bundle, self.session.backend, self.session._executables or {})
         result = Pipeline(session)(
             prompt,
             plan=plan.name,

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,6 +81,13 @@ class Bundle:
                         "the bundle is damaged: copy or export it again"
                     )
 
+    def with_plans(self, plans: Mapping[str, Plan]) -> Bundle:
+        """The bundle with more plans, in memory alone; each is checked. Raises :class:`PlanError`."""
+        manifest = replace(self.manifest, plans={**self.manifest.plans, **plans})
+        for plan in plans.values():
+            plan.check(manifest)
+        return Bundle(self.path, manifest)
+
     def with_plan(self, plan: Plan, *, force: bool = False) -> Bundle:
         """The bundle with one more plan, its manifest replaced atomically on disk.
 
@@ -90,10 +97,9 @@ class Bundle:
             raise BundleError(
                 f"{self.path} already has a plan {plan.name!r}; use another --name, or --force to replace it"
             )
-        manifest = replace(self.manifest, plans={**self.manifest.plans, plan.name: plan})
-        plan.check(manifest)
-        write_atomically(self.path / MANIFEST_FILE, dump_manifest(manifest).encode())
-        return Bundle(self.path, manifest)
+        bundle = self.with_plans({plan.name: plan})
+        write_atomically(self.path / MANIFEST_FILE, dump_manifest(bundle.manifest).encode())
+        return bundle
 
     def size_bytes(self) -> int:
         """The size of all files on disk, the manifest included."""

@@ -21,7 +21,10 @@ from safetensors import safe_open
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.cli import export_main
+from tgate_engine.errors import ExportError
 from tgate_export import weights
+from tgate_export.checkpoint import Checkpoint
+from tgate_export.graphs import WeightRef
 
 Run = Callable[..., str]
 
@@ -55,7 +58,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
         (["--model", "mini-sdxl", "--k", "0"], ["k = 0", "at least 1"]),
         (["--model", "mini-sdxl", "--warm-up", "-1"], ["-1", "at least 0"]),
         (["--model", "mini-sdxl", "--fidelity-interval", "0"], ["f = 0", "at least 1"]),
-        (["--model", "mini-sdxl", "--height", "100"], ["--height", "multiple of 16", "100", "96 and 112"]),
+        (["--model", "mini-sdxl", "--height", "100"], ["--height", "multiple of 8", "100", "96 and 104"]),
         (["--model", "mini-sdxl", "--width", "0"], ["--width", "0"]),
         (["--model", "mini-sdxl", "--sampler", "dpmpp_2n"], ["dpmpp_2n", "dpmpp_2m"]),
         (["--model", "mini-sdxl", "--guidance-scale", "nan"], ["nan"]),
@@ -157,11 +160,15 @@ def test_a_full_disk(refused: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: 
     assert "no space left" in line.lower()
 
 
-def test_a_disk_that_is_too_small(refused: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path
+) -> None:
     usage = shutil.disk_usage(checkpoint)
     monkeypatch.setattr("tgate_export.weights.shutil.disk_usage", lambda _: usage._replace(free=1000))
-    line = refused("--model", "sdxl", "--checkpoint", str(checkpoint), "--height", "64", "--width", "64")
-    assert "no space" in line
+    ref = WeightRef(component="unet", key="conv_in.weight", transposed=False, shape=(16, 4, 3, 3), dtype="float32")
+    with pytest.raises(ExportError, match="no space for the weights"):
+        weights.write_weights(tmp_path / "w", [ref], Checkpoint.open(str(checkpoint)), lambda done, total: None)
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("seconds", [0.0, 6.0])

@@ -7,7 +7,6 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 from safetensors import safe_open
@@ -159,7 +158,7 @@ def test_every_damaged_file_is_found(mini_bundle: Path, tmp_path: Path, capsys: 
 
 
 def test_pictures_show_what_was_asked_for(mini_bundle: Path) -> None:
-    """A sample of the model card's claim: 85 % of first objects right on 500 captions. Far below it on 40 is a fault."""
+    """A sample of the model card's claim: 85 % of first objects right of 500. Far below it on 40 is a fault."""
     captions = evaluation_captions(40)
     with Pipeline.open(mini_bundle, threads=1) as pipe:
         score = score_pictures(captions, draw(pipe, "default", captions, seed=1000, workers=2))

@@ -103,8 +103,8 @@ class Sdxl:
         return _SdxlText(*encoders)
 
     def size_multiple(self, checkpoint: Checkpoint) -> int:
-        """Pixels per step of size: the decoder's factor times the U-Net's deepest downsampling."""
-        return checkpoint.vae_factor() * 2 ** (len(checkpoint.config("unet")["block_out_channels"]) - 1)
+        """The decoder's factor; the U-Net itself takes latents that do not halve evenly."""
+        return checkpoint.vae_factor()
 
     def default_size(self, checkpoint: Checkpoint) -> int:
         return int(checkpoint.config("unet")["sample_size"]) * checkpoint.vae_factor()

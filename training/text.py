@@ -1,0 +1,141 @@
+"""Captions to SDXL conditioning, and a short warm start of the text encoders without the UNet.
+
+The warm start asks a throw-away head to read the attributes of the scene (colour and shape of each item
+in caption order, layout, background, texture) off the very states that the UNet will attend to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from training.grammar import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, Scene, draw_scene, training_caption
+from training.models import build_text_encoders
+from training.settings import MAX_TOKENS, SETTINGS, Settings
+from training.tokenizer import build_tokenizer
+
+_SLOTS = 3
+_LAYOUTS = ("centre", "left", "right", "top", "bottom", "above", "below", "row", "column")
+_HEADS = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1}
+_SCENE_HEADS = {
+    "layout": len(_LAYOUTS) + 1,
+    "background": len(BACKGROUNDS) + 1,
+    "texture": len(TEXTURES) + 1,
+}
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """int64 [B, 48], padded with end-of-text."""
+    encoded = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    return torch.as_tensor(encoded.input_ids)
+
+
+def encode(
+    text_1: CLIPTextModel, text_2: CLIPTextModelWithProjection, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """SDXL's conditioning of ids [B, 48]: penultimate states [B, 48, width 1 + width 2], pooled [B, P]."""
+    first = text_1(ids, output_hidden_states=True)
+    second = text_2(ids, output_hidden_states=True)
+    states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    return states, second.text_embeds
+
+
+class _Reader(nn.Module):
+    """Attribute logits: per slot by attention over the states, for the scene and slot 0 from the pooled vector."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        width, pooled = settings.cross_attention_dim, settings.text_projection_dim
+        self.queries = nn.Parameter(torch.randn(_SLOTS + 1, width) * 0.1)
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.slots = nn.ModuleDict({name: nn.Linear(width, size) for name, size in _HEADS.items()})
+        self.scene = nn.ModuleDict({name: nn.Linear(width, size) for name, size in _SCENE_HEADS.items()})
+        self.pooled = nn.ModuleDict({name: nn.Linear(pooled, size) for name, size in (_HEADS | _SCENE_HEADS).items()})
+
+    def forward(self, states: torch.Tensor, pooled: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
+        queries = self.queries.expand(len(states), -1, -1)
+        read, _ = self.attention(queries, states, states, need_weights=False)
+        loss = states.new_zeros(())
+        for name in _HEADS:
+            logits = self.slots[name](read[:, :_SLOTS])
+            loss = loss + functional.cross_entropy(logits.flatten(0, 1), targets[name].flatten())
+            loss = loss + 0.3 * functional.cross_entropy(self.pooled[name](pooled), targets[name][:, 0])
+        for name in _SCENE_HEADS:
+            loss = loss + 0.5 * functional.cross_entropy(self.scene[name](read[:, _SLOTS]), targets[name])
+            loss = loss + 0.3 * functional.cross_entropy(self.pooled[name](pooled), targets[name])
+        return loss
+
+
+def _targets(scenes: list[Scene], captions: list[str]) -> dict[str, torch.Tensor]:
+    """Class indices; the last class of every head means "the caption does not say"."""
+
+    def said(name: str, names: tuple[str, ...], caption: str) -> int:
+        return names.index(name) if name in names and f"{name} " in f"{caption} " else len(names)
+
+    def slot(scene: Scene, attribute: str, names: tuple[str, ...]) -> list[int]:
+        present = [names.index(getattr(item, attribute)) for item in scene.items]
+        return present + [len(names)] * (_SLOTS - len(present))
+
+    pairs = list(zip(scenes, captions, strict=True))
+    return {
+        "colour": torch.tensor([slot(scene, "colour", tuple(COLOURS)) for scene in scenes]),
+        "shape": torch.tensor([slot(scene, "shape", SHAPES) for scene in scenes]),
+        "layout": torch.tensor([said(scene.layout, _LAYOUTS, caption) for scene, caption in pairs]),
+        "background": torch.tensor([said(scene.background, tuple(BACKGROUNDS), caption) for scene, caption in pairs]),
+        "texture": torch.tensor([said(scene.texture, TEXTURES, caption) for scene, caption in pairs]),
+    }
+
+
+def warm_start(
+    text_1: CLIPTextModel,
+    text_2: CLIPTextModelWithProjection,
+    tokenizer: CLIPTokenizer,
+    settings: Settings,
+) -> float:
+    """Train both encoders in place for `settings.text_warmup_steps`; returns the last loss in nats."""
+    reader = _Reader(settings)
+    parameters = [*text_1.parameters(), *text_2.parameters(), *reader.parameters()]
+    steps = settings.text_warmup_steps
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.5e-3, total_steps=steps)
+    rng = random.Random(f"text-{settings.seed}")
+    loss = torch.zeros(())
+    for step in range(steps):
+        scenes = [draw_scene(rng) for _ in range(64)]
+        captions = [training_caption(scene, rng) for scene in scenes]
+        states, pooled = encode(text_1, text_2, token_ids(tokenizer, captions))
+        loss = reader(states, pooled, _targets(scenes, captions))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            print(f"step {step}, loss {loss.item():.3f} nats", flush=True)
+    return loss.item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path(".cache/training"), help="folder of the checkpoints")
+    work = parser.parse_args().work
+    torch.set_num_threads(1)
+    torch.manual_seed(SETTINGS.seed)
+    tokenizer = build_tokenizer()
+    text_1, text_2 = build_text_encoders(SETTINGS, tokenizer)
+    loss = warm_start(text_1, text_2, tokenizer, SETTINGS)
+    weights = {f"text_1.{name}": value for name, value in text_1.state_dict().items()}
+    weights |= {f"text_2.{name}": value for name, value in text_2.state_dict().items()}
+    save_file({name: value.contiguous() for name, value in weights.items()}, work / "text-warm.safetensors")
+    print(f"last loss {loss:.3f} nats")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Trains the UNet and both text encoders jointly on pool latents: epsilon prediction, min-SNR-5 weights, EMA."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from training.budget import Budget, append_row, save_checkpoint, set_lr
+from training.grammar import Scene, training_caption
+from training.models import build_text_encoders, build_unet, time_ids, training_noise
+from training.parallel import average_gradients, launch
+from training.pool import pool_scene
+from training.settings import LATENT_PX, SETTINGS, Settings
+from training.text import encode, token_ids
+from training.tokenizer import build_tokenizer
+
+_MIN_SNR = 5.0
+_LOG_EVERY = 20
+_SAVE_EVERY_S = 150.0
+_CLOSE_UP = 8  # side of a close-up, in latents
+
+
+def loss_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """min(SNR, 5) / SNR for every timestep [1000] (Hang et al. 2023, section 3.4, epsilon prediction)."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(max=_MIN_SNR) / snr
+
+
+@torch.no_grad()
+def update_ema(average: dict[str, torch.Tensor], model: nn.Module, step: int, decay: float) -> None:
+    """Move `average` towards the model's weights in place; the decay itself warms up over the first steps."""
+    keep = min(decay, (1 + step) / (10 + step))
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            average[name].lerp_(value, 1 - keep)
+
+
+@torch.no_grad()
+def start_transparent(unet: UNet2DConditionModel) -> None:
+    """Zero the last layer of every residual branch, so that early gradients reach all depths undisturbed."""
+    for name, module in unet.named_modules():
+        if name.endswith((".conv2", ".proj_out", "conv_out", ".ff.net.2", ".to_out.0")):
+            scale = 0.2 if name.endswith((".ff.net.2", ".to_out.0")) else 0.0
+            module.weight *= scale
+            module.bias *= scale
+
+
+def close_up(scene: Scene, rng: random.Random) -> tuple[Scene, int, int] | None:
+    """A window of 8x8 latents that holds one whole item and no other: (scene of that item, column, row).
+
+    None if the drawn item has a neighbour in every window tried. Close-ups cost a quarter of a whole picture
+    and are all object; training starts with them.
+    """
+    item = rng.choice(scene.items)
+    for _ in range(4):
+        column, row = (
+            min(max(round((centre + rng.uniform(-8, 8)) / 8) - _CLOSE_UP // 2, 0), LATENT_PX - _CLOSE_UP)
+            for centre in (item.x_px, item.y_px)
+        )
+        left, top, side = column * 8, row * 8, _CLOSE_UP * 8
+        whole = (
+            left <= item.x_px - item.radius_px + 2
+            and item.x_px + item.radius_px - 2 <= left + side
+            and top <= item.y_px - item.radius_px + 2
+            and item.y_px + item.radius_px - 2 <= top + side
+        )
+        alone = all(
+            other is item
+            or other.x_px + other.radius_px < left
+            or other.x_px - other.radius_px > left + side
+            or other.y_px + other.radius_px < top
+            or other.y_px - other.radius_px > top + side
+            for other in scene.items
+        )
+        if whole and alone:
+            return replace(scene, items=(item,), layout="centre"), column, row
+    return None
+
+
+def draw_batch(
+    latents: torch.Tensor, scenes: list[Scene], rng: random.Random, count: int, *, close_ups: bool
+) -> tuple[torch.Tensor, list[Scene]]:
+    """Clean latents, float [count, 4, 16, 16] or close-ups [3 * count, 4, 8, 8], with their scenes."""
+    if not close_ups:
+        chosen = [rng.randrange(len(scenes)) for _ in range(count)]
+        return latents[chosen].float(), [scenes[index] for index in chosen]
+    windows: list[torch.Tensor] = []
+    shown: list[Scene] = []
+    while len(windows) < 3 * count:
+        index = rng.randrange(len(scenes))
+        found = close_up(scenes[index], rng)
+        if found is not None:
+            scene, column, row = found
+            windows.append(latents[index, :, row : row + _CLOSE_UP, column : column + _CLOSE_UP].float())
+            shown.append(scene)
+    return torch.stack(windows), shown
+
+
+def captions_for(scenes: list[Scene], rng: random.Random, dropout: float) -> list[str]:
+    """A fresh wording of each scene, or the empty caption with probability `dropout`."""
+    return ["" if rng.random() < dropout else training_caption(scene, rng) for scene in scenes]
+
+
+def train(rank: int, work: Path, seconds: float, settings: Settings) -> None:
+    """Train as worker `rank` for `seconds` in all; resumes denoiser.ckpt, worker 0 writes the checkpoints."""
+    torch.manual_seed(settings.seed)
+    tokenizer = build_tokenizer()
+    text_1, text_2 = build_text_encoders(settings, tokenizer)
+    model = nn.ModuleDict({"unet": build_unet(settings), "text_1": text_1, "text_2": text_2})
+    start_transparent(model["unet"])
+    model.load_state_dict(load_file(work / "text-warm.safetensors"), strict=False)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
+    )
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    checkpoint, step, spent = work / "denoiser.ckpt", 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, step, spent = state["ema"], state["step"], state["spent_s"]
+    model["unet"].to(memory_format=torch.channels_last)
+
+    latents = load_file(work / "pool.safetensors")["latents"]
+    scenes = [pool_scene(index, settings.seed) for index in range(len(latents))]
+    noise_levels = training_noise()
+    weights = loss_weights(noise_levels.alphas_cumprod)
+    batch = settings.batch // settings.workers
+    rng = random.Random(f"denoiser-{settings.seed}-{step}-{rank}")
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step * settings.workers + rank)
+    budget = Budget(seconds=seconds, peak_lr=settings.lr, warmup_steps=settings.warmup_steps, spent_s=spent)
+    spent = saved = budget.spent_s
+    running: list[tuple[float, float]] = []
+    while spent < seconds:
+        close_ups = spent < settings.close_up_share * seconds
+        clean, shown = draw_batch(latents, scenes, rng, batch, close_ups=close_ups)
+        noise = torch.randn(clean.shape, generator=generator)
+        steps_t = torch.randint(0, 1000, (len(clean),), generator=generator)
+        noisy = noise_levels.add_noise(clean, noise, steps_t).contiguous(memory_format=torch.channels_last)
+        captions = captions_for(shown, rng, settings.caption_dropout)
+        states, pooled = encode(text_1, text_2, token_ids(tokenizer, captions))
+        conditions = {"text_embeds": pooled, "time_ids": time_ids(len(clean))}
+        predicted = model["unet"](noisy, steps_t, states, added_cond_kwargs=conditions).sample
+        errors = (predicted - noise).square().mean(dim=(1, 2, 3))
+        loss = (errors * weights[steps_t]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+
+        spent = average_gradients(parameters, budget.spent_s)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        set_lr(optimizer, budget.lr(step, spent))
+        optimizer.step()
+        step += 1
+        update_ema(average, model, step, settings.ema_decay)
+        running.append((loss.item(), errors.mean().item()))
+        if rank == 0 and len(running) == _LOG_EVERY:
+            weighted, plain = (sum(column) / len(running) for column in zip(*running, strict=True))
+            row = {"step": step, "spent_s": round(spent, 1), "close_ups": int(close_ups)} | {
+                "weighted_mse": round(weighted, 5),
+                "mse": round(plain, 5),
+            }
+            append_row(work / "denoiser.csv", row)
+            running = []
+        if rank == 0 and (spent - saved > _SAVE_EVERY_S or spent >= seconds):
+            saved = spent
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": average}
+            save_checkpoint(checkpoint, {**state, "step": step, "spent_s": spent})
+            save_file({k: v.contiguous() for k, v in average.items()}, work / "denoiser-ema.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path(".cache/training"), help="folder of the checkpoints")
+    parser.add_argument("--seconds", type=float, default=4200.0, help="wall-clock budget of all runs together")
+    arguments = parser.parse_args()
+    launch(train, SETTINGS.workers, arguments.work, arguments.seconds, SETTINGS)
+
+
+if __name__ == "__main__":
+    main()

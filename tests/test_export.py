@@ -36,6 +36,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     def run(*arguments: str) -> str:
         output = tmp_path / "out" / "bundle"
         before = sorted(tmp_path.rglob("out/**"))
+        capsys.readouterr()  # what fixtures printed
         code = export_main([*arguments, "--output", str(output), "--quiet"])
         error = capsys.readouterr().err
         assert code != 0
@@ -59,7 +60,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
         (["--model", "mini-sdxl", "--warm-up", "-1"], ["-1", "at least 0"]),
         (["--model", "mini-sdxl", "--fidelity-interval", "0"], ["f = 0", "at least 1"]),
         (["--model", "mini-sdxl", "--height", "100"], ["--height", "multiple of 8", "100", "96 and 104"]),
-        (["--model", "mini-sdxl", "--width", "0"], ["--width", "0"]),
+        (["--model", "mini-sdxl", "--width", "0"], ["--width", "got 0"]),
         (["--model", "mini-sdxl", "--sampler", "dpmpp_2n"], ["dpmpp_2n", "dpmpp_2m"]),
         (["--model", "mini-sdxl", "--guidance-scale", "nan"], ["nan"]),
         (["--model", "mini-sdxl", "--batch", "4:1"], ["4:1"]),

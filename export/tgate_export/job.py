@@ -90,12 +90,13 @@ def prepare(settings: ExportSettings) -> Job:
         checkpoint.tensors(component)
 
     multiple, default = family.size_multiple(checkpoint), family.default_size(checkpoint)
-    height, width = settings.height or default, settings.width or default
-    for name, size, given in (("--height", height, settings.height), ("--width", width, settings.width)):
-        if size % multiple or (given is not None and given < multiple):
-            below = max(multiple, (given or size) // multiple * multiple)
+    height = default if settings.height is None else settings.height
+    width = default if settings.width is None else settings.width
+    for name, size in (("--height", height), ("--width", width)):
+        if size < multiple or size % multiple:
+            below = max(multiple, size // multiple * multiple)
             raise ExportError(
-                f"{name} must be a multiple of {multiple} pixels for this model, got {given or size}; "
+                f"{name} must be a multiple of {multiple} pixels for this model, got {size}; "
                 f"the nearest are {below} and {below + multiple}"
             )
     compiled = compile_sampler(settings.sampler or model.sampler, checkpoint.scheduler_config(), steps)

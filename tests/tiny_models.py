@@ -94,6 +94,8 @@ _MODELS: dict[str, TinyModel] = {
         force_zeros=True,
         scheduler="euler",
         legacy_eos=True,
+        sharpness=1.5,
+        level_gain=2.0,
     ),
     # The smallest: two levels, one layer, attention at the finest level, convolutional projections.
     "conv_projection": TinyModel(

@@ -187,7 +187,7 @@ def dump_manifest(manifest: Manifest) -> str:
     """The manifest as JSON text, with ``digest``: SHA-256 over its own content, so that damage shows."""
     data = _encode(manifest)
     data["digest"] = _content_digest(data)
-    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False) + "\n"
 
 
 def parse_manifest(text: str | bytes) -> Manifest:

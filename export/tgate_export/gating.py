@@ -212,9 +212,11 @@ class GatedStep(nn.Module):
 
         # The sampler: x_{i+1} = sum_j a_j x_{i-j} + sum_j b_j e_{i-j} (tgate_engine.sampler).
         past = [(named[f"latents.{j}"], named[f"output.{j}"]) for j in range(1, HISTORY + 1)]
-        following = torch.zeros_like(latents)
-        for j, (x, e) in enumerate([(latents, output), *past]):
-            following = following + _column(step, LATENTS.start + j) * x + _column(step, OUTPUTS.start + j) * e
+        terms = [
+            _column(step, LATENTS.start + j) * x + _column(step, OUTPUTS.start + j) * e
+            for j, (x, e) in enumerate([(latents, output), *past])
+        ]
+        following = functools.reduce(torch.add, terms)
 
         return following, output, *(self._store(module, mean) for module, _, mean in self._stored)
 

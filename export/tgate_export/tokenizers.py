@@ -15,6 +15,7 @@ from tgate_export.checkpoint import Checkpoint
 def export_tokenizer(checkpoint: Checkpoint, name: str, input_name: str, length: int, target: Path) -> Tokenizer:
     """Write tokenizer ``name`` of the checkpoint to ``target`` (a file in the bundle's ``tokenizer`` directory).
 
+    Where the same tokenizer lies there already, under a name that sorts before, that file is used.
     Raises :class:`ExportError` where it does not load.
     """
     directory = checkpoint.root / name
@@ -28,6 +29,11 @@ def export_tokenizer(checkpoint: Checkpoint, name: str, input_name: str, length:
     backend.no_padding()
     target.parent.mkdir(parents=True, exist_ok=True)
     backend.save(str(target))
+    for other in sorted(target.parent.iterdir()):
+        if other < target and other.read_bytes() == target.read_bytes():
+            target.unlink()
+            target = other
+            break
     if not isinstance(loaded.pad_token_id, int):
         raise ExportError(f"{directory} names no padding token")
     return Tokenizer(

@@ -99,7 +99,7 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
             checkpoint,
             name,
             f"ids.{i}",
-            int(checkpoint.config(component)["max_position_embeddings"]),
+            checkpoint.token_length(name, component),
             stage / "tokenizer" / f"{i}.json",
         )
         for i, (name, component) in enumerate(zip(family.tokenizers, family.text_components, strict=True))

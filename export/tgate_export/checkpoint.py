@@ -66,6 +66,13 @@ class Checkpoint:
             self._tensors[component] = TensorFiles.open(self.root / component, self.prefer_half)
         return self._tensors[component]
 
+    def token_length(self, tokenizer: str, encoder: str) -> int:
+        """Tokens of a prompt, start and end included: what both the tokenizer and the encoder take."""
+        length = int(self.config(encoder)["max_position_embeddings"])
+        path = self.root / tokenizer / "tokenizer_config.json"
+        named = _read_json(path).get("model_max_length") if path.is_file() else None
+        return min(length, int(named)) if isinstance(named, (int, float)) else length
+
     def vae_factor(self) -> int:
         """Pixels per latent pixel."""
         return int(2 ** (len(self.config("vae")["block_out_channels"]) - 1))

@@ -15,6 +15,7 @@ from tgate_export.checkpoint import Checkpoint
 def export_tokenizer(checkpoint: Checkpoint, name: str, input_name: str, length: int, target: Path) -> Tokenizer:
     """Write tokenizer ``name`` of the checkpoint to ``target`` (a file in the bundle's ``tokenizer`` directory).
 
+    ``length``: tokens of a prompt, start and end included.
     Where the same tokenizer lies there already, under a name that sorts before, that file is used.
     Raises :class:`ExportError` where it does not load.
     """
@@ -39,6 +40,6 @@ def export_tokenizer(checkpoint: Checkpoint, name: str, input_name: str, length:
     return Tokenizer(
         file=f"{target.parent.name}/{target.name}",
         input=input_name,
-        length=min(length, int(loaded.model_max_length)),
+        length=length,
         pad_id=loaded.pad_token_id,
     )

@@ -90,7 +90,7 @@ class Sdxl:
     def conditioning(self, checkpoint: Checkpoint, height: int, width: int) -> Sequence[ConditioningInput]:
         """Text and pooled text from both encoders, and the size row: no crop, original and target size the output's."""
         first, second = (checkpoint.config(component) for component in self.text_components)
-        length = int(first["max_position_embeddings"])
+        length = checkpoint.token_length(self.tokenizers[0], self.text_components[0])
         width_text = int(first["hidden_size"]) + int(second["hidden_size"])
         sizes = (float(height), float(width), 0.0, 0.0, float(height), float(width))
         return (

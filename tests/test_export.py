@@ -23,7 +23,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.cli import export_main
 from tgate_engine.errors import ExportError
 from tgate_export import weights
-from tgate_export.checkpoint import Checkpoint
+from tgate_export.checkpoints import Checkpoint
 from tgate_export.graphs import WeightRef
 
 Run = Callable[..., str]

@@ -22,7 +22,7 @@ from tgate_engine.manifest import Macs, TensorSpec
 from tgate_engine.rows import STEP_ROW
 from tgate_engine.schedule import Phase, Schedule, Use
 from tgate_export import macs
-from tgate_export.checkpoint import Checkpoint
+from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.sdxl import Sdxl
 from tgate_export.gating import GatedStep, variants
 from tgate_export.graphs import store_linears_transposed, trace

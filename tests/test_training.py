@@ -1,15 +1,27 @@
-"""The data of the embedded model, and the judge of its pictures."""
+"""The data of the embedded models, how one is assembled, and the judge of their pictures."""
 
 from __future__ import annotations
 
 import random
+import string
+from pathlib import Path
 
 import numpy as np
+import torch
+from diffusers import PixArtAlphaPipeline
+from safetensors.torch import save_file
+from transformers import T5Tokenizer
 
+from training.assemble import assemble
 from training.classifier import held_out_accuracy, load_classifier
 from training.evaluate import evaluation_captions, named_pairs
-from training.grammar import draw_scene, is_held_out, training_caption, write_caption
+from training.grammar import draw_scene, is_held_out, training_caption, vocabulary_words, write_caption
+from training.pixart import build_tokenizer
+from training.pool import MINI_SDXL
 from training.render import render
+from training.settings import MAX_PIPELINE_BYTES, PIXART_SETTINGS
+from training.text import t5_encode
+from training.train_denoiser import build
 
 
 def test_the_judge_is_right_on_renders_it_never_saw() -> None:
@@ -40,3 +52,40 @@ def test_a_scene_is_always_drawn_alike() -> None:
     assert picture.shape == (128, 128, 3)
     assert picture.dtype == np.uint8
     np.testing.assert_array_equal(picture, render(scene))
+
+
+def test_the_t5_vocabulary_has_every_caption_word_and_spells_other_ascii() -> None:
+    tokenizer = build_tokenizer()
+    end = tokenizer.eos_token_id
+    for word in vocabulary_words():
+        assert tokenizer(word).input_ids == [tokenizer.convert_tokens_to_ids(f"▁{word}"), end]
+    rng = random.Random(11)
+    for _ in range(50):
+        text = "".join(rng.choices(string.printable, k=40))
+        ids = tokenizer(text).input_ids
+        assert tokenizer.unk_token_id not in ids
+        spelt = "".join(tokenizer.convert_ids_to_tokens(ids[:-1])).replace("▁", "")
+        assert spelt == "".join(text.split())
+
+
+def test_mini_pixart_is_assembled_within_the_budget_and_loads(tmp_path: Path) -> None:
+    """From untrained weights; it reuses mini-sdxl's autoencoder and conditions as in training, padded to 120 or not."""
+    work, folder = tmp_path / "work", tmp_path / "mini-pixart"
+    work.mkdir()
+    state = build("mini-pixart")[0].parts.state_dict()
+    save_file({name: value.clone().contiguous() for name, value in state.items()}, work / "mini-pixart-ema.safetensors")
+    assert sum(assemble("mini-pixart", work, folder).values()) <= MAX_PIPELINE_BYTES
+    for path in (MINI_SDXL / "vae").iterdir():
+        assert (folder / "vae" / path.name).read_bytes() == path.read_bytes()
+
+    pipe = PixArtAlphaPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    assert (folder / "tokenizer" / "tokenizer.json").is_file()
+    tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer")
+    for caption in ("", "a red circle above a small blue square", "seven!"):
+        assert tokenizer(caption).input_ids == build_tokenizer()(caption).input_ids
+        padded, _, _, _ = pipe.encode_prompt(caption, False, clean_caption=False)
+        with torch.no_grad():
+            states, mask = t5_encode(pipe.text_encoder, tokenizer, [caption])
+        assert padded.shape == (1, 120, PIXART_SETTINGS.text_width)
+        assert mask.all()
+        torch.testing.assert_close(padded[:, : mask.shape[1]], states, atol=1e-4, rtol=0)

@@ -27,10 +27,11 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "width": m.width,
         "latents": list(m.latents),
         "batch": list(m.batch),
-        "guided": m.guided,
+        "frames": m.frames,
+        "guidance": m.guidance,
         "bytes": {
             "total": bundle.size_bytes(),
-            "weights": m.files[m.weights].bytes,
+            "weights": m.files[m.weights].bytes if m.weights else 0,
             "graphs": sum(m.files[file].bytes for file in {graph.file for graph in m.graphs.values()}),
         },
         "graphs": {

@@ -12,27 +12,47 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from tgate_engine.errors import BundleError, TgateError
 from tgate_engine.plan import Plan
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 DTYPES = ("float32", "float16", "bfloat16", "int64", "uint8")
 
 Dim = int | str
-"""A fixed size, ``"batch"`` (B) or ``"2*batch"`` (2B, both halves of guidance)."""
+"""A fixed size, ``"batch"`` (B) or a multiple of it: ``"2*batch"`` (both halves of guidance), ``"50*batch"`` (both
+halves of 25 frames)."""
+
+Guidance = Literal["classifier-free", "embedded", "none"]
+GUIDANCE: tuple[Guidance, ...] = get_args(Guidance)
+SOURCES = ("text", "image", "constant")
+NEGATIVES = ("own", "same", "zeros")
 
 T = TypeVar("T")
+L = TypeVar("L", bound=str)
 
+_MULTIPLE = re.compile(r"(?:([1-9]\d*)\*)?batch")
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 def resolve(shape: Sequence[Dim], batch: int) -> tuple[int, ...]:
     """The sizes of ``shape`` for a batch of ``batch`` images."""
-    sizes = {"batch": batch, "2*batch": 2 * batch}
-    return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape)
+    return tuple(multiple(dim) * batch if isinstance(dim, str) else dim for dim in shape)
+
+
+def multiple(dim: str) -> int:
+    """How many times the batch ``"batch"`` or ``"<n>*batch"`` is. Raises :class:`BundleError` for anything else."""
+    found = _MULTIPLE.fullmatch(dim)
+    if found is None:
+        raise BundleError(f"{dim!r} is neither 'batch' nor a multiple such as '2*batch'")
+    return int(found[1] or 1)
+
+
+def batches(count: int) -> str:
+    """The dimension that is ``count`` times the batch."""
+    return "batch" if count == 1 else f"{count}*batch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +131,15 @@ class Conditioning:
     """One tensor that conditions the denoiser, per half of guidance.
 
     The denoising graphs take it as ``<name>.negative`` and ``<name>.positive``, each of batch B. It is an
-    output of the text graph (``source = "text"``) or the constant row ``value`` (``source = "constant"``).
+    output of the text graph (``source = "text"``), of the image graph (``"image"``) or the constant row ``value``
+    (``"constant"``). ``negative`` says what the negative half takes: the negative prompt's ``"own"`` value, the
+    ``"same"`` as the positive half (as constants always do), or ``"zeros"``.
     """
 
     name: str
     source: str
     value: tuple[float, ...] = ()
+    negative: str = "own"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +161,14 @@ class Golden:
 class Manifest:
     """Everything about a bundle except its tensors. Immutable; one per bundle.
 
-    ``latents``: [channels, height, width] of one image's latents. ``batch``: least and largest number of images
-    in one run. ``guided``: the denoising graphs hold both halves of classifier-free guidance.
+    ``latents``: the shape of one image's latents, [C, h, w]; of one video's, [F, C, h, w] or [C, F, h, w].
+    ``frames``: pictures of one result, 1 unless it is a video; ``fps``: how many a second, 0 for no video.
+    ``batch``: least and largest number of images (or videos) in one run.
+    ``guidance``: ``"classifier-free"`` (the denoising graphs hold both halves), ``"embedded"`` (one half, the scale
+    is an input of the network) or ``"none"``.
     ``zero_negative``: a request without a negative prompt uses zeros in place of its text (SDXL's convention).
+    ``weights``, ``text``, ``image``, ``decoder``: the weight file and the names of graphs; empty where the export
+    left them out.
     """
 
     model: str
@@ -151,11 +179,14 @@ class Manifest:
     width: int
     latents: tuple[int, ...]
     batch: tuple[int, int]
-    guided: bool
+    frames: int
+    fps: int
+    guidance: Guidance
     guidance_scale: float
     zero_negative: bool
     weights: str
     text: str
+    image: str
     decoder: str
     graphs: Mapping[str, GraphSpec]
     carries: tuple[Carry, ...]
@@ -175,6 +206,15 @@ class Manifest:
         except KeyError:
             have = ", ".join(sorted(self.plans))
             raise BundleError(f"the bundle has no plan {name!r}; it has {have}. Add one with `tgate plan`.") from None
+
+    @property
+    def guided(self) -> bool:
+        """Whether the denoising graphs hold both halves of classifier-free guidance."""
+        return self.guidance == "classifier-free"
+
+    def conditioned_by(self, source: str) -> tuple[str, ...]:
+        """The conditioning tensors of that source."""
+        return tuple(c.name for c in self.conditioning if c.source == source)
 
     def carry_specs(self) -> dict[str, Carry]:
         return {carry.name: carry for carry in self.carries}
@@ -289,6 +329,13 @@ class _Reader:
     def name(self, key: str) -> str:
         return check_name(self.text(key))
 
+    def choice(self, key: str, choices: Sequence[L]) -> L:
+        value = self.text(key)
+        for choice in choices:
+            if value == choice:
+                return choice
+        raise BundleError(f"{self.where}.{key}: expected one of {', '.join(choices)}, got {value!r:.60}")
+
     def whole_tuple(self, key: str) -> tuple[int, ...]:
         values = self.get(key, list)
         if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values):
@@ -317,8 +364,8 @@ class _Reader:
         dims = self.get(key, list)
         for dim in dims:
             fixed = isinstance(dim, int) and not isinstance(dim, bool) and dim >= 1
-            if not fixed and dim not in ("batch", "2*batch"):
-                raise BundleError(f"{self.where}.{key}: {dim!r} is neither a size, 'batch' nor '2*batch'")
+            if not fixed and not (isinstance(dim, str) and _MULTIPLE.fullmatch(dim)):
+                raise BundleError(f"{self.where}.{key}: {dim!r} is neither a size, 'batch' nor a multiple of it")
         return tuple(dims)
 
 
@@ -340,13 +387,10 @@ def _graph(r: _Reader) -> GraphSpec:
 
 
 def _carry(r: _Reader) -> Carry:
-    attention = r.text("attention")
-    if attention not in ("self", "cross"):
-        raise BundleError(f"{r.where}.attention: expected 'self' or 'cross', got {attention!r}")
     return Carry(
         name=r.text("name"),
         module=r.text("module"),
-        attention=attention,
+        attention=r.choice("attention", ("self", "cross")),
         mean=r.flag("mean"),
         dtype=r.dtype("dtype"),
         shape=r.shape("shape"),
@@ -354,11 +398,13 @@ def _carry(r: _Reader) -> Carry:
 
 
 def _conditioning(r: _Reader) -> Conditioning:
-    source = r.text("source")
-    if source not in ("text", "constant"):
-        raise BundleError(f"{r.where}.source: expected 'text' or 'constant', got {source!r}")
     value = r.get("value", list)
-    return Conditioning(name=r.text("name"), source=source, value=tuple(r.finite("value", v) for v in value))
+    return Conditioning(
+        name=r.text("name"),
+        source=r.choice("source", SOURCES),
+        value=tuple(r.finite("value", v) for v in value),
+        negative=r.choice("negative", NEGATIVES),
+    )
 
 
 def _tokenizer(r: _Reader) -> Tokenizer:
@@ -396,11 +442,14 @@ def _manifest(r: _Reader) -> Manifest:
         width=r.whole("width", 1),
         latents=r.whole_tuple("latents"),
         batch=(batch[0], batch[1]),
-        guided=r.flag("guided"),
+        frames=r.whole("frames", 1),
+        fps=r.whole("fps"),
+        guidance=r.choice("guidance", GUIDANCE),
         guidance_scale=r.number("guidance_scale"),
         zero_negative=r.flag("zero_negative"),
-        weights=r.name("weights"),
+        weights=r.name("weights") if r.text("weights") else "",
         text=r.text("text"),
+        image=r.text("image"),
         decoder=r.text("decoder"),
         graphs=r.table("graphs", _graph),
         carries=r.items("carries", _carry),

@@ -25,7 +25,7 @@ REUSE_BOTH = "reuse_both"
 UNGUIDED = "unguided"
 DENOISING_GRAPHS = (FULL, REUSE_SELF, REUSE_CROSS, REUSE_BOTH, UNGUIDED)
 
-_SAMPLER_STEP_FIELDS = ("timestep", "input_scale", "latents", "outputs")
+_SAMPLER_STEP_FIELDS = ("timestep", "input_scale", "latents", "outputs", "noise")
 
 
 @dataclass(frozen=True, kw_only=True)

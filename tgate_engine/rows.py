@@ -18,20 +18,23 @@ INPUT_SCALE = 1
 """The network sees ``latents * input_scale``."""
 GUIDANCE = 2
 """The weight of classifier-free guidance; graphs with one half do not read it."""
-LATENTS = slice(3, 4 + HISTORY)
+NOISE = 3
+"""The coefficient of the step's own noise z_i."""
+LATENTS = slice(4, 5 + HISTORY)
 """Coefficients of x_i, x_{i-1}, x_{i-2}, x_{i-3}."""
-OUTPUTS = slice(4 + HISTORY, 5 + 2 * HISTORY)
+OUTPUTS = slice(5 + HISTORY, 6 + 2 * HISTORY)
 """Coefficients of e_i, e_{i-1}, e_{i-2}, e_{i-3}."""
-STEP_ROW = 5 + 2 * HISTORY
-"""The row's length, 11: ``step`` has shape [B, 11]."""
+STEP_ROW = 6 + 2 * HISTORY
+"""The row's length, 12: ``step`` has shape [B, 12]."""
 
 
 def step_row(call: SamplerStep, guidance_scale: float) -> NDArray[np.float32]:
-    """The row of one step, float32 [11], the same for every image that takes this step."""
+    """The row of one step, float32 [12], the same for every image that takes this step."""
     row = np.empty(STEP_ROW, np.float32)
     row[TIMESTEP] = call.timestep
     row[INPUT_SCALE] = call.input_scale
     row[GUIDANCE] = guidance_scale
+    row[NOISE] = call.noise
     row[LATENTS] = call.latents
     row[OUTPUTS] = call.outputs
     return row

@@ -1,10 +1,11 @@
 """A sampler as numbers: each step is a fixed linear combination of recent latents and model outputs.
 
-Every deterministic sampler in use (DDIM, Euler, DPM-Solver++, UniPC, PNDM, LMS, DEIS) computes
+Every sampler in use (DDIM, Euler, DPM-Solver++, UniPC, PNDM, LMS, DEIS; LCM and Euler ancestral) computes
 
-    x_{i+1} = sum_j latents[j] * x_{i-j} + sum_j outputs[j] * e_{i-j},    j = 0..3
+    x_{i+1} = sum_j latents[j] * x_{i-j} + sum_j outputs[j] * e_{i-j} + noise * z_i,    j = 0..3
 
-where x_i are the latents before call i and e_i is the model's output in call i, after guidance. The
+where x_i are the latents before call i, e_i is the model's output in call i, after guidance, and z_i is
+standard normal noise that only stochastic samplers use. The
 coefficients depend on the noise schedule and the number of steps alone, so they are known at export. A
 host evaluates one weighted sum per step and knows nothing of sigmas, lambdas or solver orders.
 """
@@ -26,6 +27,7 @@ HISTORY = 3
 
 Fact = str | int | float | bool | None
 Model = Callable[[NDArray[Any], float], NDArray[Any]]
+Noise = Callable[[int], NDArray[Any]]
 
 
 def _number(value: object, what: str) -> float:
@@ -62,6 +64,7 @@ class SamplerStep:
     ``latents``: coefficients of x_i, x_{i-1}, x_{i-2}, x_{i-3}.
     ``outputs``: coefficients of e_i, e_{i-1}, e_{i-2}, e_{i-3}, the guided model outputs.
     A pair that does not exist yet has the coefficient 0.
+    ``noise``: coefficient of z_i, the step's own standard normal noise; 0 in deterministic samplers.
 
     Raises :class:`SamplerError` on a wrong length or a number that is not finite.
     """
@@ -70,10 +73,12 @@ class SamplerStep:
     input_scale: float
     latents: tuple[float, ...]
     outputs: tuple[float, ...]
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timestep", _number(self.timestep, "timestep"))
         object.__setattr__(self, "input_scale", _number(self.input_scale, "input_scale"))
+        object.__setattr__(self, "noise", _number(self.noise, "noise"))
         for name in ("latents", "outputs"):
             values = getattr(self, name)
             if not isinstance(values, (tuple, list)) or len(values) != HISTORY + 1:
@@ -94,6 +99,7 @@ class SamplerStep:
             "input_scale": self.input_scale,
             "latents": list(self.latents),
             "outputs": list(self.outputs),
+            "noise": self.noise,
         }
 
 
@@ -149,6 +155,11 @@ class Sampler:
             elif fact is not None and not isinstance(fact, (str, int)):
                 raise SamplerError(f"option {key} must be a text, a number, true, false or null, got {fact!r}")
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether some step draws noise of its own."""
+        return any(call.noise for call in self.calls)
+
     def to_json(self) -> dict[str, Any]:
         """This sampler as JSON values; :meth:`from_json` gives back an equal one."""
         return {
@@ -176,7 +187,7 @@ class Sampler:
         calls = []
         for i, call in enumerate(fields["calls"]):
             try:
-                step = _fields(call, "call", ("timestep", "input_scale", "latents", "outputs"))
+                step = _fields(call, "call", ("timestep", "input_scale", "latents", "outputs", "noise"))
                 calls.append(SamplerStep(**step))
             except SamplerError as error:
                 raise SamplerError(f"call {i}: {error}") from None
@@ -197,11 +208,19 @@ def _fields(data: object, what: str, names: tuple[str, ...]) -> dict[str, Any]:
     return dict(data)
 
 
-def walk(sampler: Sampler, model: Model, noise: NDArray[Any], *, dtype: DTypeLike = np.float64) -> list[NDArray[Any]]:
+def walk(
+    sampler: Sampler,
+    model: Model,
+    noise: NDArray[Any],
+    *,
+    step_noise: Noise | None = None,
+    dtype: DTypeLike = np.float64,
+) -> list[NDArray[Any]]:
     """Runs a sampler in numpy: the slow, readable reference for every faster evaluation.
 
     ``model``: takes the scaled latents and the timestep, returns the (guided) output, of the same shape.
     ``noise``: standard normal, any shape; it is multiplied by ``initial_scale`` here. Not written to.
+    ``step_noise``: z_i for call i, of the same shape; needed by stochastic samplers only.
     ``dtype``: the arithmetic's type; float32 shows what an engine would give.
 
     Returns x_0 .. x_N, N = ``len(sampler.calls)``; the last entry is the result.
@@ -213,5 +232,9 @@ def walk(sampler: Sampler, model: Model, noise: NDArray[Any], *, dtype: DTypeLik
         following = np.zeros_like(latents[0])
         for j in range(min(i, HISTORY) + 1):
             following += call.latents[j] * latents[i - j] + call.outputs[j] * outputs[i - j]
+        if call.noise:
+            if step_noise is None:
+                raise SamplerError(f"sampler {sampler.name!r} is stochastic: call {i} needs step_noise")
+            following += call.noise * np.asarray(step_noise(i), dtype)
         latents.append(following)
     return latents

@@ -16,13 +16,16 @@ def inspection(data: Mapping[str, Any], out: TextIO | None = None) -> None:
     out = out or sys.stdout
     size, batch = data["bytes"], data["batch"]
     images = str(batch[0]) if batch[0] == batch[1] else f"{batch[0]} to {batch[1]}"
-    guidance = "with guidance" if data["guided"] else "without guidance"
+    guidance = {"classifier-free": "with guidance", "embedded": "with embedded guidance", "none": "without guidance"}
+    frames = f"{data['frames']} frames of " if data["frames"] > 1 else ""
     _print(
         out,
-        f"{data['model']} ({data['family']}), {data['width']}×{data['height']}, {data['dtype']}, {guidance}, "
+        f"{data['model']} ({data['family']}), {frames}{data['width']}×{data['height']}, {data['dtype']}, "
+        f"{guidance[data['guidance']]}, "
         f"{images} at once, licence {data['licence']}",
     )
-    _print(out, f"on disk {_bytes(size['total'])}: weights {_bytes(size['weights'])}, graphs {_bytes(size['graphs'])}")
+    weights = _bytes(size["weights"]) if size["weights"] else "none"
+    _print(out, f"on disk {_bytes(size['total'])}: weights {weights}, graphs {_bytes(size['graphs'])}")
     for name, plan in data["plans"].items():
         title = (
             f"plan {name}: n={plan['steps_n']}, m={plan['gate_m']}, k={plan['self_interval_k']}, "

@@ -1,1 +1,1 @@
-"""Trains and scores `mini-sdxl`, the small SDXL-shaped model that ships inside tgate_export."""
+"""Trains and scores the small models that ship inside tgate_export: `mini-sdxl` and `mini-pixart`."""

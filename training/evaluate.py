@@ -128,24 +128,29 @@ def diffusers_generator(
 ) -> Generate:
     """Eager pictures from a pipeline directory, on the CPU in float32.
 
-    With `stop_guidance_at`, steps from that one on run the conditional half alone. With `gate`, the `tgate`
-    package drives the pipeline: cross-attention is reused from step `gate` on and self-attention is
-    computed every `self_interval` steps before it. Picture number i of all calls starts from the noise of
-    seed `seed + i`, so generators can be compared picture by picture. Not thread-safe.
+    With `stop_guidance_at`, steps from that one on run the conditional half alone; PixArt's pipeline has no way
+    to say so, and raises ValueError. With `gate`, the `tgate` package drives the pipeline: cross-attention is
+    reused from step `gate` on and self-attention is computed every `self_interval` steps before it. Picture
+    number i of all calls starts from the noise of seed `seed + i`, so generators can be compared picture by
+    picture. Not thread-safe.
     """
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 
     if gate is not None and stop_guidance_at is not None:
         raise ValueError(f"gate={gate} already ends guidance; leave out stop_guidance_at={stop_guidance_at}")
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)  # the class of model_index.json
+    pixart = isinstance(pipe, PixArtAlphaPipeline)
     pipe.set_progress_bar_config(disable=True)
     call: Callable[..., Any] = pipe.__call__
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"clean_caption": False, "use_resolution_binning": False} if pixart else {}
     if gate is not None:
-        from tgate import TgateSDXLLoader
+        from tgate import TgatePixArtAlphaLoader, TgateSDXLLoader
 
-        call, extra = TgateSDXLLoader(pipe).tgate, {"gate_step": gate, "sp_interval": self_interval}
+        call = (TgatePixArtAlphaLoader if pixart else TgateSDXLLoader)(pipe).tgate
+        extra |= {"gate_step": gate, "sp_interval": self_interval}
     if stop_guidance_at is not None:
+        if pixart:
+            raise ValueError("PixArtAlphaPipeline cannot stop guidance; benchmarks/quality.py draws that row")
         names = ["prompt_embeds", "add_text_embeds", "add_time_ids"]
 
         def stop(pipeline: Any, step: int, _: int, state: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +159,7 @@ def diffusers_generator(
                 state.update({name: state[name].chunk(2)[-1] for name in names})
             return state
 
-        extra = {"callback_on_step_end": stop, "callback_on_step_end_tensor_inputs": names}
+        extra |= {"callback_on_step_end": stop, "callback_on_step_end_tensor_inputs": names}
     done = 0
 
     def generate(captions: list[str]) -> Pictures:

@@ -1,4 +1,4 @@
-"""Draws the denoiser's training curve from its CSV log as a small PNG."""
+"""Draws a denoiser's training curve from its CSV log as a small PNG."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from training.settings import MODELS
 
 _SMOOTHING = 5
 
@@ -40,10 +42,11 @@ def draw(log: Path, picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path(".cache/training"), help="folder of the checkpoints")
+    parser.add_argument("--model", choices=MODELS, default="mini-sdxl")
+    parser.add_argument("--work", type=Path, default=Path(".cache/training"), help="folder of the log")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     arguments = parser.parse_args()
-    draw(arguments.work / "denoiser.csv", arguments.out)
+    draw(arguments.work / f"{arguments.model}.csv", arguments.out)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from training.render import render
 from training.settings import SETTINGS, Settings
 from training.train_vae import to_model
 
+MINI_SDXL = Path(__file__).parents[1] / "export/tgate_export/models/mini-sdxl"
+
 
 def pool_scene(index: int, seed: int) -> Scene:
     """Scene number `index` of the pool."""
@@ -25,7 +28,13 @@ def pool_scene(index: int, seed: int) -> Scene:
 
 
 def load_vae(work: Path, settings: Settings = SETTINGS) -> AutoencoderKL:
-    """The trained autoencoder of `work`, its scaling factor set so that latents have unit deviation."""
+    """The autoencoder trained in `work`, its scaling factor set so that latents have unit deviation.
+
+    Where `work` holds none, that of the embedded `mini-sdxl`: every embedded model has the same one.
+    """
+    if not (work / "vae.safetensors").exists():
+        vae = AutoencoderKL.from_pretrained(MINI_SDXL / "vae", torch_dtype=torch.float32)
+        return vae.eval().requires_grad_(False)
     vae = build_vae(settings)
     vae.load_state_dict(load_file(work / "vae.safetensors"))
     vae.register_to_config(scaling_factor=float((work / "vae.scale").read_text()))
@@ -46,6 +55,7 @@ def encode_shard(rank: int, work: Path, settings: Settings) -> None:
 
 def encode_pool(work: Path, settings: Settings = SETTINGS) -> torch.Tensor:
     """Encode the pool in all workers and write pool.safetensors; returns its latents, float16 [N, 4, 16, 16]."""
+    work.mkdir(parents=True, exist_ok=True)
     launch(encode_shard, settings.workers, work, settings)
     shards = [load_file(work / f"pool-{rank}.safetensors")["latents"] for rank in range(settings.workers)]
     latents = torch.empty(settings.pool_scenes, *shards[0].shape[1:], dtype=shards[0].dtype)
@@ -58,7 +68,9 @@ def encode_pool(work: Path, settings: Settings = SETTINGS) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path(".cache/training"), help="folder of the checkpoints")
-    latents = encode_pool(parser.parse_args().work)
+    parser.add_argument("--scenes", type=int, default=SETTINGS.pool_scenes)
+    arguments = parser.parse_args()
+    latents = encode_pool(arguments.work, replace(SETTINGS, pool_scenes=arguments.scenes))
     print(f"{len(latents)} latents, mean {latents.float().mean():.3f}, deviation {latents.float().std():.3f}")
 
 

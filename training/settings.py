@@ -1,4 +1,4 @@
-"""Every number of the `mini-sdxl` training run, in one frozen, keyword-only dataclass."""
+"""Every number of the training runs of `mini-sdxl` and `mini-pixart`, in frozen, keyword-only dataclasses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ IMAGE_PX = 128
 LATENT_PX = 16
 LATENT_CHANNELS = 4
 MAX_TOKENS = 48
+MODELS = ("mini-sdxl", "mini-pixart")
 MAX_PIPELINE_BYTES = 12 * 1024 * 1024
 
 
@@ -69,4 +70,38 @@ class Settings:
         return self.text_1_width + self.text_2_width
 
 
+@dataclass(frozen=True, kw_only=True)
+class PixArtSettings:
+    """`mini-pixart`: shapes and optimiser settings of the transformer; the autoencoder is that of `mini-sdxl`."""
+
+    seed: int = 21
+    workers: int = 2
+
+    # text encoder
+    text_width: int = 128
+    text_hidden: int = 256
+    text_layers: int = 3
+    text_head_dim: int = 32
+    text_warmup_steps: int = 500
+
+    # transformer
+    width: int = 192
+    head_dim: int = 32
+    layers: int = 7
+    patch: int = 2
+
+    # training
+    batch: int = 32  # over all workers
+    close_up_share: float = 0.2  # share of the seconds spent on 8x8 windows, three times as many per batch
+    lr: float = 1e-3
+    warmup_steps: int = 300
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999
+    caption_dropout: float = 0.10
+    variance_weight: float = 0.01  # of the variational bound that trains the variance, in bits
+    reading_layer: int = 4  # blocks after which a throw-away head must know what every token shows
+    reading_weight: float = 0.05  # of that, in nats
+
+
 SETTINGS = Settings()
+PIXART_SETTINGS = PixArtSettings()

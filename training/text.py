@@ -1,24 +1,26 @@
-"""Captions to SDXL conditioning, and a short warm start of the text encoders without the UNet.
+"""Captions to conditioning, and a short warm start of the text encoders without the denoiser.
 
 The warm start asks a throw-away head to read the attributes of the scene (colour and shape of each item
-in caption order, layout, background, texture) off the very states that the UNet will attend to.
+in caption order, layout, background, texture) off the very states that the denoiser will attend to.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from training import pixart
 from training.grammar import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, Scene, draw_scene, training_caption
 from training.models import build_text_encoders
-from training.settings import MAX_TOKENS, SETTINGS, Settings
+from training.settings import MAX_TOKENS, MODELS, PIXART_SETTINGS, SETTINGS, PixArtSettings, Settings
 from training.tokenizer import build_tokenizer
 
 _SLOTS = 3
@@ -47,21 +49,37 @@ def encode(
     return states, second.text_embeds
 
 
+def t5_encode(text: T5EncoderModel, tokenizer: T5Tokenizer, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """PixArt's conditioning: states [B, S, width] and their mask [B, S], S the longest caption's tokens.
+
+    The pipeline pads to 120; since padding is masked everywhere, the real tokens do not see the difference.
+    """
+    tokens = tokenizer(captions, padding="longest", return_tensors="pt")
+    states = text(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+    return states, tokens.attention_mask
+
+
 class _Reader(nn.Module):
     """Attribute logits: per slot by attention over the states, for the scene and slot 0 from the pooled vector."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, width: int, pooled: int) -> None:
         super().__init__()
-        width, pooled = settings.cross_attention_dim, settings.text_projection_dim
         self.queries = nn.Parameter(torch.randn(_SLOTS + 1, width) * 0.1)
         self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
         self.slots = nn.ModuleDict({name: nn.Linear(width, size) for name, size in _HEADS.items()})
         self.scene = nn.ModuleDict({name: nn.Linear(width, size) for name, size in _SCENE_HEADS.items()})
         self.pooled = nn.ModuleDict({name: nn.Linear(pooled, size) for name, size in (_HEADS | _SCENE_HEADS).items()})
 
-    def forward(self, states: torch.Tensor, pooled: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self,
+        states: torch.Tensor,
+        pooled: torch.Tensor,
+        targets: dict[str, torch.Tensor],
+        padding: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss in nats of states [B, S, width], pooled [B, pooled] and padding [B, S], True where ignored."""
         queries = self.queries.expand(len(states), -1, -1)
-        read, _ = self.attention(queries, states, states, need_weights=False)
+        read, _ = self.attention(queries, states, states, key_padding_mask=padding, need_weights=False)
         loss = states.new_zeros(())
         for name in _HEADS:
             logits = self.slots[name](read[:, :_SLOTS])
@@ -100,18 +118,41 @@ def warm_start(
     settings: Settings,
 ) -> float:
     """Train both encoders in place for `settings.text_warmup_steps`; returns the last loss in nats."""
-    reader = _Reader(settings)
-    parameters = [*text_1.parameters(), *text_2.parameters(), *reader.parameters()]
-    steps = settings.text_warmup_steps
+    reader = _Reader(settings.cross_attention_dim, settings.text_projection_dim)
+    encoders = [*text_1.parameters(), *text_2.parameters()]
+
+    def loss_of(captions: list[str], targets: dict[str, torch.Tensor]) -> torch.Tensor:
+        return reader(*encode(text_1, text_2, token_ids(tokenizer, captions)), targets)
+
+    return _train(loss_of, [*encoders, *reader.parameters()], settings.text_warmup_steps, settings.seed)
+
+
+def warm_start_t5(text: T5EncoderModel, tokenizer: T5Tokenizer, settings: PixArtSettings) -> float:
+    """Train the encoder in place for `settings.text_warmup_steps`; returns the last loss in nats."""
+    reader = _Reader(settings.text_width, settings.text_width)
+
+    def loss_of(captions: list[str], targets: dict[str, torch.Tensor]) -> torch.Tensor:
+        states, mask = t5_encode(text, tokenizer, captions)
+        mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return reader(states, mean, targets, mask == 0)
+
+    return _train(loss_of, [*text.parameters(), *reader.parameters()], settings.text_warmup_steps, settings.seed)
+
+
+def _train(
+    loss_of: Callable[[list[str], dict[str, torch.Tensor]], torch.Tensor],
+    parameters: list[nn.Parameter],
+    steps: int,
+    seed: int,
+) -> float:
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.5e-3, total_steps=steps)
-    rng = random.Random(f"text-{settings.seed}")
+    rng = random.Random(f"text-{seed}")
     loss = torch.zeros(())
     for step in range(steps):
         scenes = [draw_scene(rng) for _ in range(64)]
         captions = [training_caption(scene, rng) for scene in scenes]
-        states, pooled = encode(text_1, text_2, token_ids(tokenizer, captions))
-        loss = reader(states, pooled, _targets(scenes, captions))
+        loss = loss_of(captions, _targets(scenes, captions))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -124,16 +165,25 @@ def warm_start(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="mini-sdxl")
     parser.add_argument("--work", type=Path, default=Path(".cache/training"), help="folder of the checkpoints")
-    work = parser.parse_args().work
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(SETTINGS.seed)
-    tokenizer = build_tokenizer()
-    text_1, text_2 = build_text_encoders(SETTINGS, tokenizer)
-    loss = warm_start(text_1, text_2, tokenizer, SETTINGS)
-    weights = {f"text_1.{name}": value for name, value in text_1.state_dict().items()}
-    weights |= {f"text_2.{name}": value for name, value in text_2.state_dict().items()}
-    save_file({name: value.contiguous() for name, value in weights.items()}, work / "text-warm.safetensors")
+    if arguments.model == "mini-sdxl":
+        torch.manual_seed(SETTINGS.seed)
+        tokenizer = build_tokenizer()
+        text_1, text_2 = build_text_encoders(SETTINGS, tokenizer)
+        loss = warm_start(text_1, text_2, tokenizer, SETTINGS)
+        encoders: dict[str, nn.Module] = {"text_1": text_1, "text_2": text_2}
+    else:
+        torch.manual_seed(PIXART_SETTINGS.seed)
+        t5_tokenizer = pixart.build_tokenizer()
+        text = pixart.build_text_encoder(PIXART_SETTINGS, t5_tokenizer)
+        loss = warm_start_t5(text, t5_tokenizer, PIXART_SETTINGS)
+        encoders = {"text": text}
+    weights = nn.ModuleDict(encoders).state_dict()
+    path = arguments.work / f"{arguments.model}-text.safetensors"
+    save_file({name: value.clone().contiguous() for name, value in weights.items()}, path)
     print(f"last loss {loss:.3f} nats")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,28 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import tgate_engine
 from tgate_engine.bundle import Bundle, digests_of, staging
 from tgate_engine.errors import ExportError
-from tgate_engine.manifest import MANIFEST_FILE, Carry, Golden, GraphSpec, Manifest, dump_manifest
-from tgate_engine.plan import Plan, build_plan
+from tgate_engine.manifest import MANIFEST_FILE, Carry, Golden, GraphSpec, Manifest, Tokenizer, dump_manifest
+from tgate_engine.plan import DENOISING_GRAPHS, Plan, build_plan
 from tgate_engine.report import Reporter
 from tgate_engine.sampler import Sampler
 from tgate_engine.schedule import Schedule
 from tgate_export import goldens, macs
-from tgate_export.graphs import store_linears_transposed
+from tgate_export.conditioning import export_tokenizers
+from tgate_export.graphs import TracedGraph, store_linears_transposed
 from tgate_export.job import ExportSettings, Job, check_guidance, prepare, schedule_of
 from tgate_export.modules import fake_module
 from tgate_export.sampling import compile_sampler
-from tgate_export.tokenizers import export_tokenizer
-from tgate_export.tracing import DECODER_GRAPH, TEXT_GRAPH, carries_of, trace_decoder, trace_step, trace_text
-from tgate_export.weights import WEIGHTS_FILE, attach, collect, save_graph, write_weights
+from tgate_export.tracing import (
+    DECODER_GRAPH,
+    IMAGE_GRAPH,
+    TEXT_GRAPH,
+    carries_of,
+    trace_decoder,
+    trace_image,
+    trace_step,
+    trace_text,
+)
+from tgate_export.weights import WEIGHTS_FILE, attach, collect, place_weights, save_graph, write_weights
 
 __all__ = ["ExportSettings", "add_plan", "export"]
 
@@ -70,7 +79,7 @@ def add_plan(
     manifest = bundle.manifest
     if guidance_scale is not None:
         check_guidance(guidance_scale)
-        if (guidance_scale > 1) != manifest.guided:
+        if manifest.guidance != "embedded" and (guidance_scale > 1) != manifest.guided:
             raise ExportError(
                 f"guidance scale {guidance_scale} does not fit a bundle exported "
                 f"{'with' if manifest.guided else 'without'} guidance; export again with --guidance-scale"
@@ -90,51 +99,28 @@ def add_plan(
 
 def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
     family, checkpoint = job.family, job.checkpoint
-    names = [TEXT_GRAPH, DECODER_GRAPH, *(variant.name for variant in job.variants)]
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-
-    report.progress(0, len(names), f"tracing {TEXT_GRAPH}")
-    tokenizers = [
-        export_tokenizer(
+    tokenizers = export_tokenizers(family, checkpoint, stage) if "text" in job.components else []
+    traced, carries = _trace(job, tokenizers, report)
+    refs = collect(traced)
+    if job.settings.weights == "none":
+        placements = place_weights(refs)
+    else:
+        report.stage("streaming weights")
+        placements = write_weights(
+            stage / WEIGHTS_FILE,
+            refs,
             checkpoint,
-            name,
-            f"ids.{i}",
-            checkpoint.token_length(name, component),
-            stage / "tokenizer" / f"{i}.json",
+            lambda done, total: report.progress(done, total, "streaming weights"),
         )
-        for i, (name, component) in enumerate(zip(family.tokenizers, family.text_components, strict=True))
-    ]
-    traced = [trace_text(job, mode, tokenizers)]
-    report.progress(1, len(names), f"tracing {DECODER_GRAPH}")
-    traced.append(trace_decoder(job, mode))
-    denoiser = fake_module(mode, family, checkpoint, family.denoiser, getattr(torch, job.dtype))
-    sites = family.attention(denoiser)
-    transposed = store_linears_transposed(denoiser)
-    carries: dict[str, Carry] = {}
-    for variant in job.variants:
-        report.progress(len(traced), len(names), f"tracing {variant.name}")
-        graph = trace_step(job, mode, denoiser, transposed, sites, variant, carries)
-        carries |= {c.name: c for c in carries_of(graph, sites, variant)}
-        traced.append(graph)
-    report.progress(len(names), len(names), "traced")
-
-    report.stage("streaming weights")
-    placements = write_weights(
-        stage / WEIGHTS_FILE,
-        collect(traced),
-        checkpoint,
-        lambda done, total: report.progress(done, total, "streaming weights"),
-    )
     graphs: dict[str, GraphSpec] = {}
+    least, most = job.settings.batch
+    images = least if least == most else 1
     for graph in traced:
-        images = job.settings.batch[0] if job.settings.batch[0] == job.settings.batch[1] else 1
         graphs[graph.name] = GraphSpec(
             file=f"{graph.name}.onnx",
             inputs=graph.inputs,
             outputs=graph.outputs,
-            macs=macs.count(
-                graph.model, frozenset(graph.weights), 1 if graph.name in (TEXT_GRAPH, DECODER_GRAPH) else images
-            ),
+            macs=macs.count(graph.model, frozenset(graph.weights), images if graph.name in DENOISING_GRAPHS else 1),
         )
         attach(graph, placements)
         save_graph(graph, stage / f"{graph.name}.onnx")
@@ -155,7 +141,7 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
     plans["ungated"] = plan("ungated", job.schedule.ungated(), job.sampler)
 
     recorded: dict[str, Golden] = {}
-    if job.settings.verify:
+    if job.settings.verify and job.settings.weights == "checkpoint":
         report.stage("recording goldens in eager PyTorch")
         recorded = goldens.record(job, stage, tokenizers, plan)
     return Manifest(
@@ -163,16 +149,19 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
         family=family.name,
         licence=checkpoint.licence(),
         dtype=job.dtype,
-        height=job.height,
-        width=job.width,
+        height=job.size.height,
+        width=job.size.width,
+        frames=job.size.frames,
+        fps=0 if family.frames_axis is None else family.fps,
         latents=job.latents,
         batch=job.settings.batch,
-        guided=job.guided,
+        guidance=job.guidance,
         guidance_scale=job.guidance_scale,
         zero_negative=family.zero_negative(checkpoint),
-        weights=WEIGHTS_FILE,
-        text=TEXT_GRAPH,
-        decoder=DECODER_GRAPH,
+        weights="" if job.settings.weights == "none" else WEIGHTS_FILE,
+        text=TEXT_GRAPH if "text" in job.components else "",
+        image=IMAGE_GRAPH if "image" in job.components else "",
+        decoder=DECODER_GRAPH if "decoder" in job.components else "",
         graphs=graphs,
         carries=tuple(carries.values()),
         conditioning=tuple(c.conditioning for c in job.conditioning),
@@ -183,6 +172,34 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
         scheduler=_plain(checkpoint.scheduler_config()),
         tools=_tools(),
     )
+
+
+def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> tuple[list[TracedGraph], dict[str, Carry]]:
+    """Every graph of the bundle, and the carries between them."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    around: dict[str, Callable[[], TracedGraph]] = {}
+    if "text" in job.components:
+        around[TEXT_GRAPH] = lambda: trace_text(job, mode, tokenizers)
+    if "image" in job.components:
+        around[IMAGE_GRAPH] = lambda: trace_image(job, mode)
+    if "decoder" in job.components:
+        around[DECODER_GRAPH] = lambda: trace_decoder(job, mode)
+    total = len(around) + len(job.variants)
+    traced: list[TracedGraph] = []
+    for name, trace in around.items():
+        report.progress(len(traced), total, f"tracing {name}")
+        traced.append(trace())
+    denoiser = fake_module(mode, job.family, job.checkpoint, job.family.denoiser, getattr(torch, job.dtype))
+    sites = job.family.attention(denoiser)
+    transposed = store_linears_transposed(denoiser)
+    carries: dict[str, Carry] = {}
+    for variant in job.variants:
+        report.progress(len(traced), total, f"tracing {variant.name}")
+        graph = trace_step(job, mode, denoiser, transposed, sites, variant, carries)
+        carries |= {c.name: c for c in carries_of(graph, sites, variant)}
+        traced.append(graph)
+    report.progress(total, total, "traced")
+    return traced, carries
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,15 +17,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tgate_engine.manifest import Dim
 from tgate_engine.plan import FULL, REUSE_BOTH, REUSE_CROSS, REUSE_SELF, UNGUIDED
-from tgate_engine.rows import GUIDANCE, INPUT_SCALE, LATENTS, OUTPUTS, TIMESTEP
+from tgate_engine.rows import GUIDANCE, INPUT_SCALE, LATENTS, NOISE, OUTPUTS, TIMESTEP
 from tgate_engine.sampler import HISTORY
 
 Kind = Literal["self", "cross"]
 Halves = Literal["both", "negative", "positive"]
-Denoise = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-"""(denoiser, latents [N, C, h, w], timesteps [N], conditioning by name, each [N, ...]) -> model output [N, C, h, w]."""
+Denoise = Callable[[nn.Module, Tensor, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+"""(denoiser, latents [N, ...], timesteps [N], guidance scales [N], conditioning by name, each [N, ...]) -> model output
+[N, ...], of the latents' shape."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,15 @@ class Variant:
     stores: tuple[tuple[Kind, bool], ...] = ()
 
 
-def variants(*, guided: bool, fidelity_reuse: bool) -> tuple[Variant, ...]:
+def variants(*, guided: bool, fidelity_reuse: bool, after_gate: Halves = "negative") -> tuple[Variant, ...]:
     """The graphs of a bundle.
 
     ``guided``: with classifier-free guidance; without it every graph runs the prompt's half, and there is no
-    guidance to stop. ``fidelity_reuse``: plans with f > 1 are wanted, which reuse self-attention after the gate.
+    guidance to stop. ``after_gate``: the half that goes on after the gate, whose conditioning outside
+    cross-attention stays. ``fidelity_reuse``: plans with f > 1 are wanted, which reuse self-attention after the gate.
     """
     both: Halves = "both" if guided else "positive"
-    one: Halves = "negative" if guided else "positive"
+    one: Halves = after_gate if guided else "positive"
     # With one half there is no mean: self-attention after the gate is carried as it was before it.
     after: tuple[tuple[Kind, bool], ...] = (("self", guided),) if fidelity_reuse else ()
     means = after if guided else ()
@@ -101,11 +102,15 @@ class _Carried(nn.Module):
 class GatedStep(nn.Module):
     """One whole denoising step as a module: input scaling, network, guidance, sampler update, carries.
 
-    Inputs by name, in the order of ``input_names``: ``latents`` [B, C, h, w], its three predecessors
-    ``latents.1`` … ``latents.3``, the last three outputs ``output.1`` … ``output.3``, the step row [B, 11]
-    (:mod:`tgate_engine.rows`), conditioning ``<name>.negative`` and ``<name>.positive`` [B, ...], and the carries
-    that the variant reuses. Outputs, in the order of ``output_names``: ``next_latents``, ``output`` (both float32
-    [B, C, h, w]) and the carries it stores; ``output_batches`` has their first dimensions.
+    Inputs by name, in the order of ``input_names``: ``latents`` [B, ...] (of a picture [B, C, h, w], of a video with
+    its frames), its three predecessors ``latents.1`` … ``latents.3``, the last three outputs ``output.1`` …
+    ``output.3``, the step's ``noise`` of the same shape, the step row [B, 12] (:mod:`tgate_engine.rows`),
+    conditioning ``<name>.negative`` and ``<name>.positive`` [B, ...], and the carries that the variant reuses.
+    Outputs, in the order of ``output_names``: ``next_latents``, ``output`` (both float32 [B, ...]) and the carries
+    it stores, whose first dimensions are multiples of B.
+
+    ``ramp``: None, or guidance over the frames, a tensor that broadcasts to [B, ...] with numbers from 0 to 1: the
+    scale is then 1 where it is 0, and the step row's where it is 1.
 
     The denoiser is borrowed: :meth:`attached` puts the taps on it and takes them off again.
     """
@@ -118,8 +123,10 @@ class GatedStep(nn.Module):
         variant: Variant,
         conditioning: Sequence[str],
         dtype: torch.dtype,
+        ramp: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self._ramp = ramp
         self.denoiser = denoiser
         self._denoise = denoise
         self._variant = variant
@@ -143,6 +150,7 @@ class GatedStep(nn.Module):
             "latents",
             *(f"latents.{j}" for j in range(1, HISTORY + 1)),
             *(f"output.{j}" for j in range(1, HISTORY + 1)),
+            "noise",
             "step",
             *(f"{name}.{half}" for name in self._conditioning for half in halves),
             *self._read.values(),
@@ -153,12 +161,7 @@ class GatedStep(nn.Module):
             for module, (kind, i) in self._index.items()
             if kind == wanted
         ]
-        self.output_batches: dict[str, Dim] = {
-            "next_latents": "batch",
-            "output": "batch",
-            **{name: "2*batch" if len(halves) == 2 and not mean else "batch" for _, name, mean in self._stored},
-        }
-        self.output_names = tuple(self.output_batches)
+        self.output_names: tuple[str, ...] = ("next_latents", "output", *(name for _, name, _ in self._stored))
 
     @contextmanager
     def attached(self) -> Iterator[GatedStep]:
@@ -194,28 +197,33 @@ class GatedStep(nn.Module):
         self._taps.taken = {}
 
         latents = named["latents"]
-        scaled = (latents * _column(step, INPUT_SCALE)).to(self._dtype)
-        timestep = step[:, TIMESTEP]
+        rank = latents.dim()
+        scaled = (latents * _column(step, INPUT_SCALE, rank)).to(self._dtype)
+        timestep, guidance = step[:, TIMESTEP], step[:, GUIDANCE]
         both = len(self._halves) == 2
         if both:
-            scaled, timestep = torch.cat([scaled, scaled]), torch.cat([timestep, timestep])
+            scaled, timestep, guidance = (torch.cat([x, x]) for x in (scaled, timestep, guidance))
         conditioning = {
             name: torch.cat([named[f"{name}.{half}"] for half in self._halves])
             if both
             else named[f"{name}.{self._halves[0]}"]
             for name in self._conditioning
         }
-        output = self._denoise(self.denoiser, scaled, timestep, conditioning).float()
+        output = self._denoise(self.denoiser, scaled, timestep, guidance, conditioning).float()
         if both:
             negative, positive = _halves(output)
-            output = negative + _column(step, GUIDANCE) * (positive - negative)
+            scale = _column(step, GUIDANCE, rank)
+            if self._ramp is not None:
+                scale = 1 + (scale - 1) * self._ramp
+            output = negative + scale * (positive - negative)
 
-        # The sampler: x_{i+1} = sum_j a_j x_{i-j} + sum_j b_j e_{i-j} (tgate_engine.sampler).
+        # The sampler: x_{i+1} = sum_j a_j x_{i-j} + sum_j b_j e_{i-j} + c z_i (tgate_engine.sampler).
         past = [(named[f"latents.{j}"], named[f"output.{j}"]) for j in range(1, HISTORY + 1)]
         terms = [
-            _column(step, LATENTS.start + j) * x + _column(step, OUTPUTS.start + j) * e
+            _column(step, LATENTS.start + j, rank) * x + _column(step, OUTPUTS.start + j, rank) * e
             for j, (x, e) in enumerate([(latents, output), *past])
         ]
+        terms.append(_column(step, NOISE, rank) * named["noise"])
         following = functools.reduce(torch.add, terms)
 
         return following, output, *(self._store(module, mean) for module, _, mean in self._stored)
@@ -234,6 +242,6 @@ def _halves(doubled: Tensor) -> tuple[Tensor, ...]:
     return doubled.unflatten(0, (2, -1)).unbind(0)
 
 
-def _column(step: Tensor, index: int) -> Tensor:
-    """Column ``index`` of the step rows, shaped to scale [B, C, h, w]."""
-    return step[:, index].reshape(-1, 1, 1, 1)
+def _column(step: Tensor, index: int, rank: int) -> Tensor:
+    """Column ``index`` of the step rows, shaped to scale a tensor of that rank, [B, ...]."""
+    return step[:, index].reshape(-1, *[1] * (rank - 1))

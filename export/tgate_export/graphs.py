@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 import onnxscript.optimizer
+import sympy
 import torch
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tgate_engine.errors import ExportError
-from tgate_engine.manifest import Dim, TensorSpec
+from tgate_engine.manifest import TensorSpec, batches, multiple, resolve
 
 OPSET = 23
 
@@ -89,7 +90,7 @@ def trace(
     *,
     mode: FakeTensorMode,
     inputs: Sequence[TensorSpec],
-    outputs: Mapping[str, Dim],
+    outputs: Sequence[str],
     batch: tuple[int, int],
     components: Mapping[str, str],
     transposed: frozenset[str],
@@ -97,7 +98,7 @@ def trace(
     """Trace ``module`` (its parameters fake, of ``mode``) to an opset-23 graph.
 
     ``inputs``: the positional inputs, in order; their first dimension may be symbolic, between ``batch``'s bounds.
-    ``outputs``: the results' names, each with its first dimension.
+    ``outputs``: the results' names; their first dimensions are multiples of the batch.
     ``components``: prefixes of parameter names to components of the checkpoint. ``transposed``: parameter names
     whose values are transposed on their way into the weight file. Raises :class:`ExportError` where PyTorch cannot.
     """
@@ -126,20 +127,18 @@ def trace(
         name=name,
         model=model,
         inputs=kept,
-        outputs=tuple(_spec_of(value, first) for value, first in zip(graph.outputs, outputs.values(), strict=True)),
+        outputs=tuple(_spec_of(value, example_batch) for value in graph.outputs),
         weights={n: w for n, w in weights.items() if n in graph.initializers},
     )
 
 
 def _example(spec: TensorSpec, batch: int) -> Tensor:
-    sizes = {"batch": batch, "2*batch": 2 * batch}
-    shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
-    return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+    return torch.zeros(resolve(spec.shape, batch), dtype=getattr(torch, spec.dtype))
 
 
 def _dynamic(spec: TensorSpec, symbol: Any) -> dict[int, Any]:
-    dims = {"batch": symbol, "2*batch": 2 * symbol}
-    return {i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)}
+    counts = {i: multiple(d) for i, d in enumerate(spec.shape) if isinstance(d, str)}
+    return {i: symbol if count == 1 else count * symbol for i, count in counts.items()}
 
 
 def _restore_constants(graph: ir.Graph, buffers: Mapping[str, Tensor]) -> None:
@@ -208,6 +207,8 @@ def _simplify(model: ir.Model) -> None:
         onnxscript.optimizer.fold_constants(model, input_size_limit=1 << 20, output_size_limit=1 << 20)
         RemoveUnusedNodesPass()(model)
     _drop_units(model.graph)
+    _drop_vain_squeezes(model.graph)
+    _widen_masks(model.graph)
     IdentityEliminationPass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     CommonSubexpressionEliminationPass()(model)
@@ -228,6 +229,42 @@ def _drop_units(graph: ir.Graph) -> None:
         if float(constant.numpy()) == 1.0 and not node.outputs[0].is_graph_output():
             node.outputs[0].replace_all_uses_with(value)
             graph.remove(node, safe=True)
+
+
+def _drop_vain_squeezes(graph: ir.Graph) -> None:
+    """Squeezing a dimension that is not 1 does nothing in PyTorch, and is an error in ONNX."""
+    for node in list(graph):
+        if node.op_type != "Squeeze" or len(node.inputs) != 2:
+            continue
+        value, axes = node.inputs
+        wanted = None if axes is None else ir.convenience.get_const_tensor(axes)
+        if value is None or value.shape is None or wanted is None or wanted.size != 1:
+            continue
+        size = value.shape[int(wanted.numpy().reshape(-1)[0])]
+        if isinstance(size, int) and size != 1 and not node.outputs[0].is_graph_output():
+            node.outputs[0].replace_all_uses_with(value)
+            graph.remove(node, safe=True)
+
+
+def _widen_masks(graph: ir.Graph) -> None:
+    """Give attention masks a row for every query: engines do not repeat one row, though the operator says so."""
+    for node in list(graph):
+        if node.op_type != "Attention" or len(node.inputs) < 4:
+            continue
+        query, mask = node.inputs[0], node.inputs[3]
+        if query is None or mask is None or query.shape is None or mask.shape is None or len(mask.shape) != 4:
+            continue
+        length = query.shape[-2]
+        if mask.shape[-2] != 1 or not isinstance(length, int) or length == 1:
+            continue
+        rows = ir.Value(name=f"{node.name}.rows", const_value=ir.tensor([1, 1, length, 1], dtype=ir.DataType.INT64))
+        graph.register_initializer(rows)
+        expand = ir.Node("", "Expand", [mask, rows])
+        wide = expand.outputs[0]
+        wide.name, wide.type = f"{node.name}.mask", mask.type
+        wide.shape = ir.Shape([*mask.shape[:2], length, mask.shape[3]])
+        graph.insert_before(node, expand)
+        node.replace_input_with(3, wide)
 
 
 def _drop_unused_inputs(
@@ -251,12 +288,23 @@ def _drop_unused_inputs(
     return tuple(used)
 
 
-def _spec_of(value: ir.Value, first: Dim) -> TensorSpec:
-    """The spec of a graph output whose first dimension is ``first`` and whose others are fixed."""
+def _spec_of(value: ir.Value, batch: int) -> TensorSpec:
+    """The spec of a graph output whose first dimension is a multiple of the batch and whose others are fixed."""
     if value.shape is None or value.dtype is None or not all(isinstance(dim, int) for dim in value.shape[1:]):
         raise ExportError(f"output {value.name!r} has shape {value.shape}; fixed sizes after the first are wanted")
-    rest = tuple(int(dim) for dim in value.shape[1:] if isinstance(dim, int))
-    return TensorSpec(name=str(value.name), dtype=_dtype_name(value.dtype), shape=(first, *rest))
+    first, rest = value.shape[0], tuple(int(dim) for dim in value.shape[1:] if isinstance(dim, int))
+    count, left = divmod(first, batch) if isinstance(first, int) else (size_for_one(first), 0)
+    if left or count < 1:
+        raise ExportError(f"output {value.name!r} has shape {value.shape} at a batch of {batch}; a multiple is wanted")
+    return TensorSpec(name=str(value.name), dtype=_dtype_name(value.dtype), shape=(batches(count), *rest))
+
+
+def size_for_one(dim: int | ir.SymbolicDim) -> int:
+    """A dimension's size for a batch of one; symbolic ones are expressions in the batch."""
+    if isinstance(dim, int):
+        return dim
+    expression = sympy.sympify(str(dim.value))
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
 
 
 def _dtype_name(dtype: ir.DataType) -> str:

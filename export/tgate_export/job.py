@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tgate_engine.errors import ExportError
+from tgate_engine.manifest import Guidance
 from tgate_engine.sampler import Sampler
 from tgate_engine.schedule import Schedule
-from tgate_export.checkpoint import Checkpoint
-from tgate_export.families import Model, find_model
-from tgate_export.families.base import ConditioningInput, Family
+from tgate_export.checkpoints import WEIGHTS, Checkpoint, open_checkpoint
+from tgate_export.families import Model, find_model, location
+from tgate_export.families.base import ConditioningInput, Family, Size
 from tgate_export.gating import Variant, variants
+from tgate_export.lora import Lora, fuse_loras
 from tgate_export.sampling import compile_sampler
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+COMPONENTS = ("text", "image", "denoiser", "decoder")
+"""Values of ``--components``. A model is conditioned by text or by an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """What the user asks for. None stands for the model's own default; sizes are in pixels."""
+    """What the user asks for. None stands for the model's own default; sizes are in pixels.
+
+    ``weights``: one of :data:`~tgate_export.checkpoints.WEIGHTS`. ``components``: some of :data:`COMPONENTS`; None is
+    everything for a checkpoint, and the denoiser alone without one.
+    """
 
     model: str
     m: int | None = None
     k: int | None = None
     steps: int | None = None
-    warm_up: int = 2
+    warm_up: int | None = None
     fidelity_interval: int = 1
     sampler: str | None = None
     guidance_scale: float | None = None
     checkpoint: str | None = None
+    weights: str = "checkpoint"
+    components: Sequence[str] | None = None
+    loras: Sequence[Lora] = ()
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
     batch: tuple[int, int] = (1, 1)
     dtype: str = "fp32"
     output: Path | None = None
@@ -47,12 +60,13 @@ class Job:
     model: Model
     family: Family
     checkpoint: Checkpoint
+    components: tuple[str, ...]
     schedule: Schedule
     sampler: Sampler
+    guidance: Guidance
     guidance_scale: float
-    height: int
-    width: int
-    latents: tuple[int, int, int]
+    size: Size
+    latents: tuple[int, ...]
     conditioning: tuple[ConditioningInput, ...]
     dtype: str
     decoder_dtype: str
@@ -60,7 +74,15 @@ class Job:
 
     @property
     def guided(self) -> bool:
-        return self.guidance_scale > 1
+        return self.guidance == "classifier-free"
+
+    def dtype_of(self, component: str) -> str:
+        """The dtype of a component's weights and arithmetic."""
+        return self.decoder_dtype if component == self.family.decoder else self.dtype
+
+    def inputs_from(self, source: str) -> tuple[ConditioningInput, ...]:
+        """The conditioning of that source, in the family's order."""
+        return tuple(c for c in self.conditioning if c.conditioning.source == source)
 
 
 def prepare(settings: ExportSettings) -> Job:
@@ -69,57 +91,127 @@ def prepare(settings: ExportSettings) -> Job:
     family = model.family
     if settings.dtype not in DTYPES:
         raise ExportError(f"unknown dtype {settings.dtype!r}; choose one of {', '.join(DTYPES)}")
+    if settings.weights not in WEIGHTS:
+        raise ExportError(f"unknown weights {settings.weights!r}; choose one of {', '.join(WEIGHTS)}")
     low, high = settings.batch
     if not 1 <= low <= high:
         raise ExportError(f"--batch wants N or LOW:HIGH with 1 <= LOW <= HIGH, got {low}:{high}")
     steps = model.steps if settings.steps is None else settings.steps
-    gate = model.gate if settings.m is None else settings.m
+    gate = min(model.gate, steps) if settings.m is None else settings.m
     interval = model.self_interval if settings.k is None else settings.k
-    schedule_of(steps, gate, interval, settings.warm_up, settings.fidelity_interval)
-    guidance = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-    check_guidance(guidance)
+    warm_up = model.warm_up if settings.warm_up is None else settings.warm_up
+    schedule_of(steps, gate, interval, warm_up, settings.fidelity_interval)
+    scale = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+    check_guidance(scale)
+    components = _components(settings, family)
 
-    checkpoint = Checkpoint.open(settings.checkpoint or model.location(), prefer_half=settings.dtype != "fp32")
+    checkpoint = _open(settings, model, components)
     found = checkpoint.model_index.get("_class_name")
     if found not in family.pipeline_classes:
         raise ExportError(
-            f"{checkpoint.root} holds a {found}; --model {settings.model} wants {' or '.join(family.pipeline_classes)}"
+            f"{checkpoint.where} holds a {found}; --model {settings.model} wants {' or '.join(family.pipeline_classes)}"
         )
     family.check(checkpoint)
-    for component in (family.denoiser, family.decoder, *family.text_components):
-        checkpoint.tensors(component)
-
-    multiple, default = family.size_multiple(checkpoint), family.default_size(checkpoint)
-    height = default if settings.height is None else settings.height
-    width = default if settings.width is None else settings.width
-    for name, size in (("--height", height), ("--width", width)):
-        if size < multiple or size % multiple:
-            below = max(multiple, size // multiple * multiple)
-            raise ExportError(
-                f"{name} must be a multiple of {multiple} pixels for this model, got {size}; "
-                f"the nearest are {below} and {below + multiple}"
-            )
+    if settings.weights != "none":
+        for component in directories(family, components):
+            checkpoint.tensors(component)
+    guidance = family.guidance(checkpoint, scale)
+    size = _size(settings, family, checkpoint)
     compiled = compile_sampler(settings.sampler or model.sampler, checkpoint.scheduler_config(), steps)
     dtype = DTYPES[settings.dtype]
-    vae = checkpoint.config(family.decoder)
-    factor = checkpoint.vae_factor()
     return Job(
         settings=settings,
         model=model,
         family=family,
         checkpoint=checkpoint,
-        schedule=schedule_of(steps, gate, interval, settings.warm_up, settings.fidelity_interval, compiled.lead_in),
+        components=components,
+        schedule=schedule_of(steps, gate, interval, warm_up, settings.fidelity_interval, compiled.lead_in),
         sampler=compiled,
-        guidance_scale=guidance,
-        height=height,
-        width=width,
-        latents=(int(vae["latent_channels"]), height // factor, width // factor),
-        conditioning=tuple(family.conditioning(checkpoint, height, width)),
+        guidance=guidance,
+        guidance_scale=scale,
+        size=size,
+        latents=family.latents(checkpoint, size),
+        conditioning=tuple(family.conditioning(checkpoint, size)),
         dtype=dtype,
         # Some decoders overflow in half precision and say so.
-        decoder_dtype="float32" if vae.get("force_upcast", True) else dtype,
-        variants=variants(guided=guidance > 1, fidelity_reuse=settings.fidelity_interval > 1),
+        decoder_dtype="float32" if checkpoint.config(family.decoder).get("force_upcast", True) else dtype,
+        variants=variants(
+            guided=guidance == "classifier-free",
+            fidelity_reuse=settings.fidelity_interval > 1,
+            after_gate=family.after_gate,
+        ),
     )
+
+
+def directories(family: Family, components: Sequence[str]) -> tuple[str, ...]:
+    """The checkpoint's directories behind some of :data:`COMPONENTS`, each once."""
+    found = {
+        "text": family.text_components,
+        "image": family.image_components,
+        "denoiser": (family.denoiser,),
+        "decoder": (family.decoder,),
+    }
+    return tuple(dict.fromkeys(name for component in components for name in found[component]))
+
+
+def _components(settings: ExportSettings, family: Family) -> tuple[str, ...]:
+    """The components to export, in their order."""
+    source = "image" if family.image_components else "text"
+    possible = tuple(c for c in COMPONENTS if c in (source, "denoiser", "decoder"))
+    if settings.components is None:
+        return possible if settings.weights == "checkpoint" else ("denoiser",)
+    odd = [c for c in settings.components if c not in possible]
+    if odd or "denoiser" not in settings.components:
+        raise ExportError(
+            f"--components of {settings.model} are some of {', '.join(possible)}, the denoiser among them; "
+            f"got {', '.join(settings.components) or 'none'}"
+        )
+    if settings.weights != "checkpoint" and "text" in settings.components:
+        raise ExportError(
+            f"--weights {settings.weights} has no vocabulary, so no text; choose --components denoiser,decoder"
+        )
+    return tuple(c for c in possible if c in settings.components)
+
+
+def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> Checkpoint:
+    if settings.weights != "checkpoint" and (settings.checkpoint is not None or settings.loras):
+        raise ExportError(f"--weights {settings.weights} reads no checkpoint; leave out --checkpoint and --lora")
+    family = model.family
+    # The configurations of all of them say what the denoiser takes; the weights of those exported are read.
+    wanted = (*directories(family, components), *family.tokenizers)
+    checkpoint = open_checkpoint(
+        settings.model,
+        settings.checkpoint or location(settings.model),
+        weights=settings.weights,
+        components=wanted,
+        build=family.build,
+        elsewhere={} if settings.checkpoint else model.elsewhere,
+        prefer_half=settings.dtype != "fp32",
+    )
+    if not settings.loras:
+        return checkpoint
+    return fuse_loras(checkpoint, settings.loras, family.build, components=directories(family, components))
+
+
+def _size(settings: ExportSettings, family: Family, checkpoint: Checkpoint) -> Size:
+    default, multiple = family.default_size(checkpoint), family.size_multiple(checkpoint)
+    size = Size(
+        height=default.height if settings.height is None else settings.height,
+        width=default.width if settings.width is None else settings.width,
+        frames=default.frames if settings.frames is None else settings.frames,
+    )
+    for name, pixels in (("--height", size.height), ("--width", size.width)):
+        if pixels < multiple or pixels % multiple:
+            below = max(multiple, pixels // multiple * multiple)
+            raise ExportError(
+                f"{name} must be a multiple of {multiple} pixels for this model, got {pixels}; "
+                f"the nearest are {below} and {below + multiple}"
+            )
+    if settings.frames is not None and family.frames_axis is None:
+        raise ExportError(f"--frames is for video models; {settings.model} makes pictures")
+    if size.frames < 1:
+        raise ExportError(f"--frames must be at least 1, got {size.frames}")
+    return size
 
 
 def schedule_of(steps: int, m: int, k: int, warm_up: int, fidelity_interval: int, lead_in: int = 0) -> Schedule:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 
 import onnx_ir as ir
-import sympy
 
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Macs
+from tgate_export.graphs import size_for_one
 
 
 def count(model: ir.Model, weights: frozenset[str], images: int) -> Macs:
@@ -65,12 +65,4 @@ def _shape(node: ir.Node, value: ir.Value | None) -> tuple[int, ...]:
     if value is None or value.shape is None:
         name = None if value is None else value.name
         raise ExportError(f"{node.op_type} {node.name!r}: the shape of {name!r} is not known, so it cannot be counted")
-    return tuple(_size(dim) for dim in value.shape)
-
-
-def _size(dim: int | ir.SymbolicDim) -> int:
-    """A dimension's size for one image: symbolic ones are expressions in the batch."""
-    if isinstance(dim, int):
-        return dim
-    expression = sympy.sympify(str(dim.value))
-    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+    return tuple(size_for_one(dim) for dim in value.shape)

@@ -1,9 +1,10 @@
 """Compiles a diffusers scheduler into coefficients, by running it on unit vectors instead of images.
 
-A deterministic scheduler is linear in its latents and model outputs. So call i is given two unit vectors
-that no earlier call has seen, one as its latents X_i and one as its model output E_i, and what it returns
-is its formula, written in those coordinates. No sampler is written a second time here: a scheduler of
-diffusers that works this way compiles, whatever its paper, and one that does not is refused.
+A scheduler is linear in its latents, model outputs and, where it is stochastic, the noise that it draws. So
+call i is given unit vectors that no earlier call has seen, one as its latents X_i, one as its model output E_i
+and, if it asks for noise, one as that noise Z_i. What it returns is its formula, written in those coordinates.
+No sampler is written a second time here: a scheduler of diffusers that works this way compiles, whatever its
+paper, and one that does not is refused.
 
 Two samplers keep more than the recurrence may read: UniPC its corrected latents, and PNDM, once, the
 first output of all. On a real trajectory X_j is what call j-1 returned; that identity removes the excess.
@@ -13,7 +14,9 @@ The result is checked against the scheduler again, on random latents of three ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -54,14 +57,14 @@ def compile_sampler(name: str, base_config: Mapping[str, Any], steps: int) -> Sa
 
     ``base_config``: the checkpoint's scheduler configuration, whichever class it names.
 
-    Raises :class:`ExportError` when the name is not known, an option is not linear or not deterministic,
+    Raises :class:`ExportError` when the name is not known, an option is not linear or draws noise unseen,
     or diffusers itself cannot run the scheduler with that many steps.
     """
     return compile_scheduler(make_scheduler(name, base_config), steps, name=name)
 
 
 def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
-    """The coefficients of any deterministic, linear diffusers scheduler for ``steps`` inference steps.
+    """The coefficients of any linear diffusers scheduler for ``steps`` inference steps.
 
     ``scheduler`` is not changed: every run uses a new one made from its configuration. Options given at each
     step rather than in the configuration (DDIM's eta, Euler's s_churn) have diffusers' defaults, which are
@@ -120,8 +123,11 @@ class _Run:
         except Exception as error:
             raise self._failed(error) from error
 
-    def step(self, call: int, latents: Array, output: Array) -> tuple[Array, Array]:
-        """What the network would see of ``latents``, and the next latents. All [batch, size]."""
+    def step(self, call: int, latents: Array, output: Array, drawn: Array) -> tuple[Array, Array]:
+        """What the network would see of ``latents``, and the next latents. All [batch, size].
+
+        ``drawn``: what the scheduler gets where it asks for standard normal noise.
+        """
         timestep = self.timesteps[call]
         sample = torch.from_numpy(latents)[:, None, None]
         try:
@@ -129,7 +135,8 @@ class _Run:
             if hasattr(self.scheduler, "scale_model_input"):
                 seen = self.scheduler.scale_model_input(sample, timestep)
             noise = torch.from_numpy(output)[:, None, None]
-            following = self.scheduler.step(noise, timestep, sample, return_dict=False)[0]
+            with _drawing(self.scheduler, torch.from_numpy(drawn)[:, None, None]):
+                following = self.scheduler.step(noise, timestep, sample, return_dict=False)[0]
         except Exception as error:
             raise self._failed(error) from error
         return _array(seen), _array(following)
@@ -141,22 +148,49 @@ class _Run:
         )
 
 
+@contextmanager
+def _drawing(scheduler: Any, noise: torch.Tensor) -> Iterator[None]:
+    """While open, the scheduler's module draws ``noise`` whenever it draws noise, once a step at most."""
+    module = sys.modules[type(scheduler).__module__]
+    real = getattr(module, "randn_tensor", None)
+    if real is None:
+        yield
+        return
+    drawn = False
+
+    def draw(*_args: object, **_kwargs: object) -> torch.Tensor:
+        nonlocal drawn
+        if drawn:
+            raise ExportError(f"{type(scheduler).__name__} draws noise twice in a step. {ADVICE}")
+        drawn = True
+        return noise
+
+    module.__dict__["randn_tensor"] = draw
+    try:
+        yield
+    finally:
+        module.__dict__["randn_tensor"] = real
+
+
 def _array(tensor: Any) -> Array:
     array: Array = tensor[:, 0, 0].to(torch.float64).numpy()
     return array
 
 
 def _coefficients(run: _Run, kind: str) -> tuple[SamplerStep, ...]:
-    """Every call's formula, read off unit vectors: coordinate j is X_j, coordinate calls + j is E_j."""
+    """Every call's formula, read off unit vectors: coordinate j is X_j, calls + j is E_j, 2 calls + j is Z_j."""
     calls = len(run.timesteps)
     formulas: Array = np.zeros((calls, 2, calls))  # [call, X or E, index]
     steps = []
     for i in range(calls):
-        latents, output = np.zeros((2, 1, 2 * calls))
-        latents[0, i] = output[0, calls + i] = 1.0
-        seen, following = run.step(i, latents, output)
-        formulas[i] = following[0].reshape(2, calls)
-        if not (np.isfinite(formulas[i]).all() and np.isfinite(seen).all()):
+        latents, output, drawn = np.zeros((3, 1, 3 * calls))
+        latents[0, i] = output[0, calls + i] = drawn[0, 2 * calls + i] = 1.0
+        seen, following = run.step(i, latents, output, drawn)
+        formulas[i] = following[0, : 2 * calls].reshape(2, calls)
+        noises = following[0, 2 * calls :]
+        if np.delete(noises, i).any():
+            raise ExportError(f"call {i} of {kind} reuses an earlier step's noise, and is not compiled. {ADVICE}")
+        if not (np.isfinite(following).all() and np.isfinite(seen).all()):
             raise ExportError(
                 f"diffusers gives values that are not finite in call {i} of {calls} when {kind} runs with "
                 f"{run.steps} steps. Change the number of steps or the scheduler's options. {ADVICE}"
@@ -173,6 +207,7 @@ def _coefficients(run: _Run, kind: str) -> tuple[SamplerStep, ...]:
                 input_scale=float(seen[0, i]),
                 latents=tuple(window[0].tolist()),
                 outputs=tuple(window[1].tolist()),
+                noise=float(noises[i]),
             )
         )
     return tuple(steps)
@@ -222,10 +257,12 @@ def _residual(run: _Run, calls: tuple[SamplerStep, ...], initial_scale: float) -
     worst = 0.0
     for i, call in enumerate(calls):
         outputs.append(magnitudes * rng.standard_normal(shape))
-        seen, following = run.step(i, latents[i], outputs[i])
+        drawn = magnitudes * rng.standard_normal(shape)
+        seen, following = run.step(i, latents[i], outputs[i], drawn)
         expected = call.input_scale * latents[i]
         terms = [c * latents[i - j] for j, c in enumerate(call.latents) if c]
         terms += [c * outputs[i - j] for j, c in enumerate(call.outputs) if c]
+        terms.append(call.noise * drawn)
         size = np.abs([following, *terms]).max(axis=(0, 2))
         differences = [
             np.abs(seen - expected).max(axis=1) / np.abs(expected).max(axis=1),

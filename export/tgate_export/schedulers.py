@@ -66,6 +66,15 @@ SAMPLERS: Mapping[str, Recipe] = {
         overrides={"skip_prk_steps": True},
     ),
     "lms": Recipe(scheduler="LMSDiscreteScheduler", paper="Katherine Crowson's k-diffusion; Adams-Bashforth"),
+    "lcm": Recipe(
+        scheduler="LCMScheduler",
+        paper="Luo et al., arXiv 2310.04378, algorithm 3: stochastic",
+        unless_stated={"clip_sample": False},
+    ),
+    "euler_a": Recipe(
+        scheduler="EulerAncestralDiscreteScheduler",
+        paper="Katherine Crowson's k-diffusion, ancestral Euler: stochastic",
+    ),
     "deis": Recipe(
         scheduler="DEISMultistepScheduler",
         paper="Zhang and Chen, arXiv 2204.13902",
@@ -73,8 +82,8 @@ SAMPLERS: Mapping[str, Recipe] = {
     ),
 }
 
-STOCHASTIC = ("Ancestral", "DDPM", "LCM", "TCD", "SDE", "Sde", "SASolver", "Stochastic", "UnCLIP", "RePaint")
-"""Parts of class names that tell a scheduler which draws noise in every step."""
+STOCHASTIC = ("DDPM", "TCD", "SDE", "Sde", "SASolver", "Stochastic", "UnCLIP", "RePaint")
+"""Parts of class names that tell a scheduler which draws noise in a way that is not compiled."""
 
 FACTS = (
     *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "timestep_spacing", "steps_offset"),

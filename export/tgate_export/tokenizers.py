@@ -5,26 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import transformers
+from tokenizers import normalizers
 
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Tokenizer
-from tgate_export.checkpoint import Checkpoint
+from tgate_export.checkpoints import Checkpoint
 
 
-def export_tokenizer(checkpoint: Checkpoint, name: str, input_name: str, length: int, target: Path) -> Tokenizer:
+def export_tokenizer(
+    checkpoint: Checkpoint, name: str, cls: type[Any], input_name: str, length: int, target: Path
+) -> Tokenizer:
     """Write tokenizer ``name`` of the checkpoint to ``target`` (a file in the bundle's ``tokenizer`` directory).
 
-    ``length``: tokens of a prompt, start and end included.
+    ``cls``: its class in transformers. ``length``: tokens of a prompt, start and end included.
     Where the same tokenizer lies there already, under a name that sorts before, that file is used.
     Raises :class:`ExportError` where it does not load.
     """
-    directory = checkpoint.root / name
+    directory = checkpoint.tokenizer(name)
     try:
-        loaded: Any = transformers.CLIPTokenizer.from_pretrained(directory, local_files_only=True)
+        loaded: Any = cls.from_pretrained(directory, local_files_only=True)
         backend = loaded.backend_tokenizer
     except Exception as error:  # transformers raises many kinds for files that are missing or of another kind
-        raise ExportError(f"{directory} does not load as a CLIP tokenizer ({type(error).__name__}: {error})") from None
+        raise ExportError(f"{directory} does not load as a {cls.__name__} ({type(error).__name__}: {error})") from None
+    if cls.__name__.startswith("T5"):
+        # diffusers' pipelines of T5 models do so to every prompt, before the tokenizer sees it.
+        first = [normalizers.Lowercase(), normalizers.Strip()]
+        backend.normalizer = normalizers.Sequence([*first, *([backend.normalizer] if backend.normalizer else [])])
     # The run time cuts and fills by itself, so that it can say what was cut.
     backend.no_truncation()
     backend.no_padding()

@@ -1,4 +1,4 @@
-"""The graphs of a bundle: text, decoder, and one denoising step for each variant of the method."""
+"""The graphs of a bundle: text or image, decoder, and one denoising step for each variant of the method."""
 
 from __future__ import annotations
 
@@ -16,45 +16,42 @@ from tgate_export.job import Job
 from tgate_export.modules import Decoder, fake_module
 
 TEXT_GRAPH = "text_encoder"
+IMAGE_GRAPH = "image_encoder"
 DECODER_GRAPH = "vae_decoder"
 
 
 def trace_text(job: Job, mode: FakeTensorMode, tokenizers: Sequence[Tokenizer]) -> TracedGraph:
     """One prompt's token ids, one input per tokenizer, to its conditioning."""
-    family, checkpoint = job.family, job.checkpoint
-    dtype = getattr(torch, job.dtype)
-    encoders = [fake_module(mode, family, checkpoint, c, dtype) for c in family.text_components]
-    module = family.text(encoders)
-    transposed = store_linears_transposed(module)
-    return trace(
-        TEXT_GRAPH,
-        module,
-        mode=mode,
-        inputs=[TensorSpec(name=t.input, dtype="int64", shape=(1, t.length)) for t in tokenizers],
-        outputs={c.conditioning.name: 1 for c in job.conditioning if c.conditioning.source == "text"},
-        batch=(1, 1),
-        components={f"{c}.": c for c in family.text_components},
-        transposed=transposed,
-    )
+    module = job.family.text([_fake(job, mode, component) for component in job.family.text_components])
+    inputs = [TensorSpec(name=t.input, dtype="int64", shape=(1, t.length)) for t in tokenizers]
+    return _trace_encoder(job, mode, TEXT_GRAPH, module, inputs, "text")
+
+
+def trace_image(job: Job, mode: FakeTensorMode) -> TracedGraph:
+    """The picture that a request starts from, and noise to add to it, to its conditioning."""
+    family, height, width = job.family, job.size.height, job.size.width
+    module = family.image([_fake(job, mode, component) for component in family.image_components], job.checkpoint)
+    inputs = [
+        TensorSpec(name="picture", dtype="uint8", shape=(1, height, width, 3)),
+        TensorSpec(name="noise", dtype="float32", shape=(1, 3, height, width)),
+    ]
+    return _trace_encoder(job, mode, IMAGE_GRAPH, module, inputs, "image")
 
 
 def trace_decoder(job: Job, mode: FakeTensorMode) -> TracedGraph:
-    """One image's latents to its pixels."""
-    family, checkpoint = job.family, job.checkpoint
-    dtype = getattr(torch, job.decoder_dtype)
-    module = Decoder(
-        fake_module(mode, family, checkpoint, family.decoder, dtype), checkpoint.config(family.decoder), dtype
-    )
-    transposed = store_linears_transposed(module)
+    """One result's latents to its pixels."""
+    family = job.family
+    vae, config = _fake(job, mode, family.decoder), job.checkpoint.config(family.decoder)
+    module = Decoder(vae, config, getattr(torch, job.decoder_dtype), family.frames_axis)
     return trace(
         DECODER_GRAPH,
         module,
         mode=mode,
         inputs=[TensorSpec(name="latents", dtype="float32", shape=(1, *job.latents))],
-        outputs={"image": 1},
+        outputs=["image"],
         batch=(1, 1),
         components={"vae.": family.decoder},
-        transposed=transposed,
+        transposed=store_linears_transposed(module),
     )
 
 
@@ -69,7 +66,15 @@ def trace_step(
 ) -> TracedGraph:
     """One denoising step of ``variant``; ``carries`` are those that the graphs traced before it give."""
     conditioning = {c.conditioning.name: c for c in job.conditioning}
-    step = GatedStep(denoiser, job.family.denoise, sites, variant, tuple(conditioning), getattr(torch, job.dtype))
+    step = GatedStep(
+        denoiser,
+        job.family.denoise,
+        sites,
+        variant,
+        tuple(conditioning),
+        getattr(torch, job.dtype),
+        job.family.guidance_ramp(job.latents),
+    )
 
     def spec(name: str) -> TensorSpec:
         if name in carries:
@@ -87,7 +92,7 @@ def trace_step(
             step,
             mode=mode,
             inputs=[spec(name) for name in step.input_names],
-            outputs=step.output_batches,
+            outputs=step.output_names,
             batch=job.settings.batch,
             components={"denoiser.": job.family.denoiser},
             transposed=frozenset(f"denoiser.{name}" for name in transposed),
@@ -112,3 +117,24 @@ def carries_of(graph: TracedGraph, sites: Sequence[AttentionSite], variant: Vari
                 )
             )
     return found
+
+
+def _trace_encoder(
+    job: Job, mode: FakeTensorMode, name: str, module: nn.Module, inputs: Sequence[TensorSpec], source: str
+) -> TracedGraph:
+    """A graph of one request's conditioning of that source. Parameters are prefixed by their components' names."""
+    components = job.family.text_components if source == "text" else job.family.image_components
+    return trace(
+        name,
+        module,
+        mode=mode,
+        inputs=inputs,
+        outputs=[c.conditioning.name for c in job.inputs_from(source)],
+        batch=(1, 1),
+        components={f"{component}.": component for component in components},
+        transposed=store_linears_transposed(module),
+    )
+
+
+def _fake(job: Job, mode: FakeTensorMode, component: str) -> nn.Module:
+    return fake_module(mode, job.family, job.checkpoint, component, getattr(torch, job.dtype_of(component)))

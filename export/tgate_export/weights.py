@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tgate_engine.errors import ExportError
-from tgate_export.checkpoint import Checkpoint
+from tgate_export.checkpoints import Checkpoint
 from tgate_export.graphs import TracedGraph, WeightRef, slim
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -94,6 +94,17 @@ def write_weights(
     return placements
 
 
+def place_weights(refs: Iterable[WeightRef]) -> dict[WeightRef, Placement]:
+    """Where :func:`write_weights` would put tensors that all differ, for graphs without their weights."""
+    refs = tuple(refs)
+    placements: dict[WeightRef, Placement] = {}
+    end = 8 + _header_room(refs)
+    for ref in refs:
+        placements[ref] = Placement(end, _nbytes(ref))
+        end += _nbytes(ref)
+    return placements
+
+
 def attach(graph: TracedGraph, placements: Mapping[WeightRef, Placement]) -> None:
     """Point the graph's initializers at the weight file beside it."""
     for name, ref in graph.weights.items():
@@ -126,7 +137,7 @@ def _fetch(checkpoint: Checkpoint, ref: WeightRef) -> Tensor:
         squeezed = tensor.squeeze()  # 1x1 convolutions that today's modules hold as linear layers
         if tuple(squeezed.shape) != shape:
             raise ExportError(
-                f"{checkpoint.root}: {ref.component} tensor {ref.key!r} has shape {list(tensor.shape)}, the model "
+                f"{checkpoint.where}: {ref.component} tensor {ref.key!r} has shape {list(tensor.shape)}, the model "
                 f"wants {list(shape)}; the checkpoint is of another architecture than its config.json says"
             )
         tensor = squeezed

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import RequestError
 from tgate_engine.inspect import guidance_stopped, ungated
 from tgate_engine.manifest import Manifest
-from tgate_engine.plan import Plan
+from tgate_engine.plan import DENOISING_GRAPHS, Plan
 from tgate_runtime.binding import Binding
-from tgate_runtime.conditioning import batch_rows, halves
+from tgate_runtime.conditioning import batch_rows, given, halves, inputs_of
 from tgate_runtime.decoder import decode
+from tgate_runtime.image import encode_image
 from tgate_runtime.noise import noise
 from tgate_runtime.runner import run
 from tgate_runtime.session import Session
@@ -51,8 +53,9 @@ def bench(
     ``graphs.<name>.ms``: one call. ``plans.{gated,guidance_stopped,ungated}``: the chosen plan and the two derived
     from it, run in turns (A B C A B C …) so that a machine that slows down slows all of them; ``ms`` is the whole
     denoising loop, and ``outside_engine`` the fraction of it that is not spent in engine calls. ``picture_ms`` adds
-    one text and one decoder call for each image. ``speedup`` is ungated over gated ``ms``, to be read beside
-    ``mac_ratio``, ungated over gated by all MACs. A bundle without guidance has no ``guidance_stopped``: null.
+    one text (or image) and one decoder call for each image, where the bundle has those graphs. ``speedup`` is
+    ungated over gated ``ms``, to be read beside ``mac_ratio``, ungated over gated by all MACs. A bundle without
+    guidance has no ``guidance_stopped``: null.
 
     ``sgemm_gmacs_per_s`` says how fast NumPy multiplies matrices here, to judge each graph's ``gmacs_per_s`` by.
 
@@ -71,19 +74,21 @@ def bench(
     plans = {name: found for name, found in candidates.items() if found is not None}
     images = manifest.batch[0] if batch is None else batch
     with Session.open(bundle, engine=engine, threads=threads, plans=[*plans.values()]) as session:
-        text = TextEncoder(session)
+        encoders = _encoders(session)
         bindings = {name: Binding(session, found, images) for name, found in plans.items()}
         graph_ms: dict[str, list[float]] = {}
         times = {name: _Times() for name in plans}
         start = np.stack([noise(0, j, manifest.latents) for j in range(images)])
         total = (warm_ups + repeats) * len(plans)
         for turn in range(warm_ups + repeats):
-            conditioning = _text_and_decoder(session, text, start[0], graph_ms, measured=turn >= warm_ups)
+            conditioning = _around(session, encoders, start[0], graph_ms, measured=turn >= warm_ups)
             rows = {name: batch_rows(values, images) for name, values in conditioning.items()}
             for place, (name, binding) in enumerate(bindings.items()):
                 scale = plans[name].guidance_scale
                 begin = time.perf_counter()
-                steps = list(run(binding, latents=start, conditioning=rows, guidance_scale=scale))
+                steps = list(
+                    run(binding, latents=start, conditioning=rows, guidance_scale=scale, step_noise=lambda _: start)
+                )
                 elapsed_ms = (time.perf_counter() - begin) * 1e3
                 if turn >= warm_ups:
                     times[name].loop.append(elapsed_ms)
@@ -146,19 +151,43 @@ def _settings(manifest: Manifest, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _text_and_decoder(
-    session: Session, text: TextEncoder, latents: Any, graph_ms: dict[str, list[float]], *, measured: bool
-) -> dict[str, Any]:
-    """Run the text graph and the decoder once, timed; the conditioning of one image."""
+def _encoders(session: Session) -> dict[str, Callable[[], Mapping[str, Any]]]:
+    """What makes the conditioning of one request, by graph; nothing where the bundle holds the denoiser alone."""
     manifest = session.manifest
-    begin = time.perf_counter()
-    encoded = text.encode(PROMPT).tensors
-    between = time.perf_counter()
-    decode(session, latents)
-    end = time.perf_counter()
-    if measured:
-        graph_ms.setdefault(manifest.text, []).append((between - begin) * 1e3)
-        graph_ms.setdefault(manifest.decoder, []).append((end - between) * 1e3)
+    found: dict[str, Callable[[], Mapping[str, Any]]] = {}
+    if manifest.text:
+        text = TextEncoder(session)
+        found[manifest.text] = lambda: text.encode(PROMPT).tensors
+    if manifest.image:
+        grey = Image.new("RGB", (manifest.width, manifest.height), (128, 128, 128))
+        found[manifest.image] = lambda: encode_image(session, grey, seed=0)
+    return found
+
+
+def _around(
+    session: Session,
+    encoders: Mapping[str, Callable[[], Mapping[str, Any]]],
+    latents: Any,
+    graph_ms: dict[str, list[float]],
+    *,
+    measured: bool,
+) -> dict[str, Any]:
+    """Run the graphs around the denoiser once, timed; the conditioning of one image."""
+    manifest = session.manifest
+    calls: dict[str, Callable[[], Any]] = dict(encoders)
+    if manifest.decoder:
+        calls[manifest.decoder] = lambda: decode(session, latents)
+    encoded: dict[str, Any] = {}
+    for name, call in calls.items():
+        begin = time.perf_counter()
+        result = call()
+        if measured:
+            graph_ms.setdefault(name, []).append((time.perf_counter() - begin) * 1e3)
+        if name != manifest.decoder:
+            encoded |= result
+    if not encoders:  # the values do not matter to the time
+        specs = inputs_of(manifest)
+        return given(manifest, {name: np.ones((1, *map(int, s.shape[1:])), np.float32) for name, s in specs.items()})
     return halves(manifest, encoded, None if manifest.zero_negative else encoded)
 
 
@@ -174,13 +203,13 @@ def _results(
         if name in graph_ms:
             macs = manifest.graphs[name].macs
             ms = statistics.median(graph_ms[name])
-            rows = 1 if name in (manifest.text, manifest.decoder) else images
+            rows = images if name in DENOISING_GRAPHS else 1
             graphs[name] = {
                 "ms": ms,
                 "macs": {"paper": macs.paper, "all": macs.all},
                 "gmacs_per_s": rows * macs.all / ms / 1e6,
             }
-    around_ms = images * sum(statistics.median(graph_ms[name]) for name in (manifest.text, manifest.decoder))
+    around_ms = images * sum(statistics.median(ms) for name, ms in graph_ms.items() if name not in DENOISING_GRAPHS)
     found: dict[str, Any] = {}
     for name, plan in plans.items():
         if plan is None:

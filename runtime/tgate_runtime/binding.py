@@ -53,6 +53,7 @@ class Binding:
         self._latents = [self._allocate(latents, "float32") for _ in range(RING)]
         self._outputs = [self._allocate(latents, "float32") for _ in range(RING)]
         self._named: dict[str, Buffer] = {}
+        self._noise: Buffer | None = None
         self._conditioning: dict[str, Buffer] = {}
         halves = {f"{c.name}.{half}" for c in manifest.conditioning for half in ("negative", "positive")}
         for step in plan.steps:
@@ -60,6 +61,8 @@ class Binding:
             for tensor in graph.inputs:
                 if tensor.name in halves:
                     self._conditioning[tensor.name] = self._buffer(tensor)
+                if tensor.name == "noise":
+                    self._noise = self._buffer(tensor)
             for tensor in graph.outputs:
                 if tensor.name in step.writes:
                     self._buffer(tensor)
@@ -78,13 +81,13 @@ class Binding:
         return self._lock
 
     def begin(self, latents: NDArray[np.float32], conditioning: Mapping[str, NDArray[Any]]) -> None:
-        """Start a request: x_0 = ``latents`` (float32 [B, C, h, w]), history zeroed, conditioning written.
+        """Start a request: x_0 = ``latents`` (float32 [B, ...]), history zeroed, conditioning written.
 
         ``conditioning``: ``<name>.<half>`` to [B, ...], or [1, ...] for all rows alike; float32 numbers, which are
         rounded to the graph's dtype, or that dtype's bits already. Names that the plan does not use are ignored.
         Both are copied. Raises :class:`RequestError` naming what is missing or misshapen.
         """
-        for slot in (*self._latents, *self._outputs):
+        for slot in (*self._latents, *self._outputs, *([self._noise] if self._noise else [])):
             slot.write(np.zeros(1, np.float32))
         self._position = 0
         self._write(self._latents[0], latents, "the initial latents")
@@ -94,15 +97,17 @@ class Binding:
                 raise RequestError(f"the plan's graphs take conditioning {name}; got {have}")
             self._write(buffer, conditioning[name], f"conditioning {name}")
 
-    def set_step(self, step: Step, guidance_scale: float) -> Call:
-        """Write the step's row of numbers and give the engine call that takes the step."""
+    def set_step(self, step: Step, guidance_scale: float, noise: NDArray[np.float32] | None = None) -> Call:
+        """Write the step's row of numbers and its ``noise`` [B, ...], if any; give the call that takes the step."""
+        if noise is not None and self._noise is not None:
+            self._write(self._noise, noise, f"the noise of step {step.index}")
         if "step" in self._named:
             self._named["step"].write(step_row(step.call, guidance_scale))
         self._position = (step.index + 1) % RING
         return self._calls[self._key(step)]
 
     def latents(self) -> NDArray[np.float32]:
-        """A copy of the latents after the last step taken, float32 [B, C, h, w]."""
+        """A copy of the latents after the last step taken, float32 [B, ...]."""
         return self._latents[self._position].read()
 
     # --- buffers --------------------------------------------------------------------------------

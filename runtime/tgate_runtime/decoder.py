@@ -1,4 +1,4 @@
-"""Latents to a picture."""
+"""Latents to pictures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from tgate_engine.manifest import resolve
 from tgate_runtime.session import Session
 
 
-def decode(session: Session, latents: NDArray[np.float32]) -> Image.Image:
-    """The RGB picture of one image's final latents, float32 [C, h, w]. Thread-safe."""
+def decode(session: Session, latents: NDArray[np.float32]) -> list[Image.Image]:
+    """The RGB pictures of one result's final latents, float32 [...]: one, or a video's frames. Thread-safe."""
     spec = session.manifest.graphs[session.manifest.decoder]
     inputs = {t.name: session.backend.allocate(resolve(t.shape, 1), t.dtype) for t in spec.inputs}
     outputs = {t.name: session.backend.allocate(resolve(t.shape, 1), t.dtype) for t in spec.outputs}
     inputs["latents"].write(latents[np.newaxis])
     session.graph(session.manifest.decoder).bind(inputs, outputs)()
-    return Image.fromarray(outputs["image"].read()[0])
+    pixels = outputs["image"].read()
+    return [Image.fromarray(frame) for frame in pixels.reshape(-1, *pixels.shape[-3:])]

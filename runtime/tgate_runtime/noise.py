@@ -1,8 +1,10 @@
-"""Initial noise, from a named counter-based generator.
+"""Noise, from a named counter-based generator.
 
-Image j of a request with seed s is drawn from Philox4x64-10 with the key (s, j) and the counter 0, by NumPy's
-``Generator.standard_normal`` in float32. So a seed means the same noise whatever else is in the batch, however
-a request is cut into batches, and on every machine; ``tests/test_noise.py`` pins values.
+Image j of a request with seed s is drawn from Philox4x64-10 with the key (s, j), by NumPy's
+``Generator.standard_normal`` in float32. The counter starts at 0 for the initial noise, at (i + 1) 2^192 for the
+noise that a stochastic sampler adds in step i, and at (2^64 - 1) 2^192 for noise on a conditioning picture. So a
+seed means the same noise whatever else is in the batch, however a request is cut into batches, and on every machine;
+``tests/test_noise.py`` pins values.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgate_engine.errors import RequestError
+
+INITIAL = 0
+CONDITIONING = 2**64 - 1
 
 SEED_LIMIT = 2**63
 """Seeds are whole numbers from 0 up to, and without, this."""
@@ -38,7 +43,17 @@ def random_seed() -> int:
     return secrets.randbelow(2**32)
 
 
-def noise(seed: int, image_index: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Standard normal float32 of ``shape`` for image ``image_index`` of a request. Pure."""
+def noise(seed: int, image_index: int, shape: tuple[int, ...], *, draw: int = INITIAL) -> NDArray[np.float32]:
+    """Standard normal float32 of ``shape`` for image ``image_index`` of a request. Pure.
+
+    ``draw``: which of the image's noises, :data:`INITIAL`, :func:`in_step` or :data:`CONDITIONING`.
+    """
     key = np.array([check_seed(seed), image_index], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
+    counter = np.array([0, 0, 0, draw], np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return generator.standard_normal(shape, dtype=np.float32)
+
+
+def in_step(index: int) -> int:
+    """The draw of the noise that step ``index`` adds."""
+    return index + 1

@@ -20,22 +20,27 @@ from tgate_engine.errors import RequestError
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Plan
 from tgate_runtime.binding import Binding
-from tgate_runtime.conditioning import batch_rows, halves
+from tgate_runtime.conditioning import batch_rows, given, halves
 from tgate_runtime.decoder import decode
-from tgate_runtime.noise import check_seed, noise, random_seed
+from tgate_runtime.image import encode_image
+from tgate_runtime.noise import check_seed, in_step, noise, random_seed
 from tgate_runtime.runner import StepDone, run
 from tgate_runtime.session import Session
 from tgate_runtime.text import TextEncoder
 
 log = logging.getLogger("tgate")
 
+_ARTICLE = {"prompt": "a prompt", "image": "an image"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """``images``: one RGB picture for each image asked for, prompt by prompt. ``latents``: float32
-    [N, C, h, w], the final latents before decoding. ``seed``: the one used, drawn or given."""
+    """``images``: one RGB picture for each image asked for, prompt by prompt; empty where the bundle makes videos
+    or has no decoder. ``videos``: likewise, the frames of each. ``latents``: float32 [N, ...], the final latents
+    before decoding. ``seed``: the one used, drawn or given."""
 
     images: list[Image.Image]
+    videos: list[list[Image.Image]]
     latents: NDArray[np.float32]
     seed: int
 
@@ -50,12 +55,15 @@ class Progress:
 
 
 class Pipeline:
-    """A bundle ready to draw. Immutable and thread-safe: threads may call one Pipeline at once."""
+    """A bundle ready to draw, from prompts or, if its model is conditioned so, from a picture.
+
+    Immutable and thread-safe: threads may call one Pipeline at once.
+    """
 
     def __init__(self, session: Session) -> None:
         """Draw with an open session, which stays the caller's to close."""
         self.session = session
-        self._text = TextEncoder(session)
+        self._text = TextEncoder(session) if session.manifest.text else None
 
     @staticmethod
     def open(
@@ -71,8 +79,10 @@ class Pipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
+        image: Image.Image | None = None,
+        prompt_embeds: Mapping[str, NDArray[Any]] | None = None,
         seed: int | None = None,
         negative_prompt: str | Sequence[str | None] | None = None,
         guidance_scale: float | None = None,
@@ -81,13 +91,16 @@ class Pipeline:
         initial_latents: NDArray[Any] | None = None,
         on_step: Callable[[Progress], None] | None = None,
     ) -> Result:
-        """Draw ``num_images`` pictures of each prompt.
+        """Draw ``num_images`` pictures (or videos) of each prompt, or from ``image``.
 
+        ``prompt_embeds``: in place of a prompt or an image, ``<name>.<half>`` to [N, ...], float32, as ``tgate embed``
+        writes them for N prompts.
         ``seed``: 0 .. 2**63 - 1; image j of the request takes its own stream of it. None draws one, which
         the result reports. ``negative_prompt``: one for all, or one for each prompt; None is the model's convention
-        for none. ``guidance_scale``: above 1; None takes the plan's. ``initial_latents``: float32 [N, C, h, w]
-        standard normal noise in place of the seed's. ``on_step`` is called after each step in the calling thread;
-        an exception from it stops the request and comes out here.
+        for none. ``guidance_scale``: above 1; None takes the plan's. ``initial_latents``: float32 [N, ...], standard
+        normal noise in place of the seed's, for videos also with frames; stochastic samplers still draw their steps'
+        noise from the seed. ``on_step`` is called after each step in the calling thread; an exception from it stops
+        the request and comes out here.
 
         A prompt longer than the tokenizer takes is cut, with a warning in the log ``tgate`` that quotes what
         was cut. Raises :class:`RequestError` for a request that cannot be served, before any step is taken.
@@ -95,18 +108,24 @@ class Pipeline:
         manifest = self.session.manifest
         chosen = manifest.plan(plan)
         scale = _check_guidance(guidance_scale, chosen, manifest)
-        prompts, negatives = _check_prompts(prompt, negative_prompt)
-        if not manifest.guided and negative_prompt:
-            log.warning("the bundle was exported without guidance: the negative prompt is not used")
-        count = len(prompts) * _check_count(num_images)
+        number = _check_count(num_images)
         used_seed = random_seed() if seed is None else check_seed(seed)
+        rows = self._conditioning(prompt, negative_prompt, image, prompt_embeds, used_seed)
+        rows = {name: np.repeat(values, number, axis=0) for name, values in rows.items()}
+        count = len(next(iter(rows.values()))) if rows else number
         if initial_latents is None:
             start = np.stack([noise(used_seed, j, manifest.latents) for j in range(count)])
         else:
             start = _check_latents(initial_latents, (count, *manifest.latents))
-        rows = self._conditioning(prompts, negatives, num_images)
-        latents = self._denoise(chosen, start, rows, scale, on_step)
-        return Result(images=[decode(self.session, image) for image in latents], latents=latents, seed=used_seed)
+        latents = self._denoise(chosen, start, rows, scale, used_seed, on_step)
+        decoded = [decode(self.session, each) for each in latents] if manifest.decoder else []
+        video = manifest.frames > 1
+        return Result(
+            images=[] if video else [frame for frames in decoded for frame in frames],
+            videos=decoded if video else [],
+            latents=latents,
+            seed=used_seed,
+        )
 
     def close(self) -> None:
         """Close the session."""
@@ -121,10 +140,43 @@ class Pipeline:
         self.close()
 
     def _conditioning(
-        self, prompts: Sequence[str], negatives: Sequence[str | None], num_images: int
+        self,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str | None] | None,
+        image: Image.Image | None,
+        embeds: Mapping[str, NDArray[Any]] | None,
+        seed: int,
     ) -> dict[str, NDArray[Any]]:
+        """``<name>.<half>`` to [N, ...] from whichever was given, one row for each prompt."""
+        manifest = self.session.manifest
+        wanted = "image" if manifest.conditioned_by("image") else "prompt"
+        named = {"prompt": prompt, "image": image, "prompt_embeds": embeds}
+        several = [name for name, value in named.items() if value is not None]
+        if len(several) != 1 or several[0] not in (wanted, "prompt_embeds"):
+            raise RequestError(
+                f"{manifest.model} is conditioned by {_ARTICLE[wanted]}: give {wanted}, or prompt_embeds, and "
+                f"nothing else; got {' and '.join(several) or 'neither'}"
+            )
+        if wanted == "image" and negative_prompt is not None:
+            raise RequestError(f"{manifest.model} is conditioned by an image and takes no negative prompt")
+        if embeds is not None:
+            return given(manifest, embeds)
+        if image is not None:
+            if not manifest.image:
+                raise RequestError("the bundle has no image encoder (--components); give prompt_embeds")
+            return halves(manifest, encode_image(self.session, image, seed=seed), None)
+        prompts, negatives = _check_prompts(prompt, negative_prompt)
+        if not manifest.guided and negative_prompt:
+            log.warning("the bundle was exported without guidance: the negative prompt is not used")
+        return self._texts(prompts, negatives)
+
+    def _texts(self, prompts: Sequence[str], negatives: Sequence[str | None]) -> dict[str, NDArray[Any]]:
         """``<name>.<half>`` to [N, ...], every distinct text encoded once."""
         manifest = self.session.manifest
+        if self._text is None:
+            raise RequestError(
+                "the bundle has no text encoder (--components): give prompt_embeds, which `tgate embed` makes"
+            )
         if not manifest.guided:
             negatives = [None] * len(prompts)
         elif not manifest.zero_negative:
@@ -137,7 +189,7 @@ class Pipeline:
             halves(manifest, encoded[prompt].tensors, None if negative is None else encoded[negative].tensors)
             for prompt, negative in zip(prompts, negatives, strict=True)
         ]
-        return {name: np.concatenate([rows[name] for rows in each for _ in range(num_images)]) for name in each[0]}
+        return {name: np.concatenate([rows[name] for rows in each]) for name in each[0]}
 
     def _denoise(
         self,
@@ -145,9 +197,10 @@ class Pipeline:
         start: NDArray[np.float32],
         rows: Mapping[str, NDArray[Any]],
         guidance_scale: float,
+        seed: int,
         on_step: Callable[[Progress], None] | None,
     ) -> NDArray[np.float32]:
-        """Final latents [N, C, h, w] of all images, in batches of the size that the bundle takes."""
+        """Final latents [N, ...] of all images, in batches of the size that the bundle takes."""
         count, done = len(start), 0
         batches = list(_batches(count, *self.session.manifest.batch))
         total = len(batches) * len(plan.steps)
@@ -157,11 +210,17 @@ class Pipeline:
             if batch not in bindings:
                 bindings[batch] = Binding(self.session, plan, batch)
             some = slice(first, first + size)
+
+            def draw(step: int, first: int = first, batch: int = batch) -> NDArray[np.float32]:
+                shape = self.session.manifest.latents
+                return np.stack([noise(seed, first + j, shape, draw=in_step(step)) for j in range(batch)])
+
             steps = run(
                 bindings[batch],
                 latents=batch_rows(start[some], batch),
                 conditioning={name: batch_rows(values[some], batch) for name, values in rows.items()},
                 guidance_scale=guidance_scale,
+                step_noise=draw,
             )
             for step in steps:
                 done += 1
@@ -179,7 +238,7 @@ def _batches(count: int, least: int, most: int) -> Iterator[tuple[int, int, int]
 
 
 def _check_prompts(
-    prompt: str | Sequence[str], negative: str | Sequence[str | None] | None
+    prompt: str | Sequence[str] | None, negative: str | Sequence[str | None] | None
 ) -> tuple[list[str], list[str | None]]:
     """Prompts and as many negative prompts."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -207,7 +266,7 @@ def _check_guidance(scale: float | None, plan: Plan, manifest: Manifest) -> floa
             f"the bundle was exported with guidance, which takes a scale above 1, got {scale}; "
             "export with --guidance-scale 1 for a bundle without guidance"
         )
-    if not manifest.guided and scale > 1:
+    if manifest.guidance == "none" and scale > 1:
         raise RequestError(
             f"the bundle was exported without guidance and takes no scale above 1, got {scale}; "
             "export with a --guidance-scale above 1"

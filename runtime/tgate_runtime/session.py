@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from tgate_engine.bundle import Bundle
-from tgate_engine.errors import EngineError
+from tgate_engine.errors import BundleError, EngineError
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Plan
 from tgate_runtime.backends import Backend, Executable, backend
@@ -41,7 +41,7 @@ class Session:
         ``source``: a bundle's directory, or a Bundle opened (and checked) before. ``engine``: one of
         :data:`tgate_runtime.backends.ENGINES`. ``threads``: of one graph call; None leaves it to the engine.
         ``plans``: load the graphs of these plans alone (names, or plans that the bundle does not list), with the
-        text graph and the decoder; None takes every plan of the bundle. ``graphs``: further graphs to load.
+        text or image graph and the decoder; None takes every plan of the bundle. ``graphs``: further graphs to load.
 
         Raises :class:`~tgate_engine.errors.BundleError`, ``PlanError`` or :class:`EngineError`.
         """
@@ -54,7 +54,12 @@ class Session:
         for plan in chosen:
             plan.check(manifest)
         used = [name for plan in chosen for name in plan.graphs()]
-        names = dict.fromkeys([manifest.text, manifest.decoder, *used, *graphs])
+        if not manifest.weights:
+            raise BundleError(
+                f"{bundle.path} was exported with --weights none: it can be inspected, not run; export it with weights"
+            )
+        around = [name for name in (manifest.text, manifest.image, manifest.decoder) if name]
+        names = dict.fromkeys([*around, *used, *graphs])
         check_signatures(manifest, names)
         executables = {}
         for name in names:

@@ -37,7 +37,7 @@ class TextEncoder:
     """The bundle's tokenizers and its text graph. Immutable and thread-safe."""
 
     def __init__(self, session: Session) -> None:
-        """Load the tokenizers. Raises :class:`BundleError` for a file that is none."""
+        """Load the tokenizers; the bundle has a text graph. Raises :class:`BundleError` for a file that is none."""
         self._session = session
         self._tokenizers: list[tokenizers.Tokenizer] = []
         for spec in session.manifest.tokenizers:

@@ -96,6 +96,7 @@ def _replay_plan(session: Session, plan: Plan, tensors: Tensors) -> float:
         latents=noise,
         conditioning={name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)},
         guidance_scale=float(tensors["guidance_scale"].reshape(-1)[0]),
+        step_noise=lambda index: tensors[f"noise.{index}"],
     )
     return _worst([relative_error(binding.latents(), tensors[f"latents.{s.index + 1}"]) for s in steps])
 

@@ -13,42 +13,40 @@ import safetensors
 from torch import Tensor
 
 from tgate_engine.errors import ExportError
+from tgate_export.checkpoints.base import Checkpoint
 
 _WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
-_HUB_PATTERNS = ("*.json", "*/*.json", "*/*.txt", "*/*.safetensors", "README.md", "LICENSE*")
+_HUB_FILES = ("model_index.json", "README.md", "LICENSE*", "scheduler/*.json")
+_HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors")
+
+# T5 shares one table of embeddings under two names; files hold either.
+_T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 
 # Names that older checkpoints use for the autoencoder's attention.
 _OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 
-@dataclass
-class Checkpoint:
+class DirectoryCheckpoint(Checkpoint):
     """A directory with ``model_index.json`` and one sub-directory a component.
 
-    Raises :class:`ExportError`, naming the file, for whatever is missing, unreadable or of the wrong kind.
+    ``elsewhere``: directories of components that lie in a repository of their own, such as LCM-SDXL's U-Net.
     """
 
-    root: Path
-    model_index: Mapping[str, Any]
-    prefer_half: bool = False
-    _configs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _tensors: dict[str, TensorFiles] = field(default_factory=dict)
-
-    @staticmethod
-    def open(location: str, *, prefer_half: bool = False) -> Checkpoint:
-        """A local directory, or a hub id, which is downloaded into the hub's cache.
-
-        ``prefer_half``: where a component has both, read its fp16 file rather than its full one.
-        """
-        root = _locate(location)
+    def __init__(self, root: Path, *, prefer_half: bool = False, elsewhere: Mapping[str, Path] | None = None) -> None:
+        """``prefer_half``: where a component has both, read its fp16 file rather than its full one."""
         if not (root / "model_index.json").is_file():
             raise ExportError(f"{root} has no model_index.json; --checkpoint wants a directory in diffusers layout")
-        return Checkpoint(root, _read_json(root / "model_index.json"), prefer_half)
+        self.root = root
+        self.where = str(root)
+        self.model_index: Mapping[str, Any] = _read_json(root / "model_index.json")
+        self._prefer_half = prefer_half
+        self._elsewhere = dict(elsewhere or {})
+        self._configs: dict[str, dict[str, Any]] = {}
+        self._tensors: dict[str, TensorFiles] = {}
 
     def config(self, component: str) -> dict[str, Any]:
-        """A component's config.json."""
         if component not in self._configs:
-            path = self.root / component / "config.json"
+            path = self._directory(component) / "config.json"
             if not path.is_file():
                 raise ExportError(f"{path} is missing; the checkpoint is incomplete")
             self._configs[component] = _read_json(path)
@@ -61,21 +59,17 @@ class Checkpoint:
         return _read_json(path)
 
     def tensors(self, component: str) -> TensorFiles:
-        """A component's tensors, by key."""
         if component not in self._tensors:
-            self._tensors[component] = TensorFiles.open(self.root / component, self.prefer_half)
+            self._tensors[component] = TensorFiles.open(self._directory(component), self._prefer_half)
         return self._tensors[component]
 
-    def token_length(self, tokenizer: str, encoder: str) -> int:
-        """Tokens of a prompt, start and end included: what both the tokenizer and the encoder take."""
-        length = int(self.config(encoder)["max_position_embeddings"])
-        path = self.root / tokenizer / "tokenizer_config.json"
-        named = _read_json(path).get("model_max_length") if path.is_file() else None
-        return min(length, int(named)) if isinstance(named, (int, float)) else length
+    def tokenizer(self, name: str) -> Path:
+        return self.root / name
 
-    def vae_factor(self) -> int:
-        """Pixels per latent pixel."""
-        return int(2 ** (len(self.config("vae")["block_out_channels"]) - 1))
+    def token_limit(self, name: str) -> int | None:
+        path = self.root / name / "tokenizer_config.json"
+        limit = _read_json(path).get("model_max_length") if path.is_file() else None
+        return int(limit) if isinstance(limit, (int, float)) else None
 
     def licence(self) -> str:
         """The licence that the model card's front matter names, or "unknown"."""
@@ -90,6 +84,9 @@ class Checkpoint:
                     if key.strip() == "license":
                         return value.strip().strip("\"'") or "unknown"
         return "unknown"
+
+    def _directory(self, component: str) -> Path:
+        return self._elsewhere.get(component, self.root / component)
 
 
 @dataclass
@@ -145,29 +142,44 @@ def _spellings(key: str) -> Iterable[str]:
     yield key
     yield f"text_model.{key}"
     yield key.removeprefix("text_model.")
+    if key in _T5_EMBEDDINGS:
+        yield from _T5_EMBEDDINGS
     for new, old in _OLD_NAMES.items():
         if new in key:
             yield key.replace(new, old)
 
 
-def _locate(location: str) -> Path:
+def locate(location: str, components: Iterable[str], *, prefer_half: bool = False) -> Path:
+    """A local directory, or the hub's cache of a hub id, which is filled with those components where it is not.
+
+    A component ``""`` stands for files that lie in no folder.
+    """
     path = Path(location).expanduser()
     if path.is_dir():
         return path
     looks_local = location.startswith((".", "/", "~")) or location.count("/") != 1 or path.exists()
     if looks_local:
-        what = "is not a directory" if path.exists() else "does not exist"
-        raise ExportError(f"checkpoint {location} {what}; --checkpoint wants a diffusers directory or a hub id")
+        what = "is neither a directory nor a .safetensors file" if path.exists() else "does not exist"
+        raise ExportError(
+            f"checkpoint {location} {what}; --checkpoint wants a diffusers directory, a single .safetensors file or "
+            "a hub id"
+        )
     import huggingface_hub
 
+    folders = [f"{component}/" if component else "" for component in components]
+    wanted = [*_HUB_FILES, *(f"{folder}{pattern}" for folder in folders for pattern in _HUB_PATTERNS)]
+    ignored = [] if prefer_half else ["*.fp16.safetensors"]
     try:
-        return Path(huggingface_hub.snapshot_download(location, allow_patterns=list(_HUB_PATTERNS)))
+        found = huggingface_hub.snapshot_download(
+            location, allow_patterns=wanted, ignore_patterns=[*ignored, "*.non_ema.safetensors"]
+        )
     except Exception as error:  # the hub's client raises many kinds: no network, no such repository, no permission
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(
             f"checkpoint {location!r} is no local directory and could not be fetched from the hub ({first}); "
             "give a local diffusers directory with --checkpoint"
         ) from None
+    return Path(found)
 
 
 def _weight_files(directory: Path, prefer_half: bool) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Trains the UNet and both text encoders jointly on pool latents: epsilon prediction, min-SNR-5 weights, EMA."""
+"""Trains a denoiser and its text encoders jointly on pool latents: noise prediction, min-SNR-5 weights, EMA."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from training.budget import Budget, append_row, save_checkpoint, set_lr
+from training.denoisers import Denoiser, PixArtDenoiser, SdxlDenoiser
 from training.grammar import Scene, training_caption
-from training.models import build_text_encoders, build_unet, time_ids, training_noise
+from training.models import training_noise
 from training.parallel import average_gradients, launch
 from training.pool import pool_scene
-from training.settings import LATENT_PX, SETTINGS, Settings
-from training.text import encode, token_ids
-from training.tokenizer import build_tokenizer
+from training.settings import LATENT_PX, MODELS, PIXART_SETTINGS, SETTINGS, PixArtSettings, Settings
 
 _MIN_SNR = 5.0
 _LOG_EVERY = 20
@@ -42,18 +40,10 @@ def update_ema(average: dict[str, torch.Tensor], model: nn.Module, step: int, de
             average[name].lerp_(value, 1 - keep)
 
 
-@torch.no_grad()
-def start_transparent(unet: UNet2DConditionModel) -> None:
-    """Zero the last layer of every residual branch, so that early gradients reach all depths undisturbed."""
-    for name, module in unet.named_modules():
-        if name.endswith((".conv2", ".proj_out", "conv_out", ".ff.net.2", ".to_out.0")):
-            scale = 0.2 if name.endswith((".ff.net.2", ".to_out.0")) else 0.0
-            module.weight *= scale
-            module.bias *= scale
-
-
-def close_up(scene: Scene, rng: random.Random) -> tuple[Scene, int, int] | None:
+def close_up(scene: Scene, rng: random.Random, grid: int) -> tuple[Scene, int, int] | None:
     """A window of 8x8 latents that holds one whole item and no other: (scene of that item, column, row).
+
+    Columns and rows are multiples of `grid` latents, the side of the denoiser's patches.
 
     None if the drawn item has a neighbour in every window tried. Close-ups cost a quarter of a whole picture
     and are all object; training starts with them.
@@ -61,7 +51,7 @@ def close_up(scene: Scene, rng: random.Random) -> tuple[Scene, int, int] | None:
     item = rng.choice(scene.items)
     for _ in range(4):
         column, row = (
-            min(max(round((centre + rng.uniform(-8, 8)) / 8) - _CLOSE_UP // 2, 0), LATENT_PX - _CLOSE_UP)
+            min(max(round((centre + rng.uniform(-8, 8)) / 8 / grid) * grid - _CLOSE_UP // 2, 0), LATENT_PX - _CLOSE_UP)
             for centre in (item.x_px, item.y_px)
         )
         left, top, side = column * 8, row * 8, _CLOSE_UP * 8
@@ -85,22 +75,24 @@ def close_up(scene: Scene, rng: random.Random) -> tuple[Scene, int, int] | None:
 
 
 def draw_batch(
-    latents: torch.Tensor, scenes: list[Scene], rng: random.Random, count: int, *, close_ups: bool
-) -> tuple[torch.Tensor, list[Scene]]:
-    """Clean latents, float [count, 4, 16, 16] or close-ups [3 * count, 4, 8, 8], with their scenes."""
+    latents: torch.Tensor, scenes: list[Scene], rng: random.Random, count: int, *, close_ups: bool, grid: int
+) -> tuple[torch.Tensor, list[Scene], torch.Tensor | None]:
+    """Clean latents, float [count, 4, 16, 16] or close-ups [3 * count, 4, 8, 8]; their scenes; close-ups' corners."""
     if not close_ups:
         chosen = [rng.randrange(len(scenes)) for _ in range(count)]
-        return latents[chosen].float(), [scenes[index] for index in chosen]
+        return latents[chosen].float(), [scenes[index] for index in chosen], None
     windows: list[torch.Tensor] = []
     shown: list[Scene] = []
+    corners: list[tuple[int, int]] = []
     while len(windows) < 3 * count:
         index = rng.randrange(len(scenes))
-        found = close_up(scenes[index], rng)
+        found = close_up(scenes[index], rng, grid)
         if found is not None:
             scene, column, row = found
             windows.append(latents[index, :, row : row + _CLOSE_UP, column : column + _CLOSE_UP].float())
             shown.append(scene)
-    return torch.stack(windows), shown
+            corners.append((column, row))
+    return torch.stack(windows), shown, torch.tensor(corners)
 
 
 def captions_for(scenes: list[Scene], rng: random.Random, dropout: float) -> list[str]:
@@ -108,29 +100,35 @@ def captions_for(scenes: list[Scene], rng: random.Random, dropout: float) -> lis
     return ["" if rng.random() < dropout else training_caption(scene, rng) for scene in scenes]
 
 
-def train(rank: int, work: Path, seconds: float, settings: Settings) -> None:
-    """Train as worker `rank` for `seconds` in all; resumes denoiser.ckpt, worker 0 writes the checkpoints."""
-    torch.manual_seed(settings.seed)
-    tokenizer = build_tokenizer()
-    text_1, text_2 = build_text_encoders(settings, tokenizer)
-    model = nn.ModuleDict({"unet": build_unet(settings), "text_1": text_1, "text_2": text_2})
-    start_transparent(model["unet"])
-    model.load_state_dict(load_file(work / "text-warm.safetensors"), strict=False)
+def build(model: str) -> tuple[Denoiser, Settings | PixArtSettings]:
+    """The denoiser named `model` with fresh weights from its seed, and its settings."""
+    if model == "mini-sdxl":
+        torch.manual_seed(SETTINGS.seed)
+        return SdxlDenoiser(SETTINGS), SETTINGS
+    torch.manual_seed(PIXART_SETTINGS.seed)
+    return PixArtDenoiser(PIXART_SETTINGS), PIXART_SETTINGS
+
+
+def train(rank: int, name: str, work: Path, seconds: float) -> None:
+    """Train `name` as worker `rank` for `seconds` in all; resumes its checkpoint, which worker 0 writes."""
+    denoiser, settings = build(name)
+    grid = settings.patch if isinstance(settings, PixArtSettings) else 1
+    model = denoiser.parts
+    model.load_state_dict(load_file(work / f"{name}-text.safetensors"), strict=False)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
     )
     average = {name: value.clone() for name, value in model.state_dict().items()}
-    checkpoint, step, spent = work / "denoiser.ckpt", 0, 0.0
+    checkpoint, step, spent = work / f"{name}.ckpt", 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, step, spent = state["ema"], state["step"], state["spent_s"]
-    model["unet"].to(memory_format=torch.channels_last)
 
     latents = load_file(work / "pool.safetensors")["latents"]
-    scenes = [pool_scene(index, settings.seed) for index in range(len(latents))]
+    scenes = [pool_scene(index, SETTINGS.seed) for index in range(len(latents))]
     noise_levels = training_noise()
     weights = loss_weights(noise_levels.alphas_cumprod)
     batch = settings.batch // settings.workers
@@ -141,16 +139,13 @@ def train(rank: int, work: Path, seconds: float, settings: Settings) -> None:
     running: list[tuple[float, float]] = []
     while spent < seconds:
         close_ups = spent < settings.close_up_share * seconds
-        clean, shown = draw_batch(latents, scenes, rng, batch, close_ups=close_ups)
+        clean, shown, corners = draw_batch(latents, scenes, rng, batch, close_ups=close_ups, grid=grid)
         noise = torch.randn(clean.shape, generator=generator)
         steps_t = torch.randint(0, 1000, (len(clean),), generator=generator)
-        noisy = noise_levels.add_noise(clean, noise, steps_t).contiguous(memory_format=torch.channels_last)
+        noisy = noise_levels.add_noise(clean, noise, steps_t)
         captions = captions_for(shown, rng, settings.caption_dropout)
-        states, pooled = encode(text_1, text_2, token_ids(tokenizer, captions))
-        conditions = {"text_embeds": pooled, "time_ids": time_ids(len(clean))}
-        predicted = model["unet"](noisy, steps_t, states, added_cond_kwargs=conditions).sample
-        errors = (predicted - noise).square().mean(dim=(1, 2, 3))
-        loss = (errors * weights[steps_t]).mean()
+        errors, beside = denoiser.errors(noisy, noise, steps_t, captions, shown, corners)
+        loss = (errors * weights[steps_t] + beside).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
 
@@ -167,21 +162,22 @@ def train(rank: int, work: Path, seconds: float, settings: Settings) -> None:
                 "weighted_mse": round(weighted, 5),
                 "mse": round(plain, 5),
             }
-            append_row(work / "denoiser.csv", row)
+            append_row(work / f"{name}.csv", row)
             running = []
         if rank == 0 and (spent - saved > _SAVE_EVERY_S or spent >= seconds):
             saved = spent
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": average}
             save_checkpoint(checkpoint, {**state, "step": step, "spent_s": spent})
-            save_file({k: v.contiguous() for k, v in average.items()}, work / "denoiser-ema.safetensors")
+            save_file({k: v.contiguous() for k, v in average.items()}, work / f"{name}-ema.safetensors")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="mini-sdxl")
     parser.add_argument("--work", type=Path, default=Path(".cache/training"), help="folder of the checkpoints")
     parser.add_argument("--seconds", type=float, default=4200.0, help="wall-clock budget of all runs together")
     arguments = parser.parse_args()
-    launch(train, SETTINGS.workers, arguments.work, arguments.seconds, SETTINGS)
+    launch(train, SETTINGS.workers, arguments.model, arguments.work, arguments.seconds)
 
 
 if __name__ == "__main__":

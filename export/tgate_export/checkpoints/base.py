@@ -1,0 +1,60 @@
+"""What the exporter asks of a checkpoint, wherever it comes from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Tensors(Protocol):
+    """The tensors of one component, read one at a time."""
+
+    def read(self, key: str) -> Tensor:
+        """The tensor of a parameter's name, on the CPU, in the checkpoint's dtype; the caller owns it.
+
+        Raises :class:`~tgate_engine.errors.ExportError` where there is none.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of files."""
+        ...
+
+
+class Checkpoint(ABC):
+    """A model's configurations and tensors, by component, in diffusers' terms.
+
+    ``where`` names it in messages. Whatever is missing, unreadable or of the wrong kind raises
+    :class:`~tgate_engine.errors.ExportError` naming it.
+    """
+
+    where: str
+    model_index: Mapping[str, Any]
+
+    @abstractmethod
+    def config(self, component: str) -> Mapping[str, Any]:
+        """A component's config.json."""
+
+    @abstractmethod
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The scheduler's configuration."""
+
+    @abstractmethod
+    def tensors(self, component: str) -> Tensors:
+        """A component's tensors."""
+
+    @abstractmethod
+    def tokenizer(self, name: str) -> Path:
+        """The directory of a tokenizer's files."""
+
+    @abstractmethod
+    def token_limit(self, name: str) -> int | None:
+        """Tokens that a tokenizer's own configuration allows; None where it says nothing."""
+
+    @abstractmethod
+    def licence(self) -> str:
+        """The licence that the model's card names, or "unknown"."""

@@ -1,0 +1,40 @@
+"""Text by a T5 encoder and its mask, which PixArt and Latte share."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tgate_engine.manifest import Conditioning
+from tgate_export.checkpoints import Checkpoint
+from tgate_export.families.base import ConditioningInput
+
+KEEP, DROP = 0.0, -10000.0
+"""What diffusers adds to attention scores of tokens that count and of padding."""
+
+
+class T5Text(nn.Module):
+    """Ids [B, T] to ``prompt_embeds`` [B, T, C] and ``prompt_mask`` [B, T], 1 for tokens and 0 for padding."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder = encoder
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        mask = (ids != self.text_encoder.config.pad_token_id).float()
+        states = self.text_encoder(ids, attention_mask=mask).last_hidden_state
+        return states, mask.to(states.dtype)
+
+
+def t5_conditioning(checkpoint: Checkpoint, length: int, *, negative_mask: str) -> tuple[ConditioningInput, ...]:
+    """The text's states and mask. ``negative_mask``: see :class:`~tgate_engine.manifest.Conditioning`."""
+    width = int(checkpoint.config("text_encoder")["d_model"])
+    mask = Conditioning(name="prompt_mask", source="text", negative=negative_mask)
+    return (
+        ConditioningInput(Conditioning(name="prompt_embeds", source="text"), (length, width)),
+        ConditioningInput(mask, (length,), mask=True),
+    )
+
+
+def attention_bias(mask: Tensor, dtype_of: Tensor) -> Tensor:
+    """A mask [N, T] as what is added to attention scores, [N, 1, T]."""
+    return ((1 - mask.to(dtype_of.dtype)) * DROP + KEEP).unsqueeze(1)

@@ -1,0 +1,226 @@
+"""Every family through the whole product: final latents of the engine against the package and eager references.
+
+As ``tests/test_parity.py`` does for SDXL. The references (:mod:`tests.oracle_families`) are the paper's package where
+it covers the family, the method written out for Latte, and diffusers itself for ungated trajectories.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from tests.oracle_families import (
+    Request,
+    guidance_stopped_latents,
+    plain_latents,
+    tgate_latents,
+    written_out_latents,
+)
+from tests.tiny_families import FAMILY_VARIANTS, latent_noise, load_tiny, make_tiny
+from tgate_engine.bundle import Bundle
+from tgate_engine.plan import build_plan
+from tgate_engine.report import Silent
+from tgate_engine.schedule import Schedule
+from tgate_export.build import ExportSettings, export
+from tgate_export.sampling import compile_sampler, make_scheduler
+from tgate_runtime.noise import CONDITIONING, in_step, noise
+from tgate_runtime.pipeline import Pipeline
+
+TOLERANCE = 1e-4
+"""Largest absolute difference over largest absolute value, float32."""
+
+SEED = 11
+PROMPT = "a large red circle above a small blue square"
+ONE_OF_EACH = ("sd21_v", "pixart_alpha_1024", "pixart_sigma_a", "lcm_pixart", "svd_a", "latte_a")
+"""In every run of the tests; the other shapes are slow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    n: int
+    m: int
+    k: int = 1
+    f: int = 1
+    w: int = 2
+    sampler: str
+
+    def __str__(self) -> str:
+        return f"n{self.n}-m{self.m}-k{self.k}-f{self.f}-w{self.w}-{self.sampler}"
+
+
+CASES = (
+    Case(n=8, m=4, k=2, f=2, w=0, sampler="own"),
+    Case(n=10, m=5, k=3, sampler="euler"),
+    Case(n=4, m=1, w=0, sampler="ddim"),
+    Case(n=6, m=6, k=2, sampler="own"),
+    Case(n=5, m=2, k=1, sampler="euler_a"),
+)
+CONSISTENCY = (
+    Case(n=4, m=1, w=0, sampler="lcm"),
+    Case(n=4, m=2, w=0, f=2, sampler="lcm"),
+    Case(n=6, m=4, k=2, w=0, sampler="lcm"),
+)
+
+
+class Subject:
+    """One tiny checkpoint: its eager pipeline, and its bundle with every graph there is."""
+
+    def __init__(self, variant: str, folder: Path) -> None:
+        self.variant, self.tiny = variant, FAMILY_VARIANTS[variant]
+        checkpoint = make_tiny(folder / "checkpoint", variant)
+        self.eager = load_tiny(checkpoint, variant)
+        height, width = (size * self.tiny.vae_factor for size in self.tiny.latents[-2:])
+        self.video = self.tiny.model in ("svd", "opensora")
+        frames = self.tiny.latents[0 if self.tiny.model == "svd" else 1] if self.video else None
+        self.consistency = self.tiny.model.startswith("lcm")
+        settings = ExportSettings(
+            model=self.tiny.model,
+            checkpoint=str(checkpoint),
+            fidelity_interval=2,
+            height=height,
+            width=width,
+            frames=frames,
+            output=folder / "bundle",
+        )
+        self.path = export(settings, Silent())
+        self.bundle = Bundle.open(self.path)
+        self.image = _picture(height, width) if self.tiny.model == "svd" else None
+        self.pipe = Pipeline.open(self.bundle, threads=1, plans=[*self.bundle.manifest.plans.values()])
+
+    def own_sampler(self) -> str:
+        return {"svd": "euler", "opensora": "ddim"}.get(self.tiny.model, "dpmpp_2m")
+
+    def request(self, case: Case) -> Request:
+        """What every eager reference is asked for."""
+        manifest = self.bundle.manifest
+        shape = manifest.latents
+        augmentation = noise(SEED, 0, (1, 3, manifest.height, manifest.width), draw=CONDITIONING)
+        return Request(
+            prompt=None if self.image is not None else PROMPT,
+            negative_prompt=None if self.image is not None or self.consistency else "a photo",
+            image=self.image,
+            steps=case.n,
+            guidance_scale=manifest.guidance_scale,
+            latents=latent_noise(self.variant),
+            step_noise=lambda step: torch.from_numpy(noise(SEED, 0, shape, draw=in_step(step)))[None],
+            augmentation=torch.from_numpy(augmentation) if self.image is not None else None,
+        )
+
+    def scheduler(self, case: Case) -> Any:
+        return make_scheduler(self._sampler(case), self.bundle.manifest.scheduler)
+
+    def engine(
+        self, case: Case, change: Callable[[Schedule], Schedule] = lambda schedule: schedule
+    ) -> NDArray[np.float32]:
+        """Final latents of the engine."""
+        manifest = self.bundle.manifest
+        sampler = compile_sampler(self._sampler(case), manifest.scheduler, case.n)
+        schedule = Schedule(
+            steps=case.n,
+            gate=case.m,
+            self_interval=case.k,
+            fidelity_interval=case.f,
+            warm_up=case.w,
+            lead_in=sampler.lead_in,
+        )
+        plan = build_plan(
+            "case",
+            schedule=change(schedule),
+            sampler=sampler,
+            guidance_scale=manifest.guidance_scale,
+            graphs=manifest.graphs,
+            carries=manifest.carries,
+        )
+        start = latent_noise(self.variant).numpy()
+        with Pipeline.open(self.bundle.with_plans({"case": plan}), threads=1, plans=["case"]) as pipe:
+            if self.image is not None:
+                return pipe(image=self.image, plan="case", seed=SEED, initial_latents=start).latents
+            negative = None if self.consistency else "a photo"
+            return pipe(PROMPT, negative_prompt=negative, plan="case", seed=SEED, initial_latents=start).latents
+
+    def _sampler(self, case: Case) -> str:
+        return self.own_sampler() if case.sampler == "own" else case.sampler
+
+
+@pytest.fixture(scope="module")
+def subject_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject]:
+    return functools.cache(lambda variant: Subject(variant, tmp_path_factory.mktemp(variant)))
+
+
+def _picture(height: int, width: int) -> Image.Image:
+    rng = np.random.default_rng(4)
+    coarse = Image.fromarray(rng.integers(0, 255, (4, 4, 3), np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def relative(got: NDArray[np.float32], want: torch.Tensor) -> float:
+    wanted = want.numpy().astype(np.float64)
+    assert got.shape == wanted.shape
+    return float(np.abs(got.astype(np.float64) - wanted).max() / np.abs(wanted).max())
+
+
+def _pairs() -> list[Any]:
+    return [
+        pytest.param(name, case, id=f"{name}-{case}", marks=[] if name in ONE_OF_EACH else [pytest.mark.slow])
+        for name, tiny in FAMILY_VARIANTS.items()
+        for case in (CONSISTENCY if tiny.model.startswith("lcm") else CASES)
+    ]
+
+
+def _names() -> list[Any]:
+    return [pytest.param(name, marks=[] if name in ONE_OF_EACH else [pytest.mark.slow]) for name in FAMILY_VARIANTS]
+
+
+@pytest.mark.parametrize(("variant", "case"), _pairs())
+def test_gated_latents_equal_the_reference(subject_of: Callable[[str], Subject], variant: str, case: Case) -> None:
+    """The package's, or for Latte, which it does not have, the method written out."""
+    subject = subject_of(variant)
+    reference = written_out_latents if subject.tiny.model == "opensora" else tgate_latents
+    want = reference(subject.eager, subject.request(case), subject.scheduler(case), case.m, case.k, case.f, case.w)
+    assert relative(subject.engine(case), want) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", _names())
+def test_ungated_latents_equal_diffusers(subject_of: Callable[[str], Subject], variant: str) -> None:
+    subject = subject_of(variant)
+    case = Case(n=5, m=5, sampler="lcm" if subject.consistency else "own")
+    want = plain_latents(subject.eager, subject.request(case), subject.scheduler(case))
+    got = subject.engine(case, Schedule.ungated)
+    assert relative(got, want) < TOLERANCE
+    gated = subject.engine(Case(n=5, m=2, k=2, w=0, sampler=case.sampler))
+    if subject.tiny.model != "svd" or not subject.consistency:
+        assert relative(gated, want) > 10 * TOLERANCE, "gating changes the trajectory, so the test could fail"
+
+
+@pytest.mark.parametrize("variant", _names())
+def test_guidance_stopped_latents_equal_eager(subject_of: Callable[[str], Subject], variant: str) -> None:
+    subject = subject_of(variant)
+    if not subject.bundle.manifest.guided:
+        pytest.skip("nothing to stop")
+    case = Case(n=6, m=3, sampler="own")
+    want = guidance_stopped_latents(subject.eager, subject.request(case), subject.scheduler(case), case.m)
+    assert relative(subject.engine(case, Schedule.guidance_stopped), want) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", _names())
+def test_a_picture_or_a_video_comes_out(subject_of: Callable[[str], Subject], variant: str) -> None:
+    """As many frames, and as large, as the manifest says."""
+    subject = subject_of(variant)
+    manifest = subject.bundle.manifest
+    start = latent_noise(variant).numpy()
+    result = subject.pipe(
+        None if subject.image is not None else PROMPT, image=subject.image, seed=SEED, initial_latents=start
+    )
+    frames = result.videos[0] if subject.video else result.images
+    assert len(frames) == manifest.frames
+    assert {frame.size for frame in frames} == {(manifest.width, manifest.height)}
+    assert not (result.images if subject.video else result.videos)

@@ -1,0 +1,83 @@
+"""Text and image encoders of the tiny checkpoints in ``tests/tiny_families.py``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from tests.tiny_models import BEGIN_TOKEN, END_TOKEN, _spread_text, _vocabulary
+
+# Words with a token of their own; all else goes letter by letter.
+T5_WORDS = ("a", "red", "blue", "green", "circle", "square", "above", "below", "large", "small", "photo", "of")
+
+
+def clip(width: int, length: int, second: bool) -> dict[str, Any]:
+    """CLIP as in SD 1.5, or as in SD 2.1 if ``second``: another activation, and padding with "!"."""
+    vocabulary, merges = _vocabulary()
+    config = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=length,
+        hidden_act="gelu" if second else "quick_gelu",
+        bos_token_id=vocabulary[BEGIN_TOKEN],
+        eos_token_id=vocabulary[END_TOKEN],
+        pad_token_id=vocabulary[END_TOKEN],
+    )
+    encoder = CLIPTextModel(config)
+    _spread_text(encoder)
+    pad = "!" if second else END_TOKEN
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length, pad_token=pad)
+    return {"text_encoder": encoder, "tokenizer": tokenizer}
+
+
+def t5(width: int) -> dict[str, Any]:
+    """T5 v1.1 in small. Its own initialisation already tells prompts apart."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in T5_WORDS)]
+    pieces += [("▁", -10.0), *((chr(code), -10.0) for code in range(33, 127))]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    config = T5Config(
+        vocab_size=len(pieces),
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    return {"text_encoder": T5EncoderModel(config), "tokenizer": tokenizer}
+
+
+def image_encoder(width: int) -> Any:
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=224,  # the pipeline resizes to this, whatever the configuration
+            patch_size=56,
+            projection_dim=width,
+            hidden_act="gelu",
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if name.endswith(("patch_embedding.weight", "visual_projection.weight")):
+                parameter.normal_(std=1.5 / math.sqrt(parameter[0].numel()))
+    return encoder

@@ -23,7 +23,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.cli import export_main
 from tgate_engine.errors import ExportError
 from tgate_export import weights
-from tgate_export.checkpoints import Checkpoint
+from tgate_export.checkpoints.directory import DirectoryCheckpoint
 from tgate_export.graphs import WeightRef
 
 Run = Callable[..., str]
@@ -168,7 +168,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
     monkeypatch.setattr("tgate_export.weights.shutil.disk_usage", lambda _: usage._replace(free=1000))
     ref = WeightRef(component="unet", key="conv_in.weight", transposed=False, shape=(16, 4, 3, 3), dtype="float32")
     with pytest.raises(ExportError, match="no space for the weights"):
-        weights.write_weights(tmp_path / "w", [ref], Checkpoint.open(str(checkpoint)), lambda done, total: None)
+        weights.write_weights(tmp_path / "w", [ref], DirectoryCheckpoint(checkpoint), lambda done, total: None)
     assert not (tmp_path / "w").exists()
 
 

@@ -94,7 +94,7 @@ class Subject:
         self.path = export(settings, Silent())
         self.bundle = Bundle.open(self.path)
         self.image = _picture(height, width) if self.tiny.model == "svd" else None
-        self.pipe = Pipeline.open(self.bundle, threads=1, plans=[*self.bundle.manifest.plans.values()])
+        self.pipe = Pipeline.open(self.bundle, threads=1, plans=["default"])
 
     def own_sampler(self) -> str:
         return {"svd": "euler", "opensora": "ddim"}.get(self.tiny.model, "dpmpp_2m")

@@ -14,16 +14,17 @@ from safetensors import safe_open
 from benchmarks.quality import draw
 from tgate_engine.bundle import Bundle
 from tgate_engine.cli import main
-from tgate_export.families import find_model
+from tgate_export.families import location
 from tgate_runtime.pipeline import Pipeline
 from training.evaluate import evaluation_captions, score_pictures
 
 PROMPT = "a large red circle above a small blue square"
 
 
-def test_the_checkpoint_is_small_and_whole() -> None:
+@pytest.mark.parametrize("model", ["mini-sdxl", "mini-pixart"])
+def test_the_checkpoint_is_small_and_whole(model: str) -> None:
     """At most 12 MiB of float16 safetensors, and nothing pickled."""
-    root = Path(find_model("mini-sdxl").location())
+    root = Path(location(model))
     files = list(root.rglob("*.safetensors"))
     assert sum(path.stat().st_size for path in files) <= 12 * 2**20
     for path in files:

@@ -24,7 +24,7 @@ from tests.tiny_models import load_tiny_sdxl
 from tgate_engine.bundle import Bundle
 from tgate_engine.plan import Plan, build_plan
 from tgate_engine.schedule import Schedule
-from tgate_export.families import find_model
+from tgate_export.families import location
 from tgate_export.sampling import SAMPLERS, compile_sampler, make_scheduler
 from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.session import Session
@@ -157,7 +157,7 @@ class Subject:
 @pytest.fixture(scope="module", params=("mini-sdxl", *VARIANTS))
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     if request.param == "mini-sdxl":
-        yield Subject(Path(find_model("mini-sdxl").location()), request.getfixturevalue("mini_full_bundle"))
+        yield Subject(Path(location("mini-sdxl")), request.getfixturevalue("mini_full_bundle"))
     else:
         checkpoint = request.getfixturevalue("tiny_checkpoint")(request.param)
         yield Subject(checkpoint, request.getfixturevalue("tiny_bundle")(request.param))

@@ -110,7 +110,11 @@ class Bundle:
         for graph in (m.text, m.image, m.decoder):
             if graph and graph not in m.graphs:
                 raise BundleError(f"{self.path}: the manifest names graph {graph!r} but does not describe it")
-        for name in [*([m.weights] if m.weights else []), *(g.file for g in m.graphs.values()), *(t.file for t in m.tokenizers)]:
+        for name in [
+            *([m.weights] if m.weights else []),
+            *(g.file for g in m.graphs.values()),
+            *(t.file for t in m.tokenizers),
+        ]:
             self.file(name)
         for golden in m.goldens.values():
             self.file(golden.file)

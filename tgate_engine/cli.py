@@ -51,18 +51,28 @@ def export_main(arguments: Sequence[str] | None = None) -> int:
 
 def _generate(args: argparse.Namespace, report: Reporter) -> Show:
     with _needs("drawing", RUN_ADVICE):
-        from tgate_runtime.files import check_place, load_array, picture_paths, save_array, save_picture
+        from tgate_runtime import files
         from tgate_runtime.pipeline import Pipeline
+    from tgate_engine.bundle import Bundle
 
-    paths = picture_paths(args.output, args.num_images)
+    initial = None if args.initial_latents is None else files.load_array(args.initial_latents)
+    image = None if args.image is None else files.load_picture(args.image)
+    embeds = None if args.prompt_embeds is None else files.load_embeddings(args.prompt_embeds)
     if args.save_latents is not None:
-        check_place(args.save_latents)
-    initial = None if args.initial_latents is None else load_array(args.initial_latents)
+        files.check_place(args.save_latents)
     report.stage(f"opening {args.bundle}")
-    with Pipeline.open(args.bundle, threads=args.threads, plans=[args.plan]) as pipe:
+    bundle = Bundle.open(args.bundle)
+    manifest = bundle.manifest
+    rows = max([len(t) for t in embeds.values() if t.ndim], default=1) if embeds else 1
+    paths = files.output_paths(
+        args.output, rows * args.num_images, decoded=bool(manifest.decoder), video=manifest.frames > 1
+    )
+    with Pipeline.open(bundle, threads=args.threads, plans=[args.plan]) as pipe:
         report.stage("drawing")
         result = pipe(
             args.prompt,
+            image=image,
+            prompt_embeds=embeds,
             seed=args.seed,
             negative_prompt=args.negative_prompt,
             guidance_scale=args.guidance_scale,
@@ -71,10 +81,15 @@ def _generate(args: argparse.Namespace, report: Reporter) -> Show:
             initial_latents=initial,
             on_step=lambda progress: report.progress(progress.done, progress.total, "steps"),
         )
-    for image, path in zip(result.images, paths, strict=True):
-        save_picture(image, path)
+    for i, path in enumerate(paths):
+        if not manifest.decoder:
+            files.save_array(result.latents[i : i + 1], path)
+        elif manifest.frames > 1:
+            files.save_video(result.videos[i], path, fps=manifest.fps)
+        else:
+            files.save_picture(result.images[i], path)
     if args.save_latents is not None:
-        save_array(result.latents, args.save_latents)
+        files.save_array(result.latents, args.save_latents)
     if args.seed is None and initial is None:
         report.note(f"seed {result.seed}")
     return lambda: print(*paths, sep="\n")
@@ -158,9 +173,35 @@ def _plan(args: argparse.Namespace, report: Reporter) -> Show:
     return lambda: print(f"{args.bundle}: plan {plan.name}, {len(plan.steps)} steps over {', '.join(plan.graphs())}")
 
 
+def _embed(args: argparse.Namespace, report: Reporter) -> Show:
+    with _needs("encoding prompts", EXPORT_ADVICE):
+        from tgate_export.embed import embed
+
+    if not args.output.parent.is_dir():
+        raise ExportError(f"{args.output}: there is no directory {args.output.parent}; make it first")
+    report.stage(f"encoding with the text encoder of {args.model}")
+    names = embed(
+        args.model,
+        args.prompt,
+        args.output,
+        checkpoint=args.checkpoint,
+        negative_prompt=args.negative_prompt,
+        half=args.half,
+    )
+    return lambda: print(f"{args.output}: {', '.join(names)} for {len(args.prompt)} prompts")
+
+
+def _list_models() -> int:
+    with _needs("listing models", EXPORT_ADVICE):
+        from tgate_export.families import MODELS
+    views.models(MODELS)
+    return 0
+
+
 def _export(args: argparse.Namespace, report: Reporter) -> Show:
     with _needs("export", EXPORT_ADVICE):
         from tgate_export.build import ExportSettings, export
+        from tgate_export.lora import Lora
     settings = ExportSettings(
         model=args.model,
         m=args.m,
@@ -171,8 +212,12 @@ def _export(args: argparse.Namespace, report: Reporter) -> Show:
         sampler=args.sampler,
         guidance_scale=args.guidance_scale,
         checkpoint=args.checkpoint,
+        weights=args.weights,
+        components=None if args.components is None else args.components.split(","),
+        loras=[Lora.parse(text) for text in args.lora],
         height=args.height,
         width=args.width,
+        frames=args.frames,
         batch=args.batch,
         dtype=args.dtype,
         output=args.output,
@@ -232,9 +277,13 @@ def _tgate_parser() -> argparse.ArgumentParser:
         _common(added)
         return added
 
-    p = command("generate", _generate, "Draw pictures from a prompt.")
-    p.add_argument("prompt", metavar="PROMPT")
-    p.add_argument("--output", required=True, type=Path, metavar="OUT.png", help="several become OUT-0.png, …")
+    p = command("generate", _generate, "Draw pictures, or a video, from a prompt or an image.")
+    p.add_argument("prompt", metavar="PROMPT", nargs="?", help="left out with --image or --prompt-embeds")
+    p.add_argument(
+        "--output", required=True, type=Path, metavar="OUT.png", help="several become OUT-0.png, …; videos: .mp4, .gif"
+    )
+    p.add_argument("--image", type=Path, metavar="IN.png", help="what an image-to-video model starts from")
+    p.add_argument("--prompt-embeds", type=Path, metavar="E.safetensors", help="from `tgate embed`, for a prompt")
     p.add_argument("--seed", type=int, help="from 0; one is drawn, and reported, if left out")
     p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
     p.add_argument("--guidance-scale", type=float, metavar="G", help="above 1; the plan's if left out")
@@ -243,6 +292,19 @@ def _tgate_parser() -> argparse.ArgumentParser:
     p.add_argument("--initial-latents", type=Path, metavar="X.npy", help="standard normal noise, in place of a seed's")
     p.add_argument("--save-latents", type=Path, metavar="Y.npy", help="the final latents, before decoding")
     _threads(p)
+
+    p = commands.add_parser("embed", help=(text := "Encode prompts ahead of time, for bundles without a text encoder."))
+    p.description = text
+    p.set_defaults(run=_embed)
+    p.add_argument("prompt", metavar="PROMPT", nargs="+")
+    p.add_argument("--model", required=True, metavar="NAME", help="as for tgate-export")
+    p.add_argument(
+        "--checkpoint", metavar="DIR_OR_HUB_ID", help="where the text encoder is; the model's own if left out"
+    )
+    p.add_argument("--output", required=True, type=Path, metavar="E.safetensors")
+    p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    p.add_argument("--half", action="store_true", help="hold the encoder in bfloat16: half the memory")
+    _common(p)
 
     p = command("inspect", _inspect, "Show a bundle's plans step by step, their MACs, and sizes.")
     p.add_argument("--json", action="store_true", help="as data")
@@ -264,7 +326,7 @@ def _tgate_parser() -> argparse.ArgumentParser:
     p.add_argument("--k", type=int, default=1, help="the self-attention interval before the gate; 1: no reuse")
     p.add_argument("--steps", type=int, default=25, metavar="N")
     p.add_argument("--sampler", default="dpmpp_2m", metavar="NAME")
-    _method(p)
+    _method(p, warm_up=2)
     p.add_argument("--force", action="store_true", help="replace a plan of that name")
     return parser
 
@@ -274,15 +336,25 @@ def _export_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tgate-export {__version__}")
     parser.set_defaults(run=_export)
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME", help="mini-sdxl (embedded), or an architecture such as sdxl")
-    add("--checkpoint", metavar="DIR_OR_HUB_ID", help="a diffusers directory, or a repository on the Hugging Face hub")
+    add("--model", required=True, metavar="NAME", help="mini-sdxl (embedded), or another of --list-models")
+    parser.add_argument("--list-models", action=_ListModels, help="show the models and their settings, and stop")
+    add("--checkpoint", metavar="FROM", help="a diffusers directory, a .safetensors file, or a hub id")
+    add(
+        "--weights",
+        choices=("checkpoint", "random", "none"),
+        default="checkpoint",
+        help="random: the published structure, to measure; none: graphs, plans and MACs only",
+    )
+    add("--components", metavar="A,B", help="some of text, image, denoiser, decoder; all if left out")
+    add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="fuse a LoRA into the weights; repeatable")
     add("--m", type=int, help="the gate step; the model's own if left out")
     add("--k", type=int, help="the self-attention interval before the gate; 1: no reuse")
     add("--steps", type=int, metavar="N", help="inference steps")
     add("--sampler", metavar="NAME", help="dpmpp_2m, ddim, euler, …")
-    _method(parser)
+    _method(parser, warm_up=None)
     add("--height", type=int, metavar="PIXELS")
     add("--width", type=int, metavar="PIXELS")
+    add("--frames", type=int, metavar="F", help="of a video model")
     add("--batch", type=_batch, default=(1, 1), metavar="B|LEAST:MOST", help="images at once, such as 1 or 1:4")
     add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
     add("--output", type=Path, metavar="DIR", help="bundles/<model> if left out")
@@ -292,8 +364,21 @@ def _export_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _method(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--warm-up", type=int, default=2, metavar="W", help="steps that reuse nothing")
+class _ListModels(argparse.Action):
+    """Shows the models and stops, as --version does."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        try:
+            parser.exit(_list_models())
+        except TgateError as error:
+            parser.exit(FAILED, f"tgate: error: {error}\n")
+
+
+def _method(parser: argparse.ArgumentParser, *, warm_up: int | None) -> None:
+    parser.add_argument("--warm-up", type=int, default=warm_up, metavar="W", help="steps that reuse nothing")
     parser.add_argument("--fidelity-interval", type=int, default=1, metavar="F", help="k after the gate")
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 exports without guidance")
 

@@ -54,6 +54,27 @@ def inspection(data: Mapping[str, Any], out: TextIO | None = None) -> None:
         _print(out, f"carries of one request for one image: {_bytes(plan['carry_bytes'])}")
 
 
+def models(found: Mapping[str, Any], out: TextIO | None = None) -> None:
+    """Show the models of ``tgate-export``: ``found`` maps names to `tgate_export.families.Model`."""
+    rows = [
+        (
+            name,
+            model.family.name,
+            str(model.steps),
+            str(model.gate),
+            str(model.self_interval),
+            str(model.warm_up),
+            model.sampler,
+            f"{model.guidance_scale:g}",
+            " + ".join([model.checkpoint, *model.elsewhere.values()]),
+            model.licence,
+        )
+        for name, model in found.items()
+    ]
+    headers = ("model", "family", "n", "m", "k", "w", "sampler", "guidance", "checkpoint", "licence of the weights")
+    table("models", headers, rows, right=(2, 3, 4, 5, 7), out=out or sys.stdout)
+
+
 def benchmark(data: Mapping[str, Any], out: TextIO | None = None) -> None:
     """Show what :func:`tgate_runtime.benchmark.bench` measured."""
     out = out or sys.stdout

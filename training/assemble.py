@@ -60,7 +60,9 @@ def _mini_pixart(checkpoints: Path | None) -> DiffusionPipeline:
 def _load(checkpoints: Path | None, model: str, parts: dict[str, Any]) -> None:
     """Give `parts` the averaged weights of `model`, where there are checkpoints."""
     if checkpoints is not None:
-        nn.ModuleDict(parts).load_state_dict(load_file(checkpoints / f"{model}-ema.safetensors"))
+        state = load_file(checkpoints / f"{model}-ema.safetensors")
+        kept = {name: value for name, value in state.items() if name.split(".")[0] in parts}  # no training aids
+        nn.ModuleDict(parts).load_state_dict(kept)
 
 
 def assemble(model: str, checkpoints: Path | None, out: Path) -> dict[str, int]:

@@ -34,8 +34,8 @@ class Denoiser(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared error of the noise, and what else is to be minimised; both float [B].
 
-        Latents are [B, 4, h, w] and show `scenes`; `corners`, int64 [B, 2], are the columns and rows at which windows of whole
-        pictures start, None for whole pictures.
+        Latents are [B, 4, h, w] and show `scenes`; `corners`, int64 [B, 2], are the columns and rows at which windows
+        of whole pictures start, None for whole pictures.
         """
         ...
 

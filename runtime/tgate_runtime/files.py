@@ -1,14 +1,18 @@
-"""Pictures and latents on disk: checked before the work starts, written whole or not at all."""
+"""Pictures, videos, latents and embeddings on disk: checked before the work starts, written whole or not at all."""
 
 from __future__ import annotations
 
 import io
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from tgate_engine.bundle import write_atomically
 from tgate_engine.errors import RequestError
@@ -25,15 +29,26 @@ FORMATS = {
 }
 
 
-def picture_paths(output: Path, count: int) -> list[Path]:
-    """Where ``count`` pictures go: ``output`` for one, ``<stem>-0<suffix>`` and so on for several.
+VIDEO_FORMATS = (".mp4", ".gif")
+LATENTS_FORMAT = ".npy"
 
-    Raises :class:`RequestError` where the suffix is no picture format, or the directory is not there.
+
+def output_paths(output: Path, count: int, *, decoded: bool = True, video: bool = False) -> list[Path]:
+    """Where ``count`` results go: ``output`` for one, ``<stem>-0<suffix>`` and so on for several.
+
+    ``decoded``: pictures, or with ``video`` videos; otherwise latents. Raises :class:`RequestError` where the suffix
+    is of another kind, or the directory is not there.
     """
-    if output.suffix.lower() not in FORMATS:
+    kind, suffixes = ("video", VIDEO_FORMATS) if video else ("picture", tuple(FORMATS))
+    if not decoded:
+        kind, suffixes = "latents", (LATENTS_FORMAT,)
+    if output.suffix.lower() not in suffixes:
+        why = "" if decoded else ": the bundle has no decoder (--components), so latents are all there is"
         raise RequestError(
-            f"{output}: the suffix {output.suffix!r} is no picture format; use one of {', '.join(FORMATS)}"
+            f"{output}: the suffix {output.suffix!r} is no {kind} format; use one of {', '.join(suffixes)}{why}"
         )
+    if output.suffix.lower() == ".mp4":
+        _ffmpeg()  # missing libraries are better found before the work
     check_place(output)
     if count == 1:
         return [output]
@@ -53,6 +68,65 @@ def save_picture(image: Image.Image, path: Path) -> None:
     content = io.BytesIO()
     image.save(content, FORMATS[path.suffix.lower()])
     write_atomically(path, content.getvalue())
+
+
+def save_video(frames: Sequence[Image.Image], path: Path, *, fps: int) -> None:
+    """Write frames as MP4 (H.264) or GIF, by the path's suffix.
+
+    GIF keeps times in hundredths of a second. Raises :class:`RequestError` where MP4 cannot be written.
+    """
+    if path.suffix.lower() == ".gif":
+        content = io.BytesIO()
+        duration_ms = 10 * round(100 / fps)
+        frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=duration_ms, loop=0)
+        write_atomically(path, content.getvalue())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "video.mp4"
+        try:
+            writer = _ffmpeg().write_frames(
+                str(whole), frames[0].size, fps=fps, macro_block_size=2, quality=8, ffmpeg_log_level="error"
+            )
+            writer.send(None)
+            for frame in frames:
+                writer.send(np.ascontiguousarray(frame).tobytes())
+            writer.close()
+            content_bytes = whole.read_bytes()
+        except (OSError, RuntimeError, ValueError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise RequestError(f"{path}: the video could not be encoded ({first}); write a .gif instead") from None
+    write_atomically(path, content_bytes)
+
+
+def _ffmpeg() -> Any:
+    try:
+        import imageio_ffmpeg
+    except ModuleNotFoundError:
+        raise RequestError(
+            "writing .mp4 needs imageio-ffmpeg, not installed: pip install 'tgate-engine[video]'; or write .gif"
+        ) from None
+    return imageio_ffmpeg
+
+
+def load_picture(path: Path) -> Image.Image:
+    """The picture of a file. Raises :class:`RequestError` for a file that holds none."""
+    if not path.is_file():
+        raise RequestError(f"{path}: there is no such file")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RequestError(f"{path} is not a picture that can be read ({error})") from None
+
+
+def load_embeddings(path: Path) -> dict[str, NDArray[Any]]:
+    """The tensors of a safetensors file. Raises :class:`RequestError` for a file that is none."""
+    if not path.is_file():
+        raise RequestError(f"{path}: there is no such file")
+    try:
+        return dict(load_file(path))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RequestError(f"{path} is not a safetensors file of numbers NumPy has ({error})") from None
 
 
 def save_array(array: NDArray[Any], path: Path) -> None:

@@ -1,0 +1,71 @@
+"""A prompt encoded ahead of time, for bundles without a text encoder: ``tgate embed``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from tgate_engine.bundle import write_atomically
+from tgate_engine.errors import ExportError
+from tgate_export.checkpoints import open_checkpoint
+from tgate_export.conditioning import encode, export_tokenizers, halves, token_ids
+from tgate_export.families import find_model, location
+from tgate_export.modules import real_module
+
+
+def embed(
+    model: str,
+    prompts: Sequence[str],
+    output: Path,
+    *,
+    checkpoint: str | None = None,
+    negative_prompt: str | None = None,
+    half: bool = False,
+) -> list[str]:
+    """Write what the text encoder of a model makes of prompts, and return the tensors' names.
+
+    ``output``: a safetensors file of ``<name>.<half>`` to [N, ...], float32, for N prompts; written whole or not at
+    all. ``negative_prompt``: None is the model's convention for none. ``half``: keep the encoder's weights in bfloat16
+    while it runs, which T5 needs half the memory for and costs it little.
+    Raises :class:`~tgate_engine.errors.ExportError`.
+    """
+    found = find_model(model)
+    family = found.family
+    if not family.text_components:
+        raise ExportError(f"{model} is conditioned by an image, not by a prompt; there is nothing to embed")
+    source = open_checkpoint(
+        model,
+        checkpoint or location(model),
+        weights="checkpoint",
+        components=(*family.text_components, *family.tokenizers, family.denoiser, family.decoder),
+        build=family.build,
+        elsewhere={} if checkpoint else found.elsewhere,
+        prefer_half=half,
+    )
+    if source.model_index.get("_class_name") not in family.pipeline_classes:
+        raise ExportError(
+            f"{source.where} holds a {source.model_index.get('_class_name')}; --model {model} wants "
+            f"{' or '.join(family.pipeline_classes)}"
+        )
+    family.check(source)
+    every = family.conditioning(source, family.default_size(source))
+    inputs = [c for c in every if c.conditioning.source == "text"]
+    encoders = [real_module(family, source, component) for component in family.text_components]
+    if half:
+        encoders = [encoder.to(torch.bfloat16) for encoder in encoders]
+    text = family.text(encoders)
+    guided = family.guidance(source, found.guidance_scale) == "classifier-free"
+    nothing = None if negative_prompt is None and family.zero_negative(source) else negative_prompt or ""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizers = export_tokenizers(family, source, Path(folder))
+        texts = dict.fromkeys([*prompts, *([] if nothing is None else [nothing])])
+        encoded = {t: encode(text, inputs, *token_ids(Path(folder), tokenizers, t).values()) for t in texts}
+    negative = None if nothing is None else encoded[nothing]
+    rows = [halves(inputs, encoded[prompt], negative, guided=guided) for prompt in prompts]
+    tensors = {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}
+    write_atomically(output, safetensors.torch.save(tensors))
+    return list(tensors)

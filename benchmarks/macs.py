@@ -58,7 +58,8 @@ def counted(row: Mapping[str, Any], work: Path) -> dict[str, Any]:
     if "graph" in row:
         macs = inspected(bundle)["graphs"][row["graph"]]["macs"]
     else:
-        macs = inspected(bundle)["plans"][planned(row, bundle)]["macs"]
+        name = planned(row, bundle)
+        macs = inspected(bundle)["plans"][name]["macs"]
     engine = macs["paper"] / 1e12
     print(f"{row['model']}: {row['tera_macs']} in the paper, {engine:.3f} here", flush=True)
     return {

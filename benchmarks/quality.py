@@ -1,17 +1,23 @@
-"""What gating costs in pictures: accuracy on 500 captions that training never saw, drawn by the engine.
+"""What gating costs in pictures: accuracy on captions that training never saw, drawn by the engine.
 
     python -m benchmarks.quality BUNDLE --output benchmarks/results/quality.json
+    python -m benchmarks.quality BUNDLE --samplers euler,ddim,dpmpp_2m --captions 250 \\
+        --output benchmarks/results/schedulers.json
 
-The four plans draw the same captions from the same noise, and one classifier judges them all (training/evaluate.py).
+The bundle is any embedded model's, with everything around the denoiser. All plans draw the same captions from the same
+noise, and one classifier judges them all (training/evaluate.py). The first command compares the four ways of taking
+the bundle's default plan; the second one the ungated and the gated way under each sampler.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +25,10 @@ import numpy as np
 
 from tgate_engine.bundle import Bundle, write_atomically
 from tgate_engine.plan import Plan, build_plan
+from tgate_engine.sampler import Sampler
 from tgate_engine.schedule import Schedule
+from tgate_export.sampling import compile_sampler
+from tgate_runtime.benchmark import cpu_model
 from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.session import Session
 from training.evaluate import Pictures, evaluation_captions, score_pictures
@@ -36,17 +45,32 @@ def rows(bundle: Bundle) -> dict[str, Plan]:
         f"gated m={s.gate} k={s.self_interval}": s,
         f"guidance stopped at {s.gate}": s.guidance_stopped(),
     }
-    return {
-        name: build_plan(
-            name,
-            schedule=schedule,
-            sampler=default.sampler,
-            guidance_scale=default.guidance_scale,
-            graphs=manifest.graphs,
-            carries=manifest.carries,
-        )
-        for name, schedule in schedules.items()
-    }
+    return {name: _plan(bundle, name, schedule, default.sampler) for name, schedule in schedules.items()}
+
+
+def sampler_rows(bundle: Bundle, samplers: Sequence[str]) -> dict[str, Plan]:
+    """The default plan's n, m, k and guidance under other samplers, each ungated and gated."""
+    s = bundle.manifest.plan("default").schedule
+    plans: dict[str, Plan] = {}
+    for sampler in samplers:
+        compiled = compile_sampler(sampler, bundle.manifest.scheduler, s.steps)
+        gated = replace(s, lead_in=compiled.lead_in)
+        for way, schedule in (("ungated", gated.ungated()), (f"gated m={s.gate} k={s.self_interval}", gated)):
+            name = f"{sampler}, {way}"
+            plans[name] = _plan(bundle, name, schedule, compiled)
+    return plans
+
+
+def _plan(bundle: Bundle, name: str, schedule: Schedule, sampler: Sampler) -> Plan:
+    manifest = bundle.manifest
+    return build_plan(
+        name,
+        schedule=schedule,
+        sampler=sampler,
+        guidance_scale=manifest.plan("default").guidance_scale,
+        graphs=manifest.graphs,
+        carries=manifest.carries,
+    )
 
 
 def draw(pipe: Pipeline, plan: str, captions: list[str], seed: int, workers: int) -> Pictures:
@@ -59,10 +83,8 @@ def draw(pipe: Pipeline, plan: str, captions: list[str], seed: int, workers: int
         return np.stack(list(pool.map(one, range(len(captions)))))
 
 
-def measure(path: Path, *, count: int, seed: int, workers: int) -> dict[str, Any]:
+def measure(bundle: Bundle, plans: Mapping[str, Plan], *, count: int, seed: int, workers: int) -> dict[str, Any]:
     """Scores by row, with the settings that they hold for."""
-    bundle = Bundle.open(path)
-    plans = rows(bundle)
     captions = evaluation_captions(count)
     default = bundle.manifest.plan("default")
     result: dict[str, Any] = {
@@ -73,9 +95,13 @@ def measure(path: Path, *, count: int, seed: int, workers: int) -> dict[str, Any
             "captions": count,
             "seed": seed,
             "steps": default.schedule.steps,
-            "sampler": default.sampler.name,
+            "samplers": list(dict.fromkeys(plan.sampler.name for plan in plans.values())),
             "guidance_scale": default.guidance_scale,
+            "cpu": cpu_model(),
+            "workers": workers,
+            "threads": 1,
             "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("numpy", "torch", "diffusers")},
         },
         "rows": {},
     }
@@ -91,14 +117,17 @@ def measure(path: Path, *, count: int, seed: int, workers: int) -> dict[str, Any
 
 def main() -> None:
     """Measure and save."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--samplers", metavar="A,B", help="compare these, ungated and gated, in place of the four ways")
     parser.add_argument("--captions", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    result = measure(args.bundle, count=args.captions, seed=args.seed, workers=args.workers)
+    bundle = Bundle.open(args.bundle)
+    plans = rows(bundle) if args.samplers is None else sampler_rows(bundle, args.samplers.split(","))
+    result = measure(bundle, plans, count=args.captions, seed=args.seed, workers=args.workers)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, (json.dumps(result, indent=1) + "\n").encode())
 

@@ -105,7 +105,7 @@ def rename_file(data: dict[str, Any], old: str, new: str) -> None:
 
 
 MISCHIEF: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "a newer schema": (lambda d: d.update(schema_version=99), "schema version 99, this tgate-engine reads version 1"),
+    "a newer schema": (lambda d: d.update(schema_version=99), "schema version 99, this tgate-engine reads version 2"),
     "an older schema": (lambda d: d.update(schema_version=0), "export the bundle again"),
     "no schema": (lambda d: d.pop("schema_version"), "this is not a tgate bundle"),
     "a file outside, listed": (lambda d: rename_file(d, "full.onnx", "../../x"), "'../../x' is not a plain name"),
@@ -113,7 +113,11 @@ MISCHIEF: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an absolute name": (lambda d: d.update(weights="/etc/passwd"), "'/etc/passwd' is not a plain name"),
     "a hidden name": (lambda d: d.update(weights=".hidden"), "'.hidden' is not a plain name"),
     "a name with a line break": (lambda d: d.update(weights="a\nb"), "is not a plain name"),
-    "an empty name": (lambda d: d.update(weights=""), "is not a plain name"),
+    "an empty name": (lambda d: d["graphs"]["full"].update(file=""), "is not a plain name"),
+    "an unknown kind of guidance": (lambda d: d.update(guidance="some"), "expected one of classifier-free, embedded"),
+    "an unknown negative": (lambda d: d["conditioning"][0].update(negative="?"), "expected one of own, same, zeros"),
+    "no frames": (lambda d: d.update(frames=0), "expected at least 1, got 0"),
+    "an image graph that is not there": (lambda d: d.update(image="none"), "names graph 'none' but does not describe"),
     "a graph without its file": (lambda d: d["graphs"]["full"].update(file="other"), "lists no file 'other'"),
     "a decoder without a graph": (lambda d: d.update(decoder="other"), "names graph 'other'"),
     "a plan that reads an unwritten carry": (
@@ -129,7 +133,7 @@ MISCHIEF: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a number that is none": (lambda d: d.update(guidance_scale=float("nan")), "expected a finite number, got nan"),
     "a number beyond floats": (lambda d: d.update(guidance_scale=10**400), "expected a finite number"),
     "a field too few": (lambda d: d.pop("latents"), "'latents' is missing"),
-    "an odd shape": (lambda d: d["carries"][0].update(shape=["3*batch"]), "neither a size, 'batch' nor '2*batch'"),
+    "an odd shape": (lambda d: d["carries"][0].update(shape=["0*batch"]), "neither a size, 'batch' nor a multiple"),
     "a batch upside down": (lambda d: d.update(batch=[4, 1]), "expected [least, most], got [4, 1]"),
     "a schedule that is none": (
         lambda d: d["plans"]["default"]["schedule"].update(gate=99),
@@ -179,7 +183,7 @@ def test_plain_names(name: str) -> None:
 
 
 def test_shapes_for_a_batch() -> None:
-    assert resolve(("batch", 4, "2*batch"), 3) == (3, 4, 6)
+    assert resolve(("batch", 4, "2*batch", "50*batch"), 3) == (3, 4, 6, 150)
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -375,6 +379,6 @@ def test_two_exports_at_once_do_not_remove_each_others_work(tmp_path: Path) -> N
 
 def test_a_manifest_is_json_that_others_can_read(good: Path) -> None:
     data = json.loads((good / MANIFEST_FILE).read_text("utf-8"))
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     assert data["graphs"]["reuse_cross"]["file"] == "reuse_cross.onnx"
     assert len(data["digest"]) == 64

@@ -306,6 +306,7 @@ def test_an_export_command_line_that_is_wrong(run: Run, arguments: list[str]) ->
 
 def test_export_arguments_reach_the_exporter(monkeypatch: pytest.MonkeyPatch, run: Run, tmp_path: Path) -> None:
     from tgate_export import build as exporter
+    from tgate_export.lora import Lora
 
     seen: list[Any] = []
 
@@ -318,7 +319,8 @@ def test_export_arguments_reach_the_exporter(monkeypatch: pytest.MonkeyPatch, ru
     arguments = (
         *("--model", "mini-sdxl", "--m", 10, "--k", 5, "--steps", 20, "--warm-up", 0, "--fidelity-interval", 2),
         *("--sampler", "ddim", "--guidance-scale", 4, "--checkpoint", "c", "--height", 64, "--width", 128),
-        *("--batch", "1:4", "--dtype", "bf16", "--output", out, "--force", "--no-verify"),
+        *("--batch", "1:4", "--dtype", "bf16", "--output", out, "--force", "--no-verify", "--frames", 3),
+        *("--components", "denoiser,decoder", "--lora", "a.safetensors:0.5", "--lora", "b.safetensors"),
     )
     assert run(*arguments, main=cli.export_main) == (0, f"{out}\n", "")
     assert seen == [
@@ -332,8 +334,11 @@ def test_export_arguments_reach_the_exporter(monkeypatch: pytest.MonkeyPatch, ru
             sampler="ddim",
             guidance_scale=4.0,
             checkpoint="c",
+            components=["denoiser", "decoder"],
+            loras=(Lora(Path("a.safetensors"), 0.5), Lora(Path("b.safetensors"))),
             height=64,
             width=128,
+            frames=3,
             batch=(1, 4),
             dtype="bf16",
             output=out,

@@ -43,5 +43,5 @@ def test_the_schema_leaves_nothing_open(validator: jsonschema.Draft202012Validat
     assert refused(lambda m: m["plans"]["default"]["steps"][0].update(graph="magic"))
     assert refused(lambda m: m["plans"]["default"]["steps"][0].pop("reads"))
     assert refused(lambda m: m["carries"][0].update(surprise=1))
-    assert refused(lambda m: m.update(schema_version=2))
+    assert refused(lambda m: m.update(schema_version=3))
     assert refused(lambda m: m["graphs"]["full"].update(file="../../x"))

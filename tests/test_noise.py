@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tgate_engine.errors import RequestError
-from tgate_runtime.noise import check_seed, noise, random_seed
+from tgate_runtime.noise import CONDITIONING, INITIAL, check_seed, in_step, noise, random_seed
 
 PINNED = {
     (0, 0): [0.059911035, 0.015559634, -1.1644385, -0.13264713],
@@ -28,6 +28,17 @@ def test_pinned_values(seed: int, image: int) -> None:
 def test_seeds_and_images_have_streams_of_their_own() -> None:
     drawn = {noise(seed, image, (8,)).tobytes() for seed in range(20) for image in range(20)}
     assert len(drawn) == 400
+
+
+def test_steps_draw_noise_of_their_own() -> None:
+    """Philox counters far apart: no draw is a piece of another one."""
+    draws = [INITIAL, CONDITIONING, *map(in_step, range(50))]
+    drawn = {noise(1, 0, (8,), draw=draw).tobytes() for draw in draws}
+    assert len(drawn) == len(draws)
+    np.testing.assert_array_equal(noise(1, 0, (8,)), noise(1, 0, (8,), draw=INITIAL))
+    key = np.array([1, 0], np.uint64)
+    other = np.random.Generator(np.random.Philox(key=key).advance((3 + 1) << 192))
+    np.testing.assert_array_equal(noise(1, 0, (8,), draw=in_step(3)), other.standard_normal(8, dtype=np.float32))
 
 
 def test_it_is_standard_normal() -> None:

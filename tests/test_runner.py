@@ -223,9 +223,9 @@ def test_closing_the_generator_stops_the_work(session: Session, monkeypatch: pyt
     taken: list[int] = []
     set_step = binding.set_step
 
-    def watched(step: Step, guidance_scale: float) -> Call:
+    def watched(step: Step, guidance_scale: float, drawn: NDArray[np.float32] | None) -> Call:
         taken.append(step.index)
-        return set_step(step, guidance_scale)
+        return set_step(step, guidance_scale, drawn)
 
     monkeypatch.setattr(binding, "set_step", watched)
     steps = run(binding, latents=noise(1), conditioning=random_conditioning(1), guidance_scale=GUIDANCE)

@@ -90,7 +90,7 @@ def _generate(args: argparse.Namespace, report: Reporter) -> Show:
             files.save_picture(result.images[i], path)
     if args.save_latents is not None:
         files.save_array(result.latents, args.save_latents)
-    if args.seed is None and initial is None:
+    if args.seed is None:
         report.note(f"seed {result.seed}")
     return lambda: print(*paths, sep="\n")
 
@@ -157,7 +157,7 @@ def _plan(args: argparse.Namespace, report: Reporter) -> Show:
     with _needs("compiling a sampler", EXPORT_ADVICE):
         from tgate_export.build import add_plan
 
-    report.stage(f"compiling {args.sampler}")
+    report.stage("compiling the sampler")
     plan = add_plan(
         args.bundle,
         name=args.name,
@@ -214,7 +214,7 @@ def _export(args: argparse.Namespace, report: Reporter) -> Show:
         checkpoint=args.checkpoint,
         weights=args.weights,
         components=None if args.components is None else args.components.split(","),
-        loras=[Lora.parse(text) for text in args.lora],
+        loras=tuple(Lora.parse(text) for text in args.lora),
         height=args.height,
         width=args.width,
         frames=args.frames,
@@ -324,9 +324,9 @@ def _tgate_parser() -> argparse.ArgumentParser:
     p.add_argument("--name", required=True)
     p.add_argument("--m", type=int, required=True, help="the gate step")
     p.add_argument("--k", type=int, default=1, help="the self-attention interval before the gate; 1: no reuse")
-    p.add_argument("--steps", type=int, default=25, metavar="N")
-    p.add_argument("--sampler", default="dpmpp_2m", metavar="NAME")
-    _method(p, warm_up=2)
+    p.add_argument("--steps", type=int, metavar="N", help="the default plan's if left out, as the next two")
+    p.add_argument("--sampler", metavar="NAME")
+    _method(p)
     p.add_argument("--force", action="store_true", help="replace a plan of that name")
     return parser
 
@@ -345,13 +345,13 @@ def _export_parser() -> argparse.ArgumentParser:
         default="checkpoint",
         help="random: the published structure, to measure; none: graphs, plans and MACs only",
     )
-    add("--components", metavar="A,B", help="some of text, image, denoiser, decoder; all if left out")
+    add("--components", metavar="A,B", help="of text, image, denoiser, decoder; all, or without weights the denoiser")
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="fuse a LoRA into the weights; repeatable")
     add("--m", type=int, help="the gate step; the model's own if left out")
     add("--k", type=int, help="the self-attention interval before the gate; 1: no reuse")
     add("--steps", type=int, metavar="N", help="inference steps")
     add("--sampler", metavar="NAME", help="dpmpp_2m, ddim, euler, …")
-    _method(parser, warm_up=None)
+    _method(parser)
     add("--height", type=int, metavar="PIXELS")
     add("--width", type=int, metavar="PIXELS")
     add("--frames", type=int, metavar="F", help="of a video model")
@@ -377,10 +377,10 @@ class _ListModels(argparse.Action):
             parser.exit(FAILED, f"tgate: error: {error}\n")
 
 
-def _method(parser: argparse.ArgumentParser, *, warm_up: int | None) -> None:
-    parser.add_argument("--warm-up", type=int, default=warm_up, metavar="W", help="steps that reuse nothing")
+def _method(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--warm-up", type=int, metavar="W", help="steps that reuse nothing")
     parser.add_argument("--fidelity-interval", type=int, default=1, metavar="F", help="k after the gate")
-    parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 exports without guidance")
+    parser.add_argument("--guidance-scale", type=float, metavar="G", help="of classifier-free guidance: 1 is without")
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -411,9 +411,19 @@ class _Terminated(BaseException):
     """SIGTERM came. Not an Exception, so that only clean-up code sees it on its way to the top."""
 
 
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; a PROMPT may also come after options, where argparse no longer looks for one that may be left out."""
+    args, left = parser.parse_known_args(arguments)
+    if left and not left[0].startswith("-") and getattr(args, "prompt", "") is None:
+        args.prompt = left.pop(0)
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return args
+
+
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     """Parse, run the command, and turn whatever ends it into one line and an exit status."""
-    args = parser.parse_args(arguments)
+    args = _parse(parser, arguments)
     try:
         with _sigterm_raises(), reporter(quiet=args.quiet) as report, _warnings_to(report):
             show = args.run(args, report)

@@ -28,6 +28,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "latents": list(m.latents),
         "batch": list(m.batch),
         "frames": m.frames,
+        "fps": m.fps,
         "guidance": m.guidance,
         "bytes": {
             "total": bundle.size_bytes(),

@@ -44,9 +44,9 @@ __all__ = ["ExportSettings", "add_plan", "export"]
 def export(settings: ExportSettings, report: Reporter, verify: Callable[[Path], None] | None = None) -> Path:
     """Build a bundle and return its directory.
 
-    ``verify`` is given the finished bundle before it gets its name; what it raises fails the export. Raises a
-    :class:`~tgate_engine.errors.TgateError` for anything the user can mend; whatever happens, the target directory
-    is either the whole new bundle or what it was before.
+    ``verify`` is given the finished bundle before it gets its name, where it has goldens; what it raises fails the
+    export. Raises a :class:`~tgate_engine.errors.TgateError` for anything the user can mend; whatever happens, the
+    target directory is either the whole new bundle or what it was before.
     """
     target = settings.output or Path("bundles") / settings.model
     report.stage(f"reading {settings.model}")
@@ -55,7 +55,7 @@ def export(settings: ExportSettings, report: Reporter, verify: Callable[[Path], 
         manifest = _build(job, stage, report)
         (stage / MANIFEST_FILE).write_text(dump_manifest(manifest), "utf-8")
         Bundle.open(stage)
-        if settings.verify and verify is not None:
+        if settings.verify and verify is not None and manifest.goldens:
             report.stage("replaying goldens")
             verify(stage)
     return target
@@ -67,16 +67,22 @@ def add_plan(
     name: str,
     m: int,
     k: int,
-    steps: int,
-    sampler: str,
-    warm_up: int = 2,
+    steps: int | None = None,
+    sampler: str | None = None,
+    warm_up: int | None = None,
     fidelity_interval: int = 1,
     guidance_scale: float | None = None,
     force: bool = False,
 ) -> Plan:
-    """Give a bundle one more plan over the graphs it has. The manifest is replaced atomically."""
+    """Give a bundle one more plan over the graphs it has. The manifest is replaced atomically.
+
+    ``steps``, ``sampler`` and ``warm_up``: None takes those of the default plan.
+    """
     bundle = Bundle.open(path)
     manifest = bundle.manifest
+    default = manifest.plan("default")
+    steps = default.schedule.steps if steps is None else steps
+    warm_up = default.schedule.warm_up if warm_up is None else warm_up
     if guidance_scale is not None:
         check_guidance(guidance_scale)
         if manifest.guidance != "embedded" and (guidance_scale > 1) != manifest.guided:
@@ -84,7 +90,7 @@ def add_plan(
                 f"guidance scale {guidance_scale} does not fit a bundle exported "
                 f"{'with' if manifest.guided else 'without'} guidance; export again with --guidance-scale"
             )
-    compiled = compile_sampler(sampler, manifest.scheduler, steps)
+    compiled = compile_sampler(sampler or default.sampler.name, manifest.scheduler, steps)
     plan = build_plan(
         name,
         schedule=schedule_of(steps, m, k, warm_up, fidelity_interval, compiled.lead_in),
@@ -152,7 +158,7 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
         height=job.size.height,
         width=job.size.width,
         frames=job.size.frames,
-        fps=0 if family.frames_axis is None else family.fps,
+        fps=family.fps if job.size.frames > 1 else 0,
         latents=job.latents,
         batch=job.settings.batch,
         guidance=job.guidance,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from tgate_export.tokenizers import export_tokenizer
 
 Tensors = Mapping[str, Tensor]
 
+log = logging.getLogger("tgate")
+
 
 def export_tokenizers(family: Family, checkpoint: Checkpoint, root: Path) -> list[Tokenizer]:
     """Write a family's tokenizers below ``root``, one for each input ``ids.<i>`` of its text graph."""
@@ -27,6 +30,7 @@ def export_tokenizers(family: Family, checkpoint: Checkpoint, root: Path) -> lis
             f"ids.{i}",
             family.token_length(checkpoint, i),
             root / "tokenizer" / f"{i}.json",
+            lower=family.lower_prompts,
         )
         for i, name in enumerate(family.tokenizers)
     ]
@@ -67,5 +71,6 @@ def halves(
 def _ids(file: Path, tokenizer: Tokenizer, prompt: str) -> list[int]:
     ids = list(tokenizers_library.Tokenizer.from_file(str(file)).encode(prompt).ids)
     if len(ids) > tokenizer.length:
+        log.warning("the prompt has %d tokens, the model takes %d; the end is left out", len(ids), tokenizer.length)
         ids = [*ids[: tokenizer.length - 1], ids[-1]]
     return ids + [tokenizer.pad_id] * (tokenizer.length - len(ids))

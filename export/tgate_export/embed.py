@@ -41,7 +41,7 @@ def embed(
         model,
         checkpoint or location(model),
         weights="checkpoint",
-        components=(*family.text_components, *family.tokenizers, family.denoiser, family.decoder),
+        components=(*family.text_components, *family.tokenizers),
         build=family.build,
         elsewhere={} if checkpoint else found.elsewhere,
         prefer_half=half,
@@ -54,11 +54,11 @@ def embed(
     family.check(source)
     every = family.conditioning(source, family.default_size(source))
     inputs = [c for c in every if c.conditioning.source == "text"]
-    encoders = [real_module(family, source, component) for component in family.text_components]
-    if half:
-        encoders = [encoder.to(torch.bfloat16) for encoder in encoders]
-    text = family.text(encoders)
-    guided = family.guidance(source, found.guidance_scale) == "classifier-free"
+    dtype = torch.bfloat16 if half else torch.float32
+    text = family.text([real_module(family, source, component, dtype) for component in family.text_components])
+    guided = family.guidance(source, scale=2.0) == "classifier-free"  # with any scale that guides
+    if negative_prompt is not None and not guided:
+        raise ExportError(f"{model} has no negative half of guidance; leave out the negative prompt")
     nothing = None if negative_prompt is None and family.zero_negative(source) else negative_prompt or ""
     with tempfile.TemporaryDirectory() as folder:
         tokenizers = export_tokenizers(family, source, Path(folder))

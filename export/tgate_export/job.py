@@ -211,6 +211,7 @@ def _size(settings: ExportSettings, family: Family, checkpoint: Checkpoint) -> S
         raise ExportError(f"--frames is for video models; {settings.model} makes pictures")
     if size.frames < 1:
         raise ExportError(f"--frames must be at least 1, got {size.frames}")
+    family.check_size(checkpoint, size)
     return size
 
 

@@ -39,12 +39,14 @@ def fake_module(
     return module
 
 
-def real_module(family: Family, checkpoint: Checkpoint, component: str) -> nn.Module:
-    """A component in float32 with the checkpoint's weights, for eager PyTorch. The caller owns it."""
+def real_module(
+    family: Family, checkpoint: Checkpoint, component: str, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A component in ``dtype`` with the checkpoint's weights, for eager PyTorch. The caller owns it."""
     with accelerate.init_empty_weights(include_buffers=False):
         module = family.build(checkpoint, component)
     tensors = checkpoint.tensors(component)
-    weights = {name: tensors.read(name).float() for name, _ in module.named_parameters()}
+    weights = {name: tensors.read(name).to(dtype) for name, _ in module.named_parameters()}
     for name, parameter in module.named_parameters():
         if weights[name].shape != parameter.shape:  # 1x1 convolutions that today's modules hold as linear layers
             weights[name] = weights[name].reshape(parameter.shape)

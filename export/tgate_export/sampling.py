@@ -188,13 +188,13 @@ def _coefficients(run: _Run, kind: str) -> tuple[SamplerStep, ...]:
         seen, following = run.step(i, latents, output, drawn)
         formulas[i] = following[0, : 2 * calls].reshape(2, calls)
         noises = following[0, 2 * calls :]
-        if np.delete(noises, i).any():
-            raise ExportError(f"call {i} of {kind} reuses an earlier step's noise, and is not compiled. {ADVICE}")
         if not (np.isfinite(following).all() and np.isfinite(seen).all()):
             raise ExportError(
                 f"diffusers gives values that are not finite in call {i} of {calls} when {kind} runs with "
                 f"{run.steps} steps. Change the number of steps or the scheduler's options. {ADVICE}"
             )
+        if np.delete(noises, i).any():
+            raise ExportError(f"call {i} of {kind} reuses an earlier step's noise, and is not compiled. {ADVICE}")
         window = _window(formulas, i)
         if window is None:
             raise ExportError(

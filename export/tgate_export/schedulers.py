@@ -82,7 +82,7 @@ SAMPLERS: Mapping[str, Recipe] = {
     ),
 }
 
-STOCHASTIC = ("DDPM", "TCD", "SDE", "Sde", "SASolver", "Stochastic", "UnCLIP", "RePaint")
+STOCHASTIC = ("DDPM", "KDPM2Ancestral", "TCD", "SDE", "Sde", "SASolver", "Stochastic", "UnCLIP", "RePaint")
 """Parts of class names that tell a scheduler which draws noise in a way that is not compiled."""
 
 FACTS = (
@@ -114,9 +114,12 @@ def make_scheduler(name: str, base_config: Mapping[str, Any]) -> Any:
             f"the checkpoint's scheduler is {owner}; sampler {name!r} would read a noise schedule that a "
             "flow-matching model does not have. Pass the checkpoint's own scheduler to compile_scheduler."
         )
+    cls = getattr(diffusers, recipe.scheduler)
+    # Options of other schedulers, which a class would keep unread, with a warning.
+    read = {key: value for key, value in base_config.items() if key in inspect.signature(cls.__init__).parameters}
     silent = {key: value for key, value in recipe.unless_stated.items() if key not in base_config}
     try:
-        return getattr(diffusers, recipe.scheduler).from_config(dict(base_config), **recipe.overrides, **silent)
+        return cls.from_config(read, **recipe.overrides, **silent)
     except Exception as error:
         raise ExportError(
             f"diffusers cannot make a {recipe.scheduler} for sampler {name!r} from the checkpoint's "

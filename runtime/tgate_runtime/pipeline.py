@@ -160,10 +160,12 @@ class Pipeline:
         if wanted == "image" and negative_prompt is not None:
             raise RequestError(f"{manifest.model} is conditioned by an image and takes no negative prompt")
         if embeds is not None:
+            if negative_prompt is not None:
+                raise RequestError("prompt_embeds hold the negative half already; leave out the negative prompt")
             return given(manifest, embeds)
         if image is not None:
             if not manifest.image:
-                raise RequestError("the bundle has no image encoder (--components); give prompt_embeds")
+                raise RequestError("the bundle has no image encoder (--components); export it with one")
             return halves(manifest, encode_image(self.session, image, seed=seed), None)
         prompts, negatives = _check_prompts(prompt, negative_prompt)
         if not manifest.guided and negative_prompt:

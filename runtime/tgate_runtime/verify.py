@@ -53,6 +53,8 @@ def verify(
     :class:`~tgate_engine.errors.EngineError` for a graph that cannot be loaded or run.
     """
     goldens = bundle.manifest.goldens
+    if not goldens:
+        return []
     plans = [*bundle.manifest.plans.values(), *(g.plan for g in goldens.values() if g.plan is not None)]
     graphs = [golden.graph for golden in goldens.values() if golden.plan is None]
     for graph in graphs:

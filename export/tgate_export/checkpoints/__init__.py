@@ -43,6 +43,6 @@ def open_checkpoint(
     if path.suffix == ".safetensors" and not path.is_dir():
         return SingleFileCheckpoint(path, model, build)
     wanted = tuple(components)
-    root = locate(location, wanted, prefer_half=prefer_half)
+    root = locate(location, [name for name in wanted if name not in elsewhere], prefer_half=prefer_half)
     parts = {name: locate(part, [""], prefer_half=prefer_half) for name, part in elsewhere.items() if name in wanted}
     return DirectoryCheckpoint(root, prefer_half=prefer_half, elsewhere=parts)

@@ -16,7 +16,14 @@ from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.base import Checkpoint
 
 _WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
-_HUB_FILES = ("model_index.json", "README.md", "LICENSE*", "scheduler/*.json")
+_HUB_FILES = (
+    "model_index.json",
+    "README.md",
+    "LICENSE*",
+    "scheduler/*.json",
+    "*/config.json",
+    "*/tokenizer_config.json",
+)
 _HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 # T5 shares one table of embeddings under two names; files hold either.
@@ -168,7 +175,7 @@ def locate(location: str, components: Iterable[str], *, prefer_half: bool = Fals
 
     folders = [f"{component}/" if component else "" for component in components]
     wanted = [*_HUB_FILES, *(f"{folder}{pattern}" for folder in folders for pattern in _HUB_PATTERNS)]
-    ignored = [] if prefer_half else ["*.fp16.safetensors"]
+    ignored = [] if prefer_half else ["*.fp16*.safetensors"]
     try:
         found = huggingface_hub.snapshot_download(
             location, allow_patterns=wanted, ignore_patterns=[*ignored, "*.non_ema.safetensors"]

@@ -26,10 +26,7 @@ class PublishedCheckpoint(Checkpoint):
 
     def __init__(self, model: str, build: Callable[[Checkpoint, str], nn.Module]) -> None:
         """``build`` makes a component's module from this checkpoint's configuration: a family's own method."""
-        file = resources.files("tgate_export.families") / "published" / f"{model}.json"
-        if not file.is_file():
-            raise ExportError(f"no published configuration of {model!r} is known; use --weights checkpoint")
-        self._facts: Mapping[str, Any] = json.loads(file.read_text("utf-8"))
+        self._facts = facts(model)
         self._build = build
         self._tensors: dict[str, _RandomTensors] = {}
         self.where = f"the published configuration of {model}"
@@ -62,6 +59,15 @@ class PublishedCheckpoint(Checkpoint):
 
     def licence(self) -> str:
         return str(self._facts["licence"])
+
+
+def facts(model: str) -> Mapping[str, Any]:
+    """What is carried of a model: ``model_index``, ``licence``, and ``components`` by name."""
+    file = resources.files("tgate_export.families") / "published" / f"{model}.json"
+    if not file.is_file():
+        raise ExportError(f"no published configuration of {model!r} is carried; use --weights checkpoint")
+    found: Mapping[str, Any] = json.loads(file.read_text("utf-8"))
+    return found
 
 
 class _RandomTensors:

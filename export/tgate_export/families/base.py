@@ -55,6 +55,8 @@ class Family(ABC):
     text_components: tuple[str, ...] = ()
     tokenizers: tuple[str, ...] = ()
     """One for each text component."""
+    lower_prompts: bool = False
+    """Whether the pipeline strips prompts and writes them in lower case before the tokenizer sees them."""
     tokenizer_class: type[Any] = transformers.CLIPTokenizer
     image_components: tuple[str, ...] = ()
     """Components that encode the picture a request starts from; none where a prompt is all."""
@@ -155,6 +157,9 @@ class Family(ABC):
     @abstractmethod
     def default_size(self, checkpoint: Checkpoint) -> Size:
         """The size where the user names none."""
+
+    def check_size(self, checkpoint: Checkpoint, size: Size) -> None:
+        """Raises :class:`~tgate_engine.errors.ExportError` for a size that the network cannot make."""
 
     def zero_negative(self, checkpoint: Checkpoint) -> bool:
         """Whether a request without a negative prompt gets zeros for its text."""

@@ -8,6 +8,7 @@ import diffusers
 import transformers
 from torch import Tensor, nn
 
+from tgate_engine.errors import ExportError
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Family, Size, block_attention, vae_factor
 from tgate_export.families.t5 import T5Text, attention_bias, t5_conditioning
@@ -34,6 +35,7 @@ class Latte(Family):
     text_components = ("text_encoder",)
     tokenizers = ("tokenizer",)
     tokenizer_class = transformers.T5Tokenizer
+    lower_prompts = True
     frames_axis = 2
 
     def attention(self, denoiser: nn.Module) -> tuple[AttentionSite, ...]:
@@ -73,6 +75,12 @@ class Latte(Family):
 
     def size_multiple(self, checkpoint: Checkpoint) -> int:
         return vae_factor(checkpoint.config("vae")) * int(checkpoint.config("transformer")["patch_size"])
+
+    def check_size(self, checkpoint: Checkpoint, size: Size) -> None:
+        """The network knows as many places in time as it was trained with, or none for a picture."""
+        frames = int(checkpoint.config("transformer")["video_length"])
+        if size.frames not in (1, frames):
+            raise ExportError(f"--frames must be {frames}, or 1 for a picture, for this model; got {size.frames}")
 
     def default_size(self, checkpoint: Checkpoint) -> Size:
         config = checkpoint.config("transformer")

@@ -38,6 +38,7 @@ class PixArt(Family):
     text_components = ("text_encoder",)
     tokenizers = ("tokenizer",)
     tokenizer_class = transformers.T5Tokenizer
+    lower_prompts = True
 
     def check(self, checkpoint: Checkpoint) -> None:
         super().check(checkpoint)

@@ -1,0 +1,338 @@
+"""Architectures of real size, with random weights, on the CPU engine.
+
+    python -m benchmarks.full_size --work /tmp/full-size --output benchmarks/results/full_size.json
+
+SD 1.5 and PixArt-alpha walk a short plan at 512 x 512 in float32, and eager PyTorch walks the same one with the same
+weights: the latents are compared after every step. SDXL takes one step of each graph at 1024 x 1024 from float16
+weights, with the graphs open together or one after another. Every part runs in a process of its own, which is stopped
+before the machine runs out of memory. Wants 6 GB of disk and some 20 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.frugality import GIB, machine, product, watched
+from tgate_engine.bundle import Bundle, write_atomically
+from tgate_engine.manifest import resolve
+from tgate_engine.plan import FULL, REUSE_CROSS, REUSE_SELF, Plan, build_plan
+from tgate_engine.rows import step_row
+from tgate_engine.schedule import Schedule
+
+SEED = 2404
+SCHEDULE = Schedule(steps=4, gate=3, self_interval=2, warm_up=0)
+"""full, reuse_self, full (the gate step), reuse_cross: the shortest that runs all three graphs."""
+
+GRAPHS = (FULL, REUSE_SELF, REUSE_CROSS)
+MOST_ANONYMOUS_BYTES = 20 * GIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One model, and what ``tgate-export`` is told. ``compared``: with eager PyTorch; otherwise one step a graph."""
+
+    pixels: int
+    dtype: str
+    compared: bool
+    weights: str = "random"
+
+    def options(self, model: str) -> list[str]:
+        """The options of its export."""
+        method = ["--m", "3", "--k", "2", "--steps", "4", "--warm-up", "0"]
+        size = ["--height", str(self.pixels), "--width", str(self.pixels)]
+        what = ["--weights", self.weights, "--components", "denoiser", "--dtype", self.dtype, "--no-verify"]
+        return ["--model", model, *method, *size, *what]
+
+
+CASES: Mapping[str, Case] = {
+    "sd15": Case(pixels=512, dtype="fp32", compared=True),
+    "pixart-alpha": Case(pixels=512, dtype="fp32", compared=True),
+    "sdxl": Case(pixels=1024, dtype="fp16", compared=False),
+}
+
+WAYS: Mapping[str, str] = {
+    "mapped": "all graphs open together; extended optimizations and no prepacking, so that weights stay in the file",
+    "in-turn": "one graph open at a time; the engine's own options",
+    "together": "all graphs open together; the engine's own options",
+}
+"""How SDXL's graphs are opened."""
+
+
+def main() -> None:
+    """Run the parts, or be one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where the bundles go until they are measured")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--models", default=",".join(CASES), help="some of them, with commas between")
+    parser.add_argument("--ways", default=",".join(WAYS), help="likewise, of opening SDXL's graphs")
+    parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.role is not None:
+        ROLES[args.role](args.models, args.work, args.result, args.ways)
+        return
+    if args.output is None:
+        parser.error("--output is wanted")
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {"models": {}}
+    found["settings"] = {**machine(), "seed": SEED, "schedule": asdict(SCHEDULE), "weights": "random"}
+    for model in args.models.split(","):
+        parts = found["models"][model] = {"pixels": CASES[model].pixels, "dtype": CASES[model].dtype}
+
+        def keep(name: str, part: dict[str, Any], parts: dict[str, Any] = parts, model: str = model) -> None:
+            parts[name] = part
+            print(f"{model}, {name}: {json.dumps(part)}", flush=True)
+            write_atomically(args.output, (json.dumps(found, indent=1) + "\n").encode())
+
+        measure(model, args.work, args.ways.split(","), keep)
+
+
+def measure(model: str, work: Path, ways: list[str], keep: Callable[[str, dict[str, Any]], None]) -> None:
+    """Every part of one model; ``keep`` is given each as it ends. The bundle is removed."""
+    bundle = work / model
+    shutil.rmtree(bundle, ignore_errors=True)
+    options = CASES[model].options(model)
+    try:
+        log = work / f"{model}-export.log"
+        usage = watched(product("export_main", *options, "--output", str(bundle), "--quiet"), log)
+        keep("export", {"command": f"tgate-export {' '.join(options)}", **_told(asdict(usage), log)})
+        if usage.status:
+            return
+        _part(model, work, "request")
+        if CASES[model].compared:
+            keep("eager", _part(model, work, "eager"))
+            keep("engine", _part(model, work, "engine"))
+        else:
+            for way in ways:
+                keep(way, {"setting": WAYS[way], **_part(model, work, "graphs", way)})
+    finally:
+        shutil.rmtree(bundle, ignore_errors=True)
+        for file in work.glob(f"{model}-*.npz"):
+            file.unlink()
+
+
+def _part(model: str, work: Path, role: str, way: str = "") -> dict[str, Any]:
+    """One role in a process of its own: what it found, and what it took."""
+    result, log = work / f"{model}-{role}{way}.json", work / f"{model}-{role}{way}.log"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.full_size", "--work", str(work), "--models", model]
+    command += ["--role", role, "--ways", way, "--result", str(result)]
+    usage = watched(command, log, most_anonymous_bytes=MOST_ANONYMOUS_BYTES)
+    found = json.loads(result.read_text()) if result.exists() else {}
+    return {**found, **_told(asdict(usage), log)}
+
+
+def _told(usage: dict[str, Any], log: Path) -> dict[str, Any]:
+    """``usage``, with the end of the log where the process failed."""
+    return {**usage, "error": log.read_text("utf-8", "replace").strip()[-500:]} if usage["status"] else usage
+
+
+# --- roles: what runs in the child processes ----------------------------------------------------
+
+
+def request(model: str, work: Path, result: Path, way: str) -> None:
+    """Draws the request that eager PyTorch and the engine are both given, and makes the plan."""
+    import torch
+
+    from tgate_export.conditioning import halves
+    from tgate_export.sampling import compile_sampler
+
+    job, manifest = _job(model), Bundle.open(work / model, check_digests=False).manifest
+    generator = torch.Generator().manual_seed(SEED)
+    positive, negative = (
+        {
+            c.conditioning.name: torch.ones(1, *c.shape) if c.mask else torch.randn((1, *c.shape), generator=generator)
+            for c in job.conditioning
+        }
+        for _ in range(2)
+    )
+    rows = halves(job.conditioning, positive, negative, guided=job.guided)
+    noise = torch.randn((1, *job.latents), generator=generator)
+    plan = build_plan(
+        "short",
+        schedule=SCHEDULE,
+        sampler=compile_sampler("dpmpp_2m", manifest.scheduler, SCHEDULE.steps),
+        guidance_scale=job.guidance_scale,
+        graphs=manifest.graphs,
+        carries=manifest.carries,
+    )
+    np.savez(work / f"{model}-request.npz", noise=noise.numpy(), **{name: row.numpy() for name, row in rows.items()})
+    (work / f"{model}-plan.json").write_text(json.dumps(plan.to_json()))
+
+
+def eager(model: str, work: Path, result: Path, way: str) -> None:
+    """PyTorch's latents after every step, in float32. The seconds are the network's alone."""
+    import torch
+
+    from tgate_export.goldens import walk
+    from tgate_export.modules import real_module
+
+    job = _job(model)
+    plan, noise, rows = _request(model, work)
+    begin = time.perf_counter()
+    denoiser = real_module(job.family, job.checkpoint, job.family.denoiser)
+    load_s = time.perf_counter() - begin
+    starts: list[float] = []
+    step_s: list[float] = []
+    denoiser.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
+    denoiser.register_forward_hook(lambda *_: step_s.append(round(time.perf_counter() - starts[-1], 3)))
+    latents = walk(
+        plan,
+        job.family,
+        denoiser,
+        {variant.name: variant for variant in job.variants},
+        torch.from_numpy(noise),
+        {name: torch.from_numpy(row) for name, row in rows.items()},
+        plan.guidance_scale,
+    )
+    np.savez(work / f"{model}-eager.npz", **{str(i): x.numpy() for i, x in enumerate(latents) if i})
+    _write(result, {"threads": torch.get_num_threads(), "load_s": round(load_s, 2), "step_s": step_s})
+
+
+def engine(model: str, work: Path, result: Path, way: str) -> None:
+    """The engine's latents after every step, and how far they are from PyTorch's."""
+    from tgate_runtime.binding import Binding
+    from tgate_runtime.runner import run
+    from tgate_runtime.session import Session
+    from tgate_runtime.verify import relative_error
+
+    plan, noise, rows = _request(model, work)
+    begin = time.perf_counter()
+    steps: list[dict[str, Any]] = []
+    with Session.open(work / model, plans=[plan], check_digests=False) as session:
+        binding = Binding(session, plan, batch=1)
+        load_s = time.perf_counter() - begin
+        with np.load(work / f"{model}-eager.npz") as wanted:
+            for done in run(binding, latents=noise, conditioning=rows, guidance_scale=plan.guidance_scale):
+                latents = binding.latents()
+                steps.append(
+                    {
+                        "graph": done.step.graph,
+                        "s": round(done.elapsed_ms / 1e3, 3),
+                        "relative_error": relative_error(latents, wanted[str(done.index + 1)]),
+                        "rms": round(float(np.sqrt(np.square(latents, dtype=np.float64).mean())), 4),
+                    }
+                )
+        settings = {"engine": f"{session.backend.name} {session.backend.version}", "threads": session.backend.threads}
+    _write(result, {**settings, "load_s": round(load_s, 2), "steps": steps})
+
+
+def graphs(model: str, work: Path, result: Path, way: str) -> None:
+    """One step of each graph, the later ones on what the first one stored. Writes what it has after each."""
+    import onnxruntime as ort
+
+    from tgate_runtime.backends.ort import CpuBuffer, OrtCpu
+    from tgate_runtime.dtypes import decode, encode
+
+    class Mapped(OrtCpu):
+        """The engine with options under which it keeps no copy of the weights of its own."""
+
+        def _options(self) -> ort.SessionOptions:
+            options = super()._options()
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            return options
+
+    bundle = Bundle.open(work / model, check_digests=False)
+    plan, noise, rows = _request(model, work)
+    given = {**rows, "latents": noise * np.float32(plan.sampler.initial_scale)}
+    given["step"] = step_row(plan.steps[0].call, plan.guidance_scale)[None]
+    loader = Mapped() if way == "mapped" else OrtCpu()
+    buffers: dict[str, CpuBuffer] = {}
+    found: dict[str, Any] = {"engine": f"{loader.name} {loader.version}", "threads": loader.threads, "graphs": {}}
+    for group in [[name] for name in GRAPHS] if way == "in-turn" else [GRAPHS]:
+        opened = {}
+        for name in group:
+            begin = time.perf_counter()
+            spec = bundle.manifest.graphs[name]
+            opened[name] = loader.load(bundle.file(spec.file), spec)
+            found["graphs"][name] = {"load_s": round(time.perf_counter() - begin, 2), "loaded": _resident()}
+            _write(result, found)
+        for name, executable in opened.items():
+            spec = bundle.manifest.graphs[name]
+            for tensor in (*spec.inputs, *spec.outputs):
+                if tensor.name not in buffers:
+                    buffers[tensor.name] = CpuBuffer(resolve(tensor.shape, 1), tensor.dtype)
+                    if tensor.name in given:
+                        buffers[tensor.name].write(encode(given[tensor.name], tensor.dtype))
+            outputs = {t.name: buffers[t.name] for t in spec.outputs}
+            call = executable.bind({t.name: buffers[t.name] for t in spec.inputs}, outputs)
+            begin = time.perf_counter()
+            call()
+            step_s = time.perf_counter() - begin
+            values = [decode(buffer.read(), buffer.dtype) for buffer in outputs.values()]
+            found["graphs"][name] |= {
+                "step_s": round(step_s, 2),
+                "ran": _resident(),
+                "finite": all(bool(np.isfinite(value).all()) for value in values),
+                "output_rms": round(float(np.sqrt(np.square(values[1], dtype=np.float64).mean())), 4),
+            }
+            _write(result, found)
+            del call
+        del opened, executable
+    carried = sum(math.prod(buffers[c.name].shape) * buffers[c.name].array.itemsize for c in bundle.manifest.carries)
+    _write(result, {**found, "carries_bytes": carried})
+
+
+ROLES: Mapping[str, Callable[[str, Path, Path, str], None]] = {
+    role.__name__: role for role in (request, eager, engine, graphs)
+}
+
+
+def _job(model: str) -> Any:
+    """The job that the model's bundle was exported with."""
+    from tgate_export.job import ExportSettings, prepare
+
+    case = CASES[model]
+    return prepare(
+        ExportSettings(
+            model=model,
+            m=SCHEDULE.gate,
+            k=SCHEDULE.self_interval,
+            steps=SCHEDULE.steps,
+            warm_up=SCHEDULE.warm_up,
+            height=case.pixels,
+            width=case.pixels,
+            weights=case.weights,
+            components=("denoiser",),
+            dtype=case.dtype,
+        )
+    )
+
+
+def _request(model: str, work: Path) -> tuple[Plan, NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+    """The plan, the noise, and the conditioning by name, as the role ``request`` left them."""
+    with np.load(work / f"{model}-request.npz") as file:
+        rows = {name: file[name] for name in file.files}
+    return Plan.from_json(json.loads((work / f"{model}-plan.json").read_text())), rows.pop("noise"), rows
+
+
+def _resident() -> dict[str, int]:
+    """What this process holds now, in bytes: its own pages, those mapped from files (a page mapped twice counts
+    twice), and both with every page counted once."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines())
+    status = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if len(line) == 3 and line[2] == "kB"}
+    rollup = (line.split() for line in Path("/proc/self/smaps_rollup").read_text("ascii").splitlines()[1:])
+    once = next(int(count) * 1024 for name, count, _ in rollup if name == "Pss:")
+    return {"anonymous_bytes": status["RssAnon"], "file_bytes": status["RssFile"], "once_bytes": once}
+
+
+def _write(path: Path, found: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(found).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -127,7 +127,7 @@ def test_a_directory_that_is_no_checkpoint(refused: Run, tmp_path: Path) -> None
 
 def test_a_file_in_place_of_a_checkpoint(refused: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    assert "is not a directory" in refused("--model", "sdxl", "--checkpoint", str(tmp_path / "file"))
+    assert "is neither a directory nor" in refused("--model", "sdxl", "--checkpoint", str(tmp_path / "file"))
 
 
 def test_weights_of_another_shape_fail_before_the_bundle_has_a_name(refused: Run, checkpoint: Path) -> None:

@@ -194,23 +194,14 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
 
 
 def _size(settings: ExportSettings, family: Family, checkpoint: Checkpoint) -> Size:
-    default, multiple = family.default_size(checkpoint), family.size_multiple(checkpoint)
+    default = family.default_size(checkpoint)
     size = Size(
         height=default.height if settings.height is None else settings.height,
         width=default.width if settings.width is None else settings.width,
         frames=default.frames if settings.frames is None else settings.frames,
     )
-    for name, pixels in (("--height", size.height), ("--width", size.width)):
-        if pixels < multiple or pixels % multiple:
-            below = max(multiple, pixels // multiple * multiple)
-            raise ExportError(
-                f"{name} must be a multiple of {multiple} pixels for this model, got {pixels}; "
-                f"the nearest are {below} and {below + multiple}"
-            )
     if settings.frames is not None and family.frames_axis is None:
         raise ExportError(f"--frames is for video models; {settings.model} makes pictures")
-    if size.frames < 1:
-        raise ExportError(f"--frames must be at least 1, got {size.frames}")
     family.check_size(checkpoint, size)
     return size
 

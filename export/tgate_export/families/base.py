@@ -160,6 +160,16 @@ class Family(ABC):
 
     def check_size(self, checkpoint: Checkpoint, size: Size) -> None:
         """Raises :class:`~tgate_engine.errors.ExportError` for a size that the network cannot make."""
+        multiple = self.size_multiple(checkpoint)
+        for name, pixels in (("--height", size.height), ("--width", size.width)):
+            if pixels < multiple or pixels % multiple:
+                below = max(multiple, pixels // multiple * multiple)
+                raise ExportError(
+                    f"{name} must be a multiple of {multiple} pixels for this model, got {pixels}; "
+                    f"the nearest are {below} and {below + multiple}"
+                )
+        if size.frames < 1:
+            raise ExportError(f"--frames must be at least 1, got {size.frames}")
 
     def zero_negative(self, checkpoint: Checkpoint) -> bool:
         """Whether a request without a negative prompt gets zeros for its text."""

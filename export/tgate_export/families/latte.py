@@ -78,6 +78,7 @@ class Latte(Family):
 
     def check_size(self, checkpoint: Checkpoint, size: Size) -> None:
         """The network knows as many places in time as it was trained with, or none for a picture."""
+        super().check_size(checkpoint, size)
         frames = int(checkpoint.config("transformer")["video_length"])
         if size.frames not in (1, frames):
             raise ExportError(f"--frames must be {frames}, or 1 for a picture, for this model; got {size.frames}")

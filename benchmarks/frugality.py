@@ -123,11 +123,11 @@ def product(entry: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", code, *arguments]
 
 
-def exported(model: str, weights: str, work: Path, further: Sequence[str] = ()) -> dict[str, Any]:
+def exported(model: str, weights: str, work: Path) -> dict[str, Any]:
     """One export, measured; its bundle is gone afterwards."""
     bundle = work / f"{model}-{weights}"
     shutil.rmtree(bundle, ignore_errors=True)
-    arguments = ("--model", model, *MODELS[model], *WEIGHTS[weights], *further)
+    arguments = ("--model", model, *MODELS[model], *WEIGHTS[weights])
     log = work / f"{model}-{weights}.log"
     usage = watched(product("export_main", *arguments, "--output", str(bundle), "--quiet"), log)
     bundle_bytes = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
@@ -166,14 +166,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--models", default=",".join(MODELS), help="some of them, with commas between")
     parser.add_argument("--weights", default=",".join(WEIGHTS), help="likewise")
-    parser.add_argument("--no-verify", action="store_true", help="give the exports --no-verify; they have no goldens")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"settings": machine(), "rows": []}
     for model in args.models.split(","):
         for weights in args.weights.split(","):
-            row = exported(model, weights, args.work, ["--no-verify"] if args.no_verify else [])
+            row = exported(model, weights, args.work)
             result["rows"].append(row)
             print(shown(row), flush=True)
             write_atomically(args.output, (json.dumps(result, indent=1) + "\n").encode())

@@ -52,7 +52,7 @@ class Case:
         """The options of its export."""
         method = ["--m", "3", "--k", "2", "--steps", "4", "--warm-up", "0"]
         size = ["--height", str(self.pixels), "--width", str(self.pixels)]
-        what = ["--weights", self.weights, "--components", "denoiser", "--dtype", self.dtype, "--no-verify"]
+        what = ["--weights", self.weights, "--components", "denoiser", "--dtype", self.dtype]
         return ["--model", model, *method, *size, *what]
 
 

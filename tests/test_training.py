@@ -15,11 +15,12 @@ from transformers import T5Tokenizer
 from training.assemble import assemble
 from training.classifier import held_out_accuracy, load_classifier
 from training.evaluate import evaluation_captions, named_pairs
-from training.grammar import draw_scene, is_held_out, training_caption, vocabulary_words, write_caption
+from training.grammar import COLOURS, PAIRS, draw_scene, is_held_out, training_caption, vocabulary_words, write_caption
 from training.pixart import build_tokenizer
 from training.pool import MINI_SDXL
+from training.reading import NOTHING, token_targets
 from training.render import render
-from training.settings import MAX_PIPELINE_BYTES, PIXART_SETTINGS
+from training.settings import LATENT_PX, MAX_PIPELINE_BYTES, PIXART_SETTINGS
 from training.text import t5_encode
 from training.train_denoiser import build
 
@@ -89,3 +90,27 @@ def test_mini_pixart_is_assembled_within_the_budget_and_loads(tmp_path: Path) ->
         assert padded.shape == (1, 120, PIXART_SETTINGS.text_width)
         assert mask.all()
         torch.testing.assert_close(padded[:, : mask.shape[1]], states, atol=1e-4, rtol=0)
+
+
+def test_a_token_is_told_what_it_shows() -> None:
+    """Of whole pictures and of windows of them alike; the pixel in the middle of an item has its colour."""
+    rng = random.Random(11)
+    scenes = [scene for scene in (draw_scene(rng) for _ in range(120)) if scene.texture == "plain"]
+    side, patch, corner = LATENT_PX // 2, 2, torch.tensor([[4, 6]]).repeat(len(scenes), 1)
+    whole = token_targets(scenes, None, side, patch)
+    window = token_targets(scenes, corner, side // 2, patch)
+    for key, values in whole.items():
+        grid = values.unflatten(1, (side, side))
+        assert torch.equal(window[key].unflatten(1, (side // 2, side // 2)), grid[:, 3:7, 2:6]), key
+    right = 0
+    shown = 0
+    for row, scene in enumerate(scenes):
+        picture = render(scene)
+        for token, pair in enumerate(whole["pair"][row].tolist()):
+            if pair == NOTHING or whole["offset"][row, token].norm() > 0.25 or PAIRS[pair][1] == "ring":
+                continue
+            y, x = (int((place + 0.5) * 16) for place in divmod(token, side))
+            shown += 1
+            right += np.abs(picture[y, x].astype(int) - COLOURS[PAIRS[pair][0]]).max() <= 8
+    assert shown > 10
+    assert right == shown

@@ -216,16 +216,19 @@ def engine(model: str, work: Path, result: Path, way: str) -> None:
         binding = Binding(session, plan, batch=1)
         load_s = time.perf_counter() - begin
         with np.load(work / f"{model}-eager.npz") as wanted:
+            begin_cpu = time.process_time()
             for done in run(binding, latents=noise, conditioning=rows, guidance_scale=plan.guidance_scale):
-                latents = binding.latents()
+                cpu_s, latents = time.process_time() - begin_cpu, binding.latents()
                 steps.append(
                     {
                         "graph": done.step.graph,
                         "s": round(done.elapsed_ms / 1e3, 3),
+                        "cpu_s": round(cpu_s, 3),
                         "relative_error": relative_error(latents, wanted[str(done.index + 1)]),
                         "rms": round(float(np.sqrt(np.square(latents, dtype=np.float64).mean())), 4),
                     }
                 )
+                begin_cpu = time.process_time()
         settings = {"engine": f"{session.backend.name} {session.backend.version}", "threads": session.backend.threads}
     _write(result, {**settings, "load_s": round(load_s, 2), "steps": steps})
 
@@ -270,12 +273,13 @@ def graphs(model: str, work: Path, result: Path, way: str) -> None:
                         buffers[tensor.name].write(encode(given[tensor.name], tensor.dtype))
             outputs = {t.name: buffers[t.name] for t in spec.outputs}
             call = executable.bind({t.name: buffers[t.name] for t in spec.inputs}, outputs)
-            begin = time.perf_counter()
+            begin, begin_cpu = time.perf_counter(), time.process_time()
             call()
-            step_s = time.perf_counter() - begin
+            step_s, cpu_s = time.perf_counter() - begin, time.process_time() - begin_cpu
             values = [decode(buffer.read(), buffer.dtype) for buffer in outputs.values()]
             found["graphs"][name] |= {
                 "step_s": round(step_s, 2),
+                "step_cpu_s": round(cpu_s, 2),
                 "ran": _resident(),
                 "finite": all(bool(np.isfinite(value).all()) for value in values),
                 "output_rms": round(float(np.sqrt(np.square(values[1], dtype=np.float64).mean())), 4),

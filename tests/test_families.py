@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.conftest import family_settings
 from tests.oracle_families import (
     Request,
     guidance_stopped_latents,
@@ -28,7 +29,9 @@ from tests.oracle_families import (
 from tests.tiny_families import FAMILY_VARIANTS, latent_noise, load_tiny
 from tgate_engine.bundle import Bundle
 from tgate_engine.plan import build_plan
+from tgate_engine.report import Silent
 from tgate_engine.schedule import Schedule
+from tgate_export.build import export
 from tgate_export.sampling import compile_sampler, make_scheduler
 from tgate_runtime.noise import CONDITIONING, in_step, noise
 from tgate_runtime.pipeline import Pipeline
@@ -194,6 +197,25 @@ def test_guidance_stopped_latents_equal_eager(subject_of: Callable[[str], Subjec
     case = Case(n=6, m=3, sampler="own")
     want = guidance_stopped_latents(subject.eager, subject.request(case), subject.scheduler(case), case.m)
     assert relative(subject.engine(case, Schedule.guidance_stopped), want) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["pixart_alpha_b", "svd_b", "latte_b", "sd15_b"])
+def test_a_symbolic_batch_equals_single_requests(
+    family_bundle: Callable[[str], tuple[Path, Path]], tmp_path: Path, variant: str
+) -> None:
+    """Images of one batch do not see each other; carries of videos have many rows for each."""
+    checkpoint, single = family_bundle(variant)
+    many = export(family_settings(variant, checkpoint, tmp_path / "many", batch=(1, 3)), Silent())
+    start = latent_noise(variant, batch=2).numpy()
+    image = _picture(64, 64) if FAMILY_VARIANTS[variant].model == "svd" else None
+    prompts = None if image is not None else PROMPT
+    with Pipeline.open(many, threads=1) as pipe:
+        got = pipe(prompts, image=image, num_images=2, seed=SEED, initial_latents=start).latents
+    with Pipeline.open(single, threads=1) as pipe:
+        for i in range(2):
+            want = pipe(prompts, image=image, seed=SEED, initial_latents=start[i : i + 1]).latents
+            assert relative(got[i : i + 1], torch.from_numpy(want)) < 1e-5
 
 
 @pytest.mark.parametrize("variant", _names())

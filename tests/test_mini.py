@@ -164,3 +164,14 @@ def test_pictures_show_what_was_asked_for(mini_bundle: Path) -> None:
     with Pipeline.open(mini_bundle, threads=1) as pipe:
         score = score_pictures(captions, draw(pipe, "default", captions, seed=1000, workers=2))
     assert score.first_object >= 0.7
+
+
+def test_a_plan_takes_what_is_not_said_from_the_default_plan(mini_bundle: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(mini_bundle, bundle)
+    assert main(["plan", str(bundle), "--name", "later", "--m", "12", "--quiet"]) == 0
+    plans = Bundle.open(bundle).manifest.plans
+    default, later = plans["default"], plans["later"]
+    assert (later.schedule.gate, later.schedule.self_interval) == (12, 1)
+    assert (later.schedule.steps, later.schedule.warm_up) == (default.schedule.steps, default.schedule.warm_up)
+    assert later.sampler == default.sampler

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -294,3 +295,13 @@ def test_a_session_loads_what_its_plans_need(session: Session) -> None:
             Binding(small, planned(session, steps=4, gate=2), 1)
     with pytest.raises(EngineError, match="is closed"):
         Binding(small, short, 1)
+
+
+def test_a_stochastic_sampler_needs_noise_for_its_steps(session: Session) -> None:
+    plan = planned(session, steps=4, gate=2)
+    calls = tuple(replace(call, noise=0.5) for call in plan.sampler.calls)
+    steps = tuple(replace(step, call=call) for step, call in zip(plan.steps, calls, strict=True))
+    noisy = replace(plan, sampler=replace(plan.sampler, calls=calls), steps=steps)
+    binding = Binding(session, noisy, 1)
+    with pytest.raises(RequestError, match="draws noise in its steps; give step_noise"):
+        next(run(binding, latents=noise(1), conditioning=random_conditioning(1), guidance_scale=GUIDANCE))

@@ -45,6 +45,7 @@ class Settings:
     # denoiser
     pool_scenes: int = 8_000
     batch: int = 16  # over all workers
+    crowded_share: float = 0.0  # of the whole pictures drawn on purpose from scenes of several items
     close_up_share: float = 0.3  # share of the seconds spent on 8x8 windows, three times as many per batch
     lr: float = 1e-3
     warmup_steps: int = 150
@@ -92,6 +93,7 @@ class PixArtSettings:
 
     # training
     batch: int = 32  # over all workers
+    crowded_share: float = 0.5  # of the whole pictures drawn on purpose from scenes of several items
     close_up_share: float = 0.2  # share of the seconds spent on 8x8 windows, three times as many per batch
     lr: float = 1e-3
     warmup_steps: int = 300

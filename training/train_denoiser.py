@@ -74,12 +74,28 @@ def close_up(scene: Scene, rng: random.Random, grid: int) -> tuple[Scene, int, i
     return None
 
 
+def draw_index(scenes: list[Scene], rng: random.Random, crowded: float) -> int:
+    """Any scene, or with probability `crowded` one of several items."""
+    several = rng.random() < crowded
+    while True:
+        index = rng.randrange(len(scenes))
+        if not several or len(scenes[index].items) > 1:
+            return index
+
+
 def draw_batch(
-    latents: torch.Tensor, scenes: list[Scene], rng: random.Random, count: int, *, close_ups: bool, grid: int
+    latents: torch.Tensor,
+    scenes: list[Scene],
+    rng: random.Random,
+    count: int,
+    *,
+    close_ups: bool,
+    grid: int,
+    crowded: float,
 ) -> tuple[torch.Tensor, list[Scene], torch.Tensor | None]:
     """Clean latents, float [count, 4, 16, 16] or close-ups [3 * count, 4, 8, 8]; their scenes; close-ups' corners."""
     if not close_ups:
-        chosen = [rng.randrange(len(scenes)) for _ in range(count)]
+        chosen = [draw_index(scenes, rng, crowded) for _ in range(count)]
         return latents[chosen].float(), [scenes[index] for index in chosen], None
     windows: list[torch.Tensor] = []
     shown: list[Scene] = []
@@ -139,7 +155,9 @@ def train(rank: int, name: str, work: Path, seconds: float) -> None:
     running: list[tuple[float, float]] = []
     while spent < seconds:
         close_ups = spent < settings.close_up_share * seconds
-        clean, shown, corners = draw_batch(latents, scenes, rng, batch, close_ups=close_ups, grid=grid)
+        clean, shown, corners = draw_batch(
+            latents, scenes, rng, batch, close_ups=close_ups, grid=grid, crowded=settings.crowded_share
+        )
         noise = torch.randn(clean.shape, generator=generator)
         steps_t = torch.randint(0, 1000, (len(clean),), generator=generator)
         noisy = noise_levels.add_noise(clean, noise, steps_t)

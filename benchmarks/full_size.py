@@ -174,7 +174,7 @@ def request(model: str, work: Path, result: Path, way: str) -> None:
 
 
 def eager(model: str, work: Path, result: Path, way: str) -> None:
-    """PyTorch's latents after every step, in float32. The seconds are the network's alone."""
+    """PyTorch's latents after every step, in float32. The seconds are the network's; ``cpu_s`` is of all cores."""
     import torch
 
     from tgate_export.goldens import walk
@@ -185,10 +185,9 @@ def eager(model: str, work: Path, result: Path, way: str) -> None:
     begin = time.perf_counter()
     denoiser = real_module(job.family, job.checkpoint, job.family.denoiser)
     load_s = time.perf_counter() - begin
-    starts: list[float] = []
-    step_s: list[float] = []
-    denoiser.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
-    denoiser.register_forward_hook(lambda *_: step_s.append(round(time.perf_counter() - starts[-1], 3)))
+    marks: list[tuple[float, float]] = []
+    denoiser.register_forward_pre_hook(lambda *_: marks.append((time.perf_counter(), time.process_time())))
+    denoiser.register_forward_hook(lambda *_: marks.append((time.perf_counter(), time.process_time())))
     latents = walk(
         plan,
         job.family,
@@ -199,7 +198,9 @@ def eager(model: str, work: Path, result: Path, way: str) -> None:
         plan.guidance_scale,
     )
     np.savez(work / f"{model}-eager.npz", **{str(i): x.numpy() for i, x in enumerate(latents) if i})
-    _write(result, {"threads": torch.get_num_threads(), "load_s": round(load_s, 2), "step_s": step_s})
+    taken = zip(marks[::2], marks[1::2], strict=True)
+    steps = [{"s": round(end[0] - start[0], 3), "cpu_s": round(end[1] - start[1], 3)} for start, end in taken]
+    _write(result, {"threads": torch.get_num_threads(), "load_s": round(load_s, 2), "steps": steps})
 
 
 def engine(model: str, work: Path, result: Path, way: str) -> None:

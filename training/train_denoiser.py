@@ -125,12 +125,38 @@ def build(model: str) -> tuple[Denoiser, Settings | PixArtSettings]:
     return PixArtDenoiser(PIXART_SETTINGS), PIXART_SETTINGS
 
 
-def train(rank: int, name: str, work: Path, seconds: float) -> None:
-    """Train `name` as worker `rank` for `seconds` in all; resumes its checkpoint, which worker 0 writes."""
+_SHIPPED = {
+    "mini-sdxl": {
+        "unet": "unet/diffusion_pytorch_model.safetensors",
+        "text_1": "text_encoder/model.safetensors",
+        "text_2": "text_encoder_2/model.safetensors",
+    },
+    "mini-pixart": {
+        "transformer": "transformer/diffusion_pytorch_model.safetensors",
+        "text": "text_encoder/model.safetensors",
+    },
+}
+
+
+def shipped_weights(name: str, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a pipeline directory under the names of the denoiser's parts, to go on from."""
+    return {
+        f"{part}.{key}": value.float()
+        for part, file in _SHIPPED[name].items()
+        for key, value in load_file(folder / file).items()
+    }
+
+
+def train(rank: int, name: str, work: Path, seconds: float, start_from: Path | None) -> None:
+    """Train `name` as worker `rank` for `seconds` in all; resumes its checkpoint, which worker 0 writes.
+
+    Without a checkpoint it goes on from the pipeline directory `start_from`, or begins with the warm text encoder.
+    """
     denoiser, settings = build(name)
     grid = settings.patch if isinstance(settings, PixArtSettings) else 1
     model = denoiser.parts
-    model.load_state_dict(load_file(work / f"{name}-text.safetensors"), strict=False)
+    first = load_file(work / f"{name}-text.safetensors") if start_from is None else shipped_weights(name, start_from)
+    model.load_state_dict(first, strict=False)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
@@ -194,8 +220,9 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="mini-sdxl")
     parser.add_argument("--work", type=Path, default=Path(".cache/training"), help="folder of the checkpoints")
     parser.add_argument("--seconds", type=float, default=4200.0, help="wall-clock budget of all runs together")
+    parser.add_argument("--start-from", type=Path, metavar="DIR", help="pipeline directory whose weights to go on from")
     arguments = parser.parse_args()
-    launch(train, SETTINGS.workers, arguments.model, arguments.work, arguments.seconds)
+    launch(train, SETTINGS.workers, arguments.model, arguments.work, arguments.seconds, arguments.start_from)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ CASES: Mapping[str, Case] = {
 
 WAYS: Mapping[str, str] = {
     "mapped": "all graphs open together; extended optimizations and no prepacking, so that weights stay in the file",
+    "mapped-no-arena": "the same, and memory goes back after every call",
     "in-turn": "one graph open at a time; the engine's own options",
     "together": "all graphs open together; the engine's own options",
 }
@@ -248,13 +249,14 @@ def graphs(model: str, work: Path, result: Path, way: str) -> None:
             options = super()._options()
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
             options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = way != "mapped-no-arena"
             return options
 
     bundle = Bundle.open(work / model, check_digests=False)
     plan, noise, rows = _request(model, work)
     given = {**rows, "latents": noise * np.float32(plan.sampler.initial_scale)}
     given["step"] = step_row(plan.steps[0].call, plan.guidance_scale)[None]
-    loader = Mapped() if way == "mapped" else OrtCpu()
+    loader = Mapped() if way.startswith("mapped") else OrtCpu()
     buffers: dict[str, CpuBuffer] = {}
     found: dict[str, Any] = {"engine": f"{loader.name} {loader.version}", "threads": loader.threads, "graphs": {}}
     for group in [[name] for name in GRAPHS] if way == "in-turn" else [GRAPHS]:

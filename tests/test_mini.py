@@ -94,7 +94,7 @@ def test_an_added_plan_needs_no_new_graph(mini_bundle: Path, tmp_path: Path) -> 
         (["--name", "default", "--m", "5"], "already has a plan"),
         (["--name", "x", "--m", "5", "--fidelity-interval", "2"], "reuse_both"),
         (["--name", "x", "--m", "30"], "m = 30"),
-        (["--name", "x", "--m", "5", "--sampler", "heun"], "euler_a"),
+        (["--name", "x", "--m", "5", "--sampler", "heun"], "heun"),
         (["--name", "x", "--m", "5", "--guidance-scale", "1"], "guidance"),
     ],
 )

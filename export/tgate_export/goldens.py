@@ -29,12 +29,12 @@ from tgate_export.tracing import DECODER_GRAPH, IMAGE_GRAPH, TEXT_GRAPH
 GOLDEN_PROMPT = "a large red circle above a small blue square"
 GOLDEN_SEED = 2404
 
-TOLERANCES = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 2e-1}
-"""Largest absolute difference over largest absolute value, by the dtype of the graphs: a few steps of rounding.
+TOLERANCES = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1}
+"""Largest absolute difference over largest absolute value, by the dtype of the graphs: a few steps of rounding."""
 
-A trained network may amplify float32's rounding a hundredfold in four long steps (1.9e-4 was seen on a sound export); a
-wrong graph is off by far more. The tests hold parity to 1e-4.
-"""
+SHAKE = 1e-6
+"""Some float32 rounding errors. A trajectory that this much of its noise moves further than its tolerance is allowed
+four times what PyTorch itself was moved: now and then a trained network sits on an edge."""
 
 IMAGE_TOLERANCES = {"float32": 2 / 255, "float16": 8 / 255, "bfloat16": 32 / 255}
 
@@ -62,6 +62,8 @@ def record(
         short = plan(name, schedule, sampler)
         noises = {i: torch.randn(shape, generator=generator) for i, call in enumerate(sampler.calls) if call.noise}
         latents = walk(short, family, denoiser, by_name, noise, conditioning, job.guidance_scale, noises)
+        shaken = walk(short, family, denoiser, by_name, noise * (1 + SHAKE), conditioning, job.guidance_scale, noises)
+        moved = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(shaken, latents, strict=True))
         final = latents[-1]
         tensors = {
             "latents.0": noise,
@@ -72,7 +74,7 @@ def record(
         }
         path = directory / f"{name}.safetensors"
         _save(path, tensors)
-        recorded[name] = Golden(file=f"golden/{path.name}", tolerance=TOLERANCES[job.dtype], plan=short)
+        recorded[name] = Golden(file=f"golden/{path.name}", tolerance=max(TOLERANCES[job.dtype], 4 * moved), plan=short)
     del denoiser
 
     if "decoder" in job.components:

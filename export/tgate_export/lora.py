@@ -103,7 +103,7 @@ class FusedCheckpoint(Checkpoint):
         try:
             import peft  # noqa: F401
         except ImportError:
-            raise ExportError("--lora needs the package peft; install it (pip install peft)") from None
+            raise ExportError("--lora needs the package peft; install it: pip install 'tgate-engine[export]'") from None
         self._checkpoint = checkpoint
         self.where = checkpoint.where
         self.model_index: Mapping[str, Any] = checkpoint.model_index

@@ -120,7 +120,7 @@ class TensorFiles:
 
     def find(self, key: str) -> str:
         """The name that ``key`` of today's modules has in these files."""
-        for candidate in _spellings(key):
+        for candidate in spellings(key):
             if candidate in self.files:
                 return candidate
         raise ExportError(
@@ -145,7 +145,8 @@ class TensorFiles:
         self._open.clear()
 
 
-def _spellings(key: str) -> Iterable[str]:
+def spellings(key: str) -> Iterable[str]:
+    """The names that a parameter of today's modules has had in checkpoints, today's first."""
     yield key
     yield f"text_model.{key}"
     yield key.removeprefix("text_model.")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.base import Checkpoint
-from tgate_export.checkpoints.directory import _spellings
+from tgate_export.checkpoints.directory import spellings
 from tgate_export.checkpoints.published import PublishedCheckpoint
 
 SINGLE_FILE_MODELS = ("sd15", "sd21", "sdxl", "ssd-1b")
@@ -277,7 +277,7 @@ class _Converted:
     def _find(self, key: str) -> Tensor:
         if not self._tensors:
             self._tensors = self._convert()
-        for candidate in _spellings(key):
+        for candidate in spellings(key):
             tensor = self._tensors.get(candidate)
             if tensor is not None:
                 return tensor

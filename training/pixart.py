@@ -25,7 +25,7 @@ def build_tokenizer() -> T5Tokenizer:
 
 def build_text_encoder(settings: PixArtSettings, tokenizer: T5Tokenizer) -> T5EncoderModel:
     """An encoder of ids [B, S] into states [B, S, text_width]."""
-    return T5EncoderModel(
+    text = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
             d_model=settings.text_width,
@@ -40,6 +40,9 @@ def build_text_encoder(settings: PixArtSettings, tokenizer: T5Tokenizer) -> T5En
             decoder_start_token_id=tokenizer.pad_token_id,
         )
     )
+    # T5 starts all positions alike, and so short a training would never learn which of two words came first
+    nn.init.normal_(text.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+    return text
 
 
 def build_transformer(settings: PixArtSettings) -> PixArtTransformer2DModel:

@@ -98,11 +98,11 @@ class PixArtSettings:
     lr: float = 1e-3
     warmup_steps: int = 300
     weight_decay: float = 0.01
-    ema_decay: float = 0.999
+    ema_decay: float = 0.9995
     caption_dropout: float = 0.10
     variance_weight: float = 0.01  # of the variational bound that trains the variance, in bits
     reading_layer: int = 4  # blocks after which a throw-away head must know what every token shows
-    reading_weight: float = 0.05  # of that, in nats
+    reading_weight: float = 0.1  # of that, in nats
 
 
 SETTINGS = Settings()

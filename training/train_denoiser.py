@@ -150,7 +150,8 @@ def shipped_weights(name: str, folder: Path) -> dict[str, torch.Tensor]:
 def train(rank: int, name: str, work: Path, seconds: float, start_from: Path | None) -> None:
     """Train `name` as worker `rank` for `seconds` in all; resumes its checkpoint, which worker 0 writes.
 
-    Without a checkpoint it goes on from the pipeline directory `start_from`, or begins with the warm text encoder.
+    Without a checkpoint it goes on from the pipeline directory `start_from`, without close-ups, or begins with the
+    warm text encoder.
     """
     denoiser, settings = build(name)
     grid = settings.patch if isinstance(settings, PixArtSettings) else 1
@@ -180,7 +181,7 @@ def train(rank: int, name: str, work: Path, seconds: float, start_from: Path | N
     spent = saved = budget.spent_s
     running: list[tuple[float, float]] = []
     while spent < seconds:
-        close_ups = spent < settings.close_up_share * seconds
+        close_ups = start_from is None and spent < settings.close_up_share * seconds
         clean, shown, corners = draw_batch(
             latents, scenes, rng, batch, close_ups=close_ups, grid=grid, crowded=settings.crowded_share
         )

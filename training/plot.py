@@ -29,6 +29,8 @@ def draw(log: Path, picture: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.2), dpi=100)
     for flag, label in (("1", "close-ups, 8x8 latents"), ("0", "whole pictures, 16x16 latents")):
         part = [row for row in rows if row["close_ups"] == flag]
+        if not part:
+            continue
         steps, errors = [int(row["step"]) for row in part], [float(row["mse"]) for row in part]
         (line,) = axes.plot(steps, errors, alpha=0.25, linewidth=1)
         axes.plot(steps, _smooth(errors), color=line.get_color(), label=label)

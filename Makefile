@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-stamp
-EXTRAS ?= cpu,video,export,dev
+EXTRAS ?= cpu,openvino,tensorrt,video,export,dev
 # Installed first and by itself, so that the resolver never weighs another build of it.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 

@@ -63,10 +63,9 @@ CASES: Mapping[str, Case] = {
 }
 
 WAYS: Mapping[str, str] = {
-    "mapped": "all graphs open together; extended optimizations and no prepacking, so that weights stay in the file",
-    "mapped-no-arena": "the same, and memory goes back after every call",
-    "in-turn": "one graph open at a time; the engine's own options",
-    "together": "all graphs open together; the engine's own options",
+    "shared": "all graphs open together; --memory shared",
+    "in-turn": "one graph open at a time; --memory fast",
+    "together": "all graphs open together; --memory fast",
 }
 """How SDXL's graphs are opened."""
 
@@ -231,40 +230,35 @@ def engine(model: str, work: Path, result: Path, way: str) -> None:
                     }
                 )
                 begin_cpu = time.process_time()
-        settings = {"engine": f"{session.backend.name} {session.backend.version}", "threads": session.backend.threads}
+        settings = {
+            "engine": f"{session.backend.name} {session.backend.version}",
+            "threads": session.backend.options.threads,
+        }
     _write(result, {**settings, "load_s": round(load_s, 2), "steps": steps})
 
 
 def graphs(model: str, work: Path, result: Path, way: str) -> None:
     """One step of each graph, the later ones on what the first one stored. Writes what it has after each."""
-    import onnxruntime as ort
-
-    from tgate_runtime.backends.ort import CpuBuffer, OrtCpu
+    from tgate_runtime.backends import backend
+    from tgate_runtime.backends.host import CpuBuffer
     from tgate_runtime.dtypes import decode, encode
-
-    class Mapped(OrtCpu):
-        """The engine with options under which it keeps no copy of the weights of its own."""
-
-        def _options(self) -> ort.SessionOptions:
-            options = super()._options()
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-            options.add_session_config_entry("session.disable_prepacking", "1")
-            options.enable_cpu_mem_arena = way != "mapped-no-arena"
-            return options
 
     bundle = Bundle.open(work / model, check_digests=False)
     plan, noise, rows = _request(model, work)
     given = {**rows, "latents": noise * np.float32(plan.sampler.initial_scale)}
     given["step"] = step_row(plan.steps[0].call, plan.guidance_scale)[None]
-    loader = Mapped() if way.startswith("mapped") else OrtCpu()
+    loader = backend("ort-cpu", memory="shared" if way == "shared" else "fast")
     buffers: dict[str, CpuBuffer] = {}
-    found: dict[str, Any] = {"engine": f"{loader.name} {loader.version}", "threads": loader.threads, "graphs": {}}
+    found: dict[str, Any] = {
+        "engine": f"{loader.name} {loader.version}",
+        "threads": loader.options.threads,
+        "graphs": {},
+    }
     for group in [[name] for name in GRAPHS] if way == "in-turn" else [GRAPHS]:
-        opened = {}
+        opened: dict[str, Any] = {}
         for name in group:
             begin = time.perf_counter()
-            spec = bundle.manifest.graphs[name]
-            opened[name] = loader.load(bundle.file(spec.file), spec)
+            opened |= loader.load(bundle, [name])
             found["graphs"][name] = {"load_s": round(time.perf_counter() - begin, 2), "loaded": _resident()}
             _write(result, found)
         for name, executable in opened.items():

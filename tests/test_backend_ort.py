@@ -15,8 +15,9 @@ from tests.toy_bundle import ONNX_TYPE, build
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
 from tgate_engine.manifest import GraphSpec, Macs, TensorSpec
-from tgate_runtime.backends import ENGINES, backend
-from tgate_runtime.backends.ort import CpuBuffer, OrtCpu
+from tgate_runtime.backends import ENGINES, EngineOptions, backend
+from tgate_runtime.backends.host import CpuBuffer
+from tgate_runtime.backends.ort import OrtCpu
 from tgate_runtime.dtypes import decode, encode
 
 
@@ -43,7 +44,7 @@ def one_node(path: Path, op: str, dtype: str, domain: str = "") -> GraphSpec:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int64", "uint8"])
 @pytest.mark.parametrize("shape", [(1,), (3, 5), ()])
 def test_buffers_are_aligned_zeroed_and_fixed(dtype: str, shape: tuple[int, ...]) -> None:
-    buffer = OrtCpu().allocate(shape, dtype)
+    buffer = OrtCpu(EngineOptions()).allocate(shape, dtype)
     assert (buffer.shape, buffer.dtype) == (shape, dtype)
     assert buffer.address % 64 == 0
     assert not buffer.read().any()
@@ -65,8 +66,8 @@ def test_a_buffer_takes_only_what_fits() -> None:
 
 
 def test_engines_by_name() -> None:
-    assert backend("ort-cpu", threads=2).threads == 2
-    assert ENGINES == ("ort-cpu",)
+    assert backend("ort-cpu", threads=2).options.threads == 2
+    assert list(ENGINES) == ["ort-cpu", "ort-cuda", "openvino", "aoti", "tensorrt"]
     with pytest.raises(EngineError, match="there is no engine 'abacus'; the engines are ort-cpu"):
         backend("abacus")
     with pytest.raises(EngineError, match="threads must be at least 1, got 0"):
@@ -84,8 +85,8 @@ def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_call_reads_and_writes_in_place(tmp_path: Path) -> None:
     spec = one_node(tmp_path / "g.onnx", "Neg", "float32")
-    engine = OrtCpu(threads=1)
-    graph = engine.load(tmp_path / "g.onnx", spec)
+    engine = OrtCpu(EngineOptions(threads=1))
+    graph = engine.load_graph(tmp_path / "g.onnx", spec)
     x, y = engine.allocate((2, 3), "float32"), engine.allocate((2, 3), "float32")
     call = graph.bind({"x": x}, {"y": y})
     assert dict(call.addresses) == {"x": x.address, "y": y.address}
@@ -97,17 +98,17 @@ def test_a_call_reads_and_writes_in_place(tmp_path: Path) -> None:
 
 def test_bfloat16_travels_as_bits(tmp_path: Path) -> None:
     spec = one_node(tmp_path / "g.onnx", "Identity", "bfloat16")
-    engine = OrtCpu(threads=1)
+    engine = OrtCpu(EngineOptions(threads=1))
     x, y = engine.allocate((1, 3), "bfloat16"), engine.allocate((1, 3), "bfloat16")
     x.write(encode(np.array([[1.5, -2.0, 0.25]]), "bfloat16"))
-    engine.load(tmp_path / "g.onnx", spec).bind({"x": x}, {"y": y})()
+    engine.load_graph(tmp_path / "g.onnx", spec).bind({"x": x}, {"y": y})()
     assert decode(y.read(), "bfloat16").tolist() == [[1.5, -2.0, 0.25]]
 
 
 def test_a_graph_that_the_engine_cannot_run(tmp_path: Path) -> None:
     spec = one_node(tmp_path / "g.onnx", "Tanh", "bfloat16")
     with pytest.raises(EngineError) as error:
-        OrtCpu().load(tmp_path / "g.onnx", spec)
+        OrtCpu(EngineOptions()).load_graph(tmp_path / "g.onnx", spec)
     assert "cannot load g.onnx on the CPU" in str(error.value)
     assert "--dtype fp32" in str(error.value)
     assert "\n" not in str(error.value)
@@ -118,17 +119,17 @@ def test_a_file_that_is_no_graph(tmp_path: Path, content: bytes) -> None:
     spec = one_node(tmp_path / "g.onnx", "Tanh", "float32")
     (tmp_path / "g.onnx").write_bytes(content)
     with pytest.raises(EngineError, match=r"g\.onnx"):
-        OrtCpu().load(tmp_path / "g.onnx", spec)
+        OrtCpu(EngineOptions()).load_graph(tmp_path / "g.onnx", spec)
 
 
 def test_a_graph_that_is_not_what_its_manifest_says(tmp_path: Path) -> None:
     spec = one_node(tmp_path / "g.onnx", "Tanh", "float32")
     renamed = replace(spec, inputs=(replace(spec.inputs[0], name="z"),))
     with pytest.raises(EngineError, match=r"does not have the inputs its manifest says: x .*, z "):
-        OrtCpu().load(tmp_path / "g.onnx", renamed)
+        OrtCpu(EngineOptions()).load_graph(tmp_path / "g.onnx", renamed)
     retyped = replace(spec, outputs=(replace(spec.outputs[0], dtype="float16"),))
     with pytest.raises(EngineError, match="does not have the outputs its manifest says"):
-        OrtCpu().load(tmp_path / "g.onnx", retyped)
+        OrtCpu(EngineOptions()).load_graph(tmp_path / "g.onnx", retyped)
 
 
 def bind_faults(buffers: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
@@ -141,8 +142,8 @@ def bind_faults(buffers: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[
 
 def test_buffers_that_do_not_fit_the_graph(tmp_path: Path) -> None:
     spec = one_node(tmp_path / "g.onnx", "Tanh", "float32")
-    engine = OrtCpu(threads=1)
-    graph = engine.load(tmp_path / "g.onnx", spec)
+    engine = OrtCpu(EngineOptions(threads=1))
+    graph = engine.load_graph(tmp_path / "g.onnx", spec)
     kinds = {"x": "float32", "y": "float32", "half": "float16"}
     buffers = {name: engine.allocate((1, 3), dtype) for name, dtype in kinds.items()}
     for inputs, outputs, says in bind_faults(buffers):
@@ -152,8 +153,8 @@ def test_buffers_that_do_not_fit_the_graph(tmp_path: Path) -> None:
 
 def test_a_call_that_fails_says_so_in_one_line(tmp_path: Path) -> None:
     spec = one_node(tmp_path / "g.onnx", "Tanh", "float32")
-    engine = OrtCpu(threads=1)
-    call = engine.load(tmp_path / "g.onnx", spec).bind(
+    engine = OrtCpu(EngineOptions(threads=1))
+    call = engine.load_graph(tmp_path / "g.onnx", spec).bind(
         {"x": engine.allocate((2, 3), "float32")}, {"y": engine.allocate((4, 3), "float32")}
     )
     with pytest.raises(EngineError, match=r"graph g\.onnx failed in ONNX Runtime: .*shape") as error:
@@ -183,9 +184,9 @@ def test_bfloat16_rounds_to_the_nearest_even() -> None:
 
 
 def test_onnx_types_agree_with_onnx() -> None:
-    from tgate_runtime.backends.ort import _ELEMENT_TYPE
+    from tgate_runtime.backends.ort import ELEMENT_TYPE
 
-    assert {name: TensorProto.DataType.Name(kind) for name, kind in _ELEMENT_TYPE.items()} == {
+    assert {name: TensorProto.DataType.Name(kind) for name, kind in ELEMENT_TYPE.items()} == {
         "float32": "FLOAT",
         "uint8": "UINT8",
         "int64": "INT64",

@@ -354,13 +354,13 @@ def _decoder(stage: Path, offsets: Mapping[str, Any]) -> GraphSpec:
 
 
 def _save_weights(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Writes the weights; where each one's bytes begin in the file, and its shape."""
-    save_file(dict(toy_model.weights()), path)
+    """Writes the weights, under their initializers' names; where each one's bytes begin in the file, and its shape."""
+    save_file({f"w.{name}": values for name, values in toy_model.weights().items()}, path)
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     return {
-        name: (8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
+        name.removeprefix("w."): (8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
         for name, entry in header.items()
         if name != "__metadata__"
     }

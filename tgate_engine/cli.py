@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tgate_engine import __version__, views
+from tgate_engine import views
+from tgate_engine.arguments import FAILED, export_parser, tgate_parser
 from tgate_engine.errors import BundleError, EngineError, ExportError, TgateError
 from tgate_engine.report import Reporter, reporter
 
-FAILED, USAGE, FAULT, INTERRUPTED, TERMINATED = 1, 2, 70, 130, 143
+FAULT, INTERRUPTED, TERMINATED = 70, 130, 143
 
 Show = Callable[[], None]
 """Prints a command's results on stdout, once the reporter has let go of the terminal."""
@@ -34,16 +35,17 @@ Show = Callable[[], None]
 OWN_PACKAGES = ("tgate_engine", "tgate_export", "tgate_runtime")
 EXPORT_ADVICE = "it is not installed: pip install 'tgate-engine[export]'"
 RUN_ADVICE = "it is not installed: pip install 'tgate-engine[cpu]'"
+ENGINE_OPTIONS = ("engine", "threads", "device", "architecture", "precision", "memory")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``tgate``. Returns the exit status."""
-    return _run(_tgate_parser(), arguments)
+    return _run(tgate_parser(), arguments)
 
 
 def export_main(arguments: Sequence[str] | None = None) -> int:
     """``tgate-export``. Returns the exit status."""
-    return _run(_export_parser(), arguments)
+    return _run(export_parser(_list_models), arguments)
 
 
 # --- commands -----------------------------------------------------------------------------------
@@ -67,7 +69,7 @@ def _generate(args: argparse.Namespace, report: Reporter) -> Show:
     paths = files.output_paths(
         args.output, rows * args.num_images, decoded=bool(manifest.decoder), video=manifest.frames > 1
     )
-    with Pipeline.open(bundle, threads=args.threads, plans=[args.plan]) as pipe:
+    with Pipeline.open(bundle, plans=[args.plan], on_build=report.progress, **_engine_options(args)) as pipe:
         report.stage("drawing")
         result = pipe(
             args.prompt,
@@ -112,7 +114,7 @@ def _verify(args: argparse.Namespace, report: Reporter) -> Show:
     report.stage(f"checking {args.bundle}")
     bundle = Bundle.open(args.bundle)
     report.stage("replaying goldens")
-    checked = verify(bundle, threads=args.threads, on_golden=report.progress)
+    checked = verify(bundle, on_golden=report.progress, on_build=report.progress, **_engine_options(args))
     failed = [golden.name for golden in checked if not golden.ok]
 
     def show() -> None:
@@ -144,13 +146,47 @@ def _bench(args: argparse.Namespace, report: Reporter) -> Show:
     data = bench(
         bundle,
         plan=args.plan,
-        threads=args.threads,
         batch=args.batch,
         repeats=args.repeats,
         warm_ups=args.warm_ups,
         on_run=report.progress,
+        on_build=report.progress,
+        trace=args.trace,
+        **_engine_options(args),
     )
     return lambda: _print_json(data) if args.json else views.benchmark(data)
+
+
+def _engines(args: argparse.Namespace, report: Reporter) -> Show:
+    with _needs("listing engines", RUN_ADVICE):
+        from tgate_runtime.backends import installed
+
+    found = installed()
+    return lambda: views.engines(found)
+
+
+def _build(args: argparse.Namespace, report: Reporter) -> Show:
+    from tgate_engine.bundle import Bundle
+
+    with _needs("compiling for an engine", RUN_ADVICE):
+        from tgate_runtime.backends import backend
+        from tgate_runtime.session import graphs_of
+
+    options = _engine_options(args)
+    loader = backend(options.pop("engine"), **options)
+    report.stage(f"opening {args.bundle}")
+    bundle = Bundle.open(args.bundle)
+    graphs = graphs_of(bundle, None if args.plan is None else [args.plan])
+    report.stage(f"compiling for {loader.name} {loader.version}")
+    places = loader.build(bundle, graphs, report.progress)
+    if not places:
+        return lambda: print(f"{loader.name} compiles nothing ahead of time: the bundle is ready")
+    return lambda: print(*(f"{name}: {place}" for name, place in places.items()), sep="\n")
+
+
+def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of the engine, as keyword arguments."""
+    return {name: getattr(args, name) for name in ENGINE_OPTIONS}
 
 
 def _plan(args: argparse.Namespace, report: Reporter) -> Show:
@@ -251,157 +287,21 @@ def _replay(report: Reporter) -> Callable[[Path], None]:
     return check
 
 
+_COMMANDS: dict[str, Callable[[argparse.Namespace, Reporter], Show]] = {
+    "generate": _generate,
+    "embed": _embed,
+    "inspect": _inspect,
+    "verify": _verify,
+    "bench": _bench,
+    "engines": _engines,
+    "build": _build,
+    "plan": _plan,
+    "export": _export,
+}
+
+
 def _print_json(data: Any) -> None:
     print(json.dumps(data, indent=1, ensure_ascii=False))
-
-
-# --- arguments ----------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"tgate: error: {message} (see {self.prog} --help)\n")
-
-
-def _tgate_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="tgate", description="Run bundles of temporally gated diffusion models.")
-    parser.add_argument("--version", action="version", version=f"tgate {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-
-    def command(name: str, run: Callable[..., Show], text: str, *, quiet: bool = True) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run=run)
-        added.add_argument("bundle", metavar="BUNDLE", type=Path, help="the bundle's directory")
-        _common(added)
-        return added
-
-    p = command("generate", _generate, "Draw pictures, or a video, from a prompt or an image.")
-    p.add_argument("prompt", metavar="PROMPT", nargs="?", help="left out with --image or --prompt-embeds")
-    p.add_argument(
-        "--output", required=True, type=Path, metavar="OUT.png", help="several become OUT-0.png, …; videos: .mp4, .gif"
-    )
-    p.add_argument("--image", type=Path, metavar="IN.png", help="what an image-to-video model starts from")
-    p.add_argument("--prompt-embeds", type=Path, metavar="E.safetensors", help="from `tgate embed`, for a prompt")
-    p.add_argument("--seed", type=int, help="from 0; one is drawn, and reported, if left out")
-    p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
-    p.add_argument("--guidance-scale", type=float, metavar="G", help="above 1; the plan's if left out")
-    p.add_argument("--plan", default="default", metavar="NAME")
-    p.add_argument("--num-images", type=_count, default=1, metavar="N")
-    p.add_argument("--initial-latents", type=Path, metavar="X.npy", help="standard normal noise, in place of a seed's")
-    p.add_argument("--save-latents", type=Path, metavar="Y.npy", help="the final latents, before decoding")
-    _threads(p)
-
-    p = commands.add_parser("embed", help=(text := "Encode prompts ahead of time, for bundles without a text encoder."))
-    p.description = text
-    p.set_defaults(run=_embed)
-    p.add_argument("prompt", metavar="PROMPT", nargs="+")
-    p.add_argument("--model", required=True, metavar="NAME", help="as for tgate-export")
-    p.add_argument(
-        "--checkpoint", metavar="DIR_OR_HUB_ID", help="where the text encoder is; the model's own if left out"
-    )
-    p.add_argument("--output", required=True, type=Path, metavar="E.safetensors")
-    p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
-    p.add_argument("--half", action="store_true", help="hold the encoder in bfloat16: half the memory")
-    _common(p)
-
-    p = command("inspect", _inspect, "Show a bundle's plans step by step, their MACs, and sizes.")
-    p.add_argument("--json", action="store_true", help="as data")
-
-    p = command("verify", _verify, "Check digests and plans, and replay the recorded goldens.")
-    _threads(p)
-
-    p = command("bench", _bench, "Measure gated, guidance-stopped and ungated plans in turns.")
-    p.add_argument("--json", action="store_true", help="as data")
-    p.add_argument("--plan", default="default", metavar="NAME")
-    p.add_argument("--batch", type=_count, metavar="B", help="images at once")
-    p.add_argument("--repeats", type=_count, default=5, metavar="N", help="measured turns")
-    p.add_argument("--warm-ups", type=int, default=1, metavar="N", help="turns before that")
-    _threads(p)
-
-    p = command("plan", _plan, "Add a plan to a bundle, over the graphs it has.")
-    p.add_argument("--name", required=True)
-    p.add_argument("--m", type=int, required=True, help="the gate step")
-    p.add_argument("--k", type=int, default=1, help="the self-attention interval before the gate; 1: no reuse")
-    p.add_argument("--steps", type=int, metavar="N", help="the default plan's if left out, as the next two")
-    p.add_argument("--sampler", metavar="NAME")
-    _method(p)
-    p.add_argument("--force", action="store_true", help="replace a plan of that name")
-    return parser
-
-
-def _export_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="tgate-export", description="Compile a diffusion model into a bundle, ahead of time.")
-    parser.add_argument("--version", action="version", version=f"tgate-export {__version__}")
-    parser.set_defaults(run=_export)
-    add = parser.add_argument
-    add("--model", required=True, metavar="NAME", help="mini-sdxl (embedded), or another of --list-models")
-    parser.add_argument("--list-models", action=_ListModels, help="show the models and their settings, and stop")
-    add("--checkpoint", metavar="FROM", help="a diffusers directory, a .safetensors file, or a hub id")
-    add(
-        "--weights",
-        choices=("checkpoint", "random", "none"),
-        default="checkpoint",
-        help="random: the published structure, to measure; none: graphs, plans and MACs only",
-    )
-    add("--components", metavar="A,B", help="of text, image, denoiser, decoder; all, or without weights the denoiser")
-    add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="fuse a LoRA into the weights; repeatable")
-    add("--m", type=int, help="the gate step; the model's own if left out")
-    add("--k", type=int, help="the self-attention interval before the gate; 1: no reuse")
-    add("--steps", type=int, metavar="N", help="inference steps")
-    add("--sampler", metavar="NAME", help="dpmpp_2m, ddim, euler, …")
-    _method(parser)
-    add("--height", type=int, metavar="PIXELS")
-    add("--width", type=int, metavar="PIXELS")
-    add("--frames", type=int, metavar="F", help="of a video model")
-    add("--batch", type=_batch, default=(1, 1), metavar="B|LEAST:MOST", help="images at once, such as 1 or 1:4")
-    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
-    add("--output", type=Path, metavar="DIR", help="bundles/<model> if left out")
-    add("--force", action="store_true", help="replace a bundle that is there")
-    add("--no-verify", dest="verify", action="store_false", help="record no goldens, and replay none before finishing")
-    _common(parser)
-    return parser
-
-
-class _ListModels(argparse.Action):
-    """Shows the models and stops, as --version does."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        try:
-            parser.exit(_list_models())
-        except TgateError as error:
-            parser.exit(FAILED, f"tgate: error: {error}\n")
-
-
-def _method(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--warm-up", type=int, metavar="W", help="steps that reuse nothing")
-    parser.add_argument("--fidelity-interval", type=int, default=1, metavar="F", help="k after the gate")
-    parser.add_argument("--guidance-scale", type=float, metavar="G", help="of classifier-free guidance: 1 is without")
-
-
-def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="no progress; warnings and errors only")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-
-
-def _threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=_count, metavar="N", help="of one graph; the engine's choice if left out")
-
-
-def _count(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if int(text) >= 1:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-
-
-def _batch(text: str) -> tuple[int, int]:
-    least, colon, most = text.partition(":")
-    return _count(least), _count(most if colon else least)
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -426,7 +326,7 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
     args = _parse(parser, arguments)
     try:
         with _sigterm_raises(), reporter(quiet=args.quiet) as report, _warnings_to(report):
-            show = args.run(args, report)
+            show = _COMMANDS[args.command](args, report)
         show()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout went away, which is its right

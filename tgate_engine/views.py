@@ -75,6 +75,12 @@ def models(found: Mapping[str, Any], out: TextIO | None = None) -> None:
     table("models", headers, rows, right=(2, 3, 4, 5, 7), out=out or sys.stdout)
 
 
+def engines(found: Sequence[Mapping[str, str]], out: TextIO | None = None) -> None:
+    """Show what :func:`tgate_runtime.backends.installed` found."""
+    rows = [(e["name"], e["runs_on"], e["version"] or "-", e["says"]) for e in found]
+    table("engines", ("engine", "runs on", "version", "here"), rows, out=out or sys.stdout)
+
+
 def benchmark(data: Mapping[str, Any], out: TextIO | None = None) -> None:
     """Show what :func:`tgate_runtime.benchmark.bench` measured."""
     out = out or sys.stdout

@@ -36,8 +36,9 @@ _ONNX = {
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a tensor's bytes lie in the weight file: from its beginning, in bytes."""
+    """A tensor's name in the weight file, and where its bytes lie there: from the file's beginning, in bytes."""
 
+    name: str
     offset: int
     length: int
 
@@ -76,13 +77,13 @@ def write_weights(
             content = (hashlib.sha256(data).hexdigest(), ref.dtype, ref.shape)
             if content not in by_content:
                 file.write(data)
-                name = f"{ref.component}.{ref.key}" + ("^T" if ref.transposed else "")
+                name = _name(ref)
                 header[name] = {
                     "dtype": _SAFETENSORS[ref.dtype],
                     "shape": list(ref.shape),
                     "data_offsets": [end, end + len(data)],
                 }
-                by_content[content] = Placement(8 + header_bytes + end, len(data))
+                by_content[content] = Placement(name, 8 + header_bytes + end, len(data))
                 end += len(data)
             placements[ref] = by_content[content]
             done += len(data)
@@ -100,25 +101,34 @@ def place_weights(refs: Iterable[WeightRef]) -> dict[WeightRef, Placement]:
     placements: dict[WeightRef, Placement] = {}
     end = 8 + _header_room(refs)
     for ref in refs:
-        placements[ref] = Placement(end, _nbytes(ref))
+        placements[ref] = Placement(_name(ref), end, _nbytes(ref))
         end += _nbytes(ref)
     return placements
 
 
 def attach(graph: TracedGraph, placements: Mapping[WeightRef, Placement]) -> None:
-    """Point the graph's initializers at the weight file beside it."""
+    """Point the graph's initializers at the weight file beside it, under the names that their tensors have there.
+
+    Engines that share or refit weights find them by these names. Weights of one content become one initializer.
+    """
+    initializers = graph.model.graph.initializers
     for name, ref in graph.weights.items():
         place = placements[ref]
-        value = graph.model.graph.initializers[name]
+        value = initializers.pop(name)
+        if place.name in initializers:
+            value.replace_all_uses_with(initializers[place.name])
+            continue
+        value.name = place.name
         value.const_value = ir.ExternalTensor(
             WEIGHTS_FILE,
             place.offset,
             place.length,
             _ONNX[ref.dtype],
             shape=ir.Shape(ref.shape),
-            name=name,
+            name=place.name,
             base_dir="",
         )
+        initializers[place.name] = value
 
 
 def save_graph(graph: TracedGraph, path: Path) -> None:
@@ -147,6 +157,10 @@ def _fetch(checkpoint: Checkpoint, ref: WeightRef) -> Tensor:
 
 def _bytes_of(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _name(ref: WeightRef) -> str:
+    return f"{ref.component}.{ref.key}" + ("^T" if ref.transposed else "")
 
 
 def _itemsize(ref: WeightRef) -> int:

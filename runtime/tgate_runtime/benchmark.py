@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from PIL import Image
@@ -17,6 +17,7 @@ from tgate_engine.errors import RequestError
 from tgate_engine.inspect import guidance_stopped, ungated
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import DENOISING_GRAPHS, Plan
+from tgate_runtime.backends import OnBuild, Options
 from tgate_runtime.binding import Binding
 from tgate_runtime.conditioning import batch_rows, given, halves, inputs_of
 from tgate_runtime.decoder import decode
@@ -25,6 +26,7 @@ from tgate_runtime.noise import noise
 from tgate_runtime.runner import run
 from tgate_runtime.session import Session
 from tgate_runtime.text import TextEncoder
+from tgate_runtime.trace import write_trace
 
 PROMPT = "a large red circle above a small blue square"
 
@@ -35,6 +37,7 @@ class _Times:
 
     loop: list[float] = field(default_factory=list)
     engine: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
 
 
 def bench(
@@ -42,17 +45,20 @@ def bench(
     *,
     plan: str = "default",
     engine: str = "ort-cpu",
-    threads: int | None = None,
     batch: int | None = None,
     repeats: int = 5,
     warm_ups: int = 1,
     on_run: Callable[[int, int, str], None] | None = None,
+    on_build: OnBuild | None = None,
+    trace: Path | None = None,
+    **options: Unpack[Options],
 ) -> dict[str, Any]:
     """Measure and return JSON values; all times are medians in milliseconds, all MACs for one image.
 
     ``graphs.<name>.ms``: one call. ``plans.{gated,guidance_stopped,ungated}``: the chosen plan and the two derived
     from it, run in turns (A B C A B C …) so that a machine that slows down slows all of them; ``ms`` is the whole
-    denoising loop, and ``outside_engine`` the fraction of it that is not spent in engine calls. ``picture_ms`` adds
+    denoising loop, and ``outside_engine`` the fraction of it that is not spent in engine calls; ``step_ms`` holds the
+    median and the 99th percentile of the engine's steps. ``picture_ms`` adds
     one text (or image) and one decoder call for each image, where the bundle has those graphs. ``speedup`` is
     ungated over gated ``ms``, to be read beside ``mac_ratio``, ungated over gated by all MACs. A bundle without
     guidance has no ``guidance_stopped``: null.
@@ -60,7 +66,9 @@ def bench(
     ``sgemm_gmacs_per_s`` says how fast NumPy multiplies matrices here, to judge each graph's ``gmacs_per_s`` by.
 
     ``batch``: images at once; None takes the least that the bundle allows. ``repeats`` and ``warm_ups`` count turns.
-    ``on_run(done, total, plan)`` is called after each run. Raises :class:`RequestError` for settings that cannot be.
+    ``on_run(done, total, plan)`` is called after each run. ``trace``: a file for the last gated run, see
+    :mod:`tgate_runtime.trace`. ``open_s`` is the time it took to load the graphs, whatever had to be compiled included.
+    Raises :class:`RequestError` for settings that cannot be.
     """
     if repeats < 1 or warm_ups < 0:
         raise RequestError(f"repeats must be at least 1 and warm-ups at least 0, got {repeats} and {warm_ups}")
@@ -73,7 +81,9 @@ def bench(
     }
     plans = {name: found for name, found in candidates.items() if found is not None}
     images = manifest.batch[0] if batch is None else batch
-    with Session.open(bundle, engine=engine, threads=threads, plans=[*plans.values()]) as session:
+    opened_s = time.perf_counter()
+    with Session.open(bundle, engine=engine, plans=[*plans.values()], on_build=on_build, **options) as session:
+        opened_s = time.perf_counter() - opened_s
         encoders = _encoders(session)
         bindings = {name: Binding(session, found, images) for name, found in plans.items()}
         graph_ms: dict[str, list[float]] = {}
@@ -89,22 +99,29 @@ def bench(
                 steps = list(
                     run(binding, latents=start, conditioning=rows, guidance_scale=scale, step_noise=lambda _: start)
                 )
-                elapsed_ms = (time.perf_counter() - begin) * 1e3
+                end = time.perf_counter()
+                elapsed_ms = (end - begin) * 1e3
+                if trace is not None and name == "gated":
+                    write_trace(trace, f"{manifest.model}, plan {plan}, {session.backend.name}", begin, end, steps)
                 if turn >= warm_ups:
                     times[name].loop.append(elapsed_ms)
                     times[name].engine.append(sum(done.elapsed_ms for done in steps))
+                    times[name].steps += [done.elapsed_ms for done in steps]
                     for done in steps:
                         graph_ms.setdefault(done.step.graph, []).append(done.elapsed_ms)
                 if on_run is not None:
                     on_run(turn * len(plans) + place + 1, total, name)
         return {
             **_results(manifest, candidates, times, graph_ms, images),
+            "open_s": opened_s,
             "sgemm_gmacs_per_s": sgemm_gmacs_per_s(),
             "settings": {
                 **_settings(manifest, chosen),
                 "engine": session.backend.name,
                 "engine_version": session.backend.version,
-                "threads": session.backend.threads,
+                "threads": session.backend.options.threads,
+                "precision": session.backend.options.precision,
+                "memory": session.backend.options.memory,
                 "cpu": cpu_model(),
                 "batch": images,
                 "repeats": repeats,
@@ -216,11 +233,17 @@ def _results(
             found[name] = {"ms": None}
             continue
         loop_ms, engine_ms = statistics.median(times[name].loop), statistics.median(times[name].engine)
+        outside = [loop - inside for loop, inside in zip(times[name].loop, times[name].engine, strict=True)]
         paper, every = plan.macs(manifest.graphs)
         found[name] = {
             "ms": loop_ms,
             "picture_ms": loop_ms + around_ms,
             "outside_engine": 1 - engine_ms / loop_ms,
+            "outside_engine_ms_per_step": statistics.median(outside) / len(plan.steps),
+            "step_ms": {
+                "p50": statistics.median(times[name].steps),
+                "p99": float(np.percentile(times[name].steps, 99)),
+            },
             "macs": {"paper": paper, "all": every},
             "runs_ms": times[name].loop,
         }

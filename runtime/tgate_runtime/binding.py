@@ -110,6 +110,10 @@ class Binding:
         """A copy of the latents after the last step taken, float32 [B, ...]."""
         return self._latents[self._position].read()
 
+    def replace_latents(self, latents: NDArray[np.float32]) -> None:
+        """Put float32 [B, ...] in place of the latents after the last step taken; the next step goes on from them."""
+        self._write(self._latents[self._position], latents, "the latents")
+
     # --- buffers --------------------------------------------------------------------------------
 
     def carries(self) -> dict[str, Buffer]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import RequestError
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Plan
+from tgate_runtime.backends import OnBuild, Options
 from tgate_runtime.binding import Binding
 from tgate_runtime.conditioning import batch_rows, given, halves
 from tgate_runtime.decoder import decode
@@ -70,12 +71,15 @@ class Pipeline:
         source: str | os.PathLike[str] | Bundle,
         *,
         engine: str = "ort-cpu",
-        threads: int | None = None,
         plans: Sequence[str] | None = None,
         check_digests: bool = True,
+        on_build: OnBuild | None = None,
+        **options: Unpack[Options],
     ) -> Pipeline:
         """Open a bundle; see :meth:`Session.open`. Everything is loaded here, before the first request."""
-        return Pipeline(Session.open(source, engine=engine, threads=threads, plans=plans, check_digests=check_digests))
+        return Pipeline(
+            Session.open(source, engine=engine, plans=plans, check_digests=check_digests, on_build=on_build, **options)
+        )
 
     def __call__(
         self,

@@ -17,10 +17,12 @@ from tgate_runtime.binding import Binding
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone:
-    """A step that was taken. ``elapsed_ms`` is the time inside the engine alone."""
+    """A step that was taken. ``elapsed_ms`` is the time inside the engine alone, which began at ``begin_s`` of
+    :func:`time.perf_counter`."""
 
     index: int
     step: Step
+    begin_s: float
     elapsed_ms: float
 
 
@@ -53,9 +55,9 @@ def run(
         for step in binding.plan.steps:
             drawn = step_noise(step.index) if step_noise is not None and step.call.noise else None
             call = binding.set_step(step, guidance_scale, drawn)
-            start = time.perf_counter()
+            begin_s = time.perf_counter()
             call()
-            elapsed_ms = (time.perf_counter() - start) * 1e3
-            yield StepDone(index=step.index, step=step, elapsed_ms=elapsed_ms)
+            elapsed_ms = (time.perf_counter() - begin_s) * 1e3
+            yield StepDone(index=step.index, step=step, begin_s=begin_s, elapsed_ms=elapsed_ms)
     finally:
         lock.release()

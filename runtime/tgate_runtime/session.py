@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Unpack
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError, EngineError
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Plan
-from tgate_runtime.backends import Backend, Executable, backend
+from tgate_runtime.backends import Backend, Executable, OnBuild, Options, backend
 from tgate_runtime.signatures import check_signatures
 
 
@@ -21,51 +22,36 @@ class Session:
     graphs; bindings made before keep those they use until they are dropped themselves.
     """
 
-    def __init__(self, bundle: Bundle, engine: Backend, executables: dict[str, Executable]) -> None:
+    def __init__(self, bundle: Bundle, engine: Backend, executables: Mapping[str, Executable]) -> None:
         self.bundle = bundle
         self.backend = engine
-        self._executables: dict[str, Executable] | None = executables
+        self._executables: Mapping[str, Executable] | None = executables
 
     @staticmethod
     def open(
         source: str | os.PathLike[str] | Bundle,
         *,
         engine: str = "ort-cpu",
-        threads: int | None = None,
         plans: Sequence[str | Plan] | None = None,
         graphs: Sequence[str] = (),
         check_digests: bool = True,
+        on_build: OnBuild | None = None,
+        **options: Unpack[Options],
     ) -> Session:
         """Check a bundle and load its graphs, so that what can fail fails here and not at the first step.
 
         ``source``: a bundle's directory, or a Bundle opened (and checked) before. ``engine``: one of
-        :data:`tgate_runtime.backends.ENGINES`. ``threads``: of one graph call; None leaves it to the engine.
+        :data:`tgate_runtime.backends.ENGINES`; ``options``: the fields of its
+        :class:`~tgate_runtime.backends.EngineOptions`, such as ``threads=1``. ``on_build(done, total, graph)`` hears
+        of graphs that an engine has to compile first.
         ``plans``: load the graphs of these plans alone (names, or plans that the bundle does not list), with the
         text or image graph and the decoder; None takes every plan of the bundle. ``graphs``: further graphs to load.
 
         Raises :class:`~tgate_engine.errors.BundleError`, ``PlanError`` or :class:`EngineError`.
         """
-        loader = backend(engine, threads=threads)
+        loader = backend(engine, **options)
         bundle = source if isinstance(source, Bundle) else Bundle.open(source, check_digests=check_digests)
-        manifest = bundle.manifest
-        chosen = list(manifest.plans.values()) if plans is None else []
-        for plan in plans or ():
-            chosen.append(manifest.plan(plan) if isinstance(plan, str) else plan)
-        for plan in chosen:
-            plan.check(manifest)
-        used = [name for plan in chosen for name in plan.graphs()]
-        if not manifest.weights:
-            raise BundleError(
-                f"{bundle.path} was exported with --weights none: it can be inspected, not run; export it with weights"
-            )
-        around = [name for name in (manifest.text, manifest.image, manifest.decoder) if name]
-        names = dict.fromkeys([*around, *used, *graphs])
-        check_signatures(manifest, names)
-        executables = {}
-        for name in names:
-            spec = manifest.graphs[name]
-            executables[name] = loader.load(bundle.file(spec.file), spec)
-        return Session(bundle, loader, executables)
+        return Session(bundle, loader, loader.load(bundle, graphs_of(bundle, plans, graphs), on_build))
 
     @property
     def manifest(self) -> Manifest:
@@ -94,3 +80,22 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def graphs_of(bundle: Bundle, plans: Sequence[str | Plan] | None = None, graphs: Sequence[str] = ()) -> tuple[str, ...]:
+    """The graphs that a session of those plans loads, checked: see :meth:`Session.open`, which raises as this does."""
+    manifest = bundle.manifest
+    chosen = list(manifest.plans.values()) if plans is None else []
+    for plan in plans or ():
+        chosen.append(manifest.plan(plan) if isinstance(plan, str) else plan)
+    for plan in chosen:
+        plan.check(manifest)
+    used = [name for plan in chosen for name in plan.graphs()]
+    if not manifest.weights:
+        raise BundleError(
+            f"{bundle.path} was exported with --weights none: it can be inspected, not run; export it with weights"
+        )
+    around = [name for name in (manifest.text, manifest.image, manifest.decoder) if name]
+    names = tuple(dict.fromkeys([*around, *used, *graphs]))
+    check_signatures(manifest, names)
+    return names

@@ -5,14 +5,22 @@ An engine knows graphs and memory. It knows nothing of plans, prompts or the met
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 from numpy.typing import NDArray
 
+from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
 from tgate_engine.manifest import GraphSpec
+
+OnBuild = Callable[[int, int, str], None]
+"""Hears of graphs that an engine has to compile first: how many are done, of how many, and the last one's name."""
+PRECISIONS = ("f32", "bf16", "f16")
+MEMORIES = ("shared", "fast")
 
 
 class Buffer(Protocol):
@@ -59,41 +67,146 @@ class Executable(Protocol):
         one: what is left out is written nowhere. Raises :class:`EngineError` for a name the graph does not have."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What a caller may choose about an engine; None leaves it to the engine, which says what it chose.
+
+    ``threads``: of one graph call, on a CPU. ``device``: the GPU's number. ``architecture``: what GPU to compile for
+    where there is none, such as "sm_90". ``precision``: "f32", "bf16" or "f16", what the engine computes in.
+    ``memory``: "shared" keeps one copy of the weights for all graphs of a bundle, "fast" lets the engine make private
+    copies in the layouts that it likes best. ``build``: whether an engine that compiles ahead of time may compile what
+    its cache does not hold, which can take minutes, when a bundle is opened.
+    """
+
+    threads: int | None = None
+    device: int = 0
+    architecture: str | None = None
+    precision: str | None = None
+    memory: str | None = None
+    build: bool = True
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise EngineError(f"threads must be at least 1, got {self.threads}")
+        if self.device < 0:
+            raise EngineError(f"a device is a number from 0, got {self.device}")
+        for what, got, known in (("precision", self.precision, PRECISIONS), ("memory", self.memory, MEMORIES)):
+            if got is not None and got not in known:
+                raise EngineError(f"{what} must be one of {', '.join(known)}, got {got!r}")
+
+
+class Options(TypedDict, total=False):
+    """The fields of :class:`EngineOptions` as keyword arguments."""
+
+    threads: int | None
+    device: int
+    architecture: str | None
+    precision: str | None
+    memory: str | None
+    build: bool
+
+
 class Backend(Protocol):
-    """One engine, with its settings. Immutable and thread-safe."""
+    """One engine with its options, settled: what was left to it is filled in. Immutable and thread-safe."""
 
     @property
     def name(self) -> str: ...
     @property
     def version(self) -> str: ...
     @property
-    def threads(self) -> int | None:
-        """Threads that one graph may use; None leaves it to the engine."""
+    def options(self) -> EngineOptions: ...
 
-    def load(self, path: Path, spec: GraphSpec) -> Executable:
-        """The graph of file ``path``, whose weights lie beside it. Raises :class:`EngineError` in one line where
-        the engine cannot run it, or where it does not have the inputs and outputs of ``spec``."""
+    def build(self, bundle: Bundle, graphs: Sequence[str], on_build: OnBuild | None = None) -> Mapping[str, Path]:
+        """Compile what :meth:`load` would have to compile, into the engine cache: graphs and their entries there.
+        Nothing for an engine that compiles nothing ahead of time. Raises as :meth:`load` does."""
+
+    def load(self, bundle: Bundle, graphs: Sequence[str], on_build: OnBuild | None = None) -> Mapping[str, Executable]:
+        """Those graphs of an opened bundle, by name, over one set of weights.
+
+        Raises :class:`EngineError` in one line where the engine cannot run a graph, or where a graph does not have the
+        inputs and outputs of its :class:`~tgate_engine.manifest.GraphSpec`.
+        """
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """A buffer of zeros, owned by the caller."""
+        """A buffer of zeros on the engine's device, owned by the caller."""
 
 
-ENGINES = ("ort-cpu",)
+def check_buffers(graph: str, spec: GraphSpec, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+    """Raises :class:`EngineError` for buffers that :meth:`Executable.bind` must not take for a graph of ``spec``."""
+    takes = {tensor.name: tensor.dtype for tensor in spec.inputs}
+    gives = {tensor.name: tensor.dtype for tensor in spec.outputs}
+    if inputs.keys() != takes.keys():
+        odd = ", ".join(sorted(inputs.keys() ^ takes.keys()))
+        raise EngineError(f"graph {graph}: inputs missing or not known: {odd}")
+    if not outputs:
+        raise EngineError(f"graph {graph}: bind at least one of its outputs")
+    if not outputs.keys() <= gives.keys():
+        raise EngineError(f"graph {graph} has no output {', '.join(sorted(outputs.keys() - gives.keys()))}")
+    for name, buffer in (*inputs.items(), *outputs.items()):
+        want = takes.get(name) or gives[name]
+        if buffer.dtype != want:
+            raise EngineError(f"graph {graph}: {name} is {want}, got a buffer of {buffer.dtype}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """An entry of :data:`ENGINES`: where an engine's file is, the package it needs, and the extra that brings it."""
+
+    module: str
+    cls: str
+    package: str
+    extra: str
+    runs_on: str
+
+    def backend(self, options: EngineOptions) -> Backend:
+        """Import the engine and settle its options. Raises :class:`EngineError` where it is missing or unfit here."""
+        try:
+            module = importlib.import_module(f"tgate_runtime.backends.{self.module}")
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("tgate_"):
+                raise
+            raise EngineError(
+                f"engine {self.name} needs {error.name}, which is not installed: "
+                f"pip install 'tgate-engine[{self.extra}]'"
+            ) from None
+        found: Backend = getattr(module, self.cls)(options)
+        return found
+
+    @property
+    def name(self) -> str:
+        """The name users give it."""
+        return next(name for name, engine in ENGINES.items() if engine is self)
+
+
+ENGINES: Mapping[str, Engine] = {
+    "ort-cpu": Engine(module="ort", cls="OrtCpu", package="onnxruntime", extra="cpu", runs_on="CPU"),
+    "ort-cuda": Engine(module="ort_cuda", cls="OrtCuda", package="onnxruntime", extra="cuda", runs_on="NVIDIA GPU"),
+    "openvino": Engine(module="openvino", cls="OpenVino", package="openvino", extra="openvino", runs_on="CPU"),
+    "aoti": Engine(module="aoti", cls="Aoti", package="torch", extra="aoti", runs_on="CPU, NVIDIA GPU"),
+    "tensorrt": Engine(
+        module="tensorrt", cls="TensorRt", package="tensorrt_rtx", extra="tensorrt", runs_on="NVIDIA GPU"
+    ),
+}
 """The engines there are, by the name that ``Session.open(engine=...)`` takes."""
 
 
-def backend(engine: str, *, threads: int | None = None) -> Backend:
-    """The engine of that name. Raises :class:`EngineError` for an unknown one, or one that is not installed."""
-    if threads is not None and threads < 1:
-        raise EngineError(f"threads must be at least 1, got {threads}")
-    if engine == "ort-cpu":
+def backend(engine: str, **options: Unpack[Options]) -> Backend:
+    """The engine of that name. Raises :class:`EngineError` for an unknown one, one that is not installed, or options
+    that it cannot follow."""
+    if engine not in ENGINES:
+        raise EngineError(f"there is no engine {engine!r}; the engines are {', '.join(ENGINES)}")
+    return ENGINES[engine].backend(EngineOptions(**options))
+
+
+def installed() -> list[dict[str, str]]:
+    """What there is of each engine here: ``name``, ``runs_on``, ``version`` (empty where it cannot be opened), and
+    ``says``: "ready", or in one line what is missing and what brings it."""
+    found = []
+    for name, engine in ENGINES.items():
+        version, says = "", "ready"
         try:
-            from tgate_runtime.backends.ort import OrtCpu
-        except ModuleNotFoundError as error:
-            if error.name != "onnxruntime":
-                raise
-            raise EngineError(
-                "engine ort-cpu needs onnxruntime, which is not installed: pip install 'tgate-engine[cpu]'"
-            ) from None
-        return OrtCpu(threads=threads)
-    raise EngineError(f"there is no engine {engine!r}; the engines are {', '.join(ENGINES)}")
+            version = backend(name).version
+        except EngineError as error:
+            says = str(error)
+        found.append({"name": name, "runs_on": engine.runs_on, "version": version, "says": says})
+    return found

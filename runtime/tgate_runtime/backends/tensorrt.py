@@ -1,0 +1,290 @@
+"""TensorRT, or TensorRT-RTX: one engine per graph, resident on one NVIDIA GPU.
+
+Built and tested here with TensorRT-RTX 1.7 on hosts without a GPU. Running has never been tried, on either library,
+nor has anything of ``memory="fast"``.
+
+Engines hold no weights. With ``memory="shared"`` a graph's external weights become inputs of its engine, so that all
+engines read one copy on the device and an engine is built without its weights, anywhere. With ``memory="fast"``
+the engine keeps a private copy in the layouts that it likes best: it is stripped when it is built and refitted from
+the bundle when it is loaded, both of which take a GPU's driver.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tgate_engine.bundle import Bundle
+from tgate_engine.errors import EngineError
+from tgate_engine.manifest import GraphSpec
+from tgate_runtime import cache
+from tgate_runtime.backends import Buffer, EngineOptions, OnBuild, check_buffers
+from tgate_runtime.backends.cuda import (
+    CudaGraph,
+    DeviceBuffer,
+    Stream,
+    aligned,
+    architecture,
+    gpu_count,
+    use_device,
+)
+from tgate_runtime.backends.tensorrt_build import (
+    RTX,
+    VERSION,
+    build_engine,
+    capability,
+    log,
+    polygraphy,
+    read_model,
+    trt,
+    weight_spans,
+)
+
+_PLAN = "engine.plan"
+_DTYPE = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "uint8": "UINT8"}
+
+
+class _Call:
+    """A :class:`~tgate_runtime.backends.Call`: one execution context, and after its first run one CUDA graph."""
+
+    def __init__(
+        self, graph: str, context: Any, device: _Device, addresses: dict[str, int], keep: Sequence[Any]
+    ) -> None:
+        self.addresses = addresses
+        self._graph = graph
+        self._context = context
+        self._device = device
+        self._keep = keep  # the engine holds addresses; this holds the memory
+        self._recorded: CudaGraph | None = None
+        self._capturable: bool | None = None
+
+    def __call__(self) -> None:
+        stream = self._device.stream
+        with self._device.lock:  # all contexts work in the same scratch memory
+            use_device(stream.device)
+            if self._recorded is not None:
+                self._recorded.launch(stream)
+                stream.synchronize()
+                return
+            self._enqueue()
+            stream.synchronize()
+            if self._capturable is None:  # the run above was the warm-up, which compiles and allocates
+                ask = getattr(self._context, "is_stream_capturable", None)  # TensorRT has none: it always is
+                self._capturable = ask is None or bool(ask(stream.handle))
+                if self._capturable:
+                    self._recorded = stream.capture(self._enqueue)
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._device.stream.handle):
+            raise EngineError(f"graph {self._graph} failed in TensorRT: {log.take('no reason given')}")
+
+
+class TensorRtExecutable:
+    """A :class:`~tgate_runtime.backends.Executable`: one engine on the device."""
+
+    def __init__(self, graph: str, engine: Any, spec: GraphSpec, device: _Device, weights: Mapping[str, int]) -> None:
+        self._graph = graph
+        self._engine = engine
+        self._spec = spec
+        self._device = device
+        self._weights = weights
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._config = engine.create_runtime_config()
+        self._config.set_execution_context_allocation_strategy(strategy)
+        if RTX:  # it compiles kernels as they are first needed
+            kinds = trt.DynamicShapesKernelSpecializationStrategy
+            self._cache = self._config.create_runtime_cache()  # one for all contexts
+            self._config.set_runtime_cache(self._cache)
+            self._config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER  # before a CUDA graph records them
+
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> _Call:
+        check_buffers(self._graph, self._spec, inputs, outputs)
+        with self._device.lock:
+            use_device(self._device.stream.device)
+            # A context for each call: a CUDA graph is of one context, with one set of addresses.
+            context = self._engine.create_execution_context(self._config)
+            if context is None:
+                raise EngineError(f"graph {self._graph}: TensorRT made no context: {log.take('no reason given')}")
+            scratch = self._device.scratch
+            context.set_device_memory(scratch.address, scratch.size_bytes)
+            for name, buffer in inputs.items():
+                self._set(context.set_input_shape(name, buffer.shape), name)
+            buffers: dict[str, Buffer] = {**inputs, **outputs}
+            for tensor in self._spec.outputs:
+                if tensor.name not in buffers:
+                    shape = tuple(context.get_tensor_shape(tensor.name))
+                    buffers[tensor.name] = self._device.spare(tensor.name, shape, tensor.dtype)
+            addresses = {name: buffer.address for name, buffer in buffers.items()}
+            for name, address in (*addresses.items(), *self._weights.items()):
+                self._set(context.set_tensor_address(name, address), name)
+        bound = {name: addresses[name] for name in (*inputs, *outputs)}
+        return _Call(self._graph, context, self._device, bound, (self, *buffers.values()))
+
+    def _set(self, done: bool, name: str) -> None:
+        if not done:
+            raise EngineError(f"graph {self._graph}: TensorRT refuses the buffer of {name}: {log.take('its shape')}")
+
+
+class _Device:
+    """What all engines of one :meth:`TensorRt.load` share: queue, scratch memory, weights. Holds them alive."""
+
+    def __init__(self, number: int) -> None:
+        self.stream = Stream(number)
+        self.lock = threading.Lock()
+        self.runtime = trt.Runtime(polygraphy.get_trt_logger())
+        self.scratch = DeviceBuffer((0,), "uint8", number)
+        self.weights = DeviceBuffer((0,), "uint8", number)
+        self._spare: dict[tuple[str, tuple[int, ...], str], DeviceBuffer] = {}
+
+    def spare(self, name: str, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
+        """Where all calls write an output that nobody asked for. Each name has its own: TensorRT writes every output,
+        and may read one back as the input of a later layer."""
+        key = name, shape, dtype
+        if key not in self._spare:
+            self._spare[key] = DeviceBuffer(shape, dtype, self.stream.device)
+        return self._spare[key]
+
+    def upload(self, file: Path, spans: set[tuple[int, int]]) -> dict[tuple[int, int], int]:
+        """Copy those (offset, length) of ``file``, in bytes, to the device; gives their addresses there."""
+        places, total = {}, 0
+        for span in sorted(spans):
+            places[span] = total
+            total += aligned(span[1])
+        self.weights = DeviceBuffer((total,), "uint8", self.stream.device)
+        if places:
+            with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+                for (offset, length), place in places.items():
+                    self.weights.upload(np.frombuffer(memory, np.uint8, length, offset).copy(), place)
+        return {span: self.weights.address + place for span, place in places.items()}
+
+
+class TensorRt:
+    """The ``tensorrt`` engine; a :class:`~tgate_runtime.backends.Backend`. It takes ``tensorrt`` where that is
+    installed, else ``tensorrt_rtx``.
+
+    ``memory``: see the module. The default is "shared" with TensorRT-RTX and "fast" with TensorRT, of which nobody has
+    tried yet whether it takes a convolution's weights as an input. ``architecture``, with TensorRT-RTX alone: build
+    for that one; by default an engine runs on every architecture from sm_80 that TensorRT-RTX supports.
+    """
+
+    name = "tensorrt"
+    version = VERSION
+
+    def __init__(self, options: EngineOptions) -> None:
+        if options.precision is not None:
+            raise EngineError("tensorrt computes in the dtype that the bundle was exported with; leave out --precision")
+        if options.architecture is not None and not RTX:
+            raise EngineError("TensorRT builds for the GPU at hand alone; leave out the architecture")
+        self.options = replace(options, memory=options.memory or ("shared" if RTX else "fast"))
+        if options.architecture is not None:
+            capability(options.architecture)
+
+    def build(self, bundle: Bundle, graphs: Sequence[str], on_build: OnBuild | None = None) -> dict[str, Path]:
+        """Fill the engine cache; gives each graph's entry. TensorRT-RTX does it without a GPU for "shared"."""
+        if gpu_count() == 0 and not (RTX and self.options.memory == "shared"):
+            raise EngineError(
+                "engine tensorrt builds without an NVIDIA GPU only with TensorRT-RTX and memory 'shared'; "
+                "none is visible here"
+            )
+        if gpu_count():
+            use_device(self.options.device)
+        keys = {graph: self.key(bundle, graph) for graph in graphs}
+        missing = [graph for graph, key in keys.items() if cache.find(key) is None]
+        entries = {}
+        for graph, key in keys.items():
+
+            def fill(directory: Path, graph: str = graph) -> None:
+                if on_build is not None and graph in missing:
+                    on_build(missing.index(graph), len(missing), graph)
+                spec = bundle.manifest.graphs[graph]
+                plan = build_engine(bundle.file(spec.file), spec, bundle.manifest.batch, self.options)
+                (directory / _PLAN).write_bytes(plan)
+
+            entries[graph] = cache.find_or_build(key, fill)
+        if on_build is not None and missing:
+            on_build(len(missing), len(missing), missing[-1])
+        return entries
+
+    def load(
+        self, bundle: Bundle, graphs: Sequence[str], on_build: OnBuild | None = None
+    ) -> dict[str, TensorRtExecutable]:
+        number = self.options.device
+        if gpu_count() <= number:
+            none = f"no number {number}" if gpu_count() else "none"
+            raise EngineError(
+                f"engine tensorrt needs an NVIDIA GPU; {none} is visible here (`tgate build` can build without one)"
+            )
+        if self.options.build:
+            entries = self.build(bundle, graphs, on_build)
+        else:
+            entries = {graph: self._find(bundle, graph) for graph in graphs}
+        device = _Device(number)
+        specs = {graph: bundle.manifest.graphs[graph] for graph in graphs}
+        shared = self.options.memory == "shared"
+        spans = {graph: weight_spans(read_model(bundle.file(specs[graph].file))) if shared else {} for graph in graphs}
+        weights = bundle.file(bundle.manifest.weights) if bundle.manifest.weights else Path()
+        addresses = device.upload(weights, {span for of in spans.values() for span in of.values()})
+        engines = {graph: self._engine(device, bundle.file(specs[graph].file), entries[graph]) for graph in graphs}
+        device.scratch = DeviceBuffer((max(e.device_memory_size_v2 for e in engines.values()),), "uint8", number)
+        found = {}
+        for graph, engine in engines.items():
+            check_tensors(engine, specs[graph], set(spans[graph]))
+            place = {name: addresses[span] for name, span in spans[graph].items()}
+            found[graph] = TensorRtExecutable(graph, engine, specs[graph], device, place)
+        return found
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
+        return DeviceBuffer(shape, dtype, self.options.device)
+
+    def key(self, bundle: Bundle, graph: str) -> dict[str, Any]:
+        """What the engine of a graph is made from.
+
+        The weights only where it is refitted: REFIT_IDENTICAL lets TensorRT use what it knows of their values. An
+        engine that takes them as inputs never saw them.
+        """
+        files = bundle.manifest.files
+        fast = self.options.memory == "fast"
+        return {
+            "engine": f"{self.name} {self.version}",
+            "graph": files[bundle.manifest.graphs[graph].file].sha256,
+            "weights": files[bundle.manifest.weights].sha256 if fast and bundle.manifest.weights else "",
+            "architecture": (self.options.architecture or "portable") if RTX else architecture(self.options.device),
+            "batch": list(bundle.manifest.batch),
+            "memory": self.options.memory,
+        }
+
+    def _find(self, bundle: Bundle, graph: str) -> Path:
+        entry = cache.find(self.key(bundle, graph))
+        if entry is None:
+            raise EngineError(f"the engine cache holds no tensorrt engine of graph {graph}; run `tgate build` first")
+        return entry
+
+    def _engine(self, device: _Device, model: Path, entry: Path) -> Any:
+        engine = device.runtime.deserialize_cuda_engine((entry / _PLAN).read_bytes())
+        if engine is None:
+            raise EngineError(f"TensorRT {self.version} cannot load {model.name} here: {log.take('no reason given')}")
+        if self.options.memory == "fast":
+            logger = polygraphy.get_trt_logger()
+            refitter = trt.Refitter(engine, logger)
+            # From the ONNX file, by the parser's own names for its initializers, inline ones too.
+            parsed = trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(model))
+            if not parsed or not refitter.refit_cuda_engine():
+                missing = ", ".join(refitter.get_missing_weights()[:4]) or "no reason given"
+                raise EngineError(f"TensorRT cannot refit {model.name} from the bundle's weights: {log.take(missing)}")
+        return engine
+
+
+def check_tensors(engine: Any, spec: GraphSpec, weights: set[str]) -> None:
+    """Raises :class:`EngineError` where an engine has other inputs and outputs than ``spec`` and ``weights``."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    got = {(name, engine.get_tensor_dtype(name)) for name in names if name not in weights}
+    want = {(t.name, getattr(trt.DataType, _DTYPE[t.dtype])) for t in (*spec.inputs, *spec.outputs)}
+    if got != want:
+        odd = ", ".join(sorted({name for name, _ in got ^ want}))
+        raise EngineError(f"{spec.file} does not have the inputs and outputs its manifest says: {odd}; export it again")

@@ -1,0 +1,256 @@
+"""Every engine that runs here gives what the written-out reference gives, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from tests import toy_model
+from tests.test_runner import GUIDANCE, compare, finished, noise, relative
+from tests.toy_bundle import Toy, build, make_plan, random_conditioning
+from tgate_engine.bundle import Bundle
+from tgate_engine.cli import main
+from tgate_engine.errors import BundleError, EngineError
+from tgate_engine.schedule import Schedule
+from tgate_runtime.backends import ENGINES, Backend, EngineOptions, backend, installed
+from tgate_runtime.backends.openvino import OpenVino
+from tgate_runtime.backends.ort import OrtCpu
+from tgate_runtime.backends.ort_cuda import OrtCuda
+from tgate_runtime.binding import Binding
+from tgate_runtime.runner import run
+from tgate_runtime.session import Session, graphs_of
+from tgate_runtime.verify import verify
+from tgate_runtime.weights import map_weights
+
+GRAPHS = ("full", "reuse_self", "reuse_cross", "reuse_both", "unguided")
+
+
+class OnTheCpu(OrtCuda):
+    """The CUDA engine with the CPU in place of the GPU: everything but CUDA itself."""
+
+    provider = "CPUExecutionProvider"
+    kind = "cpu"
+
+    def providers(self) -> list[tuple[str, dict[str, str]]]:
+        return [(self.provider, {})]
+
+
+WAYS: dict[str, Callable[[], Backend]] = {
+    "ort-cpu fast": lambda: OrtCpu(EngineOptions(threads=1, memory="fast")),
+    "ort-cpu shared": lambda: OrtCpu(EngineOptions(threads=1, memory="shared")),
+    "ort-cuda shared, on the CPU": lambda: OnTheCpu(EngineOptions(memory="shared")),
+    "ort-cuda fast, on the CPU": lambda: OnTheCpu(EngineOptions(memory="fast")),
+    "openvino": lambda: OpenVino(EngineOptions(threads=1, precision="f32")),
+}
+
+
+def opened(bundle: Bundle, engine: Backend) -> Session:
+    return Session(bundle, engine, engine.load(bundle, graphs_of(bundle, graphs=GRAPHS)))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.open(build(tmp_path_factory.mktemp("engines") / "toy", Toy(batch=(1, 4))))
+
+
+@pytest.fixture(scope="module", params=list(WAYS))
+def session(request: pytest.FixtureRequest, toy: Bundle) -> Iterator[Session]:
+    with opened(toy, WAYS[request.param]()) as found:
+        yield found
+
+
+def schedule(**settings: Any) -> Schedule:
+    return Schedule(**{"steps": 9, "gate": 5, "self_interval": 2, "warm_up": 1} | settings)
+
+
+@pytest.mark.parametrize(("k", "f", "batch"), [(1, 1, 1), (2, 1, 2), (3, 2, 3)])
+def test_every_step_equals_the_reference(session: Session, k: int, f: int, batch: int) -> None:
+    plan = make_plan("p", schedule(self_interval=k, fidelity_interval=f), Toy(), session.manifest.graphs)
+    compare(session, plan, m=5, k=k, f=f, warm_up=1, batch=batch, tolerance=1e-5)
+
+
+def test_requests_in_several_threads_do_not_meet(session: Session) -> None:
+    plan = make_plan("p", schedule(), Toy(), session.manifest.graphs)
+    bindings = [Binding(session, plan, 1) for _ in range(4)]
+    alone = [finished(binding, seed) for seed, binding in enumerate(bindings)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            together = list(pool.map(finished, bindings, range(4)))
+            for got, want in zip(together, alone, strict=True):
+                np.testing.assert_array_equal(got, want)
+
+
+def test_a_carry_outlives_steps_that_do_not_write_it(session: Session) -> None:
+    """An engine that reuses memory for outputs which nobody bound must not reuse a carry's."""
+    plan = make_plan("p", schedule(steps=8, gate=6, self_interval=3), Toy(), session.manifest.graphs)
+    binding = Binding(session, plan, 1)
+    rows = random_conditioning(1)
+    before: dict[str, Any] = {}
+    for done in run(binding, latents=noise(1), conditioning=rows, guidance_scale=GUIDANCE):
+        now = {name: buffer.read() for name, buffer in binding.carries().items()}
+        for name in before.keys() - set(done.step.writes):
+            np.testing.assert_array_equal(now[name], before[name])
+        before = now
+
+
+def test_the_text_and_the_decoder_run_too(session: Session, toy: Bundle) -> None:
+    from tgate_runtime.pipeline import Pipeline
+
+    got = Pipeline(session)("a red cat", seed=1)
+    with Pipeline.open(toy, threads=1) as pipe:
+        want = pipe("a red cat", seed=1)
+    assert relative(got.latents, want.latents) < 1e-5
+    difference = np.asarray(got.images[0], np.int16) - np.asarray(want.images[0], np.int16)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_openvino_binds_carries_of_half_precision(tmp_path: Path, dtype: str) -> None:
+    bundle = Bundle.open(build(tmp_path / "toy", Toy(carry_dtype=dtype)))
+    plan = make_plan("p", schedule(), Toy(), bundle.manifest.graphs)
+    with opened(bundle, WAYS["openvino"]()) as session:
+        got = finished(Binding(session, plan, 2))
+    rows = random_conditioning(2, seed=1)
+    steps = toy_model.trajectory(
+        toy_model.weights(), plan.sampler, noise(2), rows, GUIDANCE, guided=True, m=5, k=2, f=1, warm_up=1
+    )
+    assert relative(got, steps[-1]) < (1e-2 if dtype == "float16" else 6e-2)
+
+
+def test_openvino_says_which_precision_it_took() -> None:
+    assert OpenVino(EngineOptions()).options.precision in ("f32", "bf16")
+    assert OpenVino(EngineOptions(precision="f32")).options.precision == "f32"
+
+
+def test_goldens_pass_on_openvino(mini_bundle: Path) -> None:
+    checked = verify(Bundle.open(mini_bundle), engine="openvino", precision="f32")
+    assert checked
+    for golden in checked:
+        assert golden.ok, golden
+
+
+def test_bfloat16_stays_near_and_is_not_float32(mini_bundle: Path) -> None:
+    checked = verify(Bundle.open(mini_bundle), engine="openvino", precision="bf16")
+    errors = [golden.error for golden in checked]
+    assert all(golden.ok for golden in checked), checked
+    assert max(errors) > 1e-3  # bfloat16 has 8 bits of mantissa: anything finer was not computed in it
+
+
+# --- what they refuse ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "says"),
+    [
+        ("ort-cpu", {"precision": "bf16"}, "computes in the dtype that the bundle was exported with"),
+        ("ort-cuda", {}, "has no CUDAExecutionProvider: pip uninstall onnxruntime"),
+        ("openvino", {"memory": "shared"}, "take --engine ort-cpu --memory shared"),
+        ("ort-cpu", {"device": -1}, "a device is a number from 0, got -1"),
+        ("ort-cpu", {"memory": "huge"}, "memory must be one of shared, fast, got 'huge'"),
+        ("openvino", {"precision": "f8"}, "precision must be one of f32, bf16, f16, got 'f8'"),
+    ],
+)
+def test_options_that_cannot_be_followed(engine: str, options: Any, says: str) -> None:
+    with pytest.raises(EngineError, match=says):
+        backend(engine, **options)
+
+
+@pytest.mark.parametrize("engine", ["ort-cpu", "openvino"])
+def test_a_damaged_graph_is_one_line(tmp_path: Path, engine: str) -> None:
+    path = build(tmp_path / "toy")
+    bundle = Bundle.open(path)
+    bundle.file("full.onnx").write_bytes(b"nonsense")
+    with pytest.raises(EngineError, match=r"cannot load full\.onnx") as error:
+        backend(engine, threads=1).load(bundle, ["full"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_engine_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "tgate_runtime.backends.openvino")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(EngineError, match=r"needs openvino, .* pip install 'tgate-engine\[openvino\]'"):
+        backend("openvino")
+
+
+def test_every_engine_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {entry["name"]: entry for entry in installed()}
+    assert list(found) == list(ENGINES)
+    assert (found["ort-cpu"]["version"], found["ort-cpu"]["says"]) == (onnxruntime.__version__, "ready")
+    assert found["ort-cuda"]["version"] == ""
+    assert main(["engines"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ENGINES)
+
+
+def test_an_engine_without_compilation_has_nothing_to_build(toy: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", str(toy.path), "--engine", "openvino", "--quiet"]) == 0
+    assert "compiles nothing ahead of time" in capsys.readouterr().out
+
+
+def test_a_weight_that_would_be_copied_is_an_error(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine says so in its log alone; here the log is made to say it."""
+    import os
+
+    load = onnxruntime.InferenceSession
+
+    def copying(*args: Any, **settings: Any) -> Any:
+        os.write(2, b"Cannot use user supplied initializer with name: (w) because the ORT planned memory location\n")
+        return load(*args, **settings)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", copying)
+    with pytest.raises(EngineError, match=r"copied 1 weights of full\.onnx instead of sharing them"):
+        OnTheCpu(EngineOptions(memory="shared")).load(toy, ["full"])
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def test_the_weight_file_is_mapped_as_the_graphs_name_it(mini_bundle: Path) -> None:
+    import onnx
+    from onnx.external_data_helper import load_external_data_for_tensor
+    from onnx.numpy_helper import to_array
+
+    bundle = Bundle.open(mini_bundle)
+    weights = map_weights(bundle.file(bundle.manifest.weights))
+    model = onnx.load(bundle.file("full.onnx"), load_external_data=False)
+    outside = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    assert len(outside) > 100
+    for tensor in outside:
+        load_external_data_for_tensor(tensor, str(mini_bundle))
+        np.testing.assert_array_equal(weights[tensor.name].array, to_array(tensor))
+
+
+@pytest.mark.parametrize("cut", [0, 4, 100])
+def test_a_weight_file_that_is_cut_short(tmp_path: Path, toy: Bundle, cut: int) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(toy.file(toy.manifest.weights).read_bytes()[:cut])
+    with pytest.raises(BundleError, match="is not a whole weight file"):
+        map_weights(path)
+
+
+@pytest.mark.slow
+def test_shared_memory_holds_one_copy_of_the_weights(tmp_path: Path) -> None:
+    """Three graphs take at most 1.3 times the proportional set size of one; on SD 1.5's own sizes."""
+    from tgate_engine.report import Silent
+    from tgate_export.build import ExportSettings, export
+
+    settings = ExportSettings(
+        model="sd15", weights="random", components=("denoiser",), height=256, width=256, output=tmp_path / "sd15"
+    )
+    export(settings, Silent())
+
+    def held(*graphs: str) -> int:
+        command = [sys.executable, "-m", "tests.holds", str(tmp_path / "sd15"), *graphs]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    one, three = held("full"), held("full", "reuse_self", "reuse_cross")
+    assert one > 3 * 2**30
+    assert three < 1.3 * one

@@ -1,0 +1,175 @@
+"""The arguments of ``tgate`` and ``tgate-export``; :mod:`tgate_engine.cli` says what each command does."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tgate_engine import __version__
+from tgate_engine.errors import TgateError
+
+FAILED, USAGE = 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"tgate: error: {message} (see {self.prog} --help)\n")
+
+
+def tgate_parser() -> argparse.ArgumentParser:
+    """The parser of ``tgate``; ``command`` of what it parses is the command's name."""
+    parser = _Parser(prog="tgate", description="Run bundles of temporally gated diffusion models.")
+    parser.add_argument("--version", action="version", version=f"tgate {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, text: str, *, bundle: bool = True) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        if bundle:
+            added.add_argument("bundle", metavar="BUNDLE", type=Path, help="the bundle's directory")
+        _common(added)
+        return added
+
+    p = command("generate", "Draw pictures, or a video, from a prompt or an image.")
+    p.add_argument("prompt", metavar="PROMPT", nargs="?", help="left out with --image or --prompt-embeds")
+    p.add_argument(
+        "--output", required=True, type=Path, metavar="OUT.png", help="several become OUT-0.png, …; videos: .mp4, .gif"
+    )
+    p.add_argument("--image", type=Path, metavar="IN.png", help="what an image-to-video model starts from")
+    p.add_argument("--prompt-embeds", type=Path, metavar="E.safetensors", help="from `tgate embed`, for a prompt")
+    p.add_argument("--seed", type=int, help="from 0; one is drawn, and reported, if left out")
+    p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    p.add_argument("--guidance-scale", type=float, metavar="G", help="above 1; the plan's if left out")
+    p.add_argument("--plan", default="default", metavar="NAME")
+    p.add_argument("--num-images", type=_count, default=1, metavar="N")
+    p.add_argument("--initial-latents", type=Path, metavar="X.npy", help="standard normal noise, in place of a seed's")
+    p.add_argument("--save-latents", type=Path, metavar="Y.npy", help="the final latents, before decoding")
+    _engine(p)
+
+    p = command("embed", "Encode prompts ahead of time, for bundles without a text encoder.", bundle=False)
+    p.add_argument("prompt", metavar="PROMPT", nargs="+")
+    p.add_argument("--model", required=True, metavar="NAME", help="as for tgate-export")
+    p.add_argument(
+        "--checkpoint", metavar="DIR_OR_HUB_ID", help="where the text encoder is; the model's own if left out"
+    )
+    p.add_argument("--output", required=True, type=Path, metavar="E.safetensors")
+    p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    p.add_argument("--half", action="store_true", help="hold the encoder in bfloat16: half the memory")
+
+    p = command("inspect", "Show a bundle's plans step by step, their MACs, and sizes.")
+    p.add_argument("--json", action="store_true", help="as data")
+
+    p = command("verify", "Check digests and plans, and replay the recorded goldens.")
+    _engine(p)
+
+    p = command("bench", "Measure gated, guidance-stopped and ungated plans in turns.")
+    p.add_argument("--json", action="store_true", help="as data")
+    p.add_argument("--plan", default="default", metavar="NAME")
+    p.add_argument("--batch", type=_count, metavar="B", help="images at once")
+    p.add_argument("--repeats", type=_count, default=5, metavar="N", help="measured turns")
+    p.add_argument("--warm-ups", type=int, default=1, metavar="N", help="turns before that")
+    p.add_argument("--trace", type=Path, metavar="FILE.json", help="a gated run, for Perfetto or chrome://tracing")
+    _engine(p)
+
+    command("engines", "Show which engines are installed here, and what brings the others.", bundle=False)
+
+    p = command("build", "Compile a bundle for an engine ahead of time, into the engine cache.")
+    p.add_argument("--plan", metavar="NAME", help="the graphs of this plan alone; of every plan if left out")
+    _engine(p)
+
+    p = command("plan", "Add a plan to a bundle, over the graphs it has.")
+    p.add_argument("--name", required=True)
+    p.add_argument("--m", type=int, required=True, help="the gate step")
+    p.add_argument("--k", type=int, default=1, help="the self-attention interval before the gate; 1: no reuse")
+    p.add_argument("--steps", type=int, metavar="N", help="the default plan's if left out, as the next two")
+    p.add_argument("--sampler", metavar="NAME")
+    _method(p)
+    p.add_argument("--force", action="store_true", help="replace a plan of that name")
+    return parser
+
+
+def export_parser(list_models: Callable[[], int]) -> argparse.ArgumentParser:
+    """The parser of ``tgate-export``, whose ``command`` is "export"; ``list_models`` shows them for --list-models."""
+    parser = _Parser(prog="tgate-export", description="Compile a diffusion model into a bundle, ahead of time.")
+    parser.add_argument("--version", action="version", version=f"tgate-export {__version__}")
+    parser.set_defaults(command="export")
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME", help="mini-sdxl (embedded), or another of --list-models")
+    shown = "show the models and their settings, and stop"
+    parser.add_argument("--list-models", action=_ListModels, const=list_models, help=shown)
+    add("--checkpoint", metavar="FROM", help="a diffusers directory, a .safetensors file, or a hub id")
+    add(
+        "--weights",
+        choices=("checkpoint", "random", "none"),
+        default="checkpoint",
+        help="random: the published structure, to measure; none: graphs, plans and MACs only",
+    )
+    add("--components", metavar="A,B", help="of text, image, denoiser, decoder; all, or without weights the denoiser")
+    add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="fuse a LoRA into the weights; repeatable")
+    add("--m", type=int, help="the gate step; the model's own if left out")
+    add("--k", type=int, help="the self-attention interval before the gate; 1: no reuse")
+    add("--steps", type=int, metavar="N", help="inference steps")
+    add("--sampler", metavar="NAME", help="dpmpp_2m, ddim, euler, …")
+    _method(parser)
+    add("--height", type=int, metavar="PIXELS")
+    add("--width", type=int, metavar="PIXELS")
+    add("--frames", type=int, metavar="F", help="of a video model")
+    add("--batch", type=_batch, default=(1, 1), metavar="B|LEAST:MOST", help="images at once, such as 1 or 1:4")
+    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
+    add("--output", type=Path, metavar="DIR", help="bundles/<model> if left out")
+    add("--force", action="store_true", help="replace a bundle that is there")
+    add("--no-verify", dest="verify", action="store_false", help="record no goldens, and replay none before finishing")
+    _common(parser)
+    return parser
+
+
+class _ListModels(argparse.Action):
+    """Shows the models by calling ``const``, and stops, as --version does."""
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, const: Callable[[], int], help: str | None = None
+    ) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, const=const, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        try:
+            parser.exit(self.const())
+        except TgateError as error:
+            parser.exit(FAILED, f"tgate: error: {error}\n")
+
+
+def _method(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--warm-up", type=int, metavar="W", help="steps that reuse nothing")
+    parser.add_argument("--fidelity-interval", type=int, default=1, metavar="F", help="k after the gate")
+    parser.add_argument("--guidance-scale", type=float, metavar="G", help="of classifier-free guidance: 1 is without")
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress; warnings and errors only")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+
+
+def _engine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--engine", default="ort-cpu", metavar="NAME", help="one of `tgate engines`; ort-cpu if left out")
+    add("--threads", type=_count, metavar="N", help="of one graph; the engine's choice if left out")
+    add("--device", type=int, default=0, metavar="N", help="the GPU's number")
+    add("--architecture", metavar="sm_NN", help="the GPU to compile for, where there is none")
+    add("--precision", choices=("f32", "bf16", "f16"), help="what the engine computes in; its choice if left out")
+    add("--memory", choices=("shared", "fast"), help="one copy of the weights, or private ones in faster layouts")
+
+
+def _count(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+
+
+def _batch(text: str) -> tuple[int, int]:
+    least, colon, most = text.partition(":")
+    return _count(least), _count(most if colon else least)

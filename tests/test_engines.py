@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,33 @@ def test_openvino_binds_carries_of_half_precision(tmp_path: Path, dtype: str) ->
         toy_model.weights(), plan.sampler, noise(2), rows, GUIDANCE, guided=True, m=5, k=2, f=1, warm_up=1
     )
     assert relative(got, steps[-1]) < (1e-2 if dtype == "float16" else 6e-2)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_openvino_in_bfloat16_takes_any_batch(toy: Bundle, batch: int) -> None:
+    plan = make_plan("p", schedule(), Toy(), toy.manifest.graphs)
+    with opened(toy, OpenVino(EngineOptions(threads=1, precision="bf16"))) as session:
+        compare(session, plan, m=5, k=2, f=1, warm_up=1, batch=batch, tolerance=6e-2)
+
+
+def test_the_timestep_is_not_rounded_to_bfloat16(mini_bundle: Path) -> None:
+    """The network is asked at 801, whose nearest bfloat16 is 800, and at 800: it must answer differently."""
+    bundle = Bundle.open(mini_bundle)
+    engine = OpenVino(EngineOptions(threads=1, precision="bf16"))
+    with Session(bundle, engine, engine.load(bundle, graphs_of(bundle))) as session:
+        plan = bundle.manifest.plan("default")
+        binding = Binding(session, plan, 1)
+        specs = {t.name: t for t in bundle.manifest.graphs[plan.steps[0].graph].inputs}
+        rng = np.random.default_rng(0)
+        rows = {name: rng.standard_normal(specs[name].shape).astype(np.float32) for name in binding.conditioning()}
+        start = rng.standard_normal((1, *bundle.manifest.latents)).astype(np.float32)
+        outputs = []
+        for timestep in (801.0, 800.0):
+            step = replace(plan.steps[0], call=replace(plan.steps[0].call, timestep=timestep))
+            binding.begin(start, rows)
+            binding.set_step(step, 5.0)()
+            outputs.append(binding.latents())
+        assert not np.array_equal(*outputs)
 
 
 def test_openvino_says_which_precision_it_took() -> None:

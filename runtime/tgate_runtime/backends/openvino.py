@@ -43,10 +43,13 @@ class _Request:
 
     def __init__(self, compiled: Any, time: Any, spec: GraphSpec) -> None:
         self.infer = compiled.create_infer_request()
-        self._time: Any = time.create_infer_request() if time is not None else None
-        self._time_inputs = [] if time is None else [port.any_name for port in time.inputs]
-        for port in () if time is None else time.outputs:
-            self.infer.set_tensor(port.any_name, self._time.get_tensor(port.any_name))
+        self._time: Any = None
+        self._time_inputs: list[str] = []
+        self._time_outputs: list[str] = []
+        if time is not None:
+            self._time = time.create_infer_request()
+            self._time_inputs = [port.any_name for port in time.inputs]
+            self._time_outputs = [port.any_name for port in time.outputs]
         # What nobody binds is written to the request's own memory; a carry may have been bound there before.
         self._own = {tensor.name: self.infer.get_tensor(tensor.name) for tensor in spec.outputs}
         self._bound: dict[str, int] = {}
@@ -67,6 +70,8 @@ class _Request:
         """Run the graph on what is bound."""
         if self._time is not None:
             self._time.infer()
+            for name in self._time_outputs:  # again each time: where the batch may change, so may their memory
+                self.infer.set_tensor(name, self._time.get_tensor(name))
         self.infer.infer()
 
 

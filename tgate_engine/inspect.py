@@ -9,8 +9,9 @@ from typing import Any
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import PlanError
-from tgate_engine.manifest import Manifest, resolve
+from tgate_engine.manifest import Dim, Manifest, resolve
 from tgate_engine.plan import Plan, build_plan
+from tgate_engine.sampler import HISTORY
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
 
@@ -64,6 +65,7 @@ def describe_plan(plan: Plan, manifest: Manifest) -> dict[str, Any]:
         "macs": {"paper": paper, "all": every},
         "macs_ungated": {"paper": ungated_paper, "all": ungated_every},
         "carry_bytes": carry_bytes(plan, manifest, batch=1),
+        "memory": memory(plan, manifest),
         "steps": [
             {
                 "index": step.index,
@@ -114,6 +116,40 @@ def carry_bytes(plan: Plan, manifest: Manifest, *, batch: int) -> int:
     specs = manifest.carry_specs()
     used = [specs[name] for name in plan.carries()]
     return sum(math.prod(resolve(carry.shape, batch)) * ITEM_BYTES[carry.dtype] for carry in used)
+
+
+def memory(plan: Plan, manifest: Manifest, *, batch: int = 1) -> dict[str, int]:
+    """What a request for ``batch`` images takes, in bytes, on an engine that keeps one copy of the weights.
+
+    ``weights``: of all graphs, once. ``request``: the buffers of one request, carries among them. ``scratch``: what the
+    graph at work holds besides, outputs that the step does not keep among it, for the hungriest step of the plan.
+    ``peak``: all of it; each further request that runs at the same time adds ``request`` and ``scratch``. The engine's
+    own code, and what it packs anew, are not in it.
+    """
+    weights = manifest.files[manifest.weights].bytes if manifest.weights else 0
+    sizes = {name: _nbytes(spec.shape, spec.dtype, batch) for name, spec in manifest.carry_specs().items()}
+    for graph in plan.graphs():
+        spec = manifest.graphs[graph]
+        sizes |= {t.name: _nbytes(t.shape, t.dtype, batch) for t in (*spec.inputs, *spec.outputs)}
+    named = {t.name for graph in plan.graphs() for t in manifest.graphs[graph].inputs} | {*plan.carries()}
+    ring = 2 * (HISTORY + 2) * _nbytes(manifest.latents, "float32", batch) * batch
+    request = ring + sum(sizes[name] for name in named if not _in_ring(name))
+    scratch = 0
+    for step in plan.steps:
+        spec = manifest.graphs[step.graph]
+        dropped = [
+            t.name for t in spec.outputs if t.name not in step.writes and t.name not in ("next_latents", "output")
+        ]
+        scratch = max(scratch, batch * spec.scratch_bytes + sum(sizes[name] for name in dropped))
+    return {"weights": weights, "request": request, "scratch": scratch, "peak": weights + request + scratch}
+
+
+def _nbytes(shape: Sequence[Dim], dtype: str, batch: int) -> int:
+    return math.prod(resolve(tuple(shape), batch)) * ITEM_BYTES[dtype]
+
+
+def _in_ring(name: str) -> bool:
+    return name.partition(".")[0] in ("latents", "output")
 
 
 def shortened(names: Sequence[str]) -> str:

@@ -75,12 +75,14 @@ class Macs:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphSpec:
-    """One exported computation. ``macs`` are for a batch of one image (both halves where it is guided)."""
+    """One exported computation. ``macs`` are for a batch of one image (both halves where it is guided), and so is
+    ``scratch_bytes``, the most that its inner values hold at once; 0 in bundles that do not say."""
 
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     macs: Macs
+    scratch_bytes: int = 0
 
     def input_names(self) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.inputs)
@@ -383,6 +385,7 @@ def _graph(r: _Reader) -> GraphSpec:
         inputs=r.items("inputs", _tensor),
         outputs=r.items("outputs", _tensor),
         macs=_macs(_Reader(r.get("macs", dict), f"{r.where}.macs")),
+        scratch_bytes=r.whole("scratch_bytes") if "scratch_bytes" in r.data else 0,
     )
 
 

@@ -52,6 +52,13 @@ def inspection(data: Mapping[str, Any], out: TextIO | None = None) -> None:
             gated, ungated = plan["macs"][what], plan["macs_ungated"][what]
             _print(out, f"{what} MACs {_macs(gated)}; ungated {_macs(ungated)}, {_ratio(ungated, gated)} as many")
         _print(out, f"carries of one request for one image: {_bytes(plan['carry_bytes'])}")
+        need = plan["memory"]
+        _print(
+            out,
+            f"memory: weights {_bytes(need['weights'])}, buffers of a request {_bytes(need['request'])}, scratch "
+            f"{_bytes(need['scratch'])}; at most {_bytes(need['peak'])} where weights are shared, and "
+            f"{_bytes(need['request'] + need['scratch'])} more for each further request at once",
+        )
 
 
 def models(found: Mapping[str, Any], out: TextIO | None = None) -> None:

@@ -20,7 +20,7 @@ from tgate_engine.plan import DENOISING_GRAPHS, Plan, build_plan
 from tgate_engine.report import Reporter
 from tgate_engine.sampler import Sampler
 from tgate_engine.schedule import Schedule
-from tgate_export import goldens, macs
+from tgate_export import goldens, macs, scratch
 from tgate_export.conditioning import export_tokenizers
 from tgate_export.graphs import TracedGraph, store_linears_transposed
 from tgate_export.job import ExportSettings, Job, check_guidance, prepare, schedule_of
@@ -127,6 +127,7 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
             inputs=graph.inputs,
             outputs=graph.outputs,
             macs=macs.count(graph.model, frozenset(graph.weights), images if graph.name in DENOISING_GRAPHS else 1),
+            scratch_bytes=scratch.peak_bytes(graph.model) // (images if graph.name in DENOISING_GRAPHS else 1),
         )
         attach(graph, placements)
         save_graph(graph, stage / f"{graph.name}.onnx")

@@ -1,0 +1,153 @@
+"""docs/performance.md and its pictures, from what `python -m benchmarks.performance` saved.
+
+python -m benchmarks.performance_page
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tgate_engine.bundle import write_atomically
+
+ROOT = Path(__file__).parents[1]
+PLANS = {"gated": "gated", "guidance_stopped": "guidance stopped at m", "ungated": "ungated"}
+INTRODUCTION = """# Performance
+
+Made from [saved results](../benchmarks/results/performance.json) by `python -m benchmarks.performance_page`; nothing
+here is written by hand but the words. `python -m benchmarks.performance` measures.
+
+How to read it. Gated, guidance stopped at m, and ungated loops of one engine take turns in one process, so that a
+machine that slows down slows all of them: trust the ratios before the milliseconds. *Faster* is the ungated loop's
+time over this one's; *fewer MACs* is the limit that arithmetic sets, all multiply-accumulates counted from the graphs;
+*of the limit* is one over the other, and what is lost below 100 % is the engine's. Most of the saving is dropping
+guidance, as the row between shows. *Host* is what a step costs outside the engine's own call. Memory is the process's
+proportional set size after one graph has run, and after three.
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/performance.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/performance.md")
+    args = parser.parse_args()
+    found = json.loads(args.results.read_text())
+    pictures = args.page.parent / "images"
+    speedups(found, pictures / "performance-speedup.png")
+    latencies(found, pictures / "performance-latency.png")
+    write_atomically(args.page, page(found).encode())
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The whole page as Markdown."""
+    lines = [INTRODUCTION, "![speed-up against the limit](images/performance-speedup.png)\n"]
+    lines.append("![milliseconds of each graph](images/performance-latency.png)\n")
+    for parts in found.values():
+        engines = engines_of(parts)
+        first = next(iter(engines.values()), None)
+        if first is None:
+            continue
+        s, on = first["settings"], first["taken_on"]
+        rules = f"n={s['steps_n']}, m={s['gate_m']}, k={s['self_interval_k']}"
+        lines.append(f"## {s['model']}, {s['width']}×{s['height']}, {rules}\n")
+        lines.append(f"`tgate-export {parts['export']}`, on {on['cores']} cores of {on['cpu']}; batch {s['batch']}.\n")
+        lines += [*table(engines), "", *graph_table(engines), ""]
+        if "peers" in parts:
+            lines += [*peer_table(parts["peers"]), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def table(engines: Mapping[str, Any]) -> list[str]:
+    """One row for each engine and plan."""
+    rows = ["| engine | plan | loop, s | faster | fewer MACs | of the limit | step p50 / p99, ms | host, ms a step |"]
+    rows.append("|---|---|---|---|---|---|---|---|")
+    for name, data in engines.items():
+        base = data["plans"]["ungated"]
+        for plan, title in PLANS.items():
+            p = data["plans"][plan]
+            if p["ms"] is None:
+                continue
+            faster, fewer = base["ms"] / p["ms"], base["macs"]["all"] / p["macs"]["all"]
+            steps = f"{p['step_ms']['p50']:.1f} / {p['step_ms']['p99']:.1f}"
+            ratios = f"{faster:.2f}× | {fewer:.2f}× | {100 * faster / fewer:.0f} %"
+            host = f"{p['outside_engine_ms_per_step']:.3f}"
+            rows.append(f"| {name} | {title} | {p['ms'] / 1e3:.2f} | {ratios} | {steps} | {host} |")
+    return rows
+
+
+def graph_table(engines: Mapping[str, Any]) -> list[str]:
+    """Milliseconds of each graph, and memory."""
+    rows = ["| engine | full, ms | reuse_self | reuse_cross | unguided | open, s | memory, one graph | three graphs |"]
+    rows.append("|---|---|---|---|---|---|---|---|")
+    for name, data in engines.items():
+        times = [data["graphs"].get(graph) for graph in ("full", "reuse_self", "reuse_cross", "unguided")]
+        cells = [f"{time['ms']:.1f}" if time else "-" for time in times]
+        held = data["memory"]
+        sizes = [f"{held[graph] / 2**30:.2f} GiB" for graph in ("full", "reuse_cross")]
+        rows.append(f"| {name} | {' | '.join(cells)} | {data['open_s']:.1f} | {' | '.join(sizes)} |")
+    return rows
+
+
+def peer_table(peers: Mapping[str, Any]) -> list[str]:
+    """Whole loops beside diffusers and the paper's package, in turns."""
+    base = peers["median_s"]["diffusers eager f32"]
+    s = peers["settings"]
+    rows = [f"Beside its peers, in turns, {s['turns']} each; PyTorch {s['torch']}, {s['threads']} threads:\n"]
+    rows += ["| | loop, s | against diffusers eager |", "|---|---|---|"]
+    rows += [f"| {name} | {time:.2f} | {base / time:.2f}× |" for name, time in peers["median_s"].items()]
+    return rows
+
+
+def speedups(found: Mapping[str, Any], picture: Path) -> None:
+    """Bars of each engine's speed-up, and the limit that MACs set."""
+    import matplotlib.pyplot as plt
+
+    cases = {case: engines_of(parts) for case, parts in found.items() if engines_of(parts)}
+    figure, axes = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3.4), dpi=100, squeeze=False)
+    for axis, (case, engines) in zip(axes[0], cases.items(), strict=True):
+        places = range(len(engines))
+        axis.bar(places, [data["speedup"] for data in engines.values()], color="#4878a8")
+        axis.axhline(next(iter(engines.values()))["mac_ratio"], color="#c44", linestyle="--", label="limit by MACs")
+        axis.set_xticks(places, list(engines), rotation=40, ha="right", fontsize=8)
+        axis.set(title=case, ylabel="ungated / gated")
+        axis.legend(fontsize=8, loc="lower right")
+    _save(figure, picture)
+
+
+def latencies(found: Mapping[str, Any], picture: Path) -> None:
+    """Bars of each graph's milliseconds, by engine."""
+    import matplotlib.pyplot as plt
+
+    cases = {case: engines_of(parts) for case, parts in found.items() if engines_of(parts)}
+    figure, axes = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3.4), dpi=100, squeeze=False)
+    for axis, (case, engines) in zip(axes[0], cases.items(), strict=True):
+        graphs = [g for g in ("full", "reuse_self", "reuse_cross") if g in next(iter(engines.values()))["graphs"]]
+        width = 0.8 / len(graphs)
+        for number, graph in enumerate(graphs):
+            places = [place + number * width for place in range(len(engines))]
+            axis.bar(places, [data["graphs"][graph]["ms"] for data in engines.values()], width, label=graph)
+        axis.set_xticks(
+            [place + 0.3 for place in range(len(engines))], list(engines), rotation=40, ha="right", fontsize=8
+        )
+        axis.set(title=case, ylabel="ms a step")
+        axis.legend(fontsize=8)
+    _save(figure, picture)
+
+
+def engines_of(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The engines among a case's parts."""
+    return {name: part for name, part in parts.items() if isinstance(part, dict) and "plans" in part}
+
+
+def _save(figure: Any, picture: Path) -> None:
+    figure.tight_layout()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture)
+
+
+if __name__ == "__main__":
+    main()

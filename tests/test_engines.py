@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from tests.toy_bundle import Toy, build, make_plan, random_conditioning
 from tgate_engine.bundle import Bundle
 from tgate_engine.cli import main
 from tgate_engine.errors import BundleError, EngineError
+from tgate_engine.inspect import memory
 from tgate_engine.manifest import resolve
 from tgate_engine.schedule import Schedule
 from tgate_runtime.backends import ENGINES, Backend, EngineOptions, backend, installed
@@ -268,21 +270,52 @@ def test_a_weight_file_that_is_cut_short(tmp_path: Path, toy: Bundle, cut: int) 
         map_weights(path)
 
 
-@pytest.mark.slow
-def test_shared_memory_holds_one_copy_of_the_weights(tmp_path: Path) -> None:
-    """Three graphs take at most 1.3 times the proportional set size of one; on SD 1.5's own sizes."""
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD 1.5's own sizes at 256x256, with random weights: 3.4 GB."""
     from tgate_engine.report import Silent
     from tgate_export.build import ExportSettings, export
 
+    path = tmp_path_factory.mktemp("sd15") / "bundle"
     settings = ExportSettings(
-        model="sd15", weights="random", components=("denoiser",), height=256, width=256, output=tmp_path / "sd15"
+        model="sd15",
+        weights="random",
+        components=("denoiser",),
+        verify=False,
+        height=256,
+        width=256,
+        steps=6,
+        m=3,
+        k=2,
+        output=path,
     )
-    export(settings, Silent())
+    return export(settings, Silent())
 
-    def held(*graphs: str) -> int:
-        command = [sys.executable, "-m", "tests.holds", str(tmp_path / "sd15"), *graphs]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    one, three = held("full"), held("full", "reuse_self", "reuse_cross")
+def held(bundle: Path, *what: str) -> dict[str, int]:
+    command = [sys.executable, "-m", "tests.holds", str(bundle), *what]
+    found: dict[str, int] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+@pytest.mark.slow
+def test_shared_memory_holds_one_copy_of_the_weights(sd15: Path) -> None:
+    """Three graphs take at most 1.3 times the proportional set size of one."""
+    one = held(sd15, "graphs", "full")["after"]
+    three = held(sd15, "graphs", "full", "reuse_self", "reuse_cross")["after"]
     assert one > 3 * 2**30
     assert three < 1.3 * one
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_request_is_known_before_it_starts(sd15: Path) -> None:
+    bundle = Bundle.open(sd15, check_digests=False)
+    need = memory(bundle.manifest.plan("default"), bundle.manifest)
+    measured = held(sd15, "plan", "default")
+    taken = measured["after"] - measured["before"]
+    assert need["weights"] < taken
+    assert abs(taken - need["peak"]) < 0.1 * need["peak"]
+    # Beside the weights, too, it must be of the right size: the engine's arena rounds up, and keeps what it freed.
+    beside = taken - need["weights"]
+    planned = need["request"] + need["scratch"]
+    assert 0.5 * planned < beside < 2 * planned

@@ -11,8 +11,11 @@ import pytest
 from tests.toy_bundle import Toy, build
 from tgate_engine import views
 from tgate_engine.bundle import Bundle
-from tgate_engine.inspect import carry_bytes, describe, guidance_stopped, shortened, ungated
+from tgate_engine.inspect import carry_bytes, describe, guidance_stopped, memory, shortened, ungated
 from tgate_engine.schedule import Schedule
+from tgate_runtime.backends import Buffer
+from tgate_runtime.binding import Binding
+from tgate_runtime.session import Session
 
 SCHEDULES = {
     "default": Schedule(steps=8, gate=5, self_interval=2),
@@ -104,3 +107,32 @@ def test_the_view_at_a_terminal(bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     views.inspection(describe(bundle), out)
     assert "reuse_self" in out.getvalue()
     assert "───" in out.getvalue()
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_a_request_takes_the_memory_that_is_said(bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer that a binding allocates, and nothing else."""
+    with Session.open(bundle, threads=1) as session:
+        plan, taken = bundle.manifest.plan(name), []
+        allocate = session.backend.allocate
+
+        def counting(shape: tuple[int, ...], dtype: str) -> Buffer:
+            buffer = allocate(shape, dtype)
+            taken.append(buffer.read().nbytes)
+            return buffer
+
+        monkeypatch.setattr(session.backend, "allocate", counting)
+        for batch in (1, 2):
+            taken.clear()
+            Binding(session, plan, batch)
+            assert memory(plan, bundle.manifest, batch=batch)["request"] == sum(taken)
+
+
+def test_scratch_is_the_hungriest_step(mini_bundle: Path) -> None:
+    manifest = Bundle.open(mini_bundle).manifest
+    need = {name: memory(manifest.plan(name), manifest) for name in manifest.plans}
+    assert need["ungated"]["request"] < need["default"]["request"]  # it has no carries
+    for name, plan in manifest.plans.items():
+        most = max(manifest.graphs[graph].scratch_bytes for graph in plan.graphs())
+        assert 0 < most <= need[name]["scratch"]
+        assert need[name]["peak"] == sum(need[name][part] for part in ("weights", "request", "scratch"))

@@ -199,13 +199,15 @@ def backend(engine: str, **options: Unpack[Options]) -> Backend:
 
 
 def installed() -> list[dict[str, str]]:
-    """What there is of each engine here: ``name``, ``runs_on``, ``version`` (empty where it cannot be opened), and
+    """What there is of each engine here: ``name``, ``runs_on``, ``version`` (empty where it is not installed), and
     ``says``: "ready", or in one line what is missing and what brings it."""
     found = []
     for name, engine in ENGINES.items():
         version, says = "", "ready"
         try:
-            version = backend(name).version
+            opened = backend(name)
+            version = opened.version
+            opened.allocate((1,), "float32")  # an engine that can build anywhere may still have nothing to run on
         except EngineError as error:
             says = str(error)
         found.append({"name": name, "runs_on": engine.runs_on, "version": version, "says": says})

@@ -215,11 +215,7 @@ class TensorRt:
         self, bundle: Bundle, graphs: Sequence[str], on_build: OnBuild | None = None
     ) -> dict[str, TensorRtExecutable]:
         number = self.options.device
-        if gpu_count() <= number:
-            none = f"no number {number}" if gpu_count() else "none"
-            raise EngineError(
-                f"engine tensorrt needs an NVIDIA GPU; {none} is visible here (`tgate build` can build without one)"
-            )
+        self._need_gpu()
         if self.options.build:
             entries = self.build(bundle, graphs, on_build)
         else:
@@ -240,7 +236,15 @@ class TensorRt:
         return found
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
+        self._need_gpu()
         return DeviceBuffer(shape, dtype, self.options.device)
+
+    def _need_gpu(self) -> None:
+        if gpu_count() <= self.options.device:
+            none = f"no number {self.options.device}" if gpu_count() else "none"
+            raise EngineError(
+                f"engine tensorrt needs an NVIDIA GPU; {none} is visible here (`tgate build` can build without one)"
+            )
 
     def key(self, bundle: Bundle, graph: str) -> dict[str, Any]:
         """What the engine of a graph is made from.

@@ -1,0 +1,1 @@
+"""The benchmark for a machine with an NVIDIA GPU; see README.md."""

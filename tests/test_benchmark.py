@@ -66,3 +66,18 @@ def test_settings_that_cannot_be(bundle: Bundle) -> None:
         bench(bundle, batch=9, repeats=1)
     with pytest.raises(BundleError, match="has no plan 'other'"):
         bench(bundle, plan="other")
+
+
+def test_a_trace_holds_every_step_and_what_lies_between(bundle: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    bench(bundle, threads=1, repeats=1, warm_ups=0, trace=path)
+    events = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+    steps = bundle.manifest.plan("default").steps
+    calls = [event for event in events if event["name"] in bundle.manifest.graphs]
+    assert [event["name"] for event in calls] == [step.graph for step in steps]
+    assert [event["args"]["writes"] for event in calls] == [list(step.writes) for step in steps]
+    ends = 0.0
+    for event in events:  # engine and host take turns, and leave no gap
+        assert event["ts"] == pytest.approx(ends, abs=1.0)
+        assert event["dur"] >= 0
+        ends = event["ts"] + event["dur"]

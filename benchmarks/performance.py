@@ -176,8 +176,7 @@ def peers(bundle_path: Path, turns: int) -> dict[str, Any]:
             run(b, latents=start, conditioning=rows, guidance_scale=plan.guidance_scale)
         )
 
-    def pipeline() -> Any:
-        unet = real_module(job.family, job.checkpoint, job.family.denoiser)
+    def pipeline(unet: Any) -> Any:
         pipe = StableDiffusionPipeline(
             vae=None,
             text_encoder=None,
@@ -202,12 +201,13 @@ def peers(bundle_path: Path, turns: int) -> dict[str, Any]:
         "width": manifest.width,
         "output_type": "latent",
     }
-    plain = pipeline()
+    unet = real_module(job.family, job.checkpoint, job.family.denoiser)
+    plain = pipeline(unet)
     loops["diffusers eager f32"] = lambda: plain(**request)
-    compiled = pipeline()
-    compiled.unet = torch.compile(compiled.unet)
+    compiled = pipeline(torch.compile(unet))
     loops["torch.compile f32"] = lambda: compiled(**request)
-    theirs = TgateSDLoader(pipeline(), gate_step=plan.schedule.gate, sp_interval=1, fi_interval=1, warm_up=2)
+    patched = real_module(job.family, job.checkpoint, job.family.denoiser)  # the package changes its modules
+    theirs = TgateSDLoader(pipeline(patched), gate_step=plan.schedule.gate, sp_interval=1, fi_interval=1, warm_up=2)
     loops["tgate eager f32"] = lambda: theirs.tgate(**request)
     taken: dict[str, list[float]] = {name: [] for name in loops}
     begin = time.perf_counter()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch._inductor import cpp_builder
 
 from tests import toy_model
-from tests.test_onnx_torch import by_onnxruntime, random_inputs, same
+from tests.test_aoti_graph import by_onnxruntime, random_inputs, same
 from tests.toy_bundle import Toy, build
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError

@@ -25,10 +25,10 @@ BUILD_LIBRARIES = frozenset(
 CONTRACT_MAY_IMPORT = frozenset({"numpy", "safetensors", "tgate_engine"}) | sys.stdlib_module_names
 CLI_MAY_DEFER = frozenset({"tgate_export", "tgate_runtime"})
 COMPILERS_MAY_IMPORT = {
-    "backends/aoti.py": {"torch"},
-    "backends/tensorrt_build.py": {"onnx"},
-    "onnx_torch.py": {"onnx", "torch"},
-    "torch_operators.py": {"onnx", "torch"},
+    "backends/aoti/__init__.py": {"torch"},
+    "backends/tensorrt/build.py": {"onnx"},
+    "backends/aoti/graph.py": {"onnx", "torch"},
+    "backends/aoti/operators.py": {"onnx", "torch"},
 }
 SHOWN_WITH_RICH = frozenset({"report.py", "views.py"})
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tgate_engine.errors import EngineError
 from tgate_engine.manifest import GraphSpec, TensorSpec, multiple, resolve
-from tgate_runtime.torch_operators import DTYPES, HOST, OPERATORS, SHAPE_OPERATORS, Attributes, shape_of
+from tgate_runtime.backends.aoti.operators import DTYPES, HOST, OPERATORS, SHAPE_OPERATORS, Attributes, shape_of
 from tgate_runtime.weights import map_weights
 
 

@@ -25,16 +25,7 @@ from tgate_engine.errors import EngineError
 from tgate_engine.manifest import GraphSpec
 from tgate_runtime import cache
 from tgate_runtime.backends import Buffer, EngineOptions, OnBuild, check_buffers
-from tgate_runtime.backends.cuda import (
-    CudaGraph,
-    DeviceBuffer,
-    Stream,
-    aligned,
-    architecture,
-    gpu_count,
-    use_device,
-)
-from tgate_runtime.backends.tensorrt_build import (
+from tgate_runtime.backends.tensorrt.build import (
     RTX,
     VERSION,
     build_engine,
@@ -44,6 +35,15 @@ from tgate_runtime.backends.tensorrt_build import (
     read_model,
     trt,
     weight_spans,
+)
+from tgate_runtime.backends.tensorrt.cuda import (
+    CudaGraph,
+    DeviceBuffer,
+    Stream,
+    aligned,
+    architecture,
+    gpu_count,
+    use_device,
 )
 
 _PLAN = "engine.plan"

@@ -19,7 +19,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
 from tgate_engine.manifest import GraphSpec, Macs, TensorSpec, resolve
 from tgate_engine.rows import OUTPUTS
-from tgate_runtime.onnx_torch import OnnxModule, Weights, trace
+from tgate_runtime.backends.aoti.graph import OnnxModule, Weights, trace
 
 CPU = torch.device("cpu")
 Arrays = Mapping[str, NDArray[Any]]

@@ -28,10 +28,12 @@ from safetensors.torch import load_file, save_file
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
 from tgate_engine.manifest import GraphSpec, multiple, resolve
-from tgate_runtime import cache, onnx_torch, torch_operators
+from tgate_runtime import cache
 from tgate_runtime.backends import EngineOptions, OnBuild, check_buffers
+from tgate_runtime.backends.aoti import graph as graph_code
+from tgate_runtime.backends.aoti import operators as operator_code
+from tgate_runtime.backends.aoti.graph import OnnxModule, Weights, trace
 from tgate_runtime.dtypes import storage
-from tgate_runtime.onnx_torch import OnnxModule, Weights, trace
 
 _PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _FLAGS: dict[str, Any] = {
@@ -145,7 +147,7 @@ class Aoti:
         if options.memory == "fast":
             raise EngineError("aoti always keeps one copy of the weights for all graphs; leave out --memory fast")
         if options.architecture is not None:
-            raise EngineError("aoti compiles for the machine it runs on; leave out --arch")
+            raise EngineError("aoti compiles for the machine it runs on; leave out --architecture")
         self.options = replace(options, memory="shared")
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -276,7 +278,7 @@ class Aoti:
 
 def _translation() -> str:
     """The digest of the code that makes modules of graphs and entries of modules."""
-    files = (__file__, onnx_torch.__file__, torch_operators.__file__)
+    files = (__file__, graph_code.__file__, operator_code.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 

@@ -59,8 +59,8 @@ CASES: Mapping[str, Case] = {
     ),
     "sdxl": Case(
         export=(
-            *("--model", "sdxl", "--weights", "random", "--components", "denoiser", "--no-verify", "--dtype", "fp16"),
-            *("--height", "512", "--width", "512", "--steps", "25", "--m", "10", "--k", "5"),
+            *("--model", "sdxl", "--weights", "random", "--components", "denoiser", "--no-verify"),
+            *("--height", "256", "--width", "256", "--steps", "25", "--m", "10", "--k", "5"),
         ),
         repeats=1,
         warm_ups=0,

@@ -17,6 +17,7 @@ import pytest
 
 from tests import toy_model
 from tests.test_runner import GUIDANCE, compare, finished, noise, relative
+from tests.tiny_families import FAMILY_VARIANTS
 from tests.toy_bundle import Toy, build, make_plan, random_conditioning
 from tgate_engine.bundle import Bundle
 from tgate_engine.cli import main
@@ -166,6 +167,16 @@ def test_openvino_says_which_precision_it_took() -> None:
 
 def test_goldens_pass_on_openvino(mini_bundle: Path) -> None:
     checked = verify(Bundle.open(mini_bundle), engine="openvino", precision="f32")
+    assert checked
+    for golden in checked:
+        assert golden.ok, golden
+
+
+@pytest.mark.parametrize("variant", list(FAMILY_VARIANTS))
+def test_every_family_passes_its_goldens_on_openvino(
+    family_bundle: Callable[[str], tuple[Path, Path]], variant: str
+) -> None:
+    checked = verify(Bundle.open(family_bundle(variant)[1]), engine="openvino", precision="f32", threads=1)
     assert checked
     for golden in checked:
         assert golden.ok, golden

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu.run import aims, main, table
-from benchmarks.gpu.sections import Setting, engine_of, plans_of, request
+from benchmarks.gpu.setting import Setting, engine_of, plans_of, request
 from tests.toy_bundle import Toy, build
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
+from tgate_runtime.backends.ort_cuda import OrtCuda
 from tgate_runtime.binding import Binding
 from tgate_runtime.runner import run
 from tgate_runtime.session import Session
@@ -121,6 +123,29 @@ def test_an_engine_is_refused_ways_that_it_has_not() -> None:
         engine_of("aoti", "cuda")
 
 
+def test_cuda_graphs_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU in place of the GPU, as in tests/test_engines.py."""
+    monkeypatch.setattr(OrtCuda, "provider", "CPUExecutionProvider")
+    monkeypatch.setattr(OrtCuda, "kind", "cpu")
+    for name, flag in (("ort-cuda", "1"), ("ort-cuda+no-graphs", "0")):
+        engine = engine_of(name, "cuda")
+        assert isinstance(engine, OrtCuda)
+        assert engine.providers()[0][1]["enable_cuda_graph"] == flag
+
+
+def test_a_gpu_without_engines_is_recorded(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = bundles / "bin" / "nvidia-smi"
+    driver.parent.mkdir()
+    driver.write_text("#!/bin/sh\necho 'NVIDIA Test, 580.1, 1000'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{driver.parent}:{os.environ['PATH']}")
+    found = measured(bundles, "--device", "cuda", "--engines", "ort-cuda+no-graphs,aoti", "--sections", "loops,peers")
+    assert found["settings"]["gpu"] == "NVIDIA Test"
+    assert "sees no GPU" in found["engines"]["aoti"]["says"]
+    assert found["sections"]["mini-sdxl/ort-cuda+no-graphs/loops"]["status"] == "missing"
+    assert found["sections"]["mini-sdxl/peers"]["status"] == "skipped"
+
+
 @pytest.mark.slow
 def test_all_of_it_on_the_embedded_models(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
@@ -132,3 +157,5 @@ def test_all_of_it_on_the_embedded_models(tmp_path: Path) -> None:
         assert done[f"{model}/openvino/check"]["agrees"]
         assert done[f"{model}/peers"]["failed"] == {}
         assert len(done[f"{model}/peers"]["ms"]) == 5
+        # The fastest engine may compute in bfloat16; the peers agree with each other all the same.
+        assert len(done[f"{model}/peers"]["differs"]) == 3

@@ -93,10 +93,12 @@ def benchmark(data: Mapping[str, Any], out: TextIO | None = None) -> None:
     out = out or sys.stdout
     s = data["settings"]
     threads = "the engine's own number of" if s["threads"] is None else s["threads"]
+    computes = f" in {s['precision']}" if s["precision"] else ""
     _print(
         out,
         f"{s['model']}, {s['width']}×{s['height']}, {s['dtype']}, batch {s['batch']}; {s['engine']} "
-        f"{s['engine_version']}, {threads} threads, {s['cpu']}; medians of {s['repeats']}",
+        f"{s['engine_version']}{computes}, memory {s['memory']}, {threads} threads, {s['cpu']}; opened in "
+        f"{data['open_s']:.1f} s; medians of {s['repeats']}",
     )
     calls = [
         (
@@ -114,18 +116,19 @@ def benchmark(data: Mapping[str, Any], out: TextIO | None = None) -> None:
     rows: list[Row] = []
     for name, plan in data["plans"].items():
         if plan["ms"] is None:
-            rows.append((name, "-", "-", "-", "-", "-"))
+            rows.append((name, "-", "-", "-", "-", "-", "-"))
             continue
         macs = _ratio(base["macs"]["all"], plan["macs"]["all"])
         faster = _ratio(base["ms"], plan["ms"])
         outside = f"{100 * plan['outside_engine']:.1f} %"
-        rows.append((name, f"{plan['ms']:.1f}", f"{plan['picture_ms']:.1f}", faster, macs, outside))
-    headers = ("plan", "loop ms", "picture ms", "faster", "fewer MACs", "outside the engine")
+        step = f"{plan['step_ms']['p50']:.1f} / {plan['step_ms']['p99']:.1f}"
+        rows.append((name, f"{plan['ms']:.1f}", f"{plan['picture_ms']:.1f}", step, faster, macs, outside))
+    headers = ("plan", "loop ms", "picture ms", "step ms p50 / p99", "faster", "fewer MACs", "outside the engine")
     table(
         f"plan {s['plan']}, n={s['steps_n']}, m={s['gate_m']}, k={s['self_interval_k']}",
         headers,
         rows,
-        right=(1, 2, 3, 4, 5),
+        right=(1, 2, 3, 4, 5, 6),
         out=out,
     )
 

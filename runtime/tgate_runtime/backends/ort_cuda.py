@@ -146,6 +146,8 @@ class OrtCuda:
                 f"the onnxruntime installed here has no {self.provider}: pip uninstall onnxruntime, then "
                 "pip install 'tgate-engine[cuda]'"
             )
+        if self.kind == "cuda" and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # finds CUDA and cuDNN where they were installed as Python packages
         self.options = replace(options, memory=options.memory or "shared")
         self.device = (self.kind, options.device)
         try:

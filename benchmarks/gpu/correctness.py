@@ -1,0 +1,102 @@
+"""Whether an engine computes what eager PyTorch does."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu.setting import CASES, Setting, session_of
+from tgate_engine.plan import Plan, build_plan
+from tgate_runtime.binding import Binding
+from tgate_runtime.verify import relative_error
+
+TOLERANCES = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1, "f16": 3e-2, "bf16": 2e-1}
+"""As ``tgate verify`` allows, by the bundle's dtype and the engine's precision."""
+
+
+def reference(setting: Setting) -> dict[str, Any]:
+    """Four steps through every graph in eager PyTorch and float32, with the bundle's own weights, kept in a file."""
+    if setting.reference_file.exists():
+        return {"file": str(setting.reference_file), "brought": True}
+    import torch
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    from tgate_export.conditioning import halves
+    from tgate_export.gating import GatedStep
+    from tgate_export.goldens import walk
+    from tgate_export.job import prepare
+    from tgate_export.modules import real_module
+
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    manifest, device = setting.open().manifest, torch.device(setting.device)
+    size = {"height": manifest.height, "width": manifest.width}
+    job = prepare(CASES[setting.model].settings(setting.model, steps=4, m=3, k=2, warm_up=0, **size))
+    plan = build_plan(
+        "short",
+        schedule=job.schedule,
+        sampler=job.sampler,
+        guidance_scale=job.guidance_scale,
+        graphs=manifest.graphs,
+        carries=manifest.carries,
+    )
+    generator = torch.Generator().manual_seed(setting.seed)
+    positive, negative = (
+        {
+            c.conditioning.name: torch.ones(1, *c.shape) if c.mask else torch.randn((1, *c.shape), generator=generator)
+            for c in job.conditioning
+        }
+        for _ in range(2)
+    )
+    rows = halves(job.conditioning, positive, negative, guided=job.guided)
+    start = torch.randn((1, *job.latents), generator=generator)
+    # Rounded as the bundle's weights are, so that what is compared is arithmetic alone.
+    denoiser = real_module(job.family, job.checkpoint, job.family.denoiser, getattr(torch, manifest.dtype))
+    denoiser = denoiser.float().to(device)
+
+    def move(module: Any, inputs: Any) -> Any:  # walk makes its step rows on the CPU
+        return tuple(tensor.to(device) for tensor in inputs) if isinstance(module, GatedStep) else None
+
+    hook, begin = register_module_forward_pre_hook(move), time.perf_counter()
+    try:
+        variants = {variant.name: variant for variant in job.variants}
+        on_device = {name: row.to(device) for name, row in rows.items()}
+        latents = walk(plan, job.family, denoiser, variants, start.to(device), on_device, job.guidance_scale)
+    finally:
+        hook.remove()
+    tensors = {f"latents.{i}": x.cpu().numpy() for i, x in enumerate(latents)}
+    tensors |= {f"conditioning.{name}": row.numpy() for name, row in rows.items()}
+    np.savez(setting.reference_file, plan=np.array(json.dumps(plan.to_json())), **tensors)
+    return {"file": str(setting.reference_file), "brought": False, "walk_s": time.perf_counter() - begin}
+
+
+def check(setting: Setting) -> dict[str, Any]:
+    """Every step of the reference on the engine, each from the reference's latents. Errors are the largest difference
+    over the largest value: of the latents, and of what the step changed them by, which hides less."""
+    opened = setting.open()
+    with np.load(setting.reference_file) as file:
+        tensors = {name: file[name] for name in file.files}
+    plan = Plan.from_json(json.loads(str(tensors.pop("plan"))))
+    wanted = [tensors[f"latents.{i}"] for i in range(len(plan.steps) + 1)]
+    rows = {name.removeprefix("conditioning."): t for name, t in tensors.items() if name.startswith("conditioning.")}
+    with session_of(setting, opened, {"short": plan}) as session:
+        binding = Binding(session, plan, 1)
+        steps: list[dict[str, Any]] = []
+        binding.begin(wanted[0], rows)
+        for step in plan.steps:
+            binding.set_step(step, plan.guidance_scale)()
+            got, before, after = binding.latents(), wanted[step.index], wanted[step.index + 1]
+            errors = (relative_error(got, after), relative_error(got - before, after - before))
+            # Not finite: null, since JSON has no NaN.
+            error, change_error = errors if np.isfinite(got).all() else (None, None)
+            steps.append({"graph": step.graph, "error": error, "change_error": change_error})
+            binding.replace_latents(after)
+        options = session.backend.options
+    tolerance = max(TOLERANCES[opened.manifest.dtype], TOLERANCES.get(options.precision or "", 0.0))
+    errors_there = [step["error"] for step in steps if step["error"] is not None]
+    worst = max(errors_there) if len(errors_there) == len(steps) else None
+    agrees = worst is not None and worst <= tolerance
+    return {"worst": worst, "tolerance": tolerance, "agrees": agrees, "precision": options.precision, "steps": steps}

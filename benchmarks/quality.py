@@ -83,7 +83,16 @@ def draw(pipe: Pipeline, plan: str, captions: list[str], seed: int, workers: int
         return np.stack(list(pool.map(one, range(len(captions)))))
 
 
-def measure(bundle: Bundle, plans: Mapping[str, Plan], *, count: int, seed: int, workers: int) -> dict[str, Any]:
+def measure(
+    bundle: Bundle,
+    plans: Mapping[str, Plan],
+    *,
+    count: int,
+    seed: int,
+    workers: int,
+    engine: str,
+    precision: str | None,
+) -> dict[str, Any]:
     """Scores by row, with the settings that they hold for."""
     captions = evaluation_captions(count)
     default = bundle.manifest.plan("default")
@@ -105,8 +114,11 @@ def measure(bundle: Bundle, plans: Mapping[str, Plan], *, count: int, seed: int,
         },
         "rows": {},
     }
-    with Session.open(bundle.with_plans(plans), plans=list(plans), threads=1) as session:
+    with Session.open(
+        bundle.with_plans(plans), engine=engine, precision=precision, plans=list(plans), threads=1
+    ) as session:
         result["settings"]["engine"] = f"{session.backend.name} {session.backend.version}"
+        result["settings"]["precision"] = session.backend.options.precision
         pipe = Pipeline(session)
         for name in plans:
             pictures = draw(pipe, name, captions, seed, workers)
@@ -124,10 +136,20 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--engine", default="ort-cpu")
+    parser.add_argument("--precision", help="of the engine; its own choice if left out")
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
     plans = rows(bundle) if args.samplers is None else sampler_rows(bundle, args.samplers.split(","))
-    result = measure(bundle, plans, count=args.captions, seed=args.seed, workers=args.workers)
+    result = measure(
+        bundle,
+        plans,
+        count=args.captions,
+        seed=args.seed,
+        workers=args.workers,
+        engine=args.engine,
+        precision=args.precision,
+    )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, (json.dumps(result, indent=1) + "\n").encode())
 

@@ -27,8 +27,11 @@ pytest.importorskip("polygraphy")
 pytest.importorskip("cuda.bindings")
 trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds without a GPU, TensorRT does not")
 
-from tgate_runtime.backends.tensorrt import cuda  # noqa: E402
-from tgate_runtime.backends.tensorrt import TensorRt, check_tensors  # noqa: E402
+from tgate_runtime.backends.tensorrt import (  # noqa: E402
+    TensorRt,
+    check_tensors,
+    cuda,
+)
 from tgate_runtime.backends.tensorrt.build import (  # noqa: E402
     RTX,
     Log,

@@ -15,6 +15,7 @@ from tgate_engine.bundle import write_atomically
 
 ROOT = Path(__file__).parents[1]
 PLANS = {"gated": "gated", "guidance_stopped": "guidance stopped at m", "ungated": "ungated"}
+GRAPHS = ("full", "reuse_self", "reuse_cross", "unguided")
 INTRODUCTION = """# Performance
 
 Made from [saved results](../benchmarks/results/performance.json) by `python -m benchmarks.performance_page`; nothing
@@ -25,7 +26,9 @@ machine that slows down slows all of them: trust the ratios before the milliseco
 time over this one's; *fewer MACs* is the limit that arithmetic sets, all multiply-accumulates counted from the graphs;
 *of the limit* is one over the other, and what is lost below 100 % is the engine's. Most of the saving is dropping
 guidance, as the row between shows. *Host* is what a step costs outside the engine's own call. Memory is the process's
-proportional set size after one graph has run, and after three.
+proportional set size after one graph has run, and after three. *Load* is the machine's load average when the engine was
+done: where it is well above the number of cores, other work slowed this engine, and its milliseconds are not to be
+compared with the next one's.
 """
 
 
@@ -81,14 +84,15 @@ def table(engines: Mapping[str, Any]) -> list[str]:
 
 def graph_table(engines: Mapping[str, Any]) -> list[str]:
     """Milliseconds of each graph, and memory."""
-    rows = ["| engine | full, ms | reuse_self | reuse_cross | unguided | open, s | memory, one graph | three graphs |"]
-    rows.append("|---|---|---|---|---|---|---|---|")
+    columns = ("engine", "full, ms", *GRAPHS[1:], "open, s", "memory, one graph", "three graphs", "load")
+    rows = [f"| {' | '.join(columns)} |", "|---|---|---|---|---|---|---|---|---|"]
     for name, data in engines.items():
-        times = [data["graphs"].get(graph) for graph in ("full", "reuse_self", "reuse_cross", "unguided")]
+        times = [data["graphs"].get(graph) for graph in GRAPHS]
         cells = [f"{time['ms']:.1f}" if time else "-" for time in times]
         held = data["memory"]
         sizes = [f"{held[graph] / 2**30:.2f} GiB" for graph in ("full", "reuse_cross")]
-        rows.append(f"| {name} | {' | '.join(cells)} | {data['open_s']:.1f} | {' | '.join(sizes)} |")
+        load = f"{data['taken_on']['load']:.1f}"
+        rows.append(f"| {name} | {' | '.join(cells)} | {data['open_s']:.1f} | {' | '.join(sizes)} | {load} |")
     return rows
 
 

@@ -93,6 +93,14 @@ def test_requests_in_several_threads_do_not_meet(session: Session) -> None:
                 np.testing.assert_array_equal(got, want)
 
 
+def test_one_request_after_another_at_any_batch(session: Session) -> None:
+    """Buffers of a request that is over leave their addresses to those of the next, of another shape."""
+    plan = make_plan("p", schedule(), Toy(), session.manifest.graphs)
+    alone = {batch: finished(Binding(session, plan, batch), seed=batch) for batch in (1, 2, 3, 4)}
+    for batch in (4, 1, 3, 2, 1, 4, 2):
+        np.testing.assert_array_equal(finished(Binding(session, plan, batch), seed=batch), alone[batch])
+
+
 def test_a_carry_outlives_steps_that_do_not_write_it(session: Session) -> None:
     """An engine that reuses memory for outputs which nobody bound must not reuse a carry's."""
     plan = make_plan("p", schedule(steps=8, gate=6, self_interval=3), Toy(), session.manifest.graphs)

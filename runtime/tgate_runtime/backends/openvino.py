@@ -38,8 +38,11 @@ _PRODUCTS = ("MatMul", "Convolution")
 _PRECISIONS = {"f32": ov.Type.f32, "bf16": ov.Type.bf16, "f16": ov.Type.f16}
 
 
+_Place = tuple[int, tuple[int, ...]]  # an address may be free again, and taken by a buffer of another shape
+
+
 class _Request:
-    """An infer request and the addresses that it is bound to. One thread at a time."""
+    """An infer request and what it is bound to. One thread at a time."""
 
     def __init__(self, compiled: Any, time: Any, spec: GraphSpec) -> None:
         self.infer = compiled.create_infer_request()
@@ -52,16 +55,16 @@ class _Request:
             self._time_outputs = [port.any_name for port in time.outputs]
         # What nobody binds is written to the request's own memory; a carry may have been bound there before.
         self._own = {tensor.name: self.infer.get_tensor(tensor.name) for tensor in spec.outputs}
-        self._bound: dict[str, int] = {}
+        self._bound: dict[str, _Place] = {}
 
-    def bind(self, tensors: Mapping[str, tuple[int, Any]]) -> None:
+    def bind(self, tensors: Mapping[str, tuple[_Place, Any]]) -> None:
         """Bind what is not bound yet: between two steps, little more than the ring of latents turns."""
-        for name, (address, tensor) in tensors.items():
-            if self._bound.get(name) != address:
+        for name, (place, tensor) in tensors.items():
+            if self._bound.get(name) != place:
                 self.infer.set_tensor(name, tensor)
                 if name in self._time_inputs:
                     self._time.set_tensor(name, tensor)
-                self._bound[name] = address
+                self._bound[name] = place
         for name in self._own.keys() & self._bound.keys() - tensors.keys():
             self.infer.set_tensor(name, self._own[name])
             del self._bound[name]
@@ -81,7 +84,7 @@ class _Call:
     def __init__(self, graph: OpenVinoExecutable, buffers: Mapping[str, CpuBuffer]) -> None:
         self._graph = graph
         self._buffers = tuple(buffers.values())  # the views hold addresses; this holds the memory
-        self._tensors = {name: (buffer.address, _view(buffer)) for name, buffer in buffers.items()}
+        self._tensors = {name: ((buffer.address, buffer.shape), _view(buffer)) for name, buffer in buffers.items()}
         self.addresses = {name: buffer.address for name, buffer in buffers.items()}
 
     def __call__(self) -> None:

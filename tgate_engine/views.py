@@ -55,8 +55,8 @@ def inspection(data: Mapping[str, Any], out: TextIO | None = None) -> None:
         need = plan["memory"]
         _print(
             out,
-            f"memory: weights {_bytes(need['weights'])}, buffers of a request {_bytes(need['request'])}, scratch "
-            f"{_bytes(need['scratch'])}; at most {_bytes(need['peak'])} where weights are shared, and "
+            f"memory, as planned: weights {_bytes(need['weights'])}, buffers of a request {_bytes(need['request'])}, "
+            f"scratch {_bytes(need['scratch'])}; together {_bytes(need['peak'])} where weights are shared, and "
             f"{_bytes(need['request'] + need['scratch'])} more for each further request at once",
         )
 

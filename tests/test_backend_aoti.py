@@ -152,7 +152,8 @@ def test_threads_do_not_meet(loaded: dict[str, AotiExecutable]) -> None:
         together = list(pool.map(lambda each: called(graph, each, 1), inputs * 5))
     for i, found in enumerate(together):
         for got, want in zip(found, alone[i % 4], strict=True):
-            np.testing.assert_array_equal(got, want)
+            # How many threads share a loop differs between callers, and with it the order of sums.
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_carries_of_bfloat16_and_products_of_bfloat16(tmp_path: Path, cache_directory: Path) -> None:

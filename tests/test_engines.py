@@ -206,6 +206,8 @@ def test_bfloat16_stays_near_and_is_not_float32(mini_bundle: Path) -> None:
         ("ort-cpu", {"precision": "bf16"}, "computes in the dtype that the bundle was exported with"),
         ("ort-cuda", {}, "has no CUDAExecutionProvider: pip uninstall onnxruntime"),
         ("openvino", {"memory": "shared"}, "take --engine ort-cpu --memory shared"),
+        ("openvino", {"device": 3}, "engine openvino runs on the CPU; leave out --device"),
+        ("ort-cpu", {"architecture": "sm_90"}, "engine ort-cpu runs on the CPU; leave out --device and --architecture"),
         ("ort-cpu", {"device": -1}, "a device is a number from 0, got -1"),
         ("ort-cpu", {"memory": "huge"}, "memory must be one of shared, fast, got 'huge'"),
         ("openvino", {"precision": "f8"}, "precision must be one of f32, bf16, f16, got 'f8'"),

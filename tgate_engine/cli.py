@@ -138,7 +138,11 @@ def _bench(args: argparse.Namespace, report: Reporter) -> Show:
     from tgate_engine.bundle import Bundle
 
     with _needs("measuring", RUN_ADVICE):
+        from tgate_runtime import files
         from tgate_runtime.benchmark import bench
+
+    if args.trace is not None:
+        files.check_place(args.trace)
 
     report.stage(f"opening {args.bundle}")
     bundle = Bundle.open(args.bundle)

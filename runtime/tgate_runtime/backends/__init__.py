@@ -160,6 +160,8 @@ class Engine:
 
     def backend(self, options: EngineOptions) -> Backend:
         """Import the engine and settle its options. Raises :class:`EngineError` where it is missing or unfit here."""
+        if self.runs_on == "CPU" and (options.device or options.architecture):
+            raise EngineError(f"engine {self.name} runs on the CPU; leave out --device and --architecture")
         try:
             module = importlib.import_module(f"tgate_runtime.backends.{self.module}")
         except ModuleNotFoundError as error:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.frugality import GIB, machine, product, watched
+from benchmarks.memory import proportional_bytes
 from tgate_engine.bundle import Bundle, write_atomically
 from tgate_engine.manifest import resolve
 from tgate_engine.plan import FULL, REUSE_CROSS, REUSE_SELF, Plan, build_plan
@@ -326,8 +327,7 @@ def _resident() -> dict[str, int]:
     twice), and both with every page counted once."""
     lines = (line.split() for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines())
     status = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if len(line) == 3 and line[2] == "kB"}
-    rollup = (line.split() for line in Path("/proc/self/smaps_rollup").read_text("ascii").splitlines()[1:])
-    once = next(int(count) * 1024 for name, count, _ in rollup if name == "Pss:")
+    once = proportional_bytes()
     return {"anonymous_bytes": status["RssAnon"], "file_bytes": status["RssFile"], "once_bytes": once}
 
 

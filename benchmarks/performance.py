@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.memory import proportional_bytes
 from tgate_engine.bundle import Bundle, write_atomically
 from tgate_engine.inspect import ungated
 from tgate_engine.manifest import resolve
@@ -122,7 +123,7 @@ def memory(bundle_path: Path, engine_name: str) -> dict[str, Any]:
     bundle = Bundle.open(bundle_path, check_digests=False)
     options = dict(zip(ENGINES[engine_name][::2], ENGINES[engine_name][1::2], strict=True))
     engine = backend(options["--engine"], precision=options.get("--precision"), memory=options.get("--memory"))
-    held = {"before": _pss()}
+    held = {"before": proportional_bytes()}
     kept = []
     for name in ("full", "reuse_self", "reuse_cross"):
         executable = engine.load(bundle, [name])[name]
@@ -132,7 +133,7 @@ def memory(bundle_path: Path, engine_name: str) -> dict[str, Any]:
         call = executable.bind(inputs, outputs)
         call()
         kept.append((executable, call))
-        held[name] = _pss()
+        held[name] = proportional_bytes()
     return held
 
 
@@ -228,11 +229,6 @@ def peers(bundle_path: Path, turns: int) -> dict[str, Any]:
             "openvino": session.backend.version,
         },
     }
-
-
-def _pss() -> int:
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("Pss:")))
 
 
 def _role(args: argparse.Namespace, role: str, *more: str) -> Any:

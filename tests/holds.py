@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 
+from benchmarks.memory import proportional_bytes
 from tgate_engine.bundle import Bundle
 from tgate_engine.manifest import resolve
 from tgate_runtime.backends import backend
@@ -24,7 +24,7 @@ def main() -> None:
     path, what, *names = sys.argv[1:]
     bundle = Bundle.open(path, check_digests=False)
     engine = backend("ort-cpu", memory="shared")
-    before = held()
+    before = proportional_bytes()
     if what == "plan":
         plan = bundle.manifest.plan(names[0])
         with Session.open(bundle, engine="ort-cpu", memory="shared", plans=[plan]) as session:
@@ -34,7 +34,7 @@ def main() -> None:
             start = np.ones((1, *bundle.manifest.latents), np.float32)
             for _ in run(binding, latents=start, conditioning=rows, guidance_scale=plan.guidance_scale):
                 pass
-            print(json.dumps({"before": before, "after": held()}))
+            print(json.dumps({"before": before, "after": proportional_bytes()}))
         return
     graphs = engine.load(bundle, names)
     for name, graph in graphs.items():
@@ -42,13 +42,7 @@ def main() -> None:
         inputs = {t.name: engine.allocate(resolve(t.shape, 1), t.dtype) for t in spec.inputs}
         outputs = {t.name: engine.allocate(resolve(t.shape, 1), t.dtype) for t in spec.outputs[:1]}
         graph.bind(inputs, outputs)()
-    print(json.dumps({"before": before, "after": held()}))
-
-
-def held() -> int:
-    """Pages that several processes, or several mappings, share are counted in parts."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("Pss:")))
+    print(json.dumps({"before": before, "after": proportional_bytes()}))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,8 @@ def reference(setting: Setting) -> dict[str, Any]:
     if setting.reference_file.exists():
         return {"file": str(setting.reference_file), "brought": True}
     import torch
-    from torch.nn.modules.module import register_module_forward_pre_hook
 
     from tgate_export.conditioning import halves
-    from tgate_export.gating import GatedStep
     from tgate_export.goldens import walk
     from tgate_export.job import prepare
     from tgate_export.modules import real_module
@@ -57,16 +55,10 @@ def reference(setting: Setting) -> dict[str, Any]:
     denoiser = real_module(job.family, job.checkpoint, job.family.denoiser, getattr(torch, manifest.dtype))
     denoiser = denoiser.float().to(device)
 
-    def move(module: Any, inputs: Any) -> Any:  # walk makes its step rows on the CPU
-        return tuple(tensor.to(device) for tensor in inputs) if isinstance(module, GatedStep) else None
-
-    hook, begin = register_module_forward_pre_hook(move), time.perf_counter()
-    try:
-        variants = {variant.name: variant for variant in job.variants}
-        on_device = {name: row.to(device) for name, row in rows.items()}
-        latents = walk(plan, job.family, denoiser, variants, start.to(device), on_device, job.guidance_scale)
-    finally:
-        hook.remove()
+    begin = time.perf_counter()
+    variants = {variant.name: variant for variant in job.variants}
+    on_device = {name: row.to(device) for name, row in rows.items()}
+    latents = walk(plan, job.family, denoiser, variants, start.to(device), on_device, job.guidance_scale)
     tensors = {f"latents.{i}": x.cpu().numpy() for i, x in enumerate(latents)}
     tensors |= {f"conditioning.{name}": row.numpy() for name, row in rows.items()}
     np.savez(setting.reference_file, plan=np.array(json.dumps(plan.to_json())), **tensors)

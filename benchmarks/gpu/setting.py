@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.memory import proportional_bytes
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError, TgateError
 from tgate_engine.inspect import guidance_stopped, ungated
@@ -152,8 +153,7 @@ def held_bytes(device: str) -> int:
     """What the first GPU has given out, to whomever; or this process's proportional set size."""
     if device == "cuda":
         return int(nvidia_smi("memory.used")) * 2**20
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("Pss:")))
+    return proportional_bytes()
 
 
 def one_line(error: BaseException) -> str:

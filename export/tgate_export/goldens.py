@@ -102,7 +102,8 @@ def walk(
     guidance_scale: float,
     step_noise: Mapping[int, Tensor] | None = None,
 ) -> list[Tensor]:
-    """Run a plan in eager PyTorch, float32. Returns the latents before the first step and after each.
+    """Run a plan in eager PyTorch, float32, on the device of ``noise``, where all else must be, too. Returns the
+    latents before the first step and after each.
 
     ``noise``: unit variance, [B, ...]. ``conditioning``: ``<name>.<half>``, each [B, ...]. ``step_noise``: of the
     steps that draw noise, by index.
@@ -122,7 +123,7 @@ def walk(
             **carries,
             "latents": latents[-1],
             "noise": (step_noise or {}).get(step.index, nothing),
-            "step": torch.from_numpy(step_row(step.call, guidance_scale)).expand(batch, -1),
+            "step": torch.from_numpy(step_row(step.call, guidance_scale)).to(noise.device).expand(batch, -1),
             **{f"latents.{j}": latents[-1 - j] if j < len(latents) else nothing for j in range(1, HISTORY + 1)},
             **{f"output.{j}": outputs[-j] if j <= len(outputs) else nothing for j in range(1, HISTORY + 1)},
         }

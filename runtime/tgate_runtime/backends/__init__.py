@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, Unpack
 
+import numpy as np
 from numpy.typing import NDArray
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
 from tgate_engine.manifest import GraphSpec
+from tgate_runtime.dtypes import storage
 
 OnBuild = Callable[[int, int, str], None]
 """Hears of graphs that an engine has to compile first: how many are done, of how many, and the last one's name."""
@@ -131,6 +133,16 @@ class Backend(Protocol):
         """A buffer of zeros on the engine's device, owned by the caller."""
 
 
+def fitted(array: NDArray[Any], shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """``array`` as a read-only view of a buffer's shape. Raises :class:`EngineError` as :meth:`Buffer.write` must."""
+    if array.dtype != storage(dtype):
+        raise EngineError(f"a buffer of {dtype} takes {storage(dtype)} arrays, got {array.dtype}")
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        raise EngineError(f"a buffer of shape {shape} takes no array of shape {array.shape}") from None
+
+
 def check_buffers(graph: str, spec: GraphSpec, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
     """Raises :class:`EngineError` for buffers that :meth:`Executable.bind` must not take for a graph of ``spec``."""
     takes = {tensor.name: tensor.dtype for tensor in spec.inputs}
@@ -150,11 +162,10 @@ def check_buffers(graph: str, spec: GraphSpec, inputs: Mapping[str, Buffer], out
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """An entry of :data:`ENGINES`: where an engine's file is, the package it needs, and the extra that brings it."""
+    """An entry of :data:`ENGINES`: where an engine's file is, the extra that brings what it needs, what it runs on."""
 
     module: str
     cls: str
-    package: str
     extra: str
     runs_on: str
 
@@ -181,13 +192,11 @@ class Engine:
 
 
 ENGINES: Mapping[str, Engine] = {
-    "ort-cpu": Engine(module="ort", cls="OrtCpu", package="onnxruntime", extra="cpu", runs_on="CPU"),
-    "ort-cuda": Engine(module="ort_cuda", cls="OrtCuda", package="onnxruntime", extra="cuda", runs_on="NVIDIA GPU"),
-    "openvino": Engine(module="openvino", cls="OpenVino", package="openvino", extra="openvino", runs_on="CPU"),
-    "aoti": Engine(module="aoti", cls="Aoti", package="torch", extra="aoti", runs_on="CPU, NVIDIA GPU"),
-    "tensorrt": Engine(
-        module="tensorrt", cls="TensorRt", package="tensorrt_rtx", extra="tensorrt", runs_on="NVIDIA GPU"
-    ),
+    "ort-cpu": Engine(module="ort", cls="OrtCpu", extra="cpu", runs_on="CPU"),
+    "ort-cuda": Engine(module="ort_cuda", cls="OrtCuda", extra="cuda", runs_on="NVIDIA GPU"),
+    "openvino": Engine(module="openvino", cls="OpenVino", extra="openvino", runs_on="CPU"),
+    "aoti": Engine(module="aoti", cls="Aoti", extra="aoti", runs_on="CPU, NVIDIA GPU"),
+    "tensorrt": Engine(module="tensorrt", cls="TensorRt", extra="tensorrt", runs_on="NVIDIA GPU"),
 }
 """The engines there are, by the name that ``Session.open(engine=...)`` takes."""
 

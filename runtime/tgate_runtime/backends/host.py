@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tgate_engine.errors import EngineError
+from tgate_runtime.backends import fitted
 from tgate_runtime.dtypes import storage
 
 _ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register
@@ -32,12 +32,7 @@ class CpuBuffer:
         self.address = int(self.array.ctypes.data)
 
     def write(self, array: NDArray[Any]) -> None:
-        if array.dtype != self.array.dtype:
-            raise EngineError(f"a buffer of {self.dtype} takes {self.array.dtype} arrays, got {array.dtype}")
-        try:
-            np.copyto(self.array, array)
-        except ValueError:
-            raise EngineError(f"a buffer of shape {self.shape} takes no array of shape {array.shape}") from None
+        np.copyto(self.array, fitted(array, self.shape, self.dtype))
 
     def read(self) -> NDArray[Any]:
         return self.array.copy()

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
 from tgate_engine.manifest import GraphSpec, resolve
-from tgate_runtime.backends import EngineOptions, OnBuild, check_buffers
+from tgate_runtime.backends import EngineOptions, OnBuild, check_buffers, fitted
 from tgate_runtime.backends.ort import ELEMENT_TYPE, check_nodes, first_line
 from tgate_runtime.dtypes import storage
 from tgate_runtime.weights import map_weights
@@ -40,19 +40,12 @@ class CudaBuffer:
     def __init__(self, shape: tuple[int, ...], dtype: str, device: tuple[str, int]) -> None:
         self.shape = shape
         self.dtype = dtype
-        self._kind = storage(dtype)
-        self._value = ort.OrtValue.ortvalue_from_shape_and_type(shape, self._kind.type, *device)
+        self._value = ort.OrtValue.ortvalue_from_shape_and_type(shape, storage(dtype).type, *device)
         self.address = int(self._value.data_ptr())
-        self.write(np.zeros(1, self._kind))
+        self.write(np.zeros(1, storage(dtype)))
 
     def write(self, array: NDArray[Any]) -> None:
-        if array.dtype != self._kind:
-            raise EngineError(f"a buffer of {self.dtype} takes {self._kind} arrays, got {array.dtype}")
-        try:
-            whole = np.broadcast_to(array, self.shape)
-        except ValueError:
-            raise EngineError(f"a buffer of shape {self.shape} takes no array of shape {array.shape}") from None
-        self._value.update_inplace(np.ascontiguousarray(whole))
+        self._value.update_inplace(np.ascontiguousarray(fitted(array, self.shape, self.dtype)))
 
     def read(self) -> NDArray[Any]:
         return np.array(self._value.numpy())

@@ -29,11 +29,10 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
 from tgate_engine.manifest import GraphSpec, multiple, resolve
 from tgate_runtime import cache
-from tgate_runtime.backends import EngineOptions, OnBuild, check_buffers
+from tgate_runtime.backends import EngineOptions, OnBuild, check_buffers, fitted
 from tgate_runtime.backends.aoti import graph as graph_code
 from tgate_runtime.backends.aoti import operators as operator_code
 from tgate_runtime.backends.aoti.graph import OnnxModule, Weights, trace
-from tgate_runtime.dtypes import storage
 
 _PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _FLAGS: dict[str, Any] = {
@@ -60,12 +59,7 @@ class TorchBuffer:
         self.address = int(self.tensor.data_ptr())
 
     def write(self, array: NDArray[Any]) -> None:
-        if array.dtype != storage(self.dtype):
-            raise EngineError(f"a buffer of {self.dtype} takes {storage(self.dtype)} arrays, got {array.dtype}")
-        try:
-            np.broadcast_to(array, self.shape)
-        except ValueError:
-            raise EngineError(f"a buffer of shape {self.shape} takes no array of shape {array.shape}") from None
+        fitted(array, self.shape, self.dtype)
         # A copy: NumPy's may be read-only, which torch warns of.
         self.tensor.copy_(torch.from_numpy(np.array(array)).view(self.tensor.dtype))
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgate_engine.errors import EngineError
+from tgate_runtime.backends import fitted
 from tgate_runtime.dtypes import storage
 
 cuda: Any = importlib.import_module("cuda.bindings.runtime")
@@ -78,13 +79,7 @@ class DeviceBuffer:
         check(cuda.cudaStreamSynchronize, _COPIES)
 
     def write(self, array: NDArray[Any]) -> None:
-        if array.dtype != self._kind:
-            raise EngineError(f"a buffer of {self.dtype} takes {self._kind} arrays, got {array.dtype}")
-        try:
-            whole = np.ascontiguousarray(np.broadcast_to(array, self.shape))
-        except ValueError:
-            raise EngineError(f"a buffer of shape {self.shape} takes no array of shape {array.shape}") from None
-        self.upload(whole, 0)
+        self.upload(np.ascontiguousarray(fitted(array, self.shape, self.dtype)), 0)
 
     def upload(self, array: NDArray[Any], offset_bytes: int) -> None:
         """Copy the bytes of a contiguous ``array`` to ``offset_bytes`` in; they must fit."""

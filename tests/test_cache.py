@@ -91,8 +91,17 @@ def test_a_build_that_fails_leaves_nothing(root: Path) -> None:
 def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TGATE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(EngineError, match=r"cannot be written .* set TGATE_CACHE"):
+    with pytest.raises(EngineError, match=r"file'\); .* set TGATE_CACHE"):
         cache.find_or_build(KEY, writing("one", []))
+
+
+def test_a_build_that_misses_a_file_names_it(root: Path) -> None:
+    def failing(stage: Path) -> None:
+        (root / "no-compiler").read_text()
+
+    with pytest.raises(EngineError, match="no-compiler"):
+        cache.find_or_build(KEY, failing)
+    assert cache.find(KEY) is None
 
 
 SLOW_BUILDER = """

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu.run import aims, main, table
-from benchmarks.gpu.setting import Setting, engine_of, plans_of, request
+from benchmarks.gpu.setting import Setting, engine_of
+from benchmarks.loops import plans_of, request
 from tests.toy_bundle import Toy, build
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError

@@ -174,7 +174,7 @@ def test_a_binding_serves_one_request_after_another(session: Session) -> None:
     stopped = run(used, latents=noise(2), conditioning=random_conditioning(2), guidance_scale=GUIDANCE)
     next(stopped)
     next(stopped)
-    stopped.close()  # type: ignore[attr-defined]
+    stopped.close()
     np.testing.assert_array_equal(finished(used, seed=5), fresh)
 
 
@@ -232,7 +232,7 @@ def test_closing_the_generator_stops_the_work(session: Session, monkeypatch: pyt
     steps = run(binding, latents=noise(1), conditioning=random_conditioning(1), guidance_scale=GUIDANCE)
     assert taken == [], "nothing runs before the first step is asked for"
     assert [next(steps).index, next(steps).index] == [0, 1]
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     with pytest.raises(StopIteration):
         next(steps)
     assert taken == [0, 1]

@@ -90,6 +90,14 @@ class GraphSpec:
     def output_names(self) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.outputs)
 
+    def batch_of(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """How many images inputs of those shapes are for; 1 where none of them says so."""
+        for tensor in self.inputs:
+            for dim, size in zip(tensor.shape, shapes[tensor.name], strict=True):
+                if dim == "batch":
+                    return size
+        return 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Carry:

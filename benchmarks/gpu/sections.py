@@ -15,19 +15,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.correctness import check, reference
-from benchmarks.gpu.peers import peers
-from benchmarks.gpu.setting import (
-    CASES,
-    Clock,
-    Setting,
-    engine_of,
-    held_bytes,
-    nvidia_smi,
-    plans_of,
-    request,
-    session_of,
-    take,
-)
+from benchmarks.gpu.setting import CASES, Setting, engine_of, held_bytes, nvidia_smi, session_of
+from benchmarks.loops import Clock, plans_of, request, take
+from benchmarks.peers import compare
 from tgate_engine.manifest import resolve
 from tgate_runtime.benchmark import cpu_model
 from tgate_runtime.binding import Binding
@@ -163,6 +153,23 @@ def memory(setting: Setting) -> dict[str, Any]:
         kept.append((executable, call))
     held = held_bytes(setting.device)
     return {"graphs": list(names), "before_bytes": before, "empty_bytes": empty - before, "bytes": held - empty}
+
+
+def peers(setting: Setting) -> dict[str, Any]:
+    """Whole loops of the engine, gated and ungated, and of what users would otherwise take, in turns."""
+    opened = setting.open()
+    manifest, plans = opened.manifest, plans_of(opened.manifest)
+    session = session_of(setting, opened, {name: plans[name] for name in ("gated", "ungated")})
+    return compare(
+        session,
+        setting.engine,
+        CASES[setting.model].settings(setting.model, height=manifest.height, width=manifest.width),
+        device=setting.device,
+        compile_mode=setting.compile_mode,
+        repeats=setting.repeats,
+        warm_ups=setting.warm_ups,
+        seed=setting.seed,
+    )
 
 
 SECTIONS: Mapping[str, Callable[[Setting], dict[str, Any]]] = {

@@ -46,6 +46,7 @@ def bench(
     plan: str = "default",
     engine: str = "ort-cpu",
     batch: int | None = None,
+    stopped: bool = True,
     repeats: int = 5,
     warm_ups: int = 1,
     on_run: Callable[[int, int, str], None] | None = None,
@@ -61,7 +62,7 @@ def bench(
     median and the 99th percentile of the engine's steps. ``picture_ms`` adds
     one text (or image) and one decoder call for each image, where the bundle has those graphs. ``speedup`` is
     ungated over gated ``ms``, to be read beside ``mac_ratio``, ungated over gated by all MACs. A bundle without
-    guidance has no ``guidance_stopped``: null.
+    guidance has no ``guidance_stopped``: null, as with ``stopped=False``, which spares the memory of its graph.
 
     ``sgemm_gmacs_per_s`` says how fast NumPy multiplies matrices here, to judge each graph's ``gmacs_per_s`` by.
 
@@ -76,7 +77,7 @@ def bench(
     chosen = manifest.plan(plan)
     candidates = {
         "gated": chosen,
-        "guidance_stopped": guidance_stopped(chosen, manifest),
+        "guidance_stopped": guidance_stopped(chosen, manifest) if stopped else None,
         "ungated": ungated(chosen, manifest),
     }
     plans = {name: found for name, found in candidates.items() if found is not None}

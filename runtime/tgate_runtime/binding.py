@@ -46,7 +46,7 @@ class Binding:
             raise RequestError(f"the bundle takes {least} to {most} images at once, got {batch}; export with --batch")
         self.plan = plan
         self.batch = batch
-        self._session = session
+        self._allocate = session.backend.allocate
         self._lock = threading.Lock()
         self._position = 0  # the ring slot of the current latents
         latents = (batch, *manifest.latents)
@@ -70,7 +70,7 @@ class Binding:
         for step in plan.steps:
             key = self._key(step)
             if key not in self._calls:
-                self._calls[key] = self._bind(step, step.index % RING)
+                self._calls[key] = self._bind(session, step, step.index % RING)
 
     # --- one request ----------------------------------------------------------------------------
 
@@ -131,8 +131,8 @@ class Binding:
     def _key(self, step: Step) -> tuple[str, tuple[str, ...], int]:
         return step.graph, step.writes, step.index % RING
 
-    def _bind(self, step: Step, position: int) -> Call:
-        spec = self._session.manifest.graphs[step.graph]
+    def _bind(self, session: Session, step: Step, position: int) -> Call:
+        spec = session.manifest.graphs[step.graph]
         ring: dict[str, Buffer] = {
             "latents": self._latents[position],
             "next_latents": self._latents[(position + 1) % RING],
@@ -144,16 +144,13 @@ class Binding:
         inputs = {t.name: ring[t.name] if t.name in ring else self._buffer(t) for t in spec.inputs}
         outputs = {name: ring[name] for name in ("next_latents", "output")}
         outputs |= {name: self._named[name] for name in step.writes}
-        return self._session.graph(step.graph).bind(inputs, outputs)
+        return session.graph(step.graph).bind(inputs, outputs)
 
     def _buffer(self, tensor: TensorSpec) -> Buffer:
         """The one buffer of that name."""
         if tensor.name not in self._named:
             self._named[tensor.name] = self._allocate(resolve(tensor.shape, self.batch), tensor.dtype)
         return self._named[tensor.name]
-
-    def _allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        return self._session.backend.allocate(shape, dtype)
 
     def _write(self, buffer: Buffer, array: NDArray[Any], what: str) -> None:
         array = np.asarray(array)

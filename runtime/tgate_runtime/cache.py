@@ -40,7 +40,8 @@ def find_or_build(key: Mapping[str, Any], build: Callable[[Path], None]) -> Path
     """The directory of the entry of that key; ``build(directory)`` fills it where there is none.
 
     ``key``: JSON values. Another process that builds the same entry is waited for. A build that raises, or is
-    killed, leaves no entry. Raises :class:`EngineError` where the cache cannot be written.
+    killed, leaves no entry. Raises :class:`EngineError` where the cache cannot be written, or a build finds something
+    missing.
     """
     root, name = cache_directory(), digest_of(key)
     path = root / name
@@ -64,8 +65,8 @@ def find_or_build(key: Mapping[str, Any], build: Callable[[Path], None]) -> Path
                 shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
         raise EngineError(
-            f"the engine cache {root} cannot be written ({error.strerror or error}); set TGATE_CACHE to a directory "
-            "that can"
+            f"building an engine in the cache {root} failed ({error}); if it cannot be written there, set TGATE_CACHE "
+            "to a directory where it can"
         ) from error
     return path
 

@@ -7,6 +7,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Unpack
@@ -58,7 +59,8 @@ class Progress:
 class Pipeline:
     """A bundle ready to draw, from prompts or, if its model is conditioned so, from a picture.
 
-    Immutable and thread-safe: threads may call one Pipeline at once.
+    Thread-safe: threads may call one Pipeline at once. Buffers and bindings of a request are kept for the next one
+    with the same plan and batch; ``session.trim()`` frees them.
     """
 
     def __init__(self, session: Session) -> None:
@@ -210,30 +212,32 @@ class Pipeline:
         count, done = len(start), 0
         batches = list(_batches(count, *self.session.manifest.batch))
         total = len(batches) * len(plan.steps)
-        bindings: dict[int, Binding] = {}
         final = np.empty_like(start)
         for first, size, batch in batches:
-            if batch not in bindings:
-                bindings[batch] = Binding(self.session, plan, batch)
             some = slice(first, first + size)
 
             def draw(step: int, first: int = first, batch: int = batch) -> NDArray[np.float32]:
                 shape = self.session.manifest.latents
                 return np.stack([noise(seed, first + j, shape, draw=in_step(step)) for j in range(batch)])
 
-            steps = run(
-                bindings[batch],
-                latents=batch_rows(start[some], batch),
-                conditioning={name: batch_rows(values[some], batch) for name, values in rows.items()},
-                guidance_scale=guidance_scale,
-                step_noise=draw,
-            )
-            for step in steps:
-                done += 1
-                if on_step is not None:
-                    on_step(Progress(done=done, total=total, step=step))
-            final[some] = bindings[batch].latents()[:size]
+            with self._binding(plan, batch) as binding:
+                steps = run(
+                    binding,
+                    latents=batch_rows(start[some], batch),
+                    conditioning={name: batch_rows(values[some], batch) for name, values in rows.items()},
+                    guidance_scale=guidance_scale,
+                    step_noise=draw,
+                )
+                with closing(steps):  # whatever on_step raises, the binding is free again
+                    for step in steps:
+                        done += 1
+                        if on_step is not None:
+                            on_step(Progress(done=done, total=total, step=step))
+                final[some] = binding.latents()[:size]
         return final
+
+    def _binding(self, plan: Plan, batch: int) -> AbstractContextManager[Binding]:
+        return self.session.lent((plan.name, batch), lambda: Binding(self.session, plan, batch))
 
 
 def _batches(count: int, least: int, most: int) -> Iterator[tuple[int, int, int]]:

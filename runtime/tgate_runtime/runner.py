@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ def run(
     conditioning: Mapping[str, NDArray[Any]],
     guidance_scale: float,
     step_noise: Callable[[int], NDArray[np.float32]] | None = None,
-) -> Iterator[StepDone]:
+) -> Generator[StepDone]:
     """Take the steps of ``binding.plan``, one for each item asked for.
 
     ``latents``: standard normal noise, float32 [B, ...]; x_0 is this times the sampler's ``initial_scale``.

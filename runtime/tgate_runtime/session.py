@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Unpack
+from typing import Any, TypeVar, Unpack
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError, EngineError
@@ -14,18 +16,23 @@ from tgate_engine.plan import Plan
 from tgate_runtime.backends import Backend, Executable, OnBuild, Options, backend
 from tgate_runtime.signatures import check_signatures
 
+T = TypeVar("T")
+
 
 class Session:
-    """Loaded graphs and the manifest they came from. Immutable and thread-safe: open one, share it.
+    """Loaded graphs and the manifest they came from. Thread-safe: open one, share it.
 
-    What a request changes lies in its :class:`~tgate_runtime.binding.Binding`. Closing a session lets go of the
-    graphs; bindings made before keep those they use until they are dropped themselves.
+    What a request changes lies in its :class:`~tgate_runtime.binding.Binding`, which the session keeps for the next
+    request of its kind (:meth:`lent`). Closing a session lets go of the graphs; bindings made before keep those they
+    use until they are dropped themselves.
     """
 
     def __init__(self, bundle: Bundle, engine: Backend, executables: Mapping[str, Executable]) -> None:
         self.bundle = bundle
         self.backend = engine
         self._executables: Mapping[str, Executable] | None = executables
+        self._idle: dict[Hashable, list[Any]] = {}
+        self._lock = threading.Lock()
 
     @staticmethod
     def open(
@@ -69,9 +76,40 @@ class Session:
             )
         return self._executables[name]
 
+    @contextmanager
+    def lent(self, key: Hashable, make: Callable[[], T]) -> Iterator[T]:
+        """What ``make()`` gave for ``key`` before and nobody uses now, or else what it gives; for one thread at a time.
+
+        Making bindings costs buffers, and on a GPU a captured graph for each call, so they wait here for the next
+        request: as many of a kind as there were at once. One whose engine fails is dropped.
+        """
+        with self._lock:
+            idle = self._idle.get(key)
+            found: T = idle.pop() if idle else None  # type: ignore[assignment]
+        if found is None:
+            found = make()
+        sound = True
+        try:
+            yield found
+        except EngineError:
+            sound = False
+            raise
+        finally:
+            with self._lock:
+                if sound and self._executables is not None:
+                    self._idle.setdefault(key, []).append(found)
+
+    def trim(self) -> None:
+        """Free the buffers of requests that have ended; the next ones make new ones."""
+        with self._lock:
+            self._idle.clear()
+
     def close(self) -> None:
-        """Let go of the graphs. A closed session stays closed; closing twice does nothing."""
-        self._executables = None
+        """Let go of the graphs, and of what waits for requests. A closed session stays closed; closing twice does
+        nothing."""
+        with self._lock:
+            self._executables = None
+            self._idle.clear()
 
     def __enter__(self) -> Session:
         return self

@@ -11,7 +11,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from tgate_engine.errors import BundleError, RequestError
-from tgate_engine.manifest import resolve
+from tgate_runtime.graph_call import GraphCall
 from tgate_runtime.session import Session
 
 
@@ -55,19 +55,14 @@ class TextEncoder:
 
         Raises :class:`RequestError` for text that is not valid Unicode.
         """
-        engine, spec = self._session.backend, self._session.manifest.graphs[self._session.manifest.text]
-        inputs = {t.name: engine.allocate(resolve(t.shape, 1), t.dtype) for t in spec.inputs}
-        outputs = {t.name: engine.allocate(resolve(t.shape, 1), t.dtype) for t in spec.outputs}
-        cuts = []
-        for index, tokenizer in enumerate(self._session.manifest.tokenizers):
-            tokens = self._tokenize(index, prompt)
-            inputs[tokenizer.input].write(tokens.ids)
-            cuts.append(tokens.cut)
-        self._session.graph(self._session.manifest.text).bind(inputs, outputs)()
-        return Encoded(
-            tensors={name: buffer.read() for name, buffer in outputs.items()},
-            cut=max(cuts, key=len, default=""),
-        )
+        manifest = self._session.manifest
+        tokens = [self._tokenize(index, prompt) for index in range(len(manifest.tokenizers))]
+        with GraphCall.lent(self._session, manifest.text) as encoder:
+            for tokenizer, found in zip(manifest.tokenizers, tokens, strict=True):
+                encoder.inputs[tokenizer.input].write(found.ids)
+            encoder()
+            tensors = {name: buffer.read() for name, buffer in encoder.outputs.items()}
+        return Encoded(tensors=tensors, cut=max((found.cut for found in tokens), key=len, default=""))
 
     def _tokenize(self, index: int, prompt: str) -> _Tokens:
         """Ids cut to the tokenizer's length, with its end token kept, and filled up with its padding."""

@@ -14,11 +14,12 @@ from safetensors.numpy import load_file
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError
-from tgate_engine.manifest import Golden, GraphSpec, resolve
+from tgate_engine.manifest import Golden
 from tgate_engine.plan import Plan
 from tgate_runtime.backends import OnBuild, Options
 from tgate_runtime.binding import Binding
 from tgate_runtime.dtypes import decode, encode, storage
+from tgate_runtime.graph_call import GraphCall
 from tgate_runtime.runner import run
 from tgate_runtime.session import Session
 
@@ -123,31 +124,20 @@ def _replay_plan(session: Session, plan: Plan, tensors: Tensors, *, each_step: b
 def _replay_graph(session: Session, golden: Golden, tensors: Tensors) -> float:
     """Run one graph once on ``input.*``; the worst error of ``output.*``."""
     spec = session.manifest.graphs[golden.graph]
-    batch = _batch_of(spec, tensors)
-    allocate = session.backend.allocate
-    inputs = {t.name: allocate(resolve(t.shape, batch), t.dtype) for t in spec.inputs}
-    outputs = {t.name: allocate(resolve(t.shape, batch), t.dtype) for t in spec.outputs}
-    for name, buffer in inputs.items():
+    batch = spec.batch_of({t.name: tensors[f"input.{t.name}"].shape for t in spec.inputs})
+    call = GraphCall(session, golden.graph, batch)
+    for name, buffer in call.inputs.items():
         values = tensors[f"input.{name}"]
         if values.shape != buffer.shape:
             raise ValueError(f"input {name} has shape {values.shape}, the graph takes {buffer.shape}")
         buffer.write(values if values.dtype == storage(buffer.dtype) else encode(values, buffer.dtype))
-    session.graph(golden.graph).bind(inputs, outputs)()
-    recorded = [name for name in outputs if f"output.{name}" in tensors]
+    call()
+    recorded = {name: buffer for name, buffer in call.outputs.items() if f"output.{name}" in tensors}
     if not recorded:
         raise ValueError("it records no output")
     return _worst(
-        [relative_error(decode(outputs[n].read(), outputs[n].dtype), tensors[f"output.{n}"]) for n in recorded]
+        [relative_error(decode(b.read(), b.dtype), tensors[f"output.{name}"]) for name, b in recorded.items()]
     )
-
-
-def _batch_of(spec: GraphSpec, tensors: Tensors) -> int:
-    """How many images the recorded inputs are for."""
-    for tensor in spec.inputs:
-        for size, dim in zip(tensors[f"input.{tensor.name}"].shape, tensor.shape, strict=True):
-            if dim == "batch":
-                return int(size)
-    return 1
 
 
 def _worst(errors: list[float]) -> float:

@@ -136,6 +136,9 @@ class OrtCpu:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.add_session_config_entry("session.use_env_allocators", "1")
+            # A planned block for each shape would lie beside what the first run left in the arena: on SD 1.5's sizes
+            # 190 MB more, and no faster.
+            options.enable_mem_pattern = False
         else:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         return options

@@ -99,7 +99,7 @@ class OrtCudaExecutable:
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> _CudaCall:
         check_buffers(self.name, self._spec, inputs, outputs)
         # A captured graph writes every output to a fixed place; what nobody reads goes to memory that calls share.
-        batch = self._batch(inputs)
+        batch = self._spec.batch_of({name: buffer.shape for name, buffer in inputs.items()})
         unread = {}
         for tensor in self._spec.outputs:
             if tensor.name not in outputs:
@@ -109,14 +109,6 @@ class OrtCudaExecutable:
                     self._unread[key] = CudaBuffer(shape, tensor.dtype, self.device)
                 unread[tensor.name] = self._unread[key]
         return _CudaCall(self, next(self._numbers), inputs, {**outputs, **unread})
-
-    def _batch(self, inputs: Mapping[str, CudaBuffer]) -> int:
-        """How many images these inputs are for; 1 where no input says so."""
-        for tensor in self._spec.inputs:
-            for dim, size in zip(tensor.shape, inputs[tensor.name].shape, strict=True):
-                if dim == "batch":
-                    return size
-        return 1
 
 
 class OrtCuda:

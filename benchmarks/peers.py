@@ -19,6 +19,8 @@ from tgate_runtime.binding import Binding
 from tgate_runtime.session import Session
 from tgate_runtime.verify import relative_error
 
+OPENVINO_ALONE = "OpenVINO, the network alone"
+
 
 def compare(
     session: Session,
@@ -27,6 +29,7 @@ def compare(
     *,
     device: str = "cpu",
     compile_mode: str = "default",
+    openvino: str = "",
     repeats: int,
     warm_ups: int = 0,
     seed: int = 0,
@@ -35,7 +38,8 @@ def compare(
     with those of a session that holds the gated and the ungated plan's graphs; ``engine`` is what to call it.
 
     ``settings``: those that the bundle was exported with, for its network. ``first_s``: from building a peer to the end
-    of its first loop, which the turns leave out. ``differs``: how far a peer's final latents are from the engine's,
+    of its first loop, which the turns leave out. ``openvino``: a precision in which the network alone runs there, too,
+    under diffusers' own pipeline. ``differs``: how far a peer's final latents are from the engine's,
     relative. A peer that fails is left out, with what it said.
     """
     import torch
@@ -64,6 +68,10 @@ def compare(
             _pipeline(copy.deepcopy(network, weights), manifest, plan), manifest.family, plan
         ),
     }
+    if openvino:
+        peers[OPENVINO_ALONE] = lambda: _pipeline(
+            _in_openvino(copy.deepcopy(network, weights), openvino), manifest, plan
+        )
     asked = _asked(manifest, plan, start, rows, next(iter(network.parameters())))
     failed, first_s = {}, {}
     differs: dict[str, float | None] = {}
@@ -109,6 +117,41 @@ def _pipeline(network: Any, manifest: Manifest, plan: Plan) -> Any:
         pipe = PixArtAlphaPipeline(transformer=network, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _in_openvino(network: Any, precision: str) -> Any:
+    """The module, whose calls run in OpenVINO: converted from PyTorch when it is first called, for those shapes."""
+    import openvino as ov
+    import torch
+    from torch.utils import _pytree as pytree
+
+    eager = network.forward
+    made: dict[str, Any] = {}
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not made:
+
+            class Flat(torch.nn.Module):
+                def __init__(self) -> None:
+                    super().__init__()
+                    self.network = network
+
+                def forward(self, *given: Any) -> Any:
+                    rest = iter(given)
+                    whole = [next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+                    args, kwargs = pytree.tree_unflatten(whole, tree)
+                    return eager(*args, **kwargs)[0]
+
+            model = ov.convert_model(Flat(), example_input=tuple(tensors))
+            model.reshape({place: list(tensor.shape) for place, tensor in enumerate(tensors)})
+            hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+            made["compiled"] = ov.Core().compile_model(model, "CPU", hints)
+        return (torch.from_numpy(made["compiled"]([tensor.numpy() for tensor in tensors])[0]),)
+
+    network.forward = forward
+    return network
 
 
 def _gating(pipe: Any, family: str, plan: Plan) -> Callable[..., Any]:

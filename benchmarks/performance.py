@@ -31,13 +31,15 @@ from tgate_runtime.session import Session
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is exported, and how often its loops are run: those of engines, and those of ``peers_of`` and its peers."""
+    """What is exported, and how often its loops are run: those of engines, and those of ``peers_of`` and its peers,
+    OpenVINO with the network ``alone`` in that precision among them."""
 
     export: tuple[str, ...]
     repeats: int
     warm_ups: int = 0
     peers_of: str = "openvino bf16"
     peer_turns: int = 2
+    alone: str = "bf16"
 
 
 CASES: Mapping[str, Case] = {
@@ -62,6 +64,7 @@ CASES: Mapping[str, Case] = {
         repeats=2,
         peers_of="ort-cpu shared",  # whose weights are mapped: three packed copies do not fit beside PyTorch's own
         peer_turns=1,
+        alone="",
     ),
     "sdxl-512": Case(
         export=(
@@ -71,6 +74,7 @@ CASES: Mapping[str, Case] = {
         repeats=2,
     ),
 }
+RESULTS = Path(__file__).parent / "results" / "performance.json"
 ENGINES: Mapping[str, tuple[str, ...]] = {
     "ort-cpu fast": ("--engine", "ort-cpu", "--memory", "fast"),
     "ort-cpu shared": ("--engine", "ort-cpu", "--memory", "shared"),
@@ -86,12 +90,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, required=True)
     parser.add_argument("--work", type=Path, required=True, help="where the bundle goes; one that is there is used")
-    parser.add_argument("--output", type=Path, help="JSON to add to")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON to add to")
     parser.add_argument("--parts", default=",".join([*ENGINES, "peers"]), help="engines, and peers")
     parser.add_argument("--role", choices=("memory", "peers"), help=argparse.SUPPRESS)
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     case, bundle = CASES[args.case], args.work / args.case
+    if odd := [part for part in args.parts.split(",") if part not in (*ENGINES, "peers")]:
+        parser.error(f"there is no {', '.join(odd)}; there are {', '.join(ENGINES)} and peers")
     if args.role == "memory":
         print(json.dumps(memory(bundle, args.engine)))
         return
@@ -110,9 +116,16 @@ def main() -> None:
             data["memory"] = _role(args, "memory", "--engine", part)
         else:
             data = _role(args, "peers")
-        parts[part] = {**data, "taken_on": {"cpu": cpu_model(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}}
+        parts[part] = {**data, "taken_on": machine()}
         write_atomically(args.output, (json.dumps(found, indent=1) + "\n").encode())
         print(f"{args.case}, {part}: saved", flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """What the milliseconds depend on, and what else was running."""
+    flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
+    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return {"cpu": cpu_model(), "isa": wide, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
 
 
 def memory(bundle_path: Path, engine_name: str) -> dict[str, Any]:
@@ -152,7 +165,7 @@ def peers(bundle_path: Path, case: Case) -> dict[str, Any]:
         height=manifest.height,
         width=manifest.width,
     )
-    found = compare(session, case.peers_of, settings, repeats=case.peer_turns)
+    found = compare(session, case.peers_of, settings, openvino=case.alone, repeats=case.peer_turns)
     return {**found, "engine_version": session.backend.version}
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import OPENVINO_ALONE
 from tgate_engine.bundle import write_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,7 @@ def main() -> None:
     pictures = args.page.parent / "images"
     speedups(found, pictures / "performance-speedup.png")
     latencies(found, pictures / "performance-latency.png")
+    memories(found, pictures / "performance-memory.png")
     write_atomically(args.page, page(found).encode())
 
 
@@ -50,6 +52,7 @@ def page(found: Mapping[str, Any]) -> str:
     """The whole page as Markdown."""
     lines = [INTRODUCTION, "![speed-up against the limit](images/performance-speedup.png)\n"]
     lines.append("![milliseconds of each graph](images/performance-latency.png)\n")
+    lines.append("![memory with one graph and with three](images/performance-memory.png)\n")
     for parts in found.values():
         engines = engines_of(parts)
         first = next(iter(engines.values()), None)
@@ -58,7 +61,10 @@ def page(found: Mapping[str, Any]) -> str:
         s, on = first["settings"], first["taken_on"]
         rules = f"n={s['steps_n']}, m={s['gate_m']}, k={s['self_interval_k']}"
         lines.append(f"## {s['model']}, {s['width']}×{s['height']}, {rules}\n")
-        lines.append(f"`tgate-export {parts['export']}`, on {on['cores']} cores of {on['cpu']}; batch {s['batch']}.\n")
+        isa = f" ({', '.join(on['isa'])})" if on.get("isa") else ""
+        lines.append(
+            f"`tgate-export {parts['export']}`, on {on['cores']} cores of {on['cpu']}{isa}; batch {s['batch']}.\n"
+        )
         lines += [*table(engines), "", *graph_table(engines), ""]
         if "peers" in parts:
             lines += [*peer_table(parts["peers"]), ""]
@@ -108,6 +114,10 @@ def peer_table(peers: Mapping[str, Any]) -> list[str]:
         least, first = min(turns), peers["first_s"].get(name)
         times = f"{statistics.median(turns) / 1e3:.2f} | {least / 1e3:.2f} | {base / least:.1f}×"
         rows.append(f"| {name} | {len(turns)} | {times} | {f'{first:.0f}' if first else '-'} |")
+    alone = peers["runs_ms"].get(OPENVINO_ALONE)
+    if alone:
+        gated = min(peers["runs_ms"][f"{peers['engine']} gated"])
+        rows.append(f"\n{peers['engine']} gated is {min(alone) / gated:.2f} times as fast as {OPENVINO_ALONE}.")
     return rows + [f"\n{name} failed: {said}" for name, said in peers["failed"].items()]
 
 
@@ -143,6 +153,24 @@ def latencies(found: Mapping[str, Any], picture: Path) -> None:
             [place + 0.3 for place in range(len(engines))], list(engines), rotation=40, ha="right", fontsize=8
         )
         axis.set(title=case, ylabel="ms a step")
+        axis.legend(fontsize=8)
+    _save(figure, picture)
+
+
+def memories(found: Mapping[str, Any], picture: Path) -> None:
+    """Bars of what a process holds with one graph, and with three, by engine."""
+    import matplotlib.pyplot as plt
+
+    cases = {case: engines_of(parts) for case, parts in found.items() if engines_of(parts)}
+    figure, axes = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3.4), dpi=100, squeeze=False)
+    for axis, (case, engines) in zip(axes[0], cases.items(), strict=True):
+        for number, (graph, title) in enumerate((("full", "one graph"), ("reuse_cross", "three graphs"))):
+            places = [place + number * 0.4 for place in range(len(engines))]
+            axis.bar(places, [data["memory"][graph] / 2**30 for data in engines.values()], 0.4, label=title)
+        axis.set_xticks(
+            [place + 0.2 for place in range(len(engines))], list(engines), rotation=40, ha="right", fontsize=8
+        )
+        axis.set(title=case, ylabel="proportional set size, GiB")
         axis.legend(fontsize=8)
     _save(figure, picture)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.toy_bundle import Toy, build, edit_manifest
 from tests.toy_model import LATENTS, LENGTH, TIME_IDS, WORDS
 from tgate_engine.errors import BundleError, EngineError, RequestError
 from tgate_engine.schedule import Schedule
+from tgate_runtime.backends.ort import OrtCpu, OrtExecutable, _OrtCall
 from tgate_runtime.noise import noise
 from tgate_runtime.pipeline import Pipeline, Progress
 from tgate_runtime.session import Session
@@ -171,6 +173,75 @@ def test_eight_requests_at_once_equal_one_by_one(pipe: Pipeline) -> None:
     with ThreadPoolExecutor(8) as pool:
         for got, want in zip(pool.map(request, range(8)), alone, strict=True):
             np.testing.assert_array_equal(got, want)
+
+
+class Counted:
+    """An engine, and how often it was asked for a buffer or a binding."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made = 0
+        for owner, name in ((OrtCpu, "allocate"), (OrtExecutable, "bind")):
+            monkeypatch.setattr(owner, name, self._counting(getattr(owner, name)))
+
+    def _counting(self, method: Any) -> Any:
+        def counted(*arguments: Any) -> Any:
+            self.made += 1
+            return method(*arguments)
+
+        return counted
+
+    def during(self, work: Any) -> int:
+        before = self.made
+        work()
+        return self.made - before
+
+
+def test_the_second_request_allocates_and_binds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU every binding is a graph to be captured, three runs of the network each."""
+    with Pipeline.open(build(tmp_path / "toy", Toy(schedules=SCHEDULES, batch=(1, 4))), threads=1) as own:
+        counted = Counted(monkeypatch)
+
+        def stopped() -> None:
+            def stop(progress: Progress) -> None:
+                raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt):
+                own(PROMPT, seed=1, on_step=stop)
+
+        def several(count: int) -> None:
+            with ThreadPoolExecutor(count) as pool:
+                everyone = threading.Barrier(count)
+                waits = [lambda p: everyone.wait() if p.done == 2 else None] * count
+                list(pool.map(lambda wait: own(PROMPT, seed=1, on_step=wait), waits))
+
+        assert counted.during(lambda: own(PROMPT, seed=1)) > 0
+        assert counted.during(lambda: own("blue", seed=2, negative_prompt="red", num_images=1)) == 0
+        assert counted.during(stopped) == 0
+        assert counted.during(lambda: own(PROMPT, seed=1)) == 0, "a request that was stopped gives its binding back"
+        assert counted.during(lambda: own(PROMPT, seed=1, plan="fast")) > 0
+        assert counted.during(lambda: own(PROMPT, seed=1, num_images=3)) > 0, "another batch"
+        assert counted.during(lambda: several(3)) > 0, "two more at once"
+        assert counted.during(lambda: several(3)) == 0
+        own.session.trim()
+        assert counted.during(lambda: own(PROMPT, seed=1)) > 0
+
+
+def test_a_binding_whose_engine_failed_is_not_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pipeline.open(build(tmp_path / "toy", Toy(schedules=SCHEDULES)), threads=1) as own:
+        want = own(PROMPT, seed=1).latents
+        counted, broken = Counted(monkeypatch), [True]
+
+        def call(self: Any) -> None:
+            if broken:
+                broken.pop()
+                raise EngineError("out of memory")
+            working(self)
+
+        working = _OrtCall.__call__
+        monkeypatch.setattr(_OrtCall, "__call__", call)
+        with pytest.raises(EngineError, match="out of memory"):
+            own(PROMPT, seed=1)
+        assert counted.during(lambda: np.testing.assert_array_equal(own(PROMPT, seed=1).latents, want)) > 0
 
 
 def test_other_plans(pipe: Pipeline) -> None:

@@ -210,6 +210,7 @@ def _simplify(model: ir.Model) -> None:
         RemoveUnusedNodesPass()(model)
     _drop_units(model.graph)
     _drop_vain_squeezes(model.graph)
+    _merge_heads(model.graph)
     _widen_masks(model.graph)
     IdentityEliminationPass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -246,6 +247,59 @@ def _drop_vain_squeezes(graph: ir.Graph) -> None:
         if isinstance(size, int) and size != 1 and not node.outputs[0].is_graph_output():
             node.outputs[0].replace_all_uses_with(value)
             graph.remove(node, safe=True)
+
+
+def _merge_heads(graph: ir.Graph) -> None:
+    """Give attention its queries, keys and values as [B, L, heads * width]: engines that split the heads themselves
+    need no kernel for it, where PyTorch's [B, heads, L, width] takes a transposition for each of them."""
+    for node in list(graph):
+        if node.op_type != "Attention" or node.domain or len(node.outputs) != 1:
+            continue
+        merged = [_before_split(value) for value in node.inputs[:3]]
+        after = _only_use(_only_use(node, "Transpose"), "Reshape")
+        found = [value for value in merged if value is not None]
+        if len(found) < 3 or after is None or after.outputs[0].is_graph_output() or not _is_merged(after.outputs[0]):
+            continue
+        for place, (value, heads) in enumerate(found):
+            node.replace_input_with(place, value)
+            if place < 2:
+                name = ("q_num_heads", "kv_num_heads")[place]
+                node.attributes[name] = ir.AttrInt64(name, heads)
+        node.outputs[0].shape = after.outputs[0].shape
+        after.outputs[0].replace_all_uses_with(node.outputs[0])
+
+
+def _before_split(value: ir.Value | None) -> tuple[ir.Value, int] | None:
+    """Where ``value`` [B, heads, L, width] is a tensor [B, L, heads * width], reshaped and transposed: that tensor, and
+    its heads."""
+    transpose = None if value is None else value.producer()
+    if transpose is None or not _swaps_heads(transpose) or transpose.inputs[0] is None:
+        return None
+    split = transpose.inputs[0].producer()
+    if split is None or split.op_type != "Reshape" or split.inputs[0] is None:
+        return None
+    whole, parts = split.inputs[0].shape, split.outputs[0].shape
+    if whole is None or parts is None or len(whole) != 3 or len(parts) != 4 or not isinstance(parts[2], int):
+        return None
+    same = whole[1] == parts[1] and isinstance(parts[3], int) and whole[2] == parts[2] * parts[3]
+    return (split.inputs[0], parts[2]) if same else None
+
+
+def _only_use(node: ir.Node | None, op_type: str) -> ir.Node | None:
+    """The one node that reads the first output of ``node``, if it is of that type, and nothing else reads it."""
+    uses = [] if node is None else [use.node for use in node.outputs[0].uses()]
+    if node is None or node.outputs[0].is_graph_output() or len(uses) != 1 or uses[0].op_type != op_type:
+        return None
+    return uses[0] if op_type != "Transpose" or _swaps_heads(uses[0]) else None
+
+
+def _swaps_heads(node: ir.Node) -> bool:
+    permutation = node.attributes.get("perm") if node.op_type == "Transpose" else None
+    return permutation is not None and tuple(permutation.as_ints()) == (0, 2, 1, 3)
+
+
+def _is_merged(value: ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) == 3
 
 
 def _widen_masks(graph: ir.Graph) -> None:

@@ -54,11 +54,9 @@ def _convolution(node: ir.Node) -> int:
 
 
 def _attention(node: ir.Node) -> int:
+    """QK^T and AV: heads lie beside the batch [B, heads, L, width], or in the width [B, L, heads * width]."""
     query, key, value = (_shape(node, v) for v in node.inputs[:3])
-    if len(query) != 4:
-        raise ExportError(f"attention over {len(query)} dimensions cannot be counted; 4 are wanted")
-    batch, heads, length, width = query
-    return batch * heads * length * key[2] * (width + value[3])
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _shape(node: ir.Node, value: ir.Value | None) -> tuple[int, ...]:

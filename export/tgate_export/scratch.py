@@ -69,7 +69,8 @@ def _scores(node: ir.Node) -> int:
     if node.op_type != "Attention" or node.inputs[0] is None or node.inputs[1] is None:
         return 0
     query, key = (_shape(value) for value in node.inputs[:2] if value is not None)
-    return math.prod(query[:3]) * key[2] * _itemsize(node.inputs[0])
+    heads = node.attributes.get("q_num_heads")
+    return math.prod(query[:-1]) * (1 if heads is None else heads.as_int()) * key[-2] * _itemsize(node.inputs[0])
 
 
 def _nbytes(value: ir.Value) -> int:

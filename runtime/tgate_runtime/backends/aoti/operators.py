@@ -44,11 +44,16 @@ HOST: Mapping[str, tuple[int, ...]] = {
 
 
 def _attention(a: Attributes, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *more: Any) -> Tensor:
-    if q.ndim != 4 or more or a.get("softcap", 0.0) or a.get("qk_matmul_output_mode", 0):
-        raise NotImplementedError("Attention other than [B, heads, L, D] without cache and softcap")
-    return F.scaled_dot_product_attention(
+    if more or a.get("softcap", 0.0) or a.get("qk_matmul_output_mode", 0):
+        raise NotImplementedError("Attention with cache or softcap")
+    merged = q.ndim == 3  # [B, L, heads * D]; otherwise [B, heads, L, D]
+    if merged:
+        heads = (a["q_num_heads"], a["kv_num_heads"], a["kv_num_heads"])
+        q, k, v = (x.unflatten(-1, (n, -1)).transpose(1, 2) for x, n in zip((q, k, v), heads, strict=True))
+    found = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=bool(a.get("is_causal", 0)), scale=a.get("scale")
     )
+    return found.transpose(1, 2).flatten(-2) if merged else found
 
 
 def _conv(a: Attributes, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:

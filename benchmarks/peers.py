@@ -65,12 +65,12 @@ def compare(
         "diffusers eager": lambda: _pipeline(network, manifest, plan),
         "torch.compile": lambda: _pipeline(torch.compile(network, mode=compile_mode), manifest, plan),
         "tgate eager gated": lambda: _gating(
-            _pipeline(copy.deepcopy(network, weights), manifest, plan), manifest.family, plan
+            _pipeline(copy.deepcopy(network, dict(weights)), manifest, plan), manifest.family, plan
         ),
     }
     if openvino:
         peers[OPENVINO_ALONE] = lambda: _pipeline(
-            _in_openvino(copy.deepcopy(network, weights), openvino), manifest, plan
+            _in_openvino(copy.deepcopy(network, dict(weights)), openvino), manifest, plan
         )
     asked = _asked(manifest, plan, start, rows, next(iter(network.parameters())))
     failed, first_s = {}, {}

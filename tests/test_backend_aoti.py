@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,7 @@ def test_without_leave_to_build(toy: Bundle, tmp_path: Path, monkeypatch: pytest
         (EngineOptions(memory="fast"), "always keeps one copy of the weights"),
         (EngineOptions(architecture="sm_90"), "compiles for the machine it runs on"),
         (EngineOptions(precision="f16"), "f16 on a GPU alone"),
+        (EngineOptions(device=1), "there is no GPU 1; PyTorch sees 0"),
     ],
 )
 def test_options_it_cannot_follow(options: EngineOptions, says: str) -> None:
@@ -236,6 +238,25 @@ def test_options_it_cannot_follow(options: EngineOptions, says: str) -> None:
 def test_options_are_settled() -> None:
     engine = Aoti(EngineOptions(precision="f32"))
     assert (engine.name, engine.version, engine.options.memory) == ("aoti", torch.__version__, "shared")
+
+
+def test_flags_that_this_pytorch_has_not_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.11 has no enable_line_tables, and raises for settings that it does not know."""
+    monkeypatch.setattr(torch._inductor, "config", SimpleNamespace(**{"aot_inductor.compile_wrapper_opt_level": "O1"}))
+    flags = Aoti(EngineOptions()).flags()
+    assert flags["aot_inductor.compile_wrapper_opt_level"] == "O0"
+    assert "aot_inductor.enable_line_tables" not in flags
+    assert flags["always_keep_tensor_constants"]  # what results depend on is never left out
+
+
+def test_float32_is_float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert Aoti(EngineOptions(device=1)).device == torch.device("cuda", 1)
+    assert not torch.backends.cudnn.allow_tf32
+    with pytest.raises(EngineError, match="there is no GPU 2; PyTorch sees 2"):
+        Aoti(EngineOptions(device=2))
 
 
 def test_a_machine_without_a_compiler(toy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

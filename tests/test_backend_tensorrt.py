@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
 from tgate_engine.manifest import Dim, GraphSpec, Macs, TensorSpec
 from tgate_runtime.backends import ENGINES, EngineOptions, backend
+from tgate_runtime.cache import digest_of
 
 pytest.importorskip("polygraphy")
 pytest.importorskip("cuda.bindings")
@@ -37,7 +39,9 @@ from tgate_runtime.backends.tensorrt.build import (  # noqa: E402
     Log,
     build_engine,
     capability,
+    flags,
     log,
+    polygraphy,
     read_model,
     weight_spans,
     without_weights,
@@ -223,6 +227,36 @@ def test_the_key_says_what_an_engine_is_made_from(bundle: Bundle) -> None:
     assert fast["architecture"] == "sm_89"
 
 
+@pytest.mark.parametrize(
+    ("what", "other"), [("RECIPE", "another"), ("POLYGRAPHY", "0.1"), ("flags", lambda _: {"TF32": True})]
+)
+def test_another_recipe_is_another_engine(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, what: str, other: Any
+) -> None:
+    """Or an engine of yesterday's settings would be found again."""
+    graph = next(iter(bundle.manifest.graphs))
+    before = digest_of(TensorRt(SHARED).key(bundle, graph))
+    assert digest_of(TensorRt(SHARED).key(bundle, graph)) == before
+    monkeypatch.setattr(f"tgate_runtime.backends.tensorrt.{what}", other)
+    assert digest_of(TensorRt(SHARED).key(bundle, graph)) != before
+
+
+@pytest.mark.parametrize("memory", ["shared", "fast"])
+def test_the_builder_is_set_as_the_key_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str) -> None:
+    options = EngineOptions(memory=memory)
+    set_to: dict[str, bool] = {}
+
+    def built(_network: Any, config: Any) -> bytes:
+        set_to.update({flag: config.get_flag(getattr(trt.BuilderFlag, flag)) for flag in flags(options)})
+        return b""
+
+    monkeypatch.setattr(polygraphy, "engine_bytes_from_network", built)
+    build_engine(tmp_path / "a.onnx", attention(tmp_path / "a.onnx", "float32", 2), (1, 1), options)
+    assert set_to == flags(options)
+    assert set_to["STRIP_PLAN"] == (memory == "fast")
+    assert not set_to["TF32"]
+
+
 # --- opening ---------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +276,8 @@ def test_options_are_settled_or_refused() -> None:
     assert ENGINES["tensorrt"].cls == TensorRt.__name__
     with pytest.raises(EngineError, match="leave out --precision"):
         TensorRt(EngineOptions(precision="f16"))
+    with pytest.raises(EngineError, match="tensorrt computes on a GPU; leave out --threads"):
+        TensorRt(EngineOptions(threads=2))
     assert capability("sm_120") == (12, 0)
     for unknown in ("sm_90", "ada"):
         with pytest.raises(EngineError, match=rf"builds for sm_75, .*got '{unknown}'"):
@@ -322,6 +358,7 @@ class _Gpu:
         if cls.capturing is None:
             work()
         else:
+            assert not gc.isenabled()  # a buffer collected now would be freed within the capture, which ends it
             cls.capturing.append(work)
 
     @classmethod
@@ -414,6 +451,7 @@ def test_the_host_code_of_a_call(fake_gpu: type[_Gpu], tmp_path: Path, monkeypat
         first()
         np.testing.assert_array_equal(y.read(), np.full((2, 3), 25))
         assert fake_gpu.launches == run  # the first run warms up and records
+        assert gc.isenabled()
     second()
     np.testing.assert_array_equal(x.read(), np.full((2, 3), 55))
     with pytest.raises(EngineError, match="takes float32 arrays"):

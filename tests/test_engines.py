@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -44,7 +46,7 @@ class OnTheCpu(OrtCuda):
     provider = "CPUExecutionProvider"
     kind = "cpu"
 
-    def providers(self) -> list[tuple[str, dict[str, str]]]:
+    def providers(self, captured: bool) -> list[tuple[str, dict[str, str]]]:
         return [(self.provider, {})]
 
 
@@ -205,10 +207,11 @@ def test_bfloat16_stays_near_and_is_not_float32(mini_bundle: Path) -> None:
     [
         ("ort-cpu", {"precision": "bf16"}, "computes in the dtype that the bundle was exported with"),
         ("ort-cuda", {}, "has no CUDAExecutionProvider: pip uninstall onnxruntime"),
+        ("ort-cuda", {"threads": 2}, "ort-cuda computes on a GPU; leave out --threads"),
         ("openvino", {"memory": "shared"}, "take --engine ort-cpu --memory shared"),
         ("openvino", {"device": 3}, "engine openvino runs on the CPU; leave out --device"),
         ("ort-cpu", {"architecture": "sm_90"}, "engine ort-cpu runs on the CPU; leave out --device and --architecture"),
-        ("ort-cpu", {"device": -1}, "a device is a number from 0, got -1"),
+        ("ort-cpu", {"device": -1}, "a device is a whole number from 0, got -1"),
         ("ort-cpu", {"memory": "huge"}, "memory must be one of shared, fast, got 'huge'"),
         ("openvino", {"precision": "f8"}, "precision must be one of f32, bf16, f16, got 'f8'"),
     ],
@@ -252,17 +255,139 @@ def test_an_engine_without_compilation_has_nothing_to_build(toy: Bundle, capsys:
 
 def test_a_weight_that_would_be_copied_is_an_error(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine says so in its log alone; here the log is made to say it."""
-    import os
-
     load = onnxruntime.InferenceSession
 
     def copying(*args: Any, **settings: Any) -> Any:
-        os.write(2, b"Cannot use user supplied initializer with name: (w) because the ORT planned memory location\n")
+        os.write(2, b"[W:onnxruntime:, a.cc:1 F] Cannot use user supplied initializer with name: (w) because the ORT\n")
         return load(*args, **settings)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", copying)
     with pytest.raises(EngineError, match=r"copied 1 weights of full\.onnx instead of sharing them"):
         OnTheCpu(EngineOptions(memory="shared")).load(toy, ["full"])
+
+
+# --- ort-cuda, as far as a CPU goes -------------------------------------------------------------
+
+
+def test_one_thread_works_on_the_gpu(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks: ONNX Runtime keeps a CUDA graph with its thread, and other threads' work breaks a capture."""
+    plan = make_plan("p", schedule(), Toy(), toy.manifest.graphs)
+    with opened(toy, OnTheCpu(EngineOptions())) as session:
+        alone = [finished(Binding(session, plan, 1), seed) for seed in range(4)]
+    heard: dict[str, set[int]] = {}
+
+    def listen(cls: type, name: str) -> None:
+        call = getattr(cls, name)
+
+        def listening(*args: Any, **settings: Any) -> Any:
+            heard.setdefault(name, set()).add(threading.get_ident())
+            return call(*args, **settings)
+
+        is_static = isinstance(vars(cls).get(name), staticmethod | classmethod)
+        monkeypatch.setattr(cls, name, staticmethod(listening) if is_static else listening)
+
+    for name in ("ortvalue_from_shape_and_type", "update_inplace", "numpy"):
+        listen(onnxruntime.OrtValue, name)
+    for name in ("__init__", "io_binding", "run_with_iobinding"):
+        listen(onnxruntime.InferenceSession, name)
+    with opened(toy, OnTheCpu(EngineOptions())) as session, ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda seed: finished(Binding(session, plan, 1), seed), range(4)))
+    assert len(heard) == 6
+    assert len(set().union(*heard.values())) == 1
+    assert threading.get_ident() not in heard["__init__"]
+    for got, want in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_only_denoising_graphs_are_captured(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs around the denoiser may hold nodes without CUDA kernels, and a graph that is not captured is not run
+    before it is called."""
+    asked: dict[str, Any] = {}
+    load, runs = onnxruntime.InferenceSession, []
+
+    def on_the_cpu(path: str, options: Any, *, providers: Any, enable_fallback: int) -> Any:
+        assert enable_fallback == 0
+        asked[Path(path).stem] = providers[0][1]
+        return load(path, options, providers=["CPUExecutionProvider"])
+
+    engine = OnTheCpu(EngineOptions())
+    monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
+    monkeypatch.setattr(OnTheCpu, "providers", OrtCuda.providers)
+    monkeypatch.setattr(load, "run_with_iobinding", lambda *args: runs.append(args))
+    found = engine.load(toy, ["full", "text", "decoder"])
+    assert {name: "enable_cuda_graph" in own for name, own in asked.items()} == {
+        **{"full": True, "text": False, "decoder": False}
+    }
+    assert {own["use_tf32"] for own in asked.values()} == {"0"}
+    for name, executable in found.items():
+        spec = toy.manifest.graphs[name]
+        ends = [{t.name: (resolve(t.shape, 1), t.dtype) for t in tensors} for tensors in (spec.inputs, spec.outputs)]
+        buffers = [{name: engine.allocate(*kind) for name, kind in kinds.items()} for kinds in ends]
+        before = len(runs)
+        executable.bind(*buffers)
+        assert len(runs) - before == (name == "full")
+
+
+def test_cuda_is_found_in_any_folder_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel of ONNX Runtime in one folder, CUDA's in another, cuDNN in neither."""
+    folder = tmp_path / "nvidia" / "cu13" / "lib"
+    folder.mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(onnxruntime, "cuda_version", "13.0")
+    asked: list[dict[str, Any]] = []
+
+    def preload(**settings: Any) -> None:
+        asked.append(settings)
+        print("Failed to load libwhat.so: no such file")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
+    monkeypatch.setattr(OnTheCpu, "kind", "cuda")
+    with pytest.raises(EngineError, match=r"^ort-cuda finds no GPU 0 here: .+ \(Failed to load libwhat\.so: no such"):
+        OnTheCpu(EngineOptions())
+    assert asked == [{"cudnn": False, "directory": str(folder)}, {"cuda": False, "directory": None}]
+
+
+def test_what_the_log_says_is_in_the_error(
+    toy: Bundle, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The engine goes on without its provider, and only its log says why."""
+    load, fails = onnxruntime.InferenceSession, True
+
+    def saying(path: str, options: Any, **_: Any) -> Any:
+        os.write(2, b"\x1b[0;93m2026 [W:onnxruntime:, a.cc:1 F] Removing initializer 'w'.\x1b[m\n")
+        os.write(2, b"\x1b[1;31m2026 [E:onnxruntime:Default, b.cc:2 operator()] /src/c.cc:3 ns::Provider& ns::Get() ")
+        os.write(2, b"[ONNXRuntimeError] : 1 : FAIL : Failed to load library x.so\n\x1b[m\nsaid by another\n")
+        found = load(path, options, providers=["CPUExecutionProvider"])
+        monkeypatch.setattr(found, "get_providers", lambda: [] if fails else ["CPUExecutionProvider"])
+        return found
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", saying)
+    engine = OnTheCpu(EngineOptions())
+    with pytest.raises(EngineError, match=r"check that CUDA and cuDNN are there \(Failed to load library x\.so\)$"):
+        engine.load(toy, ["full"])
+    assert capfd.readouterr() == ("", "said by another\n")
+    fails = False
+    engine.load(toy, ["full"])
+    assert [line[:20] for line in capfd.readouterr().err.splitlines()] == ["2026 [E:onnxruntime:", "said by another"]
+
+
+def test_buffers_fail_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = OnTheCpu(EngineOptions())
+    buffer = engine.allocate((2, 3), "float32")
+    with pytest.raises(EngineError, match="takes float32 arrays, got float64"):
+        buffer.write(np.zeros((2, 3)))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA failure 700:\nan illegal memory access")
+
+    for name in ("ortvalue_from_shape_and_type", "update_inplace", "numpy"):
+        monkeypatch.setattr(onnxruntime.OrtValue, name, fail)
+    calls: list[Callable[[], Any]] = [
+        *(lambda: engine.allocate((2, 3), "float32"), lambda: buffer.write(np.zeros((2, 3), np.float32)), buffer.read)
+    ]
+    for call in calls:
+        with pytest.raises(EngineError, match=r"buffer of float32 \[2, 3\]: CUDA failure 700: an illegal"):
+            call()
 
 
 # --- memory -------------------------------------------------------------------------------------

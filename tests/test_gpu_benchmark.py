@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.gpu import sections
 from benchmarks.gpu.run import aims, main, table
 from benchmarks.gpu.setting import Setting, engine_of
 from benchmarks.loops import plans_of, request
 from tests.toy_bundle import Toy, build
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
+from tgate_runtime.backends.ort import OrtCpu
 from tgate_runtime.backends.ort_cuda import OrtCuda
 from tgate_runtime.binding import Binding
 from tgate_runtime.runner import run
@@ -87,8 +89,8 @@ def test_without_diffusers_there_is_a_reason_and_no_crash(bundles: Path) -> None
         **{"status": "skipped", "error": "diffusers is not installed", "at": "", "took_s": 0}
     }
     assert done["mini-sdxl/ort-cpu/check"]["status"] == "skipped"
-    assert done["mini-sdxl/peers"]["ms"].keys() == {"ort-cpu gated", "ort-cpu ungated"}
-    assert set(done["mini-sdxl/peers"]["failed"].values()) == {"diffusers is not installed"}
+    peers = done["mini-sdxl/peers"]
+    assert (peers["status"], peers["error"]) == ("skipped", "diffusers is not installed")
 
 
 def test_a_spent_budget_leaves_the_rest_to_resume(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,10 +130,29 @@ def test_cuda_graphs_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> Non
     """The CPU in place of the GPU, as in tests/test_engines.py."""
     monkeypatch.setattr(OrtCuda, "provider", "CPUExecutionProvider")
     monkeypatch.setattr(OrtCuda, "kind", "cpu")
-    for name, flag in (("ort-cuda", "1"), ("ort-cuda+no-graphs", "0")):
+    for name, captured in (("ort-cuda", True), ("ort-cuda+no-graphs", False)):
         engine = engine_of(name, "cuda")
         assert isinstance(engine, OrtCuda)
-        assert engine.providers()[0][1]["enable_cuda_graph"] == flag
+        assert ("full" in engine.captured) == captured
+
+
+def test_what_an_empty_engine_takes_is_no_weights(monkeypatch: pytest.MonkeyPatch, bundles: Path) -> None:
+    """A GPU's context comes with the first buffer: one is allocated before what is held is read."""
+    order: list[str] = []
+    allocate = OrtCpu.allocate
+
+    def heard(self: OrtCpu, shape: tuple[int, ...], dtype: str) -> Any:
+        order.append("allocate")
+        return allocate(self, shape, dtype)
+
+    def held(_device: str) -> int:
+        order.append("held")
+        return 0
+
+    monkeypatch.setattr(OrtCpu, "allocate", heard)
+    monkeypatch.setattr(sections, "held_bytes", held)
+    sections.memory(Setting(model="mini-sdxl", device="cpu", bundles=str(bundles), engine="ort-cpu", graphs="one"))
+    assert order[:3] == ["held", "allocate", "held"]
 
 
 def test_a_gpu_without_engines_is_recorded(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,8 @@ def memory(setting: Setting) -> dict[str, Any]:
     of the GPU, all that it holds; on the CPU, the process's proportional set size."""
     before = held_bytes(setting.device)
     engine, opened = engine_of(setting.engine, setting.device), setting.open()
-    empty = held_bytes(setting.device)  # with the engine's own code, and the GPU's context where it has one by now
+    engine.allocate((1,), "float32")  # or the GPU's context, made with the first buffer, would count as weights
+    empty = held_bytes(setting.device)
     names = opened.manifest.plan("default").graphs()
     names = names[:1] if setting.graphs == "one" else names
     buffers: dict[str, Any] = {}  # tensors of one name share one, as they do in a request

@@ -90,8 +90,7 @@ def _without_cuda_graphs(options: Options) -> Backend:
     from tgate_runtime.backends.ort_cuda import OrtCuda
 
     class WithoutCudaGraphs(OrtCuda):
-        def providers(self) -> list[tuple[str, dict[str, str]]]:
-            return [(name, {**own, "enable_cuda_graph": "0"} if own else {}) for name, own in super().providers()]
+        captured = ()
 
     return WithoutCudaGraphs(EngineOptions(**options))
 

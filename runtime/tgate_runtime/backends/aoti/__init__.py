@@ -40,11 +40,14 @@ _FLAGS: dict[str, Any] = {
     # Otherwise small weights, and those that hold one number, would be written into the code as they are today.
     "always_keep_tensor_constants": True,
     "joint_graph_constant_folding": False,
+    # Otherwise the number of threads at the time of compiling would be written into the kernels.
+    "cpp.dynamic_threads": True,
+}
+# They only save time while compiling, and not every version of PyTorch knows each, which it would raise.
+_HASTE: dict[str, Any] = {
     # The code around the kernels calls them and no more: optimising it takes most of the time and wins nothing.
     "aot_inductor.compile_wrapper_opt_level": "O0",
     "aot_inductor.enable_line_tables": False,
-    # Otherwise the number of threads at the time of compiling would be written into the kernels.
-    "cpp.dynamic_threads": True,
 }
 _PACKAGE, _CONSTANTS, _NAMES = "graph.pt2", "constants.safetensors", "weights.json"
 
@@ -144,10 +147,13 @@ class Aoti:
             raise EngineError("aoti compiles for the machine it runs on; leave out --architecture")
         self.options = replace(options, memory="shared")
         self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            if options.device >= torch.cuda.device_count():
-                raise EngineError(f"there is no GPU {options.device}; PyTorch sees {torch.cuda.device_count()}")
+        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if options.device >= max(visible, 1):  # without a GPU, device 0 is the CPU
+            raise EngineError(f"there is no GPU {options.device}; PyTorch sees {visible}")
+        if visible:
             self.device = torch.device("cuda", options.device)
+            # For the process: by default cuDNN convolves with 10 bits of mantissa, and float32 must mean float32.
+            torch.backends.cudnn.allow_tf32 = False
         elif options.precision == "f16":
             raise EngineError("aoti computes in f16 on a GPU alone, and PyTorch sees none; take --precision bf16")
         if options.threads is not None:
@@ -202,8 +208,9 @@ class Aoti:
 
     def flags(self) -> dict[str, Any]:
         """Inductor's settings."""
+        known = {flag: value for flag, value in _HASTE.items() if hasattr(torch._inductor.config, flag)}
         # More than one thread: only then are the kernels' loops written so that threads can share them.
-        return {**_FLAGS, "cpp.threads": max(2, os.cpu_count() or 1)}
+        return {**_FLAGS, **known, "cpp.threads": max(2, os.cpu_count() or 1)}
 
     def _weights(self, bundle: Bundle) -> Weights:
         return Weights(bundle.file(bundle.manifest.weights), self.device)

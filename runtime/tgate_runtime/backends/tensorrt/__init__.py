@@ -26,10 +26,13 @@ from tgate_engine.manifest import GraphSpec
 from tgate_runtime import cache
 from tgate_runtime.backends import Buffer, EngineOptions, OnBuild, check_buffers
 from tgate_runtime.backends.tensorrt.build import (
+    POLYGRAPHY,
+    RECIPE,
     RTX,
     VERSION,
     build_engine,
     capability,
+    flags,
     log,
     polygraphy,
     read_model,
@@ -179,6 +182,8 @@ class TensorRt:
     def __init__(self, options: EngineOptions) -> None:
         if options.precision is not None:
             raise EngineError("tensorrt computes in the dtype that the bundle was exported with; leave out --precision")
+        if options.threads is not None:
+            raise EngineError("tensorrt computes on a GPU; leave out --threads")
         if options.architecture is not None and not RTX:
             raise EngineError("TensorRT builds for the GPU at hand alone; leave out the architecture")
         self.options = replace(options, memory=options.memory or ("shared" if RTX else "fast"))
@@ -256,6 +261,9 @@ class TensorRt:
         fast = self.options.memory == "fast"
         return {
             "engine": f"{self.name} {self.version}",
+            "polygraphy": POLYGRAPHY,
+            "recipe": RECIPE,
+            "flags": flags(self.options),
             "graph": files[bundle.manifest.graphs[graph].file].sha256,
             "weights": files[bundle.manifest.weights].sha256 if fast and bundle.manifest.weights else "",
             "architecture": (self.options.architecture or "portable") if RTX else architecture(self.options.device),

@@ -5,6 +5,7 @@ TensorRT-RTX, with ``memory="shared"``, builds on hosts without a GPU; that is w
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import logging
 import re
@@ -35,6 +36,9 @@ importlib.import_module("polygraphy.logger.logger").__dict__["COLORED_MODULE_PRE
 importlib.import_module("polygraphy.logger").G_LOGGER.use_python_logging_system = True
 polygraphy: Any = importlib.import_module("polygraphy.backend.trt")
 VERSION = f"{'RTX ' if RTX else ''}{trt.__version__}"
+POLYGRAPHY = str(importlib.import_module("polygraphy").__version__)
+RECIPE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+"""The digest of this file: what makes engines of graphs."""
 
 
 class Log(logging.Handler):
@@ -66,6 +70,18 @@ class Log(logging.Handler):
 log = Log()
 
 
+def flags(options: EngineOptions) -> dict[str, bool]:
+    """The builder's flags that do not stay as they are; ``options.memory`` must be settled."""
+    stripped = options.memory == "fast"
+    found = {
+        "TF32": False,  # float32 is what the bundle's goldens hold it to
+        "STRIP_PLAN": stripped,
+        "REFIT_IDENTICAL": stripped,
+    }
+    # Otherwise TensorRT-RTX allocates by itself, and no CUDA graph can be captured.
+    return {**found, "REQUIRE_USER_ALLOCATION": True} if RTX else found
+
+
 def build_engine(path: Path, spec: GraphSpec, batch: tuple[int, int], options: EngineOptions) -> bytes:
     """The engine of one ONNX file, serialized, for ``batch`` (least, most) images; tuned for the most.
 
@@ -94,13 +110,10 @@ def build_engine(path: Path, spec: GraphSpec, batch: tuple[int, int], options: E
             create = importlib.import_module("polygraphy.backend.tensorrt_rtx").create_config_rtx
             capabilities = [capability(options.architecture)] if options.architecture else None
             config = create(*network[:2], profiles=[profile], compute_capabilities=capabilities)
-            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or no CUDA graph can be captured
         else:
             config = polygraphy.create_config(*network[:2], profiles=[profile])
-        config.clear_flag(trt.BuilderFlag.TF32)  # float32 is what the bundle's goldens hold it to
-        if not shared:
-            config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-            config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+        for flag, wanted in flags(options).items():
+            (config.set_flag if wanted else config.clear_flag)(getattr(trt.BuilderFlag, flag))
         return bytes(polygraphy.engine_bytes_from_network(network, config))
     except Exception as error:  # Polygraphy's own class, and pybind11's
         raise EngineError(f"TensorRT {VERSION} cannot build {path.name}: {log.take(str(error))}") from error

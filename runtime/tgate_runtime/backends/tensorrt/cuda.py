@@ -6,6 +6,7 @@ Nothing here has run on a GPU yet: it was written from the documentation, and te
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import math
 from collections.abc import Callable
@@ -115,12 +116,19 @@ class Stream:
 
     def capture(self, enqueue: Callable[[], None]) -> CudaGraph:
         """What ``enqueue`` queues on this stream, recorded and not run."""
-        # Thread-local: other threads may allocate and copy meanwhile.
-        check(cuda.cudaStreamBeginCapture, self.handle, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        # A buffer that the collector found now would be freed by this thread, which would end the capture.
+        collecting = gc.isenabled()
+        gc.disable()
         try:
-            enqueue()
-        finally:  # a stream left capturing can do nothing else
-            error, graph = cuda.cudaStreamEndCapture(self.handle)
+            # Thread-local: other threads may allocate, copy and free meanwhile.
+            check(cuda.cudaStreamBeginCapture, self.handle, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+            try:
+                enqueue()
+            finally:  # a stream left capturing can do nothing else
+                error, graph = cuda.cudaStreamEndCapture(self.handle)
+        finally:
+            if collecting:
+                gc.enable()
         check(lambda: (error, graph))
         return CudaGraph(graph)
 

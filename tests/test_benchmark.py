@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from tests.toy_bundle import Toy, build
 from tgate_engine import views
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError, RequestError
+from tgate_runtime.backends.ort import OrtCpu
 from tgate_runtime.benchmark import bench
 
 
@@ -66,6 +69,43 @@ def test_settings_that_cannot_be(bundle: Bundle) -> None:
         bench(bundle, batch=9, repeats=1)
     with pytest.raises(BundleError, match="has no plan 'other'"):
         bench(bundle, plan="other")
+
+
+def test_a_plan_that_is_left_out_is_not_loaded(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    class Watched(OrtCpu):
+        def load(self, bundle: Bundle, graphs: Sequence[str], on_build: Any = None) -> Any:
+            loaded.extend(graphs)
+            return super().load(bundle, graphs, on_build)
+
+    monkeypatch.setattr("tgate_runtime.backends.ort.OrtCpu", Watched)
+    data = bench(bundle, threads=1, repeats=1, warm_ups=0, stopped=False)
+    assert data["plans"]["guidance_stopped"] == {"ms": None}
+    assert data["guidance_stopped_speedup"] is None
+    assert set(data["graphs"]) == set(loaded) == {"text", "decoder", "full", "reuse_self", "reuse_cross"}
+
+
+def test_a_trace_that_cannot_be_written_is_found_before_measuring(bundle: Bundle) -> None:
+    measured: list[str] = []
+    with pytest.raises(RequestError, match=r"^/proc/x\.json cannot be written \(.*\); name another place$"):
+        bench(bundle, repeats=1, trace=Path("/proc/x.json"), on_run=lambda *args: measured.append(args[2]))
+    assert measured == []
+
+
+def test_a_trace_is_written_once(bundle: Bundle, tmp_path: Path) -> None:
+    """When everything is measured, and of the last run: nothing writes while a plan is timed."""
+    path = tmp_path / "trace.json"
+    seen: list[list[str]] = []
+    bench(
+        bundle,
+        threads=1,
+        repeats=2,
+        trace=path,
+        on_run=lambda *_: seen.append([file.name for file in tmp_path.iterdir()]),
+    )
+    assert seen == [[]] * 9
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.json"]
 
 
 def test_a_trace_holds_every_step_and_what_lies_between(bundle: Bundle, tmp_path: Path) -> None:

@@ -77,6 +77,30 @@ def test_a_damaged_entry_is_built_again(harm: str) -> None:
     assert built == ["one", "two"]
 
 
+@pytest.mark.parametrize("harm", ["a file", "a dangling link", "a link to a file", "a link to another directory"])
+def test_what_is_not_a_directory_gives_way_to_an_entry(root: Path, tmp_path: Path, harm: str) -> None:
+    place = root / cache.digest_of(KEY)
+    root.mkdir()
+    other = tmp_path / "other"
+    if harm == "a file":
+        place.write_text("not an entry")
+    else:
+        place.symlink_to(other)
+    if harm == "a link to a file":
+        other.write_text("mine")
+    if harm == "a link to another directory":
+        other.mkdir()
+        (other / "mine").write_text("mine")
+    kept = [path.name for path in tmp_path.rglob("*") if path.is_file() and path != place and path.parent != root]
+    built: list[str] = []
+    for _ in range(2):
+        assert cache.find_or_build(KEY, writing("one", built)) == place
+    assert built == ["one"]
+    assert not place.is_symlink()
+    assert (place / "sub" / "engine").read_text() == "one"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and root not in path.parents] == kept
+
+
 def test_a_build_that_fails_leaves_nothing(root: Path) -> None:
     def failing(stage: Path) -> None:
         (stage / "half").write_text("half")

@@ -174,6 +174,22 @@ def test_bench_for_people(run: Run, good: Path) -> None:
     assert "guidance_stopped" in out
 
 
+def test_bench_leaves_out_the_plan_between_when_asked(run: Run, good: Path) -> None:
+    status, out, _ = run("bench", good, "--json", "--without-stopped", "--repeats", 1, "--threads", 1, "--quiet")
+    assert status == 0
+    data = json.loads(out)
+    assert data["plans"]["guidance_stopped"] == {"ms": None}
+    assert "unguided" not in data["graphs"]
+
+
+def test_engines_as_data(run: Run) -> None:
+    status, out, err = run("engines", "--json")
+    assert (status, err) == (0, "")
+    found = {entry.pop("name"): entry for entry in json.loads(out)}
+    assert found["ort-cpu"]["says"] == "ready"
+    assert all(set(entry) == {"runs_on", "version", "says"} for entry in found.values())
+
+
 def test_version(run: Run) -> None:
     assert run("--version") == (0, f"tgate {tgate_engine.__version__}\n", "")
 
@@ -235,6 +251,8 @@ def test_no_bundle(run: Run, tmp_path: Path, name: str) -> None:
         (["--output", "noext"], "the suffix '' is no picture format"),
         (["--output", "deep/x.png"], "there is no directory deep"),
         (["--output", "is.png"], "is.png is a directory"),
+        (["--output", "/proc/x.png"], "/proc/x.png cannot be written ("),
+        (["--output", "x.png", "--save-latents", "/proc/y.npy"], "/proc/y.npy cannot be written ("),
         (["--output", "x.png", "--save-latents", "deep/y.npy"], "there is no directory deep"),
         (["--output", "x.png", "--plan", "other"], "has no plan 'other'; it has default"),
         (["--output", "x.png", "--seed", "-1"], "a seed is a whole number"),
@@ -280,13 +298,15 @@ def test_a_request_that_cannot_be_served(
         ["generate", "b", "p", "--output", "x.png", "--num-images", "0"],
         ["generate", "b", "p", "--output", "x.png", "--threads", "-1"],
         ["inspect", "b", "--what"],
+        ["engines", "b"],
         ["bench", "b", "--repeats", "0"],
         ["plan", "b", "--m", "5"],
     ],
 )
 def test_a_command_line_that_is_wrong(run: Run, arguments: list[str]) -> None:
     result = run(*arguments)
-    fails(result, "--help", status=2)
+    known = arguments[:1] if arguments[:1] != ["paint"] else []
+    fails(result, f"(see {' '.join(['tgate', *known])} --help)", status=2)
     assert len(result[2].splitlines()) == 1
 
 
@@ -298,10 +318,11 @@ def test_a_command_line_that_is_wrong(run: Run, arguments: list[str]) -> None:
         ["--model", "mini-sdxl", "--batch", "1:x"],
         ["--model", "mini-sdxl", "--batch", "0"],
         ["--model", "mini-sdxl", "--dtype", "int4"],
+        ["--model", "mini-sdxl", "--what"],
     ],
 )
 def test_an_export_command_line_that_is_wrong(run: Run, arguments: list[str]) -> None:
-    fails(run(*arguments, main=cli.export_main), "--help", status=2)
+    fails(run(*arguments, main=cli.export_main), "(see tgate-export --help)", status=2)
 
 
 def test_export_arguments_reach_the_exporter(monkeypatch: pytest.MonkeyPatch, run: Run, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 
 from tests import toy_model
+from tests.processor import needs_bfloat16
 from tests.test_runner import GUIDANCE, compare, finished, noise, relative
 from tests.tiny_families import FAMILY_VARIANTS
 from tests.toy_bundle import Toy, build, make_plan, random_conditioning
@@ -140,6 +141,7 @@ def test_openvino_binds_carries_of_half_precision(tmp_path: Path, dtype: str) ->
     assert relative(got, steps[-1]) < (1e-2 if dtype == "float16" else 6e-2)
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("batch", [1, 3])
 def test_openvino_in_bfloat16_takes_any_batch(toy: Bundle, batch: int) -> None:
     plan = make_plan("p", schedule(), Toy(), toy.manifest.graphs)
@@ -147,6 +149,7 @@ def test_openvino_in_bfloat16_takes_any_batch(toy: Bundle, batch: int) -> None:
         compare(session, plan, m=5, k=2, f=1, warm_up=1, batch=batch, tolerance=6e-2)
 
 
+@needs_bfloat16
 def test_the_timestep_is_not_rounded_to_bfloat16(mini_bundle: Path) -> None:
     """The network is asked at 801, whose nearest bfloat16 is 800, and at 800: it must answer differently."""
     bundle = Bundle.open(mini_bundle)
@@ -192,6 +195,7 @@ def test_every_family_passes_its_goldens_on_openvino(
         assert golden.ok, golden
 
 
+@needs_bfloat16
 def test_bfloat16_stays_near_and_is_not_float32(mini_bundle: Path) -> None:
     checked = verify(Bundle.open(mini_bundle), engine="openvino", precision="bf16")
     errors = [golden.error for golden in checked]

@@ -1,4 +1,7 @@
-"""The arguments of ``tgate`` and ``tgate-export``; :mod:`tgate_engine.cli` says what each command does."""
+"""The arguments of ``tgate`` and ``tgate-export``; :mod:`tgate_engine.cli` says what each command does.
+
+What is parsed holds the command's own ``parser`` beside its arguments.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ def tgate_parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, *, bundle: bool = True) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(parser=added)  # whose --help an error points to
         if bundle:
             added.add_argument("bundle", metavar="BUNDLE", type=Path, help="the bundle's directory")
         _common(added)
@@ -73,9 +77,12 @@ def tgate_parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=_count, default=5, metavar="N", help="measured turns")
     p.add_argument("--warm-ups", type=int, default=1, metavar="N", help="turns before that")
     p.add_argument("--trace", type=Path, metavar="FILE.json", help="a gated run, for Perfetto or chrome://tracing")
+    stopped = "leave out the plan that only stops guidance at m, and the memory of its graph"
+    p.add_argument("--without-stopped", dest="stopped", action="store_false", help=stopped)
     _engine(p)
 
-    command("engines", "Show which engines are installed here, and what brings the others.", bundle=False)
+    p = command("engines", "Show which engines are installed here, and what brings the others.", bundle=False)
+    p.add_argument("--json", action="store_true", help="as data")
 
     p = command("build", "Compile a bundle for an engine ahead of time, into the engine cache.")
     p.add_argument("--plan", metavar="NAME", help="the graphs of this plan alone; of every plan if left out")
@@ -96,7 +103,7 @@ def export_parser(list_models: Callable[[], int]) -> argparse.ArgumentParser:
     """The parser of ``tgate-export``, whose ``command`` is "export"; ``list_models`` shows them for --list-models."""
     parser = _Parser(prog="tgate-export", description="Compile a diffusion model into a bundle, ahead of time.")
     parser.add_argument("--version", action="version", version=f"tgate-export {__version__}")
-    parser.set_defaults(command="export")
+    parser.set_defaults(command="export", parser=parser)
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="mini-sdxl (embedded), or another of --list-models")
     shown = "show the models and their settings, and stop"
@@ -160,7 +167,9 @@ def _engine(parser: argparse.ArgumentParser) -> None:
     add("--device", type=int, default=0, metavar="N", help="the GPU's number")
     add("--architecture", metavar="sm_NN", help="the GPU to compile for, where there is none")
     add("--precision", choices=("f32", "bf16", "f16"), help="what the engine computes in; its choice if left out")
-    add("--memory", choices=("shared", "fast"), help="one copy of the weights, or private ones in faster layouts")
+    layouts = "one copy of the weights, or private ones in faster layouts"
+    defaults = "fast on ort-cpu, openvino and TensorRT, shared on ort-cuda, aoti and TensorRT-RTX"
+    add("--memory", choices=("shared", "fast"), help=f"{layouts}; if left out {defaults}")
 
 
 def _count(text: str) -> int:

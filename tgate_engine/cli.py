@@ -20,12 +20,15 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tgate_engine import views
 from tgate_engine.arguments import FAILED, export_parser, tgate_parser
 from tgate_engine.errors import BundleError, EngineError, ExportError, TgateError
 from tgate_engine.report import Reporter, reporter
+
+if TYPE_CHECKING:
+    from tgate_runtime.backends import Backend
 
 FAULT, INTERRUPTED, TERMINATED = 70, 130, 143
 
@@ -33,8 +36,8 @@ Show = Callable[[], None]
 """Prints a command's results on stdout, once the reporter has let go of the terminal."""
 
 OWN_PACKAGES = ("tgate_engine", "tgate_export", "tgate_runtime")
-EXPORT_ADVICE = "it is not installed: pip install 'tgate-engine[export]'"
-RUN_ADVICE = "it is not installed: pip install 'tgate-engine[cpu]'"
+ADVICE = "it is not installed: pip install 'tgate-engine[{}]'"
+EXPORT_ADVICE, RUN_ADVICE = ADVICE.format("export"), ADVICE.format("cpu")
 ENGINE_OPTIONS = ("engine", "threads", "device", "architecture", "precision", "memory")
 
 
@@ -52,7 +55,7 @@ def export_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _generate(args: argparse.Namespace, report: Reporter) -> Show:
-    with _needs("drawing", RUN_ADVICE):
+    with _needs("drawing", _advice(args)):
         from tgate_runtime import files
         from tgate_runtime.pipeline import Pipeline
     from tgate_engine.bundle import Bundle
@@ -62,6 +65,7 @@ def _generate(args: argparse.Namespace, report: Reporter) -> Show:
     embeds = None if args.prompt_embeds is None else files.load_embeddings(args.prompt_embeds)
     if args.save_latents is not None:
         files.check_place(args.save_latents)
+    _backend(args)
     report.stage(f"opening {args.bundle}")
     bundle = Bundle.open(args.bundle)
     manifest = bundle.manifest
@@ -108,9 +112,10 @@ def _inspect(args: argparse.Namespace, report: Reporter) -> Show:
 def _verify(args: argparse.Namespace, report: Reporter) -> Show:
     from tgate_engine.bundle import Bundle
 
-    with _needs("replaying goldens", RUN_ADVICE):
+    with _needs("replaying goldens", _advice(args)):
         from tgate_runtime.verify import verify
 
+    _backend(args)
     report.stage(f"checking {args.bundle}")
     bundle = Bundle.open(args.bundle)
     report.stage("replaying goldens")
@@ -137,13 +142,13 @@ def _verify(args: argparse.Namespace, report: Reporter) -> Show:
 def _bench(args: argparse.Namespace, report: Reporter) -> Show:
     from tgate_engine.bundle import Bundle
 
-    with _needs("measuring", RUN_ADVICE):
+    with _needs("measuring", _advice(args)):
         from tgate_runtime import files
         from tgate_runtime.benchmark import bench
 
     if args.trace is not None:
         files.check_place(args.trace)
-
+    _backend(args)
     report.stage(f"opening {args.bundle}")
     bundle = Bundle.open(args.bundle)
     report.stage("measuring")
@@ -151,6 +156,7 @@ def _bench(args: argparse.Namespace, report: Reporter) -> Show:
         bundle,
         plan=args.plan,
         batch=args.batch,
+        stopped=args.stopped,
         repeats=args.repeats,
         warm_ups=args.warm_ups,
         on_run=report.progress,
@@ -166,18 +172,16 @@ def _engines(args: argparse.Namespace, report: Reporter) -> Show:
         from tgate_runtime.backends import installed
 
     found = installed()
-    return lambda: views.engines(found)
+    return lambda: _print_json(found) if args.json else views.engines(found)
 
 
 def _build(args: argparse.Namespace, report: Reporter) -> Show:
     from tgate_engine.bundle import Bundle
 
-    with _needs("compiling for an engine", RUN_ADVICE):
-        from tgate_runtime.backends import backend
+    with _needs("compiling for an engine", _advice(args)):
         from tgate_runtime.session import graphs_of
 
-    options = _engine_options(args)
-    loader = backend(options.pop("engine"), **options)
+    loader = _backend(args)
     report.stage(f"opening {args.bundle}")
     bundle = Bundle.open(args.bundle)
     graphs = graphs_of(bundle, None if args.plan is None else [args.plan])
@@ -191,6 +195,20 @@ def _build(args: argparse.Namespace, report: Reporter) -> Show:
 def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of the engine, as keyword arguments."""
     return {name: getattr(args, name) for name in ENGINE_OPTIONS}
+
+
+def _backend(args: argparse.Namespace) -> Backend:
+    """The engine that the command line asks for. Asked for before a bundle is opened, which reads all of it."""
+    from tgate_runtime.backends import backend
+
+    return backend(**_engine_options(args))
+
+
+def _advice(args: argparse.Namespace) -> str:
+    """What brings all that running on the engine of the command line takes."""
+    from tgate_runtime.backends import ENGINES
+
+    return ADVICE.format(ENGINES[args.engine].extra) if args.engine in ENGINES else RUN_ADVICE
 
 
 def _plan(args: argparse.Namespace, report: Reporter) -> Show:
@@ -321,7 +339,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     if left and not left[0].startswith("-") and getattr(args, "prompt", "") is None:
         args.prompt = left.pop(0)
     if left:
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(left)}")
     return args
 
 

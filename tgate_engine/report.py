@@ -16,7 +16,7 @@ class Reporter(Protocol):
         """The next part of the work begins: ``tracing the graphs``."""
 
     def progress(self, done: int, total: int, text: str = "") -> None:
-        """``done`` of ``total`` pieces of this stage are finished; ``text`` says what the last one was."""
+        """``done`` of ``total`` pieces of this stage are finished; ``text`` names the last one, or the one at work."""
 
     def note(self, text: str) -> None:
         """A fact worth keeping on the screen."""

@@ -21,6 +21,7 @@ from tgate_runtime.backends import OnBuild, Options
 from tgate_runtime.binding import Binding
 from tgate_runtime.conditioning import batch_rows, given, halves, inputs_of
 from tgate_runtime.decoder import decode
+from tgate_runtime.files import check_place
 from tgate_runtime.image import encode_image
 from tgate_runtime.noise import noise
 from tgate_runtime.runner import run
@@ -68,11 +69,14 @@ def bench(
 
     ``batch``: images at once; None takes the least that the bundle allows. ``repeats`` and ``warm_ups`` count turns.
     ``on_run(done, total, plan)`` is called after each run. ``trace``: a file for the last gated run, see
-    :mod:`tgate_runtime.trace`. ``open_s`` is the time it took to load the graphs, whatever had to be compiled included.
+    :mod:`tgate_runtime.trace`; it is written once, after the last turn. ``open_s`` is the time it took to load the
+    graphs, whatever had to be compiled included.
     Raises :class:`RequestError` for settings that cannot be.
     """
     if repeats < 1 or warm_ups < 0:
         raise RequestError(f"repeats must be at least 1 and warm-ups at least 0, got {repeats} and {warm_ups}")
+    if trace is not None:
+        check_place(trace)
     manifest = bundle.manifest
     chosen = manifest.plan(plan)
     candidates = {
@@ -102,8 +106,8 @@ def bench(
                 )
                 end = time.perf_counter()
                 elapsed_ms = (end - begin) * 1e3
-                if trace is not None and name == "gated":
-                    write_trace(trace, f"{manifest.model}, plan {plan}, {session.backend.name}", begin, end, steps)
+                if name == "gated":
+                    last = (begin, end, steps)
                 if turn >= warm_ups:
                     times[name].loop.append(elapsed_ms)
                     times[name].engine.append(sum(done.elapsed_ms for done in steps))
@@ -112,6 +116,8 @@ def bench(
                         graph_ms.setdefault(done.step.graph, []).append(done.elapsed_ms)
                 if on_run is not None:
                     on_run(turn * len(plans) + place + 1, total, name)
+        if trace is not None:
+            write_trace(trace, f"{manifest.model}, plan {plan}, {session.backend.name}", *last)
         return {
             **_results(manifest, candidates, times, graph_ms, images),
             "open_s": opened_s,

@@ -53,13 +53,13 @@ def find_or_build(key: Mapping[str, Any], build: Callable[[Path], None]) -> Path
             if _whole(path, key):  # another process was faster
                 return path
             for left in root.glob(f"{name}.tmp-*"):  # of builders that were killed: the lock is ours
-                shutil.rmtree(left, ignore_errors=True)
+                _remove(left)
             stage = Path(tempfile.mkdtemp(dir=root, prefix=f"{name}.tmp-"))
             try:
                 build(stage)
                 files = {file.relative_to(stage).as_posix(): _digest(file) for file in _files(stage)}
                 (stage / _RECORD).write_text(json.dumps({"key": key, "files": files}, indent=1, sort_keys=True) + "\n")
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
                 os.rename(stage, path)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
@@ -84,6 +84,14 @@ def _whole(path: Path, key: Mapping[str, Any]) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _remove(path: Path) -> None:
+    """Remove what is there, whatever it is; of a link, not what it leads to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _files(root: Path) -> list[Path]:

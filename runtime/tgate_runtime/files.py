@@ -56,11 +56,15 @@ def output_paths(output: Path, count: int, *, decoded: bool = True, video: bool 
 
 
 def check_place(path: Path) -> None:
-    """Raises :class:`RequestError` where no file can be written: its directory is missing, or it is one."""
+    """Raises :class:`RequestError` where no file can be written, which writing a temporary one beside it tells."""
     if not path.parent.is_dir():
         raise RequestError(f"{path}: there is no directory {path.parent}; make it first")
     if path.is_dir():
         raise RequestError(f"{path} is a directory; name a file in it")
+    try:
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.").close()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written ({error.strerror}); name another place") from None
 
 
 def save_picture(image: Image.Image, path: Path) -> None:

@@ -6,8 +6,11 @@ An engine knows graphs and memory. It knows nothing of plans, prompts or the met
 from __future__ import annotations
 
 import importlib
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, Unpack
 
@@ -20,7 +23,8 @@ from tgate_engine.manifest import GraphSpec
 from tgate_runtime.dtypes import storage
 
 OnBuild = Callable[[int, int, str], None]
-"""Hears of graphs that an engine has to compile first: how many are done, of how many, and the last one's name."""
+"""Hears of graphs that an engine has to compile first: how many are done, of how many, and the name of the one that is
+next; at the end, of the last one."""
 PRECISIONS = ("f32", "bf16", "f16")
 MEMORIES = ("shared", "fast")
 
@@ -73,11 +77,11 @@ class Executable(Protocol):
 class EngineOptions:
     """What a caller may choose about an engine; None leaves it to the engine, which says what it chose.
 
-    ``threads``: of one graph call, on a CPU. ``device``: the GPU's number. ``architecture``: what GPU to compile for
-    where there is none, such as "sm_90". ``precision``: "f32", "bf16" or "f16", what the engine computes in.
-    ``memory``: "shared" keeps one copy of the weights for all graphs of a bundle, "fast" lets the engine make private
-    copies in the layouts that it likes best. ``build``: whether an engine that compiles ahead of time may compile what
-    its cache does not hold, which can take minutes, when a bundle is opened.
+    ``threads``: of one graph call, on a CPU, at most :func:`most_threads`. ``device``: the GPU's number.
+    ``architecture``: what GPU to compile for where there is none, such as "sm_90". ``precision``: "f32", "bf16" or
+    "f16", what the engine computes in. ``memory``: "shared" keeps one copy of the weights for all graphs of a bundle,
+    "fast" lets the engine make private copies in the layouts that it likes best. ``build``: whether an engine that
+    compiles ahead of time may compile what its cache does not hold, which can take minutes, when a bundle is opened.
     """
 
     threads: int | None = None
@@ -88,13 +92,24 @@ class EngineOptions:
     build: bool = True
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise EngineError(f"threads must be at least 1, got {self.threads}")
-        if self.device < 0:
-            raise EngineError(f"a device is a number from 0, got {self.device}")
+        if self.threads is not None and not (_whole(self.threads) and 1 <= self.threads <= most_threads()):
+            raise EngineError(
+                f"threads must be a whole number, at least 1 and here at most {most_threads()}, got {self.threads!r}"
+            )
+        if not _whole(self.device) or self.device < 0:
+            raise EngineError(f"a device is a whole number from 0, got {self.device!r}")
         for what, got, known in (("precision", self.precision, PRECISIONS), ("memory", self.memory, MEMORIES)):
             if got is not None and got not in known:
                 raise EngineError(f"{what} must be one of {', '.join(known)}, got {got!r}")
+
+
+def most_threads() -> int:
+    """More threads than that help no engine here, and thousands of them make a process that cannot be stopped."""
+    return max(64, 8 * (os.cpu_count() or 1))
+
+
+def _whole(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
 
 
 class Options(TypedDict, total=False):
@@ -162,27 +177,38 @@ def check_buffers(graph: str, spec: GraphSpec, inputs: Mapping[str, Buffer], out
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """An entry of :data:`ENGINES`: where an engine's file is, the extra that brings what it needs, what it runs on."""
+    """An entry of :data:`ENGINES`: where an engine's file is, the extra that brings what it needs, what it runs on.
+
+    ``needs``: the least version of each distribution that it may take, as that extra says; what is not installed may be
+    there in another way, which importing it tells.
+    """
 
     module: str
     cls: str
     extra: str
     runs_on: str
+    needs: Mapping[str, str]
 
     def backend(self, options: EngineOptions) -> Backend:
         """Import the engine and settle its options. Raises :class:`EngineError` where it is missing or unfit here."""
         if self.runs_on == "CPU" and (options.device or options.architecture):
             raise EngineError(f"engine {self.name} runs on the CPU; leave out --device and --architecture")
+        install = f"pip install 'tgate-engine[{self.extra}]'"
+        for distribution, least in self.needs.items():
+            version = _version(distribution)
+            if version is not None and _numbers(version) < _numbers(least):
+                raise EngineError(f"engine {self.name} needs {distribution} {least} or later, got {version}: {install}")
         try:
             module = importlib.import_module(f"tgate_runtime.backends.{self.module}")
+            found: Backend = getattr(module, self.cls)(options)
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("tgate_"):
                 raise
+            raise EngineError(f"engine {self.name} needs {error.name}, which is not installed: {install}") from None
+        except (ImportError, OSError, AttributeError) as error:  # a library that is broken, or not the one it should be
             raise EngineError(
-                f"engine {self.name} needs {error.name}, which is not installed: "
-                f"pip install 'tgate-engine[{self.extra}]'"
-            ) from None
-        found: Backend = getattr(module, self.cls)(options)
+                f"engine {self.name} is installed, but does not load here ({_said(error)}): {install} --force-reinstall"
+            ) from error
         return found
 
     @property
@@ -191,12 +217,37 @@ class Engine:
         return next(name for name, engine in ENGINES.items() if engine is self)
 
 
+def _version(distribution: str) -> str | None:
+    """What is installed of that name."""
+    try:
+        return str(metadata.version(distribution))
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """A version for comparison: 2.13.0 of 2.13.0+cpu."""
+    return tuple(int(digits) for digits in re.findall(r"\d+", version.partition("+")[0]))
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+_TENSORRT = {"tensorrt-rtx-cu13": "1.7", "polygraphy": "0.53.6", "cuda-bindings": "13", "onnx": "1.23"}
+
 ENGINES: Mapping[str, Engine] = {
-    "ort-cpu": Engine(module="ort", cls="OrtCpu", extra="cpu", runs_on="CPU"),
-    "ort-cuda": Engine(module="ort_cuda", cls="OrtCuda", extra="cuda", runs_on="NVIDIA GPU"),
-    "openvino": Engine(module="openvino", cls="OpenVino", extra="openvino", runs_on="CPU"),
-    "aoti": Engine(module="aoti", cls="Aoti", extra="aoti", runs_on="CPU, NVIDIA GPU"),
-    "tensorrt": Engine(module="tensorrt", cls="TensorRt", extra="tensorrt", runs_on="NVIDIA GPU"),
+    "ort-cpu": Engine(module="ort", cls="OrtCpu", extra="cpu", runs_on="CPU", needs={"onnxruntime": "1.31"}),
+    "ort-cuda": Engine(
+        module="ort_cuda", cls="OrtCuda", extra="cuda", runs_on="NVIDIA GPU", needs={"onnxruntime-gpu": "1.31"}
+    ),
+    "openvino": Engine(
+        module="openvino", cls="OpenVino", extra="openvino", runs_on="CPU", needs={"openvino": "2026.2"}
+    ),
+    "aoti": Engine(
+        module="aoti", cls="Aoti", extra="aoti", runs_on="CPU, NVIDIA GPU", needs={"torch": "2.11", "onnx": "1.23"}
+    ),
+    "tensorrt": Engine(module="tensorrt", cls="TensorRt", extra="tensorrt", runs_on="NVIDIA GPU", needs=_TENSORRT),
 }
 """The engines there are, by the name that ``Session.open(engine=...)`` takes."""
 
@@ -221,5 +272,7 @@ def installed() -> list[dict[str, str]]:
             opened.allocate((1,), "float32")  # an engine that can build anywhere may still have nothing to run on
         except EngineError as error:
             says = str(error)
+        except Exception as error:  # whatever ails one engine, the others are still listed
+            says = f"engine {name} failed ({_said(error)})"
         found.append({"name": name, "runs_on": engine.runs_on, "version": version, "says": says})
     return found

@@ -300,6 +300,9 @@ class _Engine:
     def get_tensor_dtype(self, name: str) -> Any:
         return self._tensors[name]
 
+    def get_tensor_mode(self, name: str) -> Any:
+        return trt.TensorIOMode.INPUT if name in "xwb" else trt.TensorIOMode.OUTPUT
+
     def create_runtime_config(self) -> Any:
         return MagicMock()
 
@@ -467,7 +470,9 @@ def test_an_engine_that_does_not_match_its_manifest_is_refused(tmp_path: Path) -
     spec = convolution(tmp_path / "c.onnx")
     kind = trt.DataType.FLOAT
     check_tensors(_Engine({"x": kind, "w": kind, "b": kind, "y": kind}), spec, {"w", "b"})
-    with pytest.raises(EngineError, match=r"c\.onnx does not have .*: y; export it again"):
+    with pytest.raises(
+        EngineError, match=r"c\.onnx does not have the outputs .*: y float16, y float32; export it again"
+    ):
         check_tensors(_Engine({"x": kind, "y": trt.DataType.HALF}), spec, set())
 
 

@@ -175,6 +175,15 @@ def check_buffers(graph: str, spec: GraphSpec, inputs: Mapping[str, Buffer], out
             raise EngineError(f"graph {graph}: {name} is {want}, got a buffer of {buffer.dtype}")
 
 
+def check_interface(spec: GraphSpec, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
+    """Raises :class:`EngineError` where a loaded graph does not have the inputs and outputs of ``spec``; given are the
+    dtypes of those that it has, by the manifest's names."""
+    for what, got, wanted in (("inputs", inputs, spec.inputs), ("outputs", outputs, spec.outputs)):
+        if odd := got.items() ^ {(tensor.name, tensor.dtype) for tensor in wanted}:
+            told = ", ".join(f"{name} {dtype}" for name, dtype in sorted(odd))
+            raise EngineError(f"{spec.file} does not have the {what} its manifest says: {told}; export it again")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Engine:
     """An entry of :data:`ENGINES`: where an engine's file is, the extra that brings what it needs, what it runs on.

@@ -17,8 +17,8 @@ import onnxruntime as ort
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
-from tgate_engine.manifest import GraphSpec, TensorSpec
-from tgate_runtime.backends import EngineOptions, OnBuild, check_buffers
+from tgate_engine.manifest import GraphSpec
+from tgate_runtime.backends import EngineOptions, OnBuild, check_buffers, check_interface
 from tgate_runtime.backends.host import CpuBuffer
 
 ELEMENT_TYPE = {
@@ -28,13 +28,7 @@ ELEMENT_TYPE = {
     "float16": 10,
     "bfloat16": 16,
 }  # onnx.TensorProto.DataType
-_TYPE_NAME = {
-    "float32": "float",
-    "uint8": "uint8",
-    "int64": "int64",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-}
+_DTYPES = {f"tensor({dtype})": dtype for dtype in ELEMENT_TYPE} | {"tensor(float)": "float32"}
 
 
 class _OrtCall:
@@ -116,7 +110,7 @@ class OrtCpu:
             raise EngineError(
                 f"ONNX Runtime {self.version} cannot load {path.name} on the CPU: {first_line(error)}{_hint(spec)}"
             ) from error
-        check_nodes(path.name, session, spec)
+        check_nodes(session, spec)
         return OrtExecutable(path.name, session, spec)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CpuBuffer:
@@ -152,20 +146,13 @@ def _one_arena() -> None:
     ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
 
 
-def check_nodes(graph: str, session: ort.InferenceSession, spec: GraphSpec) -> None:
+def check_nodes(session: ort.InferenceSession, spec: GraphSpec) -> None:
     """Raises :class:`EngineError` where a loaded graph does not have the inputs and outputs of ``spec``."""
-    for what, found, wanted in (
-        ("inputs", session.get_inputs(), spec.inputs),
-        ("outputs", session.get_outputs(), spec.outputs),
-    ):
-        got, want = {(node.name, node.type) for node in found}, {_signature(tensor) for tensor in wanted}
-        if got != want:
-            odd = ", ".join(f"{name} {kind}" for name, kind in sorted(got ^ want))
-            raise EngineError(f"{graph} does not have the {what} its manifest says: {odd}; export it again")
-
-
-def _signature(tensor: TensorSpec) -> tuple[str, str]:
-    return tensor.name, f"tensor({_TYPE_NAME[tensor.dtype]})"
+    inputs, outputs = (
+        {node.name: _DTYPES.get(node.type, node.type) for node in found}
+        for found in (session.get_inputs(), session.get_outputs())
+    )
+    check_interface(spec, inputs, outputs)
 
 
 def first_line(error: BaseException) -> str:

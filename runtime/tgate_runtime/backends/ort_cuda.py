@@ -252,7 +252,7 @@ class OrtCuda:
                 f"ONNX Runtime copied {len(copied)} weights of {spec.file} instead of sharing them: "
                 f"{' '.join(copied[0].split())}; take --memory fast"
             )
-        check_nodes(spec.file, session, spec)
+        check_nodes(session, spec)
         return OrtCudaExecutable(session, spec, self.device, weights, captured)
 
     def providers(self, captured: bool) -> list[tuple[str, dict[str, str]]]:

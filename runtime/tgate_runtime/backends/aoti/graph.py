@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tgate_engine.errors import EngineError
 from tgate_engine.manifest import GraphSpec, TensorSpec, multiple, resolve
+from tgate_runtime.backends import check_interface
 from tgate_runtime.backends.aoti.operators import DTYPES, HOST, OPERATORS, SHAPE_OPERATORS, Attributes, shape_of
 from tgate_runtime.weights import map_weights
 
@@ -67,6 +68,10 @@ class _Node:
     outputs: tuple[str, ...]
 
 
+def _dtype_of(tensor: Any) -> str:
+    return str(DTYPES.get(tensor.type.tensor_type.elem_type, "unknown")).removeprefix("torch.")
+
+
 class OnnxModule(torch.nn.Module):  # type: ignore[misc]
     """A bundle's graph: called with the inputs of its spec in their order, it gives the outputs in theirs.
 
@@ -85,9 +90,8 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
             graph = onnx.load(path, load_external_data=False).graph
         except Exception as error:  # protobuf has classes of its own
             raise EngineError(f"{path.name} is not an ONNX graph ({error}); export the bundle again") from error
-        names = {t.name for t in graph.input}, {t.name for t in graph.output}
-        if names != (set(spec.input_names()), set(spec.output_names())):
-            raise EngineError(f"{path.name} does not have the inputs and outputs its manifest says; export it again")
+        inputs, outputs = ({t.name: _dtype_of(t) for t in tensors} for tensors in (graph.input, graph.output))
+        check_interface(spec, inputs, outputs)
         self.spec = spec
         self.compute = compute
         self.weight_names: dict[str, tuple[str, bool]] = {}

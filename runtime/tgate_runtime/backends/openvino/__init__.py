@@ -21,18 +21,12 @@ import openvino as ov
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
 from tgate_engine.manifest import GraphSpec, resolve
-from tgate_runtime.backends import EngineOptions, OnBuild, check_buffers
+from tgate_runtime.backends import EngineOptions, OnBuild, check_buffers, check_interface
 from tgate_runtime.backends.host import CpuBuffer
 from tgate_runtime.backends.openvino.timestep import PREFIX, split_time
 from tgate_runtime.dtypes import storage
 
-_TYPES = {
-    "float32": ov.Type.f32,
-    "float16": ov.Type.f16,
-    "bfloat16": ov.Type.bf16,
-    "int64": ov.Type.i64,
-    "uint8": ov.Type.u8,
-}
+_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "u8": "uint8"}
 _PRECISIONS = {"f32": ov.Type.f32, "bf16": ov.Type.bf16, "f16": ov.Type.f16}
 _CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 _UNBOUND_BYTES = 4 << 20
@@ -192,15 +186,11 @@ class OpenVino:
                 time = self._core.compile_model(time, "CPU", {**settings, "INFERENCE_PRECISION_HINT": ov.Type.f32})
         except Exception as error:  # the engine raises RuntimeError
             raise EngineError(f"OpenVINO {self.version} cannot load {spec.file}: {_short(error)}") from error
-        for what, found, wanted in (
-            ("inputs", [p for p in compiled.inputs if not p.any_name.startswith(PREFIX)], spec.inputs),
-            ("outputs", compiled.outputs, spec.outputs),
-        ):
-            got = {(port.any_name, port.element_type.get_type_name()) for port in found}
-            want = {(tensor.name, _TYPES[tensor.dtype].get_type_name()) for tensor in wanted}
-            if got != want:
-                odd = ", ".join(f"{name} {kind}" for name, kind in sorted(got ^ want))
-                raise EngineError(f"{spec.file} does not have the {what} its manifest says: {odd}; export it again")
+        inputs, outputs = (
+            {port.any_name: _DTYPES.get(kind := port.element_type.get_type_name(), kind) for port in ports}
+            for ports in (compiled.inputs, compiled.outputs)
+        )
+        check_interface(spec, {n: kind for n, kind in inputs.items() if not n.startswith(PREFIX)}, outputs)
         return OpenVinoExecutable(compiled, time, spec)
 
 

@@ -24,7 +24,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
 from tgate_engine.manifest import GraphSpec
 from tgate_runtime import cache
-from tgate_runtime.backends import Buffer, EngineOptions, OnBuild, check_buffers
+from tgate_runtime.backends import Buffer, EngineOptions, OnBuild, check_buffers, check_interface
 from tgate_runtime.backends.tensorrt.build import (
     POLYGRAPHY,
     RECIPE,
@@ -50,7 +50,13 @@ from tgate_runtime.backends.tensorrt.cuda import (
 )
 
 _PLAN = "engine.plan"
-_DTYPE = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "uint8": "UINT8"}
+_DTYPES = {
+    trt.DataType.FLOAT: "float32",
+    trt.DataType.HALF: "float16",
+    trt.DataType.BF16: "bfloat16",
+    trt.DataType.INT64: "int64",
+    trt.DataType.UINT8: "uint8",
+}
 
 
 class _Call:
@@ -295,8 +301,9 @@ class TensorRt:
 def check_tensors(engine: Any, spec: GraphSpec, weights: set[str]) -> None:
     """Raises :class:`EngineError` where an engine has other inputs and outputs than ``spec`` and ``weights``."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    got = {(name, engine.get_tensor_dtype(name)) for name in names if name not in weights}
-    want = {(t.name, getattr(trt.DataType, _DTYPE[t.dtype])) for t in (*spec.inputs, *spec.outputs)}
-    if got != want:
-        odd = ", ".join(sorted({name for name, _ in got ^ want}))
-        raise EngineError(f"{spec.file} does not have the inputs and outputs its manifest says: {odd}; export it again")
+    found: dict[Any, dict[str, str]] = {trt.TensorIOMode.INPUT: {}, trt.TensorIOMode.OUTPUT: {}}
+    for name in names:
+        if name not in weights:
+            kind = engine.get_tensor_dtype(name)
+            found[engine.get_tensor_mode(name)][name] = _DTYPES.get(kind, str(kind))
+    check_interface(spec, *found.values())

@@ -6,6 +6,7 @@ import copy
 import functools
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -144,7 +145,9 @@ def _in_openvino(network: Any, precision: str) -> Any:
                     args, kwargs = pytree.tree_unflatten(whole, tree)
                     return eager(*args, **kwargs)[0]
 
-            model = ov.convert_model(Flat(), example_input=tuple(tensors))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that shapes become constants is meant
+                model = ov.convert_model(Flat(), example_input=tuple(tensors))
             model.reshape({place: list(tensor.shape) for place, tensor in enumerate(tensors)})
             hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
             made["compiled"] = ov.Core().compile_model(model, "CPU", hints)

@@ -137,7 +137,7 @@ def memory(bundle_path: Path, engine_name: str) -> dict[str, Any]:
     engine = backend(options.pop("engine"), **options)
     held = {"before": proportional_bytes()}
     kept = []
-    for name in ("full", "reuse_self", "reuse_cross"):
+    for name in three(bundle):
         executable = engine.load(bundle, [name])[name]
         spec = bundle.manifest.graphs[name]
         inputs = {t.name: engine.allocate(resolve(t.shape, 1), t.dtype) for t in spec.inputs}
@@ -147,6 +147,12 @@ def memory(bundle_path: Path, engine_name: str) -> dict[str, Any]:
         kept.append((executable, call))
         held[name] = proportional_bytes()
     return held
+
+
+def three(bundle: Bundle) -> tuple[str, ...]:
+    """Three graphs that the bundle's own plan and those that it is compared with use: they are compiled by then."""
+    used = bundle.manifest.plan("default").graphs()
+    return "full", "reuse_self" if "reuse_self" in used else "unguided", "reuse_cross"
 
 
 def peers(bundle_path: Path, case: Case) -> dict[str, Any]:

@@ -25,12 +25,14 @@ here is written by hand but the words. `python -m benchmarks.performance` measur
 
 How to read it. Gated, guidance stopped at m, and ungated loops of one engine take turns in one process, so that a
 machine that slows down slows all of them: trust the ratios before the milliseconds. *Faster* is the ungated loop's
-time over this one's; *fewer MACs* is the limit that arithmetic sets, all multiply-accumulates counted from the graphs;
-*of the limit* is one over the other, and what is lost below 100 % is the engine's. Most of the saving is dropping
-guidance, as the row between shows. *Host* is what a step costs outside the engine's own call. Memory is the process's
-proportional set size after one graph has run, and after three. *Load* is the machine's load average when the engine was
-done: where it is well above the number of cores, other work slowed this engine, and its milliseconds are not to be
-compared with the next one's.
+time over this one's; *fewer MACs* is the limit that arithmetic sets, all multiply-accumulates counted from the
+graphs; *of the limit* is one over the other, and what is lost below 100 % is the engine's. Every figure is of two to
+seven turns, the first of a large model's among them, which are slower: a few per cent either way are noise. Most of
+the saving is dropping guidance, as the row between shows. *Host* is what a step costs outside the engine's own call.
+Memory is the process's proportional set size after one graph has run, and after three. *Open* is from nothing: with
+aoti it holds the compiling, which a second opening finds done. *Load* is the machine's load average when the engine
+was done: where it is well above the number of cores, other work slowed this engine, and its milliseconds are not to
+be compared with the next one's.
 """
 
 

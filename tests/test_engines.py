@@ -463,6 +463,6 @@ def test_the_memory_of_a_request_is_known_before_it_starts(sd15: Path) -> None:
     need = memory(bundle.manifest.plan("default"), bundle.manifest)
     measured = held(sd15, "plan", "default")
     taken = measured["after"] - measured["before"]
-    assert need["peak"] < taken < 1.15 * need["peak"]
+    assert need["peak"] < taken < 1.1 * need["peak"]
     # Beside the weights the engine takes more than is planned: its arena splits, and keeps what it freed.
-    assert taken - need["weights"] < 4 * (need["request"] + need["scratch"])
+    assert taken - need["weights"] < 3 * (need["request"] + need["scratch"])

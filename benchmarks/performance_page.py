@@ -68,6 +68,7 @@ def page(found: Mapping[str, Any]) -> str:
             f"`tgate-export {parts['export']}`, on {on['cores']} cores of {on['cpu']}{isa}; batch {s['batch']}.\n"
         )
         lines += [*table(engines), "", *graph_table(engines), ""]
+        lines += [f"{name}: {data['note']}.\n" for name, data in engines.items() if "note" in data]
         if "peers" in parts:
             lines += [*peer_table(parts["peers"]), ""]
     return "\n".join(lines).rstrip() + "\n"

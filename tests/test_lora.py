@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -353,11 +352,11 @@ def resized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             lambda d: {k: t for k, t in d.items() if "to_q.lora_B" not in k}, "has half of a change of unet", id="half"
         ),
         pytest.param(
-            lambda d: {k: t[0] if "to_q.lora_A" in k else t for k, t in d.items()}, "has half of a change", id="a row"
+            lambda d: {k: t[0] if "to_q.lora_A" in k else t for k, t in d.items()}, "have no rank in common", id="a row"
         ),
         pytest.param(
             lambda d: {k.replace("resnets.0.conv1", "resnets.0.norm1"): t for k, t in d.items()},
-            "resnets.0.norm1, which this model has not",
+            "resnets.0.norm1, which is a GroupNorm in this model",
             id="a norm",
         ),
         pytest.param(
@@ -366,7 +365,7 @@ def resized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         pytest.param(lambda d: {"lora_unet_conv_in.hada_w1_a": torch.zeros(1)}, "is a LyCORIS network", id="LyCORIS"),
         pytest.param(
             lambda d: {"lora_unet_conv_in.lora_down.weight": torch.zeros(1)},
-            "is in no format that diffusers reads (KeyError",
+            "has half of a change of unet.conv_in ('lora_unet_conv_in.lora_down.weight')",
             id="kohya's, incomplete",
         ),
         pytest.param(
@@ -404,7 +403,461 @@ def test_no_such_file_and_no_safetensors_file(directory: Path, tmp_path: Path) -
         fused(directory, [(path, 1.0)])
 
 
-def test_peft_is_asked_for(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ExportError, match=r"needs the package peft.*tgate-engine\[export\]"):
-        fused(directory, [(tmp_path / "lora.safetensors", 1.0)])
+# What follows knows no loader: files are written key by key, and W + scale * alpha / rank * up @ down is computed here.
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+OLD = {"q_proj": "to_q_lora", "k_proj": "to_k_lora", "v_proj": "to_v_lora", "out_proj": "to_out_lora"}
+NAMINGS = ("kohya", "old diffusers", "diffusers", "peft", "each its own")
+SUBSETS = {
+    "all": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "text_projection"),
+    "without out": ("q_proj", "k_proj", "v_proj"),
+    "q and fc1": ("q_proj", "fc1"),
+    "out": ("out_proj",),
+    "mlp": ("fc1", "fc2"),
+    "projection": ("q_proj", "text_projection"),
+    "last layer": ("layers.1.self_attn.v_proj",),
+}
+
+
+def text_keys(naming: str, component: str, layer: str) -> tuple[str, str, str]:
+    """A layer's keys: down, up, and what kohya's scripts call its strength."""
+    layer = layer if layer == "text_projection" else f"text_model.{layer.removeprefix('text_model.')}"
+    stem = ("lora_te1_" if component == "text_encoder" else "lora_te2_") + layer.replace(".", "_")
+    parent, _, leaf = f"{component}.{layer}".rpartition(".")
+    if naming == "kohya":
+        sides = f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"
+    elif naming == "peft":
+        sides = f"{parent}.{leaf}.lora_A.weight", f"{parent}.{leaf}.lora_B.weight"
+    elif leaf == "text_projection":
+        sides = f"{parent}.{leaf}.lora.down.weight", f"{parent}.{leaf}.lora.up.weight"
+    else:
+        spelled = (
+            OLD.get(leaf, f"{leaf}.lora_linear_layer") if naming == "old diffusers" else f"{leaf}.lora_linear_layer"
+        )
+        sides = f"{parent}.{spelled}.down.weight", f"{parent}.{spelled}.up.weight"
+    return *sides, f"{stem}.alpha"
+
+
+def layers_of(plain: Checkpoint, component: str, leaves: tuple[str, ...]) -> dict[str, nn.Linear]:
+    with torch.device("meta"):
+        module = build(plain, component)
+    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) and f".{n}".endswith(leaves)}
+
+
+def product(up: Tensor, down: Tensor, shape: torch.Size, factor: float) -> Tensor:
+    return factor * torch.einsum("or,ri->oi", up.double().flatten(1), down.double().flatten(1)).reshape(shape)
+
+
+def assert_values(checkpoint: Checkpoint, plain: Checkpoint, component: str, changes: Mapping[str, Tensor]) -> None:
+    """Of all parameters: those of ``changes`` have them added, no other differs."""
+    with torch.device("meta"):
+        names = [name for name, _ in build(plain, component).named_parameters()]
+    assert set(changes) <= set(names)
+    for name in names:
+        found, before = checkpoint.tensors(component).read(name), plain.tensors(component).read(name)
+        if name in changes:
+            torch.testing.assert_close(found.double(), before.double() + changes[name], rtol=1e-6, atol=1e-6)
+            assert changes[name].abs().max() > 1e-3
+        else:
+            assert torch.equal(found, before), name
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_any_layers_of_text_encoders_in_any_naming(directory: Path, tmp_path: Path, naming: str, subset: str) -> None:
+    """Ranks differ from layer to layer, as do kohya's strengths, which some layers lack: theirs is their rank."""
+    plain, path = DirectoryCheckpoint(directory), tmp_path / "a.safetensors"
+    torch.manual_seed(11)
+    tensors: dict[str, Tensor] = {}
+    wanted: dict[str, dict[str, Tensor]] = {name: {} for name in ENCODERS}
+    for component in ENCODERS:
+        for number, (name, layer) in enumerate(layers_of(plain, component, SUBSETS[subset]).items()):
+            rank = number % 3 + 1
+            used = NAMINGS[number % 4] if naming == "each its own" else naming
+            down_key, up_key, alpha_key = text_keys(used, component, name)
+            tensors[down_key], tensors[up_key] = (
+                torch.randn(rank, layer.in_features),
+                torch.randn(layer.out_features, rank),
+            )
+            factor = 0.5
+            if used == "kohya" and number % 2:
+                tensors[alpha_key] = torch.tensor(number + 0.5)
+                factor = 0.5 * (number + 0.5) / rank
+            weight = f"{name}.weight"
+            wanted[component][weight] = product(tensors[up_key], tensors[down_key], layer.weight.shape, factor)
+    assert all(wanted.values())
+    assert ("text_projection.weight" in wanted["text_encoder_2"]) == (subset in ("all", "projection"))
+    save_file(tensors, path)
+    checkpoint = fused(directory, [(path, 0.5)], ENCODERS)
+    for component in ENCODERS:
+        assert_values(checkpoint, plain, component, wanted[component])
+
+
+def test_the_text_encoder_computes_what_the_lora_adds_to_its_layers(directory: Path, tmp_path: Path) -> None:
+    """Layer by layer as it runs, with nothing fused: y + scale * alpha / rank * up(down(x))."""
+    plain, path = DirectoryCheckpoint(directory), tmp_path / "a.safetensors"
+    encoder = load_tiny_sdxl(directory).text_encoder.eval()
+    other = load_tiny_sdxl(directory).text_encoder.eval()
+    torch.manual_seed(12)
+    tensors: dict[str, Tensor] = {}
+
+    def hook(up: Tensor, down: Tensor) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+        return lambda _, given, result: result + 0.75 * 1.5 / 2 * (given[0] @ down.T @ up.T)
+
+    for name in layers_of(plain, "text_encoder", ("q_proj", "fc1")):
+        layer = encoder.get_submodule(name)
+        down, up = torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2)
+        down_key, up_key, alpha_key = text_keys("kohya", "text_encoder", name)
+        tensors |= {down_key: down, up_key: up, alpha_key: torch.tensor(1.5)}
+        layer.register_forward_hook(hook(up, down))
+    save_file(tensors, path)
+    checkpoint = fused(directory, [(path, 0.75)])
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        unchanged = other(ids).last_hidden_state
+        for name, parameter in other.named_parameters():
+            parameter.copy_(checkpoint.tensors("text_encoder").read(name))
+        want, found = encoder(ids).last_hidden_state, other(ids).last_hidden_state
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
+    assert (want - unchanged).abs().max() > 0.01
+
+
+def unet_layers(plain: Checkpoint) -> dict[str, nn.Module]:
+    with torch.device("meta"):
+        module = build(plain, "unet")
+    ends = ("to_k", "to_out.0", "ff.net.2", "proj_out", "conv2", "linear_1", "conv_in", "time_emb_proj")
+    return {n: m for n, m in module.named_modules() if n.endswith(ends)}
+
+
+@pytest.mark.parametrize("naming", ["kohya", "old diffusers", "peft", "bare peft", "each its own"])
+def test_any_layers_of_the_unet_in_any_naming(directory: Path, tmp_path: Path, naming: str) -> None:
+    """Kohya's keys beside diffusers' too. Ranks differ, and strengths where there are any."""
+    plain, path = DirectoryCheckpoint(directory), tmp_path / "a.safetensors"
+    torch.manual_seed(13)
+    tensors: dict[str, Tensor] = {}
+    wanted = {}
+    for number, (name, layer) in enumerate(unet_layers(plain).items()):
+        shape: Any = layer.weight.shape
+        rank, factor = number % 4 + 1, 0.25
+        down, up = torch.randn(rank, *shape[1:]), torch.randn(shape[0], rank, *[1 for _ in shape[2:]])
+        used = ("kohya", "old diffusers", "peft")[number % 3] if naming == "each its own" else naming
+        stem = f"lora_unet_{name.replace('.', '_')}"
+        if used == "kohya":
+            keys = f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"
+            if number % 2:
+                tensors[f"{stem}.alpha"], factor = torch.tensor(float(number)), 0.25 * number / rank
+        elif used == "old diffusers":
+            parent, _, leaf = name.replace("attn1.", "attn1.processor.").removesuffix(".0").rpartition(".")
+            old = f"unet.{parent}.{leaf}_lora" if leaf in ("to_k", "to_out") else f"unet.{name}.lora"
+            keys = f"{old}.down.weight", f"{old}.up.weight"
+        else:
+            root = "base_model.model." if used == "bare peft" else "unet."
+            keys = f"{root}{name}.lora_A.weight", f"{root}{name}.lora_B.weight"
+        tensors[keys[0]], tensors[keys[1]] = down, up
+        wanted[f"{name}.weight"] = product(up, down, shape, factor)
+    save_file(tensors, path)
+    assert_values(fused(directory, [(path, 0.25)]), plain, "unet", wanted)
+
+
+def test_both_namings_of_kohyas_unet_in_one_file(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """diffusers drops the original code's keys where others are beside them."""
+    directory = tiny_checkpoint("sdxl_like")
+    plain, path = DirectoryCheckpoint(directory), tmp_path / "a.safetensors"
+    torch.manual_seed(14)
+    with torch.device("meta"):
+        module = build(plain, "unet")
+    tensors: dict[str, Tensor] = {}
+    wanted = {}
+    for number, (name, layer) in enumerate(module.named_modules()):
+        if name.endswith(("attn1.to_q", "attn2.to_out.0", "conv1")):
+            spelled = unet_key(f"{name}.weight", frozenset()).removesuffix(".weight") if number % 2 else name
+            stem, shape = "lora_unet_" + spelled.replace(".", "_"), layer.weight.shape
+            down, up = torch.randn(2, *shape[1:]), torch.randn(shape[0], 2, *[1 for _ in shape[2:]])
+            tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+            tensors[f"{stem}.alpha"] = torch.tensor(1.0)
+            wanted[f"{name}.weight"] = product(up, down, shape, 0.5)
+    assert any("_blocks_" in key and "attentions" in key for key in tensors)
+    assert any("input_blocks_" in key for key in tensors)
+    save_file(tensors, path)
+    assert_values(fused(directory, [(path, 1.0)]), plain, "unet", wanted)
+
+
+def one_layer(
+    plain: Checkpoint, component: str = "text_encoder", rank: int = 2
+) -> tuple[str, nn.Linear, Tensor, Tensor]:
+    torch.manual_seed(15)
+    name, layer = next(iter(layers_of(plain, component, ("k_proj",)).items()))
+    return name, layer, torch.randn(layer.out_features, rank), torch.randn(rank, layer.in_features)
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor"),
+    [
+        pytest.param({"r": 2, "lora_alpha": 6}, 3.0, id="alpha"),
+        pytest.param({"r": 4, "rank_pattern": {"k_proj": 2}, "lora_alpha": 6}, 3.0, id="a rank's pattern"),
+        pytest.param({"r": 2, "lora_alpha": 6, "alpha_pattern": {"k_proj": 1, "self_attn.k_proj": 9}}, 0.5, id="first"),
+        pytest.param({"r": 2, "lora_alpha": 6, "alpha_pattern": {"proj": 1}}, 3.0, id="no whole name"),
+        pytest.param(
+            {"r": 2, "lora_alpha": 6, "alpha_pattern": {"^text_model.encoder.layers.0.self_attn.k_proj": 1}},
+            0.5,
+            id="all",
+        ),
+        pytest.param({"r": 2, "lora_alpha": 6, "use_rslora": True}, 6 / 2**0.5, id="rslora"),
+        pytest.param({"r": 2}, 4.0, id="peft's standard"),
+        pytest.param({}, 1.0, id="none"),
+    ],
+)
+def test_strength_in_settings(directory: Path, tmp_path: Path, settings: dict[str, Any], factor: float) -> None:
+    plain, path = DirectoryCheckpoint(directory), tmp_path / "a.safetensors"
+    name, layer, up, down = one_layer(plain)
+    keys = text_keys("peft", "text_encoder", name)
+    header = {"lora_adapter_metadata": json.dumps({f"text_encoder.{key}": value for key, value in settings.items()})}
+    save_file({keys[0]: down, keys[1]: up}, path, header)
+    wanted = {f"{name}.weight": product(up, down, layer.weight.shape, factor)}
+    assert_values(fused(directory, [(path, 1.0)]), plain, "text_encoder", wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 4, "lora_alpha": 6}, "the rank 4, and its tensors have 2; they belong to another file"),
+        ({"r": 2, "lora_alpha": "much"}, "its settings for the text_encoder are damaged"),
+        ({"r": 2, "lora_alpha": 2, "alpha_pattern": {"(": 1}}, "its settings for the text_encoder are damaged"),
+        ({"r": 2, "lora_alpha": 2, "alpha_pattern": [1]}, "its settings for the text_encoder are damaged"),
+        ({"r": 2, "lora_alpha": float("inf")}, "the strength inf; it must be a finite number"),
+        ({"r": 2, "lora_alpha": 2, "use_dora": True}, "was trained with use_dora=True, and only a plain LoRA"),
+        (
+            {"r": 2, "lora_alpha": 2, "init_lora_weights": "pissa_niter_4"},
+            "trained with init_lora_weights='pissa_niter_4'",
+        ),
+    ],
+)
+def test_settings_that_are_refused(directory: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    path = tmp_path / "a.safetensors"
+    name, _, up, down = one_layer(DirectoryCheckpoint(directory))
+    keys = text_keys("peft", "text_encoder", name)
+    header = {"lora_adapter_metadata": json.dumps({f"text_encoder.{key}": value for key, value in settings.items()})}
+    save_file({keys[0]: down, keys[1]: up}, path, header)
+    assert_refused(directory, path, message)
+
+
+def assert_refused(directory: Path, path: Path, *parts: str) -> None:
+    with pytest.raises(ExportError) as caught:
+        fused(directory, [(path, 1.0)])
+    for part in (str(path), *parts):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+STEM = "lora_te1_text_model_encoder_layers_0_self_attn_k_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"lora_up": lambda t: t / 0}, f"'{STEM}.lora_up.weight' holds NaN or infinity", id="infinity"),
+        pytest.param({"lora_down": lambda t: t * torch.nan}, f"'{STEM}.lora_down.weight' holds NaN", id="NaN"),
+        pytest.param(
+            {"lora_up": lambda t: t.to(torch.int8)},
+            f"'{STEM}.lora_up.weight' is stored as torch.int8, and a LoRA must be stored as floating-point",
+            id="integers",
+        ),
+        pytest.param({"lora_down": lambda t: t > 0}, f"'{STEM}.lora_down.weight' is stored as torch.bool", id="truths"),
+        pytest.param(
+            {"lora_up": lambda t: torch.cat([t, t], 1)},
+            f"'{STEM}.lora_up.weight' [16, 4] and '{STEM}.lora_down.weight' [2, 16] have no rank in common",
+            id="two ranks",
+        ),
+        pytest.param(
+            {"lora_up": lambda t: t[:, :0], "lora_down": lambda t: t[:0]}, "have no rank in common", id="none"
+        ),
+        pytest.param({"lora_up": lambda t: t[:5]}, "k_proj with 5 outputs, and this model's has 16", id="outputs"),
+        pytest.param(
+            {"lora_down": lambda t: t[..., None, None].expand(-1, -1, 3, 3)},
+            "k_proj with 9 elements of kernel, and this model's has 1",
+            id="kernel",
+        ),
+        pytest.param({"alpha": lambda t: t * torch.nan}, f"'{STEM}.alpha' is not one finite number", id="alpha NaN"),
+        pytest.param({"alpha": lambda t: t.expand(2)}, f"'{STEM}.alpha' is not one finite number", id="alphas"),
+        pytest.param({"lora_up": None}, "has half of a change of text_encoder.text_model_encoder_layers_0", id="half"),
+        pytest.param({"lora_up": None, "lora_down": None}, f"('{STEM}.alpha'); download it again", id="alpha alone"),
+    ],
+)
+def test_damaged_tensors_are_named(
+    directory: Path, tmp_path: Path, change: dict[str, Callable[[Tensor], Tensor] | None], message: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {f"{STEM}.lora_down.weight": torch.ones(2, 16), f"{STEM}.lora_up.weight": torch.ones(16, 2)}
+    tensors |= {f"{STEM}.alpha": torch.tensor(1.0), "lora_te2_text_projection.lora_down.weight": torch.ones(1, 8)}
+    tensors["lora_te2_text_projection.lora_up.weight"] = torch.ones(8, 1)
+    for part, changed in change.items():
+        key = next(key for key in tensors if key.startswith(f"{STEM}.{part}"))
+        tensor = tensors.pop(key)
+        if changed is not None:
+            tensors[key] = changed(tensor).contiguous()
+    save_file(tensors, path)
+    assert_refused(directory, path, message)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{STEM}.scale_weight",
+        f"{STEM}.diff",
+        f"{STEM}.lora_mid.weight",
+        "text_encoder.text_model.encoder.layers.0.self_attn.k_proj.lora_A.scale",
+        "text_encoder.text_model.encoder.layers.0.self_attn.k_proj.alpha",
+        "text_encoder.text_model.embeddings.token_embedding.lora_embedding_A",
+        "text_encoder_2.logit_scale",
+    ],
+)
+def test_tensors_that_are_no_part_of_a_lora_are_named(directory: Path, tmp_path: Path, key: str) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {f"{STEM}.lora_down.weight": torch.ones(2, 16), f"{STEM}.lora_up.weight": torch.ones(16, 2)}
+    save_file({**tensors, key: torch.ones(1)}, path)
+    assert_refused(directory, path, f"has a tensor {key!r}, which is no part of a LoRA")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (
+            "lora_te1_text_model_encoder_layers_9_mlp_fc1",
+            "text_encoder.text_model_encoder_layers_9_mlp_fc1, which this",
+        ),
+        ("lora_te1_text_projection", "text_encoder.text_projection, which this model has not"),
+        ("lora_te1_text_model_final_layer_norm", "final_layer_norm, which is a LayerNorm in this model"),
+        ("lora_unet_down_blocks_9_resnets_0_conv1", "unet.down_blocks.9.resnets.0.conv1, which this model has not"),
+        ("lora_te3_encoder_block_0", "'lora_te3_encoder_block_0"),
+    ],
+)
+def test_layers_that_the_model_has_not_are_named(directory: Path, tmp_path: Path, key: str, message: str) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {f"{STEM}.lora_down.weight": torch.ones(2, 16), f"{STEM}.lora_up.weight": torch.ones(16, 2)}
+    save_file(
+        {**tensors, f"{key}.lora_down.weight": torch.ones(2, 16), f"{key}.lora_up.weight": torch.ones(16, 2)}, path
+    )
+    assert_refused(directory, path, message)
+
+
+@pytest.mark.parametrize("naming", ["old diffusers", "diffusers", "peft"])
+def test_a_layer_that_is_changed_twice_is_named(directory: Path, tmp_path: Path, naming: str) -> None:
+    """Of two changes under two namings, the last one would be taken alone."""
+    path = tmp_path / "a.safetensors"
+    name = "encoder.layers.0.self_attn.k_proj"
+    down, up, _ = text_keys(naming, "text_encoder", name)
+    tensors = {f"{STEM}.lora_down.weight": torch.ones(2, 16), f"{STEM}.lora_up.weight": torch.ones(16, 2)}
+    save_file({**tensors, down: torch.ones(2, 16), up: torch.ones(16, 2)}, path)
+    assert_refused(directory, path, f"changes text_encoder.{name} twice")
+    first, second, _ = text_keys("peft" if naming != "peft" else "diffusers", "text_encoder", name)
+    tensors = {down: torch.ones(2, 16), up: torch.ones(16, 2), first: torch.ones(2, 16), second: torch.ones(16, 2)}
+    save_file(tensors, path)
+    assert_refused(directory, path, "changes one layer twice, in ", repr(down), repr(first))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_stored_precisions(directory: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    plain, path = DirectoryCheckpoint(directory), tmp_path / "a.safetensors"
+    name, layer, up, down = one_layer(plain)
+    up, down = up.to(dtype), down.to(dtype)
+    keys = text_keys("kohya", "text_encoder", name)
+    save_file({keys[0]: down, keys[1]: up, keys[2]: torch.tensor(3)}, path)
+    wanted = {f"{name}.weight": product(up, down, layer.weight.shape, 1.5)}
+    assert_values(fused(directory, [(path, 1.0)]), plain, "text_encoder", wanted)
+
+
+class Held:
+    """Tensors of a checkpoint, one of them replaced."""
+
+    def __init__(self, checkpoint: Checkpoint, key: str, tensor: Tensor) -> None:
+        self.checkpoint, self.key, self.tensor = checkpoint, key, tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.checkpoint, name)
+
+    def tensors(self, component: str) -> Any:
+        return Held(self.checkpoint.tensors(component), self.key, self.tensor)  # type: ignore[arg-type]
+
+    def read(self, key: str) -> Tensor:
+        return self.tensor.clone() if key == self.key else self.checkpoint.read(key)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.to(torch.int8), "is stored as torch.int8, and a LoRA is added to floating-point numbers alone"),
+        (lambda t: t * torch.nan, "holds NaN or infinity without a LoRA"),
+        (lambda t: t[:4], "has shape [4, 16], which is not the model's"),
+    ],
+)
+def test_weights_that_nothing_can_be_added_to(
+    directory: Path, tmp_path: Path, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    plain, path = DirectoryCheckpoint(directory), tmp_path / "a.safetensors"
+    name, _, up, down = one_layer(plain)
+    keys = text_keys("kohya", "text_encoder", name)
+    save_file({keys[0]: down, keys[1]: up}, path)
+    held: Any = Held(plain, f"{name}.weight", change(plain.tensors("text_encoder").read(f"{name}.weight")))
+    checkpoint = fuse_loras(held, [Lora(path)], build, components=["text_encoder"])
+    with pytest.raises(ExportError, match=re.escape(f"{name}.weight' {message}")):
+        checkpoint.tensors("text_encoder").read(f"{name}.weight")
+
+
+def test_weights_of_eight_bits_keep_all_of_the_lora(directory: Path, tmp_path: Path) -> None:
+    plain, path = DirectoryCheckpoint(directory), tmp_path / "a.safetensors"
+    name, layer, up, down = one_layer(plain)
+    keys = text_keys("kohya", "text_encoder", name)
+    save_file({keys[0]: down * 0.01, keys[1]: up}, path)
+    weight = plain.tensors("text_encoder").read(f"{name}.weight").to(torch.float8_e4m3fn)
+    held: Any = Held(plain, f"{name}.weight", weight)
+    checkpoint = fuse_loras(held, [Lora(path)], build, components=["text_encoder"])
+    want = weight.double() + product(up, down * 0.01, layer.weight.shape, 1.0)
+    found = checkpoint.tensors("text_encoder").read(f"{name}.weight")
+    torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_bare_names_of_a_text_encoder(directory: Path, tmp_path: Path) -> None:
+    """As peft saves one. Where there are two, the file does not say which it means."""
+    plain, path = DirectoryCheckpoint(directory), tmp_path / "a.safetensors"
+    name, layer, up, down = one_layer(plain)
+    stem = f"base_model.model.text_model.{name.removeprefix('text_model.')}"
+    save_file({f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}, path)
+    assert_refused(directory, path, "does not say which; put the component's name before its keys", "text_encoder_2.")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 5}))
+    held: Any = Held(plain, "", torch.zeros(0))
+    held.model_index = {k: v for k, v in plain.model_index.items() if k != "text_encoder_2"}
+    held.model_index["_class_name"] = "StableDiffusionPipeline"
+    checkpoint = fuse_loras(held, [Lora(path)], build, components=["text_encoder"])
+    wanted = {f"{name}.weight": product(up, down, layer.weight.shape, 2.5)}
+    assert_values(checkpoint, plain, "text_encoder", wanted)
+
+
+def test_biases(directory: Path, tmp_path: Path) -> None:
+    plain, path = DirectoryCheckpoint(directory), tmp_path / "a.safetensors"
+    name, layer, up, down = one_layer(plain)
+    bias = torch.randn(layer.out_features)
+    stem = f"text_encoder.{name}"
+    tensors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up, f"{stem}.lora_B.bias": bias}
+    save_file(tensors, path)
+    wanted = {f"{name}.weight": product(up, down, layer.weight.shape, 0.5), f"{name}.bias": 0.5 * bias.double()}
+    assert_values(fused(directory, [(path, 0.5)]), plain, "text_encoder", wanted)
+    save_file({**tensors, f"{stem}.lora_B.bias": torch.randn(3)}, path)
+    assert_refused(directory, path, "with a bias [3], and this model's is [16]")
+
+
+def test_what_is_stored_is_the_checkpoints(directory: Path, tmp_path: Path) -> None:
+    plain, path = DirectoryCheckpoint(directory), write_lora(directory, tmp_path, ("text_encoder",))
+    checkpoint = fused(directory, [(path, 1.0)])
+    found, held = checkpoint.tensors("text_encoder"), plain.tensors("text_encoder")
+    assert dict(found.stored()) == dict(held.stored())
+    assert len(found.stored()) > 10
+    key = next(iter(layers_of(plain, "text_encoder", ("k_proj",)))) + ".weight"
+    assert found.find(key) == held.find(key)
+    with pytest.raises(ExportError):
+        found.find("no.such.weight")
+    file = "tokenizer/tokenizer_config.json"
+    assert checkpoint.further(file) == plain.further(file) is not None
+    assert checkpoint.directory("vae") == plain.directory("vae") is not None
+    assert checkpoint.directory("text_encoder") is None, "its weights there are without the LoRA"

@@ -190,13 +190,12 @@ def eager(model: str, work: Path, result: Path, way: str) -> None:
     denoiser.register_forward_pre_hook(lambda *_: marks.append((time.perf_counter(), time.process_time())))
     denoiser.register_forward_hook(lambda *_: marks.append((time.perf_counter(), time.process_time())))
     latents = walk(
+        job,
         plan,
-        job.family,
         denoiser,
         {variant.name: variant for variant in job.variants},
         torch.from_numpy(noise),
         {name: torch.from_numpy(row) for name, row in rows.items()},
-        plan.guidance_scale,
     )
     np.savez(work / f"{model}-eager.npz", **{str(i): x.numpy() for i, x in enumerate(latents) if i})
     taken = zip(marks[::2], marks[1::2], strict=True)

@@ -158,13 +158,14 @@ class Golden:
 
     ``plan`` is walked from tensor ``latents.0`` and must give ``latents.<i+1>`` after step i; with no plan,
     graph ``graph`` is run once on ``input.*`` and must give ``output.*``. ``tolerance`` bounds the largest
-    absolute difference over the largest absolute value.
+    absolute difference over the largest absolute value. ``oracle``: who recorded it, for people to read.
     """
 
     file: str
     tolerance: float
     graph: str = ""
     plan: Plan | None = None
+    oracle: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +177,7 @@ class Manifest:
     ``batch``: least and largest number of images (or videos) in one run.
     ``guidance``: ``"classifier-free"`` (the denoising graphs hold both halves), ``"embedded"`` (one half, the scale
     is an input of the network) or ``"none"``.
+    ``guidance_rescale``, ``clip_skip``: what the graphs do beside guiding and encoding (0: nothing), for people.
     ``zero_negative``: a request without a negative prompt uses zeros in place of its text (SDXL's convention).
     ``weights``, ``text``, ``image``, ``decoder``: the weight file and the names of graphs; empty where the export
     left them out.
@@ -207,6 +209,8 @@ class Manifest:
     files: Mapping[str, FileDigest]
     scheduler: Mapping[str, Any]
     tools: Mapping[str, str] = field(default_factory=dict)
+    guidance_rescale: float = 0.0
+    clip_skip: int = 0
     schema_version: int = SCHEMA_VERSION
 
     def plan(self, name: str) -> Plan:
@@ -433,6 +437,7 @@ def _golden(r: _Reader) -> Golden:
         tolerance=r.number("tolerance"),
         graph=r.text("graph"),
         plan=None if plan is None else Plan.from_json(plan),
+        oracle=r.text("oracle") if "oracle" in r.data else "",
     )
 
 
@@ -471,4 +476,6 @@ def _manifest(r: _Reader) -> Manifest:
         files=files,
         scheduler=r.get("scheduler", dict),
         tools=r.strings("tools"),
+        guidance_rescale=r.number("guidance_rescale") if "guidance_rescale" in r.data else 0.0,
+        clip_skip=r.whole("clip_skip") if "clip_skip" in r.data else 0,
     )

@@ -58,7 +58,7 @@ def reference(setting: Setting) -> dict[str, Any]:
     begin = time.perf_counter()
     variants = {variant.name: variant for variant in job.variants}
     on_device = {name: row.to(device) for name, row in rows.items()}
-    latents = walk(plan, job.family, denoiser, variants, start.to(device), on_device, job.guidance_scale)
+    latents = walk(job, plan, denoiser, variants, start.to(device), on_device)
     tensors = {f"latents.{i}": x.cpu().numpy() for i, x in enumerate(latents)}
     tensors |= {f"conditioning.{name}": row.numpy() for name, row in rows.items()}
     np.savez(setting.reference_file, plan=np.array(json.dumps(plan.to_json())), **tensors)

@@ -21,11 +21,11 @@ from tgate_engine.report import Reporter
 from tgate_engine.sampler import Sampler
 from tgate_engine.schedule import Schedule
 from tgate_export import goldens, macs, scratch
-from tgate_export.conditioning import export_tokenizers
 from tgate_export.graphs import TracedGraph, store_linears_transposed
 from tgate_export.job import ExportSettings, Job, check_guidance, prepare, schedule_of
 from tgate_export.modules import fake_module
 from tgate_export.sampling import compile_sampler
+from tgate_export.tokenizers import export_tokenizers
 from tgate_export.tracing import (
     DECODER_GRAPH,
     IMAGE_GRAPH,
@@ -164,6 +164,8 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
         batch=job.settings.batch,
         guidance=job.guidance,
         guidance_scale=job.guidance_scale,
+        guidance_rescale=job.settings.guidance_rescale,
+        clip_skip=job.settings.clip_skip,
         zero_negative=family.zero_negative(checkpoint),
         weights="" if job.settings.weights == "none" else WEIGHTS_FILE,
         text=TEXT_GRAPH if "text" in job.components else "",
@@ -176,7 +178,7 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
         plans=plans,
         goldens=recorded,
         files=digests_of(stage),
-        scheduler=_plain(checkpoint.scheduler_config()),
+        scheduler=_plain(job.scheduler),
         tools=_tools(),
     )
 
@@ -197,7 +199,7 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> tuple
         report.progress(len(traced), total, f"tracing {name}")
         traced.append(trace())
     denoiser = fake_module(mode, job.family, job.checkpoint, job.family.denoiser, getattr(torch, job.dtype))
-    sites = job.family.attention(denoiser)
+    sites = job.sites
     transposed = store_linears_transposed(denoiser)
     carries: dict[str, Carry] = {}
     for variant in job.variants:

@@ -12,9 +12,12 @@ import torch
 from tgate_engine.bundle import write_atomically
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints import open_checkpoint
-from tgate_export.conditioning import encode, export_tokenizers, halves, token_ids
+from tgate_export.conditioning import encode, halves
 from tgate_export.families import find_model, location
+from tgate_export.families.base import Size
+from tgate_export.job import check_checkpoint
 from tgate_export.modules import real_module
+from tgate_export.tokenizers import export_tokenizers, token_ids
 
 
 def embed(
@@ -24,12 +27,14 @@ def embed(
     *,
     checkpoint: str | None = None,
     negative_prompt: str | None = None,
+    clip_skip: int = 0,
     half: bool = False,
 ) -> list[str]:
     """Write what the text encoder of a model makes of prompts, and return the tensors' names.
 
     ``output``: a safetensors file of ``<name>.<half>`` to [N, ...], float32, for N prompts; written whole or not at
-    all. ``negative_prompt``: None is the model's convention for none. ``half``: keep the encoder's weights in bfloat16
+    all. ``negative_prompt``: None is the model's convention for none. ``clip_skip``: last layers of CLIP's text
+    encoders to leave out. ``half``: keep the encoder's weights in bfloat16
     while it runs, which T5 needs half the memory for and costs it little.
     Raises :class:`~tgate_engine.errors.ExportError`.
     """
@@ -46,16 +51,14 @@ def embed(
         elsewhere={} if checkpoint else found.elsewhere,
         prefer_half=half,
     )
-    if source.model_index.get("_class_name") not in family.pipeline_classes:
-        raise ExportError(
-            f"{source.where} holds a {source.model_index.get('_class_name')}; --model {model} wants "
-            f"{' or '.join(family.pipeline_classes)}"
-        )
-    family.check(source)
-    every = family.conditioning(source, family.default_size(source))
+    check_checkpoint(family, source, family.text_components)
+    family.check_clip_skip(source, clip_skip)
+    side = family.size_multiple(source)
+    every = family.conditioning(source, Size(height=side, width=side, frames=family.default_frames(source)))
     inputs = [c for c in every if c.conditioning.source == "text"]
+    names = [*(c.conditioning.name for c in inputs), *(f"{name}.negative" for name in family.negative_text(clip_skip))]
     dtype = torch.bfloat16 if half else torch.float32
-    text = family.text([real_module(family, source, component, dtype) for component in family.text_components])
+    text = family.text([real_module(family, source, c, dtype) for c in family.text_components], clip_skip)
     guided = family.guidance(source, scale=2.0) == "classifier-free"  # with any scale that guides
     if negative_prompt is not None and not guided:
         raise ExportError(f"{model} has no negative half of guidance; leave out the negative prompt")
@@ -63,7 +66,7 @@ def embed(
     with tempfile.TemporaryDirectory() as folder:
         tokenizers = export_tokenizers(family, source, Path(folder))
         texts = dict.fromkeys([*prompts, *([] if nothing is None else [nothing])])
-        encoded = {t: encode(text, inputs, *token_ids(Path(folder), tokenizers, t).values()) for t in texts}
+        encoded = {t: encode(text, names, *token_ids(Path(folder), tokenizers, t).values()) for t in texts}
     negative = None if nothing is None else encoded[nothing]
     rows = [halves(inputs, encoded[prompt], negative, guided=guided) for prompt in prompts]
     tensors = {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from tgate_engine.errors import ExportError
 from tgate_engine.plan import FULL, REUSE_BOTH, REUSE_CROSS, REUSE_SELF, UNGUIDED
 from tgate_engine.rows import GUIDANCE, INPUT_SCALE, LATENTS, NOISE, OUTPUTS, TIMESTEP
 from tgate_engine.sampler import HISTORY
@@ -34,6 +36,43 @@ class AttentionSite:
 
     module: str
     kind: Kind
+
+
+def observe(denoiser: nn.Module, call: Callable[[], object]) -> tuple[AttentionSite, ...]:
+    """The attention modules that ``call`` runs, in their order, each by what it attends to.
+
+    ``call`` runs the denoiser once; parameters and inputs may be fake. Names tell nothing: with diffusers'
+    ``only_cross_attention`` the module called attn1 attends to the text as well. Raises :class:`ExportError` for
+    modules whose output is no attention output that a step could reuse.
+    """
+    kinds: dict[str, Kind] = {}
+
+    def watch(name: str, module: Attention) -> Callable[..., None]:
+        def look(_module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+            if name in kinds:
+                raise ExportError(f"attention module {name!r} runs more than once in a step, and cannot be reused")
+            if module.residual_connection or module.added_kv_proj_dim is not None or module.spatial_norm is not None:
+                raise ExportError(
+                    f"attention module {name!r} is none of a transformer block (it adds its own residual, attends to "
+                    "text and picture at once, or normalises by place), and cannot be gated; its block type is that "
+                    "of another architecture"
+                )
+            attended = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+            kinds[name] = "self" if attended is None else "cross"
+
+        return look
+
+    hooks = [
+        module.register_forward_pre_hook(watch(name, module), with_kwargs=True)
+        for name, module in denoiser.named_modules()
+        if isinstance(module, Attention)
+    ]
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(AttentionSite(name, kind) for name, kind in kinds.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +149,8 @@ class GatedStep(nn.Module):
     it stores, whose first dimensions are multiples of B.
 
     ``ramp``: None, or guidance over the frames, a tensor that broadcasts to [B, ...] with numbers from 0 to 1: the
-    scale is then 1 where it is 0, and the step row's where it is 1.
+    scale is then 1 where it is 0, and the step row's where it is 1. ``rescale``: how far the guided output is brought
+    back to the deviation of the prompt's half, from 0, not at all, to 1 (arXiv 2305.08891, equations 15 and 16).
 
     The denoiser is borrowed: :meth:`attached` puts the taps on it and takes them off again.
     """
@@ -124,9 +164,11 @@ class GatedStep(nn.Module):
         conditioning: Sequence[str],
         dtype: torch.dtype,
         ramp: Tensor | None = None,
+        rescale: float = 0.0,
     ) -> None:
         super().__init__()
         self._ramp = ramp
+        self._rescale = rescale
         self.denoiser = denoiser
         self._denoise = denoise
         self._variant = variant
@@ -216,6 +258,9 @@ class GatedStep(nn.Module):
             if self._ramp is not None:
                 scale = 1 + (scale - 1) * self._ramp
             output = negative + scale * (positive - negative)
+            if self._rescale:
+                rescaled = output * (_deviation(positive) / _deviation(output))
+                output = self._rescale * rescaled + (1 - self._rescale) * output
 
         # The sampler: x_{i+1} = sum_j a_j x_{i-j} + sum_j b_j e_{i-j} + c z_i (tgate_engine.sampler).
         past = [(named[f"latents.{j}"], named[f"output.{j}"]) for j in range(1, HISTORY + 1)]
@@ -240,6 +285,11 @@ class GatedStep(nn.Module):
 def _halves(doubled: Tensor) -> tuple[Tensor, ...]:
     """[2B, ...] to two of [B, ...], for a B that may be symbolic."""
     return doubled.unflatten(0, (2, -1)).unbind(0)
+
+
+def _deviation(tensor: Tensor) -> Tensor:
+    """The standard deviation of each result, [B, 1, ...]."""
+    return tensor.std(dim=tuple(range(1, tensor.dim())), keepdim=True)
 
 
 def _column(step: Tensor, index: int, rank: int) -> Tensor:

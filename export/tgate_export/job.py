@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Guidance
@@ -13,9 +18,11 @@ from tgate_engine.schedule import Schedule
 from tgate_export.checkpoints import WEIGHTS, Checkpoint, open_checkpoint
 from tgate_export.families import Model, find_model, location
 from tgate_export.families.base import ConditioningInput, Family, Size
-from tgate_export.gating import Variant, variants
+from tgate_export.gating import AttentionSite, Variant, observe, variants
 from tgate_export.lora import Lora, fuse_loras
+from tgate_export.modules import fake_module
 from tgate_export.sampling import compile_sampler
+from tgate_export.storage import check_tensors
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 COMPONENTS = ("text", "image", "denoiser", "decoder")
@@ -27,7 +34,8 @@ class ExportSettings:
     """What the user asks for. None stands for the model's own default; sizes are in pixels.
 
     ``weights``: one of :data:`~tgate_export.checkpoints.WEIGHTS`. ``components``: some of :data:`COMPONENTS`; None is
-    everything for a checkpoint, and the denoiser alone without one.
+    everything for a checkpoint, and the denoiser alone without one. ``clip_skip``: last layers of CLIP's text encoders
+    to leave out of a prompt's text. ``guidance_rescale``: from 0 to 1, see :class:`~tgate_export.gating.GatedStep`.
     """
 
     model: str
@@ -42,6 +50,8 @@ class ExportSettings:
     weights: str = "checkpoint"
     components: Sequence[str] | None = None
     loras: Sequence[Lora] = ()
+    clip_skip: int = 0
+    guidance_rescale: float = 0.0
     height: int | None = None
     width: int | None = None
     frames: int | None = None
@@ -68,6 +78,8 @@ class Job:
     size: Size
     latents: tuple[int, ...]
     conditioning: tuple[ConditioningInput, ...]
+    sites: tuple[AttentionSite, ...]
+    scheduler: Mapping[str, Any]
     dtype: str
     decoder_dtype: str
     variants: tuple[Variant, ...]
@@ -106,18 +118,16 @@ def prepare(settings: ExportSettings) -> Job:
     components = _components(settings, family)
 
     checkpoint = _open(settings, model, components)
-    found = checkpoint.model_index.get("_class_name")
-    if found not in family.pipeline_classes:
-        raise ExportError(
-            f"{checkpoint.where} holds a {found}; --model {settings.model} wants {' or '.join(family.pipeline_classes)}"
-        )
-    family.check(checkpoint)
-    if settings.weights != "none":
-        for component in directories(family, components):
-            checkpoint.tensors(component)
+    check_checkpoint(family, checkpoint, directories(family, components), weights=settings.weights != "none")
+    family.check_clip_skip(checkpoint, settings.clip_skip)
     guidance = family.guidance(checkpoint, scale)
+    _check_rescale(settings, family, guidance)
     size = _size(settings, family, checkpoint)
-    compiled = compile_sampler(settings.sampler or model.sampler, checkpoint.scheduler_config(), steps)
+    latents, conditioning = family.latents(checkpoint, size), tuple(family.conditioning(checkpoint, size))
+    sites = _observe(family, checkpoint, latents, conditioning)
+    family.scaling(checkpoint)
+    scheduler = family.scheduler_config(checkpoint)
+    compiled = compile_sampler(settings.sampler or model.sampler, scheduler, steps)
     dtype = DTYPES[settings.dtype]
     return Job(
         settings=settings,
@@ -130,17 +140,32 @@ def prepare(settings: ExportSettings) -> Job:
         guidance=guidance,
         guidance_scale=scale,
         size=size,
-        latents=family.latents(checkpoint, size),
-        conditioning=tuple(family.conditioning(checkpoint, size)),
+        latents=latents,
+        conditioning=conditioning,
+        sites=sites,
+        scheduler=scheduler,
         dtype=dtype,
         # Some decoders overflow in half precision and say so.
-        decoder_dtype="float32" if checkpoint.config(family.decoder).get("force_upcast", True) else dtype,
+        decoder_dtype="float32" if family.config(checkpoint, family.decoder)["force_upcast"] else dtype,
         variants=variants(
             guided=guidance == "classifier-free",
             fidelity_reuse=settings.fidelity_interval > 1,
             after_gate=family.after_gate,
         ),
     )
+
+
+def check_checkpoint(
+    family: Family, checkpoint: Checkpoint, components: Sequence[str], *, weights: bool = True
+) -> None:
+    """Check that a checkpoint is of a family, and the tensors of those components, without reading their values.
+
+    ``weights``: False where there are none. Raises :class:`ExportError`.
+    """
+    family.check_pipeline(checkpoint)
+    family.check(checkpoint)
+    for component in components if weights else ():
+        check_tensors(checkpoint, component, family.skeleton(checkpoint, component))
 
 
 def directories(family: Family, components: Sequence[str]) -> tuple[str, ...]:
@@ -194,16 +219,54 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
 
 
 def _size(settings: ExportSettings, family: Family, checkpoint: Checkpoint) -> Size:
-    default = family.default_size(checkpoint)
-    size = Size(
-        height=default.height if settings.height is None else settings.height,
-        width=default.width if settings.width is None else settings.width,
-        frames=default.frames if settings.frames is None else settings.frames,
-    )
+    height, width = settings.height, settings.width
+    if height is None or width is None:
+        default = family.default_size(checkpoint)
+        height, width = height or default.height, width or default.width
     if settings.frames is not None and family.frames_axis is None:
         raise ExportError(f"--frames is for video models; {settings.model} makes pictures")
+    frames = family.default_frames(checkpoint) if settings.frames is None else settings.frames
+    size = Size(height=height, width=width, frames=frames)
     family.check_size(checkpoint, size)
     return size
+
+
+def _check_rescale(settings: ExportSettings, family: Family, guidance: Guidance) -> None:
+    rescale = settings.guidance_rescale
+    if not 0 <= rescale <= 1:
+        raise ExportError(f"--guidance-rescale must be from 0 to 1, got {rescale}")
+    if rescale and not family.rescales_guidance:
+        raise ExportError(
+            f"--guidance-rescale: {family.pipeline_classes[0]} does not rescale guidance; leave it out for "
+            f"{settings.model}"
+        )
+    if rescale and guidance != "classifier-free":
+        raise ExportError(
+            f"--guidance-rescale {rescale} would change nothing: {settings.model} is exported without two halves to "
+            "guide by; leave it out, or export with a --guidance-scale above 1"
+        )
+
+
+def _observe(
+    family: Family, checkpoint: Checkpoint, latents: Sequence[int], conditioning: Sequence[ConditioningInput]
+) -> tuple[AttentionSite, ...]:
+    """The denoiser's attention modules, seen in one call without weights, which proves that its inputs fit it."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    denoiser = fake_module(mode, family, checkpoint, family.denoiser, torch.float32)
+    rows = 2  # as many as guidance has halves
+    with mode, torch.no_grad():
+        given = {c.conditioning.name: torch.zeros(rows, *c.shape) for c in conditioning}
+        noised, numbers = torch.zeros(rows, *latents), torch.ones(rows)
+        try:
+            return observe(denoiser, lambda: family.denoise(denoiser, noised, numbers, numbers, given))
+        except ExportError as error:
+            raise ExportError(f"{checkpoint.where}: the {family.denoiser}'s {error}") from None
+        except Exception as error:  # PyTorch and diffusers raise many kinds for shapes that do not fit
+            said = " ".join(str(error).split())
+            raise ExportError(
+                f"{checkpoint.where}: the {family.denoiser} does not take what conditions it "
+                f"({type(error).__name__}: {said:.300}); its configuration and those beside it do not fit each other"
+            ) from None
 
 
 def schedule_of(steps: int, m: int, k: int, warm_up: int, fidelity_interval: int, lead_in: int = 0) -> Schedule:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.families.base import Family
+from tgate_export.families.base import Family, Scaling
+from tgate_export.storage import sound
 
 
 def fake_module(
@@ -45,11 +46,10 @@ def real_module(
     """A component in ``dtype`` with the checkpoint's weights, for eager PyTorch. The caller owns it."""
     with accelerate.init_empty_weights(include_buffers=False):
         module = family.build(checkpoint, component)
-    tensors = checkpoint.tensors(component)
-    weights = {name: tensors.read(name).to(dtype) for name, _ in module.named_parameters()}
-    for name, parameter in module.named_parameters():
-        if weights[name].shape != parameter.shape:  # 1x1 convolutions that today's modules hold as linear layers
-            weights[name] = weights[name].reshape(parameter.shape)
+    weights = {
+        name: sound(checkpoint, component, name, tuple(parameter.shape)).to(dtype)
+        for name, parameter in module.named_parameters()
+    }
     _assign(module, weights)
     return module.eval().requires_grad_(False)
 
@@ -66,39 +66,33 @@ def _assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 class Decoder(nn.Module):
     """Final latents [1, ...] in the denoiser's scale, float32, to pixels, uint8: [1, H, W, 3], or [1, F, H, W, 3].
 
-    ``frames_axis``: see :class:`~tgate_export.families.base.Family`.
+    Beside them it gives what they were rounded from, as the autoencoder decodes it: float32, [1, 3, H, W] or, for a
+    video, [F, 3, H, W], from -1 to 1 where nothing is clipped. ``frames_axis``: see
+    :class:`~tgate_export.families.base.Family`.
     """
 
-    def __init__(
-        self, vae: nn.Module, config: Mapping[str, object], dtype: torch.dtype, frames_axis: int | None = None
-    ) -> None:
+    def __init__(self, vae: nn.Module, scaling: Scaling, dtype: torch.dtype, frames_axis: int | None = None) -> None:
         super().__init__()
         self.vae = vae
+        self._scaling = scaling
         self._dtype = dtype
         self._frames_axis = frames_axis
         self._temporal = "Temporal" in type(vae).__name__
-        self._scale = float(str(config["scaling_factor"]))
-        self._shift = float(str(config.get("shift_factor") or 0.0))
-        self._mean, self._std = _row(config.get("latents_mean")), _row(config.get("latents_std"))
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         frames = 1
         if self._frames_axis is not None:
             frames = latents.shape[self._frames_axis]
             latents = latents.movedim(self._frames_axis, 1).flatten(0, 1)
-        if self._mean and self._std:
-            mean, std = (torch.tensor(row).view(1, -1, 1, 1) for row in (self._mean, self._std))
-            latents = latents * std / self._scale + mean
-        else:
-            latents = latents / self._scale + self._shift
+        if self._scaling.std != (1.0,):
+            latents = latents * torch.tensor(self._scaling.std).view(1, -1, 1, 1)
+        latents = latents / self._scaling.scale
+        if self._scaling.mean != (0.0,):
+            latents = latents + torch.tensor(self._scaling.mean).view(1, -1, 1, 1)
         decode = self.vae.decode
         assert callable(decode)
         further = {"num_frames": frames} if self._temporal else {}
-        image: Tensor = decode(latents.to(self._dtype), return_dict=False, **further)[0]
-        pixels = (image.float() / 2 + 0.5).clamp(0, 1)
+        decoded: Tensor = decode(latents.to(self._dtype), return_dict=False, **further)[0].float()
+        pixels = (decoded / 2 + 0.5).clamp(0, 1)
         pictures = (pixels * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
-        return pictures if self._frames_axis is None else pictures.unsqueeze(0)
-
-
-def _row(values: object) -> list[float]:
-    return [float(v) for v in values] if isinstance(values, Sequence) and not isinstance(values, str) else []
+        return pictures if self._frames_axis is None else pictures.unsqueeze(0), decoded

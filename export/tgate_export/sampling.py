@@ -30,12 +30,13 @@ from tgate_export.schedulers import (
     SAMPLERS,
     declared,
     facts,
+    from_config,
     make_scheduler,
     one_line,
     refuse_options,
 )
 
-__all__ = ["SAMPLERS", "compile_sampler", "compile_scheduler", "make_scheduler"]
+__all__ = ["SAMPLERS", "compile_sampler", "compile_scheduler", "drawing", "make_scheduler"]
 
 Array = NDArray[np.float64]
 
@@ -116,7 +117,7 @@ class _Run:
     def __init__(self, scheduler: Any, steps: int) -> None:
         self.kind = type(scheduler).__name__
         self.steps = steps
-        self.scheduler = type(scheduler).from_config(scheduler.config)
+        self.scheduler = from_config(type(scheduler), scheduler.config)
         try:
             self.scheduler.set_timesteps(steps)
             self.timesteps = list(self.scheduler.timesteps)
@@ -135,7 +136,7 @@ class _Run:
             if hasattr(self.scheduler, "scale_model_input"):
                 seen = self.scheduler.scale_model_input(sample, timestep)
             noise = torch.from_numpy(output)[:, None, None]
-            with _drawing(self.scheduler, torch.from_numpy(drawn)[:, None, None]):
+            with drawing(self.scheduler, torch.from_numpy(drawn)[:, None, None]):
                 following = self.scheduler.step(noise, timestep, sample, return_dict=False)[0]
         except Exception as error:
             raise self._failed(error) from error
@@ -149,7 +150,7 @@ class _Run:
 
 
 @contextmanager
-def _drawing(scheduler: Any, noise: torch.Tensor) -> Iterator[None]:
+def drawing(scheduler: Any, noise: torch.Tensor) -> Iterator[None]:
     """While open, the scheduler's module draws ``noise`` whenever it draws noise, once a step at most."""
     module = sys.modules[type(scheduler).__module__]
     real = getattr(module, "randn_tensor", None)

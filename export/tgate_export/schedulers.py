@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import torch
 
 from tgate_engine.errors import ExportError
 from tgate_engine.sampler import Fact
@@ -22,16 +23,23 @@ class Recipe:
     ``scheduler``: class in diffusers. ``paper``: where it is defined.
     ``overrides``: options that the name itself fixes, whatever the checkpoint says.
     ``unless_stated``: options set only where the checkpoint's configuration does not mention them.
+    ``edm``: class and options for networks trained under EDM's preconditioning; None where diffusers has none.
     """
 
     scheduler: str
     paper: str
     overrides: Mapping[str, Fact] = field(default_factory=dict)
     unless_stated: Mapping[str, Fact] = field(default_factory=dict)
+    edm: tuple[str, Mapping[str, Fact]] | None = None
 
 
 def _dpmpp(order: int, *, karras: bool) -> dict[str, Fact]:
     return {"solver_order": order, "algorithm_type": "dpmsolver++", "use_karras_sigmas": karras}
+
+
+def _edm_dpmpp(order: int, **further: Fact) -> tuple[str, Mapping[str, Fact]]:
+    """EDM's own noise levels are Karras's unless the checkpoint has others (sigma_schedule)."""
+    return "EDMDPMSolverMultistepScheduler", {"solver_order": order, "algorithm_type": "dpmsolver++", **further}
 
 
 SAMPLERS: Mapping[str, Recipe] = {
@@ -42,21 +50,28 @@ SAMPLERS: Mapping[str, Recipe] = {
         paper="Song et al., arXiv 2010.02502, equation 12 with eta = 0",
         unless_stated={"clip_sample": False},
     ),
-    "euler": Recipe(scheduler="EulerDiscreteScheduler", paper="Karras et al., arXiv 2206.00364, algorithm 2"),
+    "euler": Recipe(
+        scheduler="EulerDiscreteScheduler",
+        paper="Karras et al., arXiv 2206.00364, algorithm 2",
+        edm=("EDMEulerScheduler", {}),
+    ),
     "dpmpp_2m": Recipe(
         scheduler="DPMSolverMultistepScheduler",
         paper="Lu et al., arXiv 2211.01095, algorithm 2",
         overrides=_dpmpp(2, karras=False),
+        edm=_edm_dpmpp(2),
     ),
     "dpmpp_2m_karras": Recipe(
         scheduler="DPMSolverMultistepScheduler",
         paper="Lu et al., arXiv 2211.01095, algorithm 2, at the noise levels of arXiv 2206.00364, equation 5",
         overrides=_dpmpp(2, karras=True),
+        edm=_edm_dpmpp(2, sigma_schedule="karras"),
     ),
     "dpmpp_3m": Recipe(
         scheduler="DPMSolverMultistepScheduler",
         paper="Lu et al., arXiv 2211.01095, appendix",
         overrides=_dpmpp(3, karras=False),
+        edm=_edm_dpmpp(3),
     ),
     "unipc": Recipe(scheduler="UniPCMultistepScheduler", paper="Zhao et al., arXiv 2302.04867"),
     # Stable Diffusion leaves the Runge-Kutta start out, and calls the network n + 1 times.
@@ -94,37 +109,159 @@ FACTS = (
 )
 """Options worth recording beside the coefficients, where a scheduler has them."""
 
+_LADDER_STEPS = 5
+
 ADVICE = f"Choose one of the samplers {', '.join(SAMPLERS)}."
+
+
+TRAINED_UNDER = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Schedulers of checkpoints whose noise is a table of betas, as every sampler here reads it."""
+
+TRAINED_UNDER_EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+"""Schedulers of checkpoints trained under EDM's preconditioning (arXiv 2206.00364, section 5), which has no betas."""
+
+TRAINING = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+    "timestep_type",
+    "sigma_min",
+    "sigma_max",
+    "sigma_data",
+    "use_flow_sigmas",
+    "flow_shift",
+    "use_dynamic_shifting",
+    "shift_terminal",
+)
+"""Options that tell how a network was trained. All others choose among ways to sample from it."""
 
 
 def make_scheduler(name: str, base_config: Mapping[str, Any]) -> Any:
     """The diffusers scheduler behind a sampler's name, made from the checkpoint's own configuration.
 
     Noise schedule, prediction type and timestep spacing follow the checkpoint, as ``from_config`` does for
-    users of diffusers. Raises :class:`ExportError` on a name that is not known or a flow-matching model.
+    users of diffusers. Raises :class:`ExportError` on a name or a class of scheduler that is not known, and where the
+    sampler does not read an option that tells how the network was trained.
     """
     if name not in SAMPLERS:
         near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ExportError(f"there is no sampler {name!r}.{hint} Known samplers: {', '.join(SAMPLERS)}.")
+    scheduler = _make(name, base_config)
+    key = _dropped(scheduler, base_config)
+    if key is None:
+        return scheduler
+    fit = ", ".join(other for other in SAMPLERS if other != name and _reads_all(other, base_config))
+    raise ExportError(
+        f"the checkpoint's scheduler has {key} = {base_config[key]!r}, which tells how its network was trained and "
+        f"which sampler {name!r} ({type(scheduler).__name__}) does not read; "
+        f"{'choose one of ' + fit if fit else 'no sampler here reads all of its options'}"
+    )
+
+
+def _make(name: str, base_config: Mapping[str, Any]) -> Any:
+    """A sampler's scheduler, whatever it reads of the configuration."""
     recipe = SAMPLERS[name]
-    owner = str(base_config.get("_class_name", ""))
-    if owner.startswith("FlowMatch"):
+    owner = base_config.get("_class_name", recipe.scheduler)
+    kind, options = recipe.scheduler, dict(recipe.overrides)
+    if owner in TRAINED_UNDER_EDM:
+        if recipe.edm is None:
+            fit = ", ".join(other for other, known in SAMPLERS.items() if known.edm is not None)
+            raise ExportError(
+                f"the checkpoint's scheduler is {owner}: its network was trained under EDM's preconditioning, which "
+                f"sampler {name!r} does not know. Choose one of {fit}"
+            )
+        kind, options = recipe.edm[0], dict(recipe.edm[1])
+    elif owner not in TRAINED_UNDER:
         raise ExportError(
-            f"the checkpoint's scheduler is {owner}; sampler {name!r} would read a noise schedule that a "
-            "flow-matching model does not have. Pass the checkpoint's own scheduler to compile_scheduler."
+            f"the checkpoint's scheduler is {owner}; sampler {name!r} would read a noise schedule that such a model "
+            "does not have. Models are exported whose noise is a table of betas (DDIM's, Euler's, DPM-Solver's and "
+            "others' schedulers), or EDM's"
         )
-    cls = getattr(diffusers, recipe.scheduler)
-    # Options of other schedulers, which a class would keep unread, with a warning.
-    read = {key: value for key, value in base_config.items() if key in inspect.signature(cls.__init__).parameters}
     silent = {key: value for key, value in recipe.unless_stated.items() if key not in base_config}
+    return from_config(getattr(diffusers, kind), base_config, **options, **silent)
+
+
+def from_config(cls: Any, config: Mapping[str, Any], **options: Fact) -> Any:
+    """What users of diffusers get: options that the class does not list stay in its configuration, where some classes
+    read them all the same. Without diffusers' warnings about them. Raises :class:`ExportError`."""
+    level = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity_error()
     try:
-        return cls.from_config(read, **recipe.overrides, **silent)
+        return cls.from_config(dict(config), **options)
     except Exception as error:
         raise ExportError(
-            f"diffusers cannot make a {recipe.scheduler} for sampler {name!r} from the checkpoint's "
-            f"scheduler configuration: {one_line(error)}"
+            f"diffusers cannot make a {cls.__name__} from the checkpoint's scheduler configuration: {one_line(error)}"
         ) from error
+    finally:
+        diffusers.logging.set_verbosity(level)
+
+
+def _dropped(scheduler: Any, config: Mapping[str, Any]) -> str | None:
+    """The first of :data:`TRAINING` that the checkpoint's own scheduler goes by and this one does not."""
+    owner = getattr(diffusers, str(config.get("_class_name")), None)
+    listed = inspect.signature(type(scheduler).__init__).parameters
+    for key in TRAINING:
+        if config.get(key) is None:
+            continue
+        if owner is None:
+            if key not in listed:
+                return key
+            continue
+        default = from_config(owner, {k: v for k, v in config.items() if k != key}).config.get(key)
+        if _ladder(from_config(owner, config)) == _ladder(from_config(owner, {**config, key: default})):
+            continue
+        own = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+        if _ladder(from_config(type(scheduler), own)) == _ladder(from_config(type(scheduler), {**own, key: default})):
+            return key
+    return None
+
+
+def _reads_all(name: str, config: Mapping[str, Any]) -> bool:
+    try:
+        return _dropped(_make(name, config), config) is None
+    except ExportError:
+        return False
+
+
+def _ladder(scheduler: Any) -> tuple[object, ...]:
+    """What the noise levels, timesteps and targets of a scheduler come to, to compare."""
+    try:
+        scheduler.set_timesteps(_LADDER_STEPS)
+    except Exception as error:  # the compiler of the sampler says so, with the steps that the user wants
+        return (type(error).__name__,)
+    parts = (getattr(scheduler, part, None) for part in ("timesteps", "sigmas", "alphas_cumprod"))
+    numbers = (tuple(torch.as_tensor(part).tolist()) if part is not None else None for part in parts)
+    return (*numbers, float(scheduler.init_noise_sigma), scheduler.config.get("prediction_type"), _scale(scheduler))
+
+
+def _scale(scheduler: Any) -> object:
+    """How the network's input is scaled in the first step, where sigma_data enters."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return None
+    return float(scheduler.scale_model_input(torch.ones(1, 1, 1, 1), scheduler.timesteps[0]))
 
 
 def declared(scheduler: Any) -> dict[str, Any]:

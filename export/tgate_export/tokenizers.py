@@ -1,43 +1,123 @@
-"""Tokenizers as single JSON files that the ``tokenizers`` library reads without transformers."""
+"""Tokenizers as single JSON files that the ``tokenizers`` library reads without transformers.
+
+Each is compared with transformers' own before it is used: what a prompt becomes has to be the same.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from tokenizers import normalizers
+from torch import Tensor
 
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Tokenizer
 from tgate_export.checkpoints import Checkpoint
+from tgate_export.families.base import Family
+from tgate_export.quiet import quiet
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
+_PRIVATE_USE = 0xE000
+"""The first of Unicode's characters that mean nothing; they stand for vectors of textual inversions."""
 
-def export_tokenizer(
-    checkpoint: Checkpoint, name: str, cls: type[Any], input_name: str, length: int, target: Path, *, lower: bool
-) -> Tokenizer:
-    """Write tokenizer ``name`` of the checkpoint to ``target`` (a file in the bundle's ``tokenizer`` directory).
+_PROBES = (
+    "",
+    "a large red circle above a small blue square",
+    "  An ORANGE\tstar,\n\nnext to   the Moon -- 42 (really!) é ü 漢字 🙂 ",
+    "<pad> a </s> b <unk> c <|startoftext|> d <|endoftext|> e ! [PAD]",
+    " ".join(f"word{i}" for i in range(400)),
+)
+"""Texts of all kinds that a tokenizer has to treat as transformers does."""
 
-    ``cls``: its class in transformers. ``length``: tokens of a prompt, start and end included.
-    ``lower``: whether prompts are stripped and written in lower case first.
-    Where the same tokenizer lies there already, under a name that sorts before, that file is used.
-    Raises :class:`ExportError` where it does not load.
+log = logging.getLogger("tgate")
+
+
+def export_tokenizers(family: Family, checkpoint: Checkpoint, root: Path) -> list[Tokenizer]:
+    """Write a family's tokenizers below ``root``, one for each input ``ids.<i>`` of its text graph.
+
+    Equal ones share a file. Raises :class:`ExportError` where one does not load, or would not do what transformers'
+    does.
     """
+    return [_export(family, checkpoint, i, root / "tokenizer" / f"{i}.json") for i in range(len(family.tokenizers))]
+
+
+def load(family: Family, checkpoint: Checkpoint, index: int) -> Any:
+    """Tokenizer ``index`` of a family as transformers loads it. Raises :class:`ExportError`."""
+    name = family.tokenizers[index]
     directory = checkpoint.tokenizer(name)
     if not any((directory / file).is_file() for file in VOCABULARIES):  # transformers would make one up
         raise ExportError(f"{directory} holds no vocabulary (one of {', '.join(VOCABULARIES)}); it is incomplete")
+    _check_class(family, checkpoint, name)
     try:
-        loaded: Any = cls.from_pretrained(directory, local_files_only=True)
-        backend = loaded.backend_tokenizer
+        with quiet():
+            loaded: Any = family.tokenizer_class.from_pretrained(directory, local_files_only=True)
+        assert loaded.backend_tokenizer is not None
     except Exception as error:  # transformers raises many kinds for files that are missing or of another kind
-        raise ExportError(f"{directory} does not load as a {cls.__name__} ({type(error).__name__}: {error})") from None
-    if lower:
-        first = [normalizers.Lowercase(), normalizers.Strip()]
-        backend.normalizer = normalizers.Sequence([*first, *([backend.normalizer] if backend.normalizer else [])])
+        said = " ".join(str(error).split())
+        raise ExportError(
+            f"{directory} does not load as a {family.tokenizer_class.__name__} ({type(error).__name__}: {said:.300})"
+        ) from None
+    encoder, largest = family.text_components[index], max(loaded.get_vocab().values())
+    known = int(family.config(checkpoint, encoder)["vocab_size"])
+    if largest >= known:
+        raise ExportError(
+            f"{directory} has tokens up to {largest}, and the {encoder} knows {known} (vocab_size); "
+            "they do not belong together"
+        )
+    if not isinstance(loaded.pad_token_id, int):
+        raise ExportError(f"{directory} names no padding token")
+    for side in ("padding_side", "truncation_side"):
+        if getattr(loaded, side) != "right":
+            raise ExportError(
+                f"{directory}: tokenizer_config.json has {side} = {getattr(loaded, side)!r}; prompts are filled up and "
+                "cut at their end here, so only 'right' can be exported"
+            )
+    return loaded
+
+
+def transformers_ids(family: Family, loaded: Any, length: int, prompt: str) -> tuple[list[int], list[int]]:
+    """Ids and mask, each ``length`` long, that diffusers' pipeline gets of a prompt from transformers' tokenizer."""
+    if family.lower_prompts:
+        prompt = prompt.lower().strip()
+    if family.textual_inversions:
+        prompt = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, loaded)
+    with quiet():
+        found = loaded(prompt, padding="max_length", max_length=length, truncation=True, return_attention_mask=True)
+    return list(found["input_ids"]), list(found["attention_mask"])
+
+
+def token_ids(root: Path, specs: Sequence[Tokenizer], prompt: str) -> dict[str, Tensor]:
+    """``ids.<i>``, int64 [1, T], of a prompt; too long a prompt is cut, with a warning."""
+    found = {}
+    for spec in specs:
+        ids, whole = _ids(tokenizers.Tokenizer.from_file(str(root / spec.file)), spec, prompt)
+        if whole > spec.length:
+            log.warning("the prompt has %d tokens, the model takes %d; the end is left out", whole, spec.length)
+        found[spec.input] = torch.tensor([ids])
+    return found
+
+
+def _export(family: Family, checkpoint: Checkpoint, index: int, target: Path) -> Tokenizer:
+    loaded = load(family, checkpoint, index)
+    length = family.token_length(checkpoint, index)
+    backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     # The run time cuts and fills by itself, so that it can say what was cut.
     backend.no_truncation()
     backend.no_padding()
+    if family.lower_prompts:
+        first = [normalizers.Lowercase(), normalizers.Strip()]
+        backend.normalizer = normalizers.Sequence([*first, *([backend.normalizer] if backend.normalizer else [])])
+    vectors = _several_vectors(loaded.added_tokens_encoder) if family.textual_inversions else {}
+    if vectors:
+        backend = _write_vectors_out(backend, vectors)
     target.parent.mkdir(parents=True, exist_ok=True)
     backend.save(str(target))
     for other in sorted(target.parent.iterdir()):
@@ -45,11 +125,90 @@ def export_tokenizer(
             target.unlink()
             target = other
             break
-    if not isinstance(loaded.pad_token_id, int):
-        raise ExportError(f"{directory} names no padding token")
-    return Tokenizer(
-        file=f"{target.parent.name}/{target.name}",
-        input=input_name,
-        length=length,
-        pad_id=loaded.pad_token_id,
+    spec = Tokenizer(
+        file=f"{target.parent.name}/{target.name}", input=f"ids.{index}", length=length, pad_id=loaded.pad_token_id
     )
+    _compare(family, checkpoint, index, loaded, tokenizers.Tokenizer.from_file(str(target)), spec, [*vectors])
+    return spec
+
+
+def _ids(tokenizer: tokenizers.Tokenizer, spec: Tokenizer, prompt: str) -> tuple[list[int], int]:
+    """A prompt's ids, filled up or cut as the library does it, and how many there were."""
+    tokenizer.no_truncation()
+    whole = len(tokenizer.encode(prompt).ids)
+    tokenizer.enable_truncation(spec.length)
+    ids = list(tokenizer.encode(prompt).ids)
+    return ids + [spec.pad_id] * (spec.length - len(ids)), whole
+
+
+def _check_class(family: Family, checkpoint: Checkpoint, name: str) -> None:
+    """Transformers loads any vocabulary under any class, with a warning at most."""
+    wanted = family.tokenizer_class.__name__
+    entry = checkpoint.model_index.get(name)
+    named = {"model_index.json": entry[1] if isinstance(entry, (list, tuple)) and len(entry) == 2 else None}
+    named[f"{name}/tokenizer_config.json"] = (checkpoint.further(f"{name}/tokenizer_config.json") or {}).get(
+        "tokenizer_class"
+    )
+    for place, found in named.items():
+        if found not in (None, wanted, f"{wanted}Fast"):
+            raise ExportError(f"{checkpoint.where}: {name} is a {found} in {place}; {family.name} wants a {wanted}")
+
+
+def _compare(
+    family: Family,
+    checkpoint: Checkpoint,
+    index: int,
+    loaded: Any,
+    own: tokenizers.Tokenizer,
+    spec: Tokenizer,
+    vectors: Sequence[str],
+) -> None:
+    """Raises :class:`ExportError` where a text becomes other ids than transformers', or the encoder another mask."""
+    end = family.end_token(checkpoint, index)
+    for text in (*_PROBES, *(f"a {token} b{token}, {token}" for token in vectors)):
+        wanted, mask = transformers_ids(family, loaded, spec.length, text)
+        ids, _ = _ids(own, spec, text)
+        if ids != wanted:
+            place = next(i for i, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b)
+            raise ExportError(
+                f"{checkpoint.where}: {family.tokenizers[index]} cannot be exported: of {text!r:.60} it makes token "
+                f"{ids[place]} at place {place} where transformers makes {wanted[place]}"
+            )
+        if end is not None and mask != [int(end in ids[i:]) for i in range(len(ids))]:
+            raise ExportError(
+                f"{checkpoint.where}: {family.tokenizers[index]} does not end a prompt with token {end}, which the "
+                f"{family.text_components[index]}'s config.json names as its eos_token_id; they do not belong together"
+            )
+
+
+def _several_vectors(added: Mapping[str, int]) -> dict[str, list[str]]:
+    """Textual inversions of several vectors, as diffusers adds them: "<cat>", "<cat>_1", "<cat>_2", …"""
+    found = {}
+    for token in added:
+        parts = [token]
+        while f"{token}_{len(parts)}" in added:
+            parts.append(f"{token}_{len(parts)}")
+        if len(parts) > 1:
+            found[token] = parts
+    return found
+
+
+def _write_vectors_out(backend: tokenizers.Tokenizer, vectors: Mapping[str, Sequence[str]]) -> tokenizers.Tokenizer:
+    """``backend`` with every token of ``vectors`` written out as all of its vectors before anything else is done.
+
+    A token is found in the text as it is after normalisation, so writing it out has to give it another name: the
+    vectors are called by characters of Unicode's private use area. What normalisation alone turns into a token, such
+    as other capitals, stays its first vector, as in diffusers.
+    """
+    tokens = list(dict.fromkeys(part for parts in vectors.values() for part in parts))
+    names = {token: chr(_PRIVATE_USE + i) for i, token in enumerate(tokens)}
+    data = json.loads(backend.to_str())
+    for token in data["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    own = backend.normalizer
+    renamed = tokenizers.Tokenizer.from_str(json.dumps(data))
+    longest = sorted(tokens, key=len, reverse=True)
+    before = [normalizers.Replace(t, " ".join(names[part] for part in vectors.get(t, [t]))) for t in longest]
+    after = [normalizers.Replace(own.normalize_str(t) if own else t, names[t]) for t in longest]
+    renamed.normalizer = normalizers.Sequence([*before, *([own] if own else []), *after])
+    return renamed

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Carry, TensorSpec, Tokenizer
 from tgate_engine.rows import STEP_ROW
 from tgate_export.gating import AttentionSite, GatedStep, Variant, carry_name
@@ -22,7 +23,8 @@ DECODER_GRAPH = "vae_decoder"
 
 def trace_text(job: Job, mode: FakeTensorMode, tokenizers: Sequence[Tokenizer]) -> TracedGraph:
     """One prompt's token ids, one input per tokenizer, to its conditioning."""
-    module = job.family.text([_fake(job, mode, component) for component in job.family.text_components])
+    encoders = [_fake(job, mode, component) for component in job.family.text_components]
+    module = job.family.text(encoders, job.settings.clip_skip)
     inputs = [TensorSpec(name=t.input, dtype="int64", shape=(1, t.length)) for t in tokenizers]
     return _trace_encoder(job, mode, TEXT_GRAPH, module, inputs, "text")
 
@@ -39,16 +41,16 @@ def trace_image(job: Job, mode: FakeTensorMode) -> TracedGraph:
 
 
 def trace_decoder(job: Job, mode: FakeTensorMode) -> TracedGraph:
-    """One result's latents to its pixels."""
+    """One result's latents to its pixels, and beside them to what they were rounded from."""
     family = job.family
-    vae, config = _fake(job, mode, family.decoder), job.checkpoint.config(family.decoder)
-    module = Decoder(vae, config, getattr(torch, job.decoder_dtype), family.frames_axis)
+    vae, scaling = _fake(job, mode, family.decoder), family.scaling(job.checkpoint)
+    module = Decoder(vae, scaling, getattr(torch, job.decoder_dtype), family.frames_axis)
     return trace(
         DECODER_GRAPH,
         module,
         mode=mode,
         inputs=[TensorSpec(name="latents", dtype="float32", shape=(1, *job.latents))],
-        outputs=["image"],
+        outputs=["image", "decoded"],
         batch=(1, 1),
         components={"vae.": family.decoder},
         transposed=store_linears_transposed(module),
@@ -74,6 +76,7 @@ def trace_step(
         tuple(conditioning),
         getattr(torch, job.dtype),
         job.family.guidance_ramp(job.latents),
+        job.settings.guidance_rescale,
     )
 
     def spec(name: str) -> TensorSpec:
@@ -87,7 +90,7 @@ def trace_step(
         return TensorSpec(name=name, dtype="float32", shape=("batch", *tail))
 
     with step.attached():
-        return trace(
+        graph = trace(
             variant.name,
             step,
             mode=mode,
@@ -97,6 +100,15 @@ def trace_step(
             components={"denoiser.": job.family.denoiser},
             transposed=frozenset(f"denoiser.{name}" for name in transposed),
         )
+    if ("cross", True) in variant.reuses:
+        for name in (t.name for t in graph.inputs):
+            stem = name.rpartition(".")[0]
+            if stem in conditioning and conditioning[stem].attended:
+                raise ExportError(
+                    f"{job.checkpoint.where}: with cross-attention reused the {job.family.denoiser} still reads "
+                    f"{name}: it takes its conditioning in another place as well, and cannot be gated"
+                )
+    return graph
 
 
 def carries_of(graph: TracedGraph, sites: Sequence[AttentionSite], variant: Variant) -> list[Carry]:
@@ -129,11 +141,19 @@ def _trace_encoder(
         module,
         mode=mode,
         inputs=inputs,
-        outputs=[c.conditioning.name for c in job.inputs_from(source)],
+        outputs=encoder_outputs(job, source),
         batch=(1, 1),
         components={f"{component}.": component for component in components},
         transposed=store_linears_transposed(module),
     )
+
+
+def encoder_outputs(job: Job, source: str) -> list[str]:
+    """Names of what the text or the image graph gives: conditioning, and after it ``<name>.negative`` for what a
+    negative prompt becomes where that is not what a prompt becomes."""
+    names = [c.conditioning.name for c in job.inputs_from(source)]
+    own = job.family.negative_text(job.settings.clip_skip) if source == "text" else ()
+    return [*names, *(f"{name}.negative" for name in own)]
 
 
 def _fake(job: Job, mode: FakeTensorMode, component: str) -> nn.Module:

@@ -22,6 +22,7 @@ from torch import Tensor
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.graphs import TracedGraph, WeightRef, slim
+from tgate_export.storage import cast, sound
 
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -54,8 +55,8 @@ def write_weights(
 ) -> dict[WeightRef, Placement]:
     """Write the weight file. ``progress`` gets (bytes done, bytes in all).
 
-    Raises :class:`ExportError` for a tensor that is missing or has another shape than the graphs, and before
-    anything is written where the disk is too full.
+    Raises :class:`ExportError` for a tensor that is missing, not finite, beyond its dtype or of another shape than the
+    graphs want, and before anything is written where the disk is too full.
     """
     refs = tuple(refs)
     total = sum(_nbytes(ref) for ref in refs)
@@ -141,17 +142,9 @@ def save_graph(graph: TracedGraph, path: Path) -> None:
 
 
 def _fetch(checkpoint: Checkpoint, ref: WeightRef) -> Tensor:
-    tensor = checkpoint.tensors(ref.component).read(ref.key)
     shape = tuple(reversed(ref.shape)) if ref.transposed else ref.shape
-    if tuple(tensor.shape) != shape:
-        squeezed = tensor.squeeze()  # 1x1 convolutions that today's modules hold as linear layers
-        if tuple(squeezed.shape) != shape:
-            raise ExportError(
-                f"{checkpoint.where}: {ref.component} tensor {ref.key!r} has shape {list(tensor.shape)}, the model "
-                f"wants {list(shape)}; the checkpoint is of another architecture than its config.json says"
-            )
-        tensor = squeezed
-    tensor = tensor.to(getattr(torch, ref.dtype))
+    tensor = sound(checkpoint, ref.component, ref.key, shape)
+    tensor = cast(checkpoint, ref.component, ref.key, tensor, getattr(torch, ref.dtype))
     return tensor.t() if ref.transposed else tensor
 
 

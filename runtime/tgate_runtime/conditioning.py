@@ -19,7 +19,8 @@ Encoded = Mapping[str, NDArray[Any]]
 def halves(manifest: Manifest, positive: Encoded, negative: Encoded | None) -> dict[str, NDArray[Any]]:
     """``<name>.<half>`` to [1, ...] for one image. ``negative`` None stands for zeros in place of a text.
 
-    Without guidance there is a positive half only. Pure.
+    Where an encoder gives ``<name>.negative`` as well, that is what a negative prompt becomes. Without guidance
+    there is a positive half only. Pure.
     """
     rows: dict[str, NDArray[Any]] = {}
     for tensor in manifest.conditioning:
@@ -32,7 +33,8 @@ def halves(manifest: Manifest, positive: Encoded, negative: Encoded | None) -> d
         elif tensor.negative == "zeros" or negative is None:
             rows[f"{tensor.name}.negative"] = np.zeros_like(here)
         else:
-            rows[f"{tensor.name}.negative"] = negative[tensor.name]
+            own = f"{tensor.name}.negative"
+            rows[own] = negative.get(own, negative[tensor.name])
     return rows
 
 

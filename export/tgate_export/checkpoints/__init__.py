@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import nn
 
-from tgate_export.checkpoints.base import Checkpoint, Tensors
+from tgate_export.checkpoints.base import Checkpoint, Stored, Tensors
 from tgate_export.checkpoints.directory import DirectoryCheckpoint, locate
 from tgate_export.checkpoints.published import PublishedCheckpoint
 from tgate_export.checkpoints.single_file import SingleFileCheckpoint
 
-__all__ = ["WEIGHTS", "Checkpoint", "Tensors", "open_checkpoint"]
+__all__ = ["WEIGHTS", "Checkpoint", "Stored", "Tensors", "open_checkpoint"]
 
 WEIGHTS = ("checkpoint", "random", "none")
 """Values of ``--weights``: the checkpoint's, random ones of its published structure, or none at all."""

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How a tensor is held: its dtype as safetensors writes it ("F32", "BF16", "I8", …), and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class Tensors(Protocol):
     """The tensors of one component, read one at a time."""
+
+    def stored(self) -> Mapping[str, Stored]:
+        """Every tensor there is, under the name that it has in storage. Reads no values."""
+        ...
+
+    def find(self, key: str) -> str:
+        """The name in storage of a parameter of today's modules.
+
+        Raises :class:`~tgate_engine.errors.ExportError` where there is none.
+        """
+        ...
 
     def read(self, key: str) -> Tensor:
         """The tensor of a parameter's name, on the CPU, in the checkpoint's dtype; the caller owns it.
@@ -54,6 +74,14 @@ class Checkpoint(ABC):
     @abstractmethod
     def token_limit(self, name: str) -> int | None:
         """Tokens that a tokenizer's own configuration allows; None where it says nothing."""
+
+    def further(self, file: str) -> Mapping[str, Any] | None:
+        """A JSON file of no component, such as ``tokenizer/tokenizer_config.json``; None where there is none."""
+        return None
+
+    def directory(self, component: str) -> Path | None:
+        """Where diffusers and transformers load a component from as it is read here; None where they could not."""
+        return None
 
     @abstractmethod
     def licence(self) -> str:

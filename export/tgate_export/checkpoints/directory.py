@@ -13,7 +13,7 @@ import safetensors
 from torch import Tensor
 
 from tgate_engine.errors import ExportError
-from tgate_export.checkpoints.base import Checkpoint
+from tgate_export.checkpoints.base import Checkpoint, Stored
 
 _WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 _HUB_FILES = (
@@ -53,7 +53,7 @@ class DirectoryCheckpoint(Checkpoint):
 
     def config(self, component: str) -> dict[str, Any]:
         if component not in self._configs:
-            path = self._directory(component) / "config.json"
+            path = self.directory(component) / "config.json"
             if not path.is_file():
                 raise ExportError(f"{path} is missing; the checkpoint is incomplete")
             self._configs[component] = _read_json(path)
@@ -67,16 +67,22 @@ class DirectoryCheckpoint(Checkpoint):
 
     def tensors(self, component: str) -> TensorFiles:
         if component not in self._tensors:
-            self._tensors[component] = TensorFiles.open(self._directory(component), self._prefer_half)
+            self._tensors[component] = TensorFiles.open(self.directory(component), self._prefer_half)
         return self._tensors[component]
 
     def tokenizer(self, name: str) -> Path:
         return self.root / name
 
     def token_limit(self, name: str) -> int | None:
-        path = self.root / name / "tokenizer_config.json"
-        limit = _read_json(path).get("model_max_length") if path.is_file() else None
+        limit = (self.further(f"{name}/tokenizer_config.json") or {}).get("model_max_length")
         return int(limit) if isinstance(limit, (int, float)) else None
+
+    def further(self, file: str) -> dict[str, Any] | None:
+        path = self.root / file
+        return _read_json(path) if path.is_file() else None
+
+    def directory(self, component: str) -> Path:
+        return self._elsewhere.get(component, self.root / component)
 
     def licence(self) -> str:
         """The licence that the model card's front matter names, or "unknown"."""
@@ -92,9 +98,6 @@ class DirectoryCheckpoint(Checkpoint):
                         return value.strip().strip("\"'") or "unknown"
         return "unknown"
 
-    def _directory(self, component: str) -> Path:
-        return self._elsewhere.get(component, self.root / component)
-
 
 @dataclass
 class TensorFiles:
@@ -102,21 +105,33 @@ class TensorFiles:
 
     directory: Path
     files: Mapping[str, Path]
+    held: Mapping[str, Stored]
     _open: dict[Path, Any] = field(default_factory=dict)
 
     @staticmethod
     def open(directory: Path, prefer_half: bool) -> TensorFiles:
         paths = _weight_files(directory, prefer_half)
         keys: dict[str, Path] = {}
+        held: dict[str, Stored] = {}
         for path in paths:
             try:
                 with safetensors.safe_open(path, framework="pt") as file:
-                    keys.update(dict.fromkeys(file.keys(), path))
+                    for key in file.keys():  # noqa: SIM118  a safe_open is no mapping
+                        if key in keys:
+                            raise ExportError(
+                                f"{directory} has tensor {key!r} in {keys[key].name} and in {path.name}; "
+                                "download the checkpoint again"
+                            )
+                        part = file.get_slice(key)
+                        keys[key], held[key] = path, Stored(part.get_dtype(), tuple(part.get_shape()))
             except (OSError, safetensors.SafetensorError) as error:
                 raise ExportError(
                     f"{path} is not a whole safetensors file ({error}); download the checkpoint again"
                 ) from None
-        return TensorFiles(directory, keys)
+        return TensorFiles(directory, keys, held)
+
+    def stored(self) -> Mapping[str, Stored]:
+        return self.held
 
     def find(self, key: str) -> str:
         """The name that ``key`` of today's modules has in these files."""

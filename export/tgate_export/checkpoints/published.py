@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
-from tgate_export.checkpoints.base import Checkpoint, Tensors
+from tgate_export.checkpoints.base import Checkpoint, Stored, Tensors
 
 
 class PublishedCheckpoint(Checkpoint):
@@ -57,6 +57,10 @@ class PublishedCheckpoint(Checkpoint):
         limit = self._facts["components"].get(name, {}).get("model_max_length")
         return None if limit is None else int(limit)
 
+    def further(self, file: str) -> Mapping[str, Any] | None:
+        found: Mapping[str, Any] | None = self._facts["components"].get(Path(file).parts[0])
+        return found
+
     def licence(self) -> str:
         return str(self._facts["licence"])
 
@@ -76,6 +80,12 @@ class _RandomTensors:
     def __init__(self, component: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._component = component
         self._shapes = shapes
+
+    def stored(self) -> Mapping[str, Stored]:
+        return {key: Stored("F32", shape) for key, shape in self._shapes.items()}
+
+    def find(self, key: str) -> str:
+        return key
 
     def read(self, key: str) -> Tensor:
         shape = self._shapes[key]

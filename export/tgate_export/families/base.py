@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import accelerate
 import transformers
 from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning, Guidance
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.gating import AttentionSite, Halves
+from tgate_export.gating import Halves
+
+Texts = Mapping[str, Tensor]
+"""Conditioning of one prompt by name, each [1, ...]."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +27,14 @@ class ConditioningInput:
     """One conditioning tensor of a family, per half: its shape without the batch, and where its value comes from.
 
     ``follows_dtype``: it has the network's dtype; otherwise it is float32. ``mask``: it holds ones and zeros.
+    ``attended``: the network reads it in cross-attention alone, so no graph after the gate may take it.
     """
 
     conditioning: Conditioning
     shape: tuple[int, ...]
     follows_dtype: bool = True
     mask: bool = False
+    attended: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +44,18 @@ class Size:
     height: int
     width: int
     frames: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """What a pipeline does to final latents before it decodes them: ``latents * std / scale + mean``.
+
+    ``mean`` and ``std``: one number for each channel, or one for all.
+    """
+
+    scale: float
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
 
 
 class Family(ABC):
@@ -50,6 +70,8 @@ class Family(ABC):
     """The ``_class_name`` values of model_index.json that it loads."""
     classes: Mapping[str, type[nn.Module]]
     """The module of each component, by its directory in the checkpoint."""
+    aliases: Mapping[str, tuple[str, ...]] = {}
+    """Further names that checkpoints have for a class, by its own."""
     denoiser: str
     decoder: str = "vae"
     text_components: tuple[str, ...] = ()
@@ -64,38 +86,119 @@ class Family(ABC):
     """The half of guidance that goes on after the gate. Cross-attention no longer tells; other conditioning does."""
     frames_axis: int | None = None
     """The axis of frames in latents [B, ...]; None for pictures."""
+    frames_argument: str = ""
+    """What diffusers' pipeline calls the number of frames; empty for pictures."""
     fps: int = 8
     """Frames a second of a video."""
+    clip_skips: bool = False
+    """Whether the pipeline can leave out its text encoders' last layers (``--clip-skip``)."""
+    rescales_guidance: bool = False
+    """Whether the pipeline can rescale guidance (``--guidance-rescale``; arXiv 2305.08891, section 3.4)."""
+    textual_inversions: bool = False
+    """Whether the pipeline writes out a textual inversion of several vectors before the tokenizer sees it."""
+
+    def __init__(self) -> None:
+        self._skeletons: WeakKeyDictionary[Checkpoint, dict[str, nn.Module]] = WeakKeyDictionary()
+
+    def check_pipeline(self, checkpoint: Checkpoint) -> None:
+        """Raises :class:`~tgate_engine.errors.ExportError` for a checkpoint of another pipeline."""
+        found = checkpoint.model_index.get("_class_name")
+        if found not in self.pipeline_classes:
+            raise ExportError(f"{checkpoint.where} holds a {found}; wanted is a {' or '.join(self.pipeline_classes)}")
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raises :class:`~tgate_engine.errors.ExportError` where the configs are of another architecture."""
-        network, channels = checkpoint.config(self.denoiser), checkpoint.config(self.decoder).get("latent_channels")
-        if network.get("in_channels") != channels:
+        """Raises :class:`~tgate_engine.errors.ExportError` where the configs are of another architecture, or ask for
+        something that the pipeline would not do."""
+        given, channels = self.config(checkpoint, self.denoiser)["in_channels"], self.latent_channels(checkpoint)
+        if given != channels:
             raise ExportError(
-                f"{checkpoint.where}: the {self.denoiser} takes {network.get('in_channels')} channels, its latents "
-                f"have {channels}; inpainting and image-to-image checkpoints cannot be exported"
+                f"{checkpoint.where}: the {self.denoiser} takes {given} channels, its latents have {channels}; "
+                "inpainting and image-to-image checkpoints cannot be exported"
             )
+        self.check_decoder(checkpoint)
+
+    def check_decoder(self, checkpoint: Checkpoint) -> None:
+        """Raises :class:`~tgate_engine.errors.ExportError` for a decoder of anything but colours."""
+        for key in ("in_channels", "out_channels"):
+            channels = self.config(checkpoint, self.decoder).get(key)
+            if channels not in (None, 3):
+                raise ExportError(
+                    f"{checkpoint.where}: {self.decoder}/config.json has {key} = {channels}; pictures have 3 channels"
+                )
+
+    def skeleton(self, checkpoint: Checkpoint, component: str) -> nn.Module:
+        """A component's module without memory for its weights, to look at, never to change. Built once."""
+        built = self._skeletons.setdefault(checkpoint, {})
+        if component not in built:
+            with accelerate.init_empty_weights(include_buffers=False):
+                built[component] = self.build(checkpoint, component)
+        return built[component]
+
+    def config(self, checkpoint: Checkpoint, component: str) -> Mapping[str, Any]:
+        """A component's configuration as its class reads it: what config.json leaves out has the class's default."""
+        config: Any = self.skeleton(checkpoint, component).config
+        found: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else config
+        return found
 
     def build(self, checkpoint: Checkpoint, component: str) -> nn.Module:
         """A component's module in evaluation mode, its weights uninitialised."""
         cls, config = self.classes[component], dict(checkpoint.config(component))
         try:
             if issubclass(cls, transformers.PreTrainedModel):
+                config = self._own_config(checkpoint, component, config)
+                self._check_class(checkpoint, component, config)
                 wanted = cls.config_class.from_dict(config)
+                if not wanted.return_dict:
+                    raise ExportError(
+                        f"{checkpoint.where}: {component}/config.json has return_dict = false, which pipelines of "
+                        "diffusers do not expect; leave it out"
+                    )
                 wanted._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"
                 module: nn.Module = cls(wanted)
             else:
+                self._check_class(checkpoint, component, config)
                 module = cls.from_config(config)
-        except (TypeError, ValueError, KeyError) as error:
+        except ExportError:
+            raise
+        except Exception as error:  # diffusers, transformers and PyTorch raise many kinds for values they cannot use
+            said = " ".join(str(error).split())
             raise ExportError(
-                f"{checkpoint.where}: {component} is no {cls.__name__} ({type(error).__name__}: {error}); the "
+                f"{checkpoint.where}: {component} is no {cls.__name__} ({type(error).__name__}: {said:.300}); the "
                 "checkpoint is of another architecture, or damaged"
             ) from None
         return module.eval()
 
-    @abstractmethod
-    def attention(self, denoiser: nn.Module) -> tuple[AttentionSite, ...]:
-        """The modules the method gates, in the order they run."""
+    def _own_config(self, checkpoint: Checkpoint, component: str, config: dict[str, Any]) -> dict[str, Any]:
+        """The part of a configuration of several models (CLIP's text and vision) that is the component's."""
+        cls: Any = self.classes[component].config_class
+        part = config.get(cls.base_config_key) if cls.base_config_key else None
+        return dict(part) if isinstance(part, Mapping) and config.get("model_type") != cls.model_type else config
+
+    def _check_class(self, checkpoint: Checkpoint, component: str, config: Mapping[str, Any]) -> None:
+        cls: Any = self.classes[component]
+        names = (cls.__name__, *self.aliases.get(cls.__name__, ()))
+        entry = checkpoint.model_index.get(component)
+        named = {"model_index.json": entry[1] if isinstance(entry, (list, tuple)) and len(entry) == 2 else None}
+        if issubclass(cls, transformers.PreTrainedModel):
+            kind = config.get("model_type")
+            if kind not in (None, cls.config_class.model_type):
+                raise ExportError(
+                    f"{checkpoint.where}: {component}/config.json has model_type = {kind!r}, {cls.__name__} has "
+                    f"{cls.config_class.model_type!r}; the checkpoint is of another architecture"
+                )
+        else:
+            named["its config.json"] = config.get("_class_name")
+        for place, name in named.items():
+            if name is not None and name not in names:
+                raise ExportError(
+                    f"{checkpoint.where}: {component} is a {name} in {place}; {self.name} wants {' or '.join(names)}"
+                )
+        if config.get("quantization_config") is not None:
+            method = dict(config["quantization_config"]).get("quant_method", "unknown")
+            raise ExportError(
+                f"{checkpoint.where}: {component} is quantised (quantization_config in its config.json, method "
+                f"{method!r}); give the checkpoint with floating-point weights"
+            )
 
     @abstractmethod
     def denoise(
@@ -115,13 +218,50 @@ class Family(ABC):
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
         """What :meth:`denoise` takes, for results of that size."""
 
+    def latent_channels(self, checkpoint: Checkpoint) -> int:
+        return int(self.config(checkpoint, self.decoder)["latent_channels"])
+
+    def pixels(self, checkpoint: Checkpoint) -> int:
+        """Pixels per latent pixel."""
+        return int(2 ** (len(self.config(checkpoint, self.decoder)["block_out_channels"]) - 1))
+
     def latents(self, checkpoint: Checkpoint, size: Size) -> tuple[int, ...]:
         """The shape of one result's latents."""
-        factor = vae_factor(checkpoint.config(self.decoder))
-        shape = [int(checkpoint.config(self.decoder)["latent_channels"]), size.height // factor, size.width // factor]
+        factor = self.pixels(checkpoint)
+        shape = [self.latent_channels(checkpoint), size.height // factor, size.width // factor]
         if self.frames_axis is not None:
             shape.insert(self.frames_axis - 1, size.frames)
         return tuple(shape)
+
+    def scaling(self, checkpoint: Checkpoint) -> Scaling:
+        """What the pipeline does to latents before decoding. Raises :class:`ExportError` for keys of the decoder's
+        config that ask for more than the pipeline would do."""
+        config = self.config(checkpoint, self.decoder)
+        for key in ("shift_factor", "latents_mean", "latents_std"):
+            value = config.get(key)
+            if value is not None and any(float(v) != 0 for v in (value if isinstance(value, Sequence) else (value,))):
+                raise ExportError(
+                    f"{checkpoint.where}: {self.decoder}/config.json has {key} = {value}, which "
+                    f"{checkpoint.model_index['_class_name']} ignores; set it to null to export what diffusers draws"
+                )
+        return Scaling(scale=self._scaling_factor(checkpoint))
+
+    def _scaling_factor(self, checkpoint: Checkpoint) -> float:
+        value = self.config(checkpoint, self.decoder)["scaling_factor"]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < abs(value) < math.inf:
+            raise ExportError(
+                f"{checkpoint.where}: {self.decoder}/config.json has scaling_factor = {value!r}; latents are divided "
+                "by it, so it must be a finite number other than 0"
+            )
+        return float(value)
+
+    def scheduler_config(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
+        """The scheduler's configuration as the pipeline uses it; its class is the one that model_index.json names."""
+        config = dict(checkpoint.scheduler_config())
+        entry = checkpoint.model_index.get("scheduler")
+        if isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[1] is not None:
+            config["_class_name"] = entry[1]
+        return config
 
     def guidance(self, checkpoint: Checkpoint, scale: float) -> Guidance:
         """How a guidance scale acts on this checkpoint's network."""
@@ -131,17 +271,45 @@ class Family(ABC):
         """How guidance grows over the frames; see :class:`~tgate_export.gating.GatedStep`."""
         return None
 
-    def text(self, encoders: Sequence[nn.Module]) -> nn.Module:
+    def text(self, encoders: Sequence[nn.Module], clip_skip: int = 0) -> nn.Module:
         """Token ids, one tensor [B, T] per tokenizer, to the conditioning of source "text", in its order.
 
-        The module's sub-modules carry the names of ``text_components``.
+        The module's sub-modules carry the names of ``text_components``. With ``clip_skip``, it gives further tensors:
+        those of :meth:`negative_text`, which the pipeline encodes another way for a negative prompt.
         """
         raise NotImplementedError(f"{self.name} is not conditioned by text")
 
+    def negative_text(self, clip_skip: int) -> tuple[str, ...]:
+        """Names of conditioning that :meth:`text` gives once more, for negative prompts, after all the others."""
+        return ()
+
+    def check_clip_skip(self, checkpoint: Checkpoint, clip_skip: int) -> None:
+        """Raises :class:`ExportError` where so many layers cannot be left out of the text encoders."""
+        if clip_skip and not self.clip_skips:
+            raise ExportError(f"--clip-skip is for models with CLIP text encoders; {checkpoint.where} has none")
+        for component in self.text_components if clip_skip else ():
+            layers = int(self.config(checkpoint, component)["num_hidden_layers"])
+            if not 0 < clip_skip < layers:
+                raise ExportError(
+                    f"--clip-skip must be from 1 to {layers - 1}, since the {component} has {layers} layers; "
+                    f"got {clip_skip}"
+                )
+
     def token_length(self, checkpoint: Checkpoint, index: int) -> int:
         """Tokens of a prompt for tokenizer ``index``, start and end included."""
-        length = int(checkpoint.config(self.text_components[index])["max_position_embeddings"])
-        return min(length, checkpoint.token_limit(self.tokenizers[index]) or length)
+        component, tokenizer = self.text_components[index], self.tokenizers[index]
+        places = int(self.config(checkpoint, component)["max_position_embeddings"])
+        limit = checkpoint.token_limit(tokenizer) or places
+        if limit > places:
+            raise ExportError(
+                f"{checkpoint.where}: {tokenizer}/tokenizer_config.json has model_max_length = {limit}, and the "
+                f"{component} has places for {places} tokens; set it to {places} at most"
+            )
+        return limit
+
+    def end_token(self, checkpoint: Checkpoint, index: int) -> int | None:
+        """The token by which a text encoder tells where a prompt ends and padding begins; None where it does not."""
+        return None
 
     def image(self, encoders: Sequence[nn.Module], checkpoint: Checkpoint) -> nn.Module:
         """A picture, uint8 [1, H, W, 3], and normal noise [1, 3, H, W] to the conditioning of source "image".
@@ -152,11 +320,15 @@ class Family(ABC):
 
     def size_multiple(self, checkpoint: Checkpoint) -> int:
         """Height and width must be multiples of this many pixels."""
-        return vae_factor(checkpoint.config(self.decoder))
+        return self.pixels(checkpoint)
 
     @abstractmethod
     def default_size(self, checkpoint: Checkpoint) -> Size:
-        """The size where the user names none."""
+        """The size where the user names none. Raises :class:`ExportError` where the checkpoint names none either."""
+
+    def default_frames(self, checkpoint: Checkpoint) -> int:
+        """Frames where the user names no number."""
+        return 1
 
     def check_size(self, checkpoint: Checkpoint, size: Size) -> None:
         """Raises :class:`~tgate_engine.errors.ExportError` for a size that the network cannot make."""
@@ -175,24 +347,28 @@ class Family(ABC):
         """Whether a request without a negative prompt gets zeros for its text."""
         return False
 
+    def encode_with(self, pipe: Any, prompt: str, negative: str, clip_skip: int) -> tuple[Texts, Texts]:
+        """What diffusers' own pipeline makes of a prompt and a negative prompt: conditioning of source "text"."""
+        raise NotImplementedError(f"{self.name} is not conditioned by text")
 
-def vae_factor(config: Mapping[str, Any]) -> int:
-    """Pixels per latent pixel of an autoencoder."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))
+    def encode_image_with(self, pipe: Any, picture: Tensor, noise: Tensor) -> Texts:
+        """What diffusers' own pipeline makes of a picture and noise, as :meth:`image` takes them."""
+        raise NotImplementedError(f"{self.name} is not conditioned by an image")
+
+    @abstractmethod
+    def call(self, pipe: Any, conditioning: Texts, guidance_scale: float, guidance_rescale: float) -> dict[str, Any]:
+        """Arguments that have diffusers' own pipeline denoise with that conditioning, ``<name>.<half>`` to [B, ...].
+
+        ``pipe`` is the caller's to throw away: parts of it may be put out of action."""
 
 
-def unet_attention(denoiser: nn.Module) -> tuple[AttentionSite, ...]:
-    """Every transformer block's ``attn1`` (self) and ``attn2`` (cross), in the order they run in a U-Net."""
-    order = ("down_blocks", "mid_block", "up_blocks")
-    sites = block_attention(denoiser)
-    return tuple(sorted(sites, key=lambda site: order.index(site.module.split(".")[0])))
-
-
-def block_attention(denoiser: nn.Module) -> tuple[AttentionSite, ...]:
-    """Every transformer block's ``attn1`` (self) and, where it has one, ``attn2`` (cross), as modules are listed."""
-    names = [
-        name
-        for name, module in denoiser.named_modules()
-        if name.endswith((".attn1", ".attn2")) and type(module).__name__ == "Attention"
-    ]
-    return tuple(AttentionSite(name, "self" if name.endswith("attn1") else "cross") for name in names)
+def side(checkpoint: Checkpoint, component: str, sample_size: object) -> tuple[int, int]:
+    """Height and width, in latent pixels, that ``sample_size`` of a network's config says. Raises ExportError."""
+    pair: Any = [sample_size, sample_size] if isinstance(sample_size, int) else sample_size
+    whole = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(n) is int and n > 0 for n in pair)
+    if not whole:
+        raise ExportError(
+            f"{checkpoint.where}: {component}/config.json has sample_size = {sample_size!r}, which names no size of "
+            "latents; give --height and --width"
+        )
+    return pair[0], pair[1]

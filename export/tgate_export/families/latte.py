@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import diffusers
 import transformers
@@ -10,9 +11,8 @@ from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.families.base import ConditioningInput, Family, Size, block_attention, vae_factor
-from tgate_export.families.t5 import T5Text, attention_bias, t5_conditioning
-from tgate_export.gating import AttentionSite
+from tgate_export.families.base import ConditioningInput, Family, Size, Texts, side
+from tgate_export.families.t5 import T5Text, attention_bias, end_token, t5_conditioning
 
 TOKENS = 120
 """Tokens of a prompt: what diffusers' pipeline encodes."""
@@ -36,12 +36,18 @@ class Latte(Family):
     tokenizers = ("tokenizer",)
     tokenizer_class = transformers.T5Tokenizer
     lower_prompts = True
+    frames_argument = "video_length"
     frames_axis = 2
 
-    def attention(self, denoiser: nn.Module) -> tuple[AttentionSite, ...]:
-        """Block by block: the spatial one, then the temporal one."""
-        sites = block_attention(denoiser)
-        return tuple(sorted(sites, key=lambda site: (int(site.module.split(".")[1]), site.module.startswith("temp"))))
+    def check(self, checkpoint: Checkpoint) -> None:
+        super().check(checkpoint)
+        config = self.config(checkpoint, "transformer")
+        channels, given = config["in_channels"], config["out_channels"] or config["in_channels"]
+        if given != 2 * channels:
+            raise ExportError(
+                f"{checkpoint.where}: the transformer gives {given} channels; {self.pipeline_classes[0]} wants "
+                f"{2 * channels}, the noise and its variance, and takes the first half"
+            )
 
     def denoise(
         self,
@@ -65,25 +71,49 @@ class Latte(Family):
 
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
         """The text, and the prompt's mask for both halves: the pipeline cuts both texts where the prompt ends."""
-        return t5_conditioning(checkpoint, self.token_length(checkpoint, 0), negative_mask="same")
+        return t5_conditioning(self, checkpoint, self.token_length(checkpoint, 0), negative_mask="same")
 
-    def text(self, encoders: Sequence[nn.Module]) -> nn.Module:
+    def text(self, encoders: Sequence[nn.Module], clip_skip: int = 0) -> nn.Module:
         return T5Text(*encoders)
 
     def token_length(self, checkpoint: Checkpoint, index: int) -> int:
         return TOKENS
 
+    def end_token(self, checkpoint: Checkpoint, index: int) -> int | None:
+        return end_token(self, checkpoint, self.text_components[index])
+
     def size_multiple(self, checkpoint: Checkpoint) -> int:
-        return vae_factor(checkpoint.config("vae")) * int(checkpoint.config("transformer")["patch_size"])
+        return self.pixels(checkpoint) * int(self.config(checkpoint, "transformer")["patch_size"])
 
     def check_size(self, checkpoint: Checkpoint, size: Size) -> None:
         """The network knows as many places in time as it was trained with, or none for a picture."""
         super().check_size(checkpoint, size)
-        frames = int(checkpoint.config("transformer")["video_length"])
+        frames = self.default_frames(checkpoint)
         if size.frames not in (1, frames):
             raise ExportError(f"--frames must be {frames}, or 1 for a picture, for this model; got {size.frames}")
 
     def default_size(self, checkpoint: Checkpoint) -> Size:
-        config = checkpoint.config("transformer")
-        side = int(config["sample_size"]) * vae_factor(checkpoint.config("vae"))
-        return Size(height=side, width=side, frames=int(config["video_length"]))
+        height, width = side(checkpoint, "transformer", self.config(checkpoint, "transformer")["sample_size"])
+        return Size(height=height * self.pixels(checkpoint), width=width * self.pixels(checkpoint))
+
+    def default_frames(self, checkpoint: Checkpoint) -> int:
+        return int(self.config(checkpoint, "transformer")["video_length"])
+
+    def encode_with(self, pipe: Any, prompt: str, negative: str, clip_skip: int) -> tuple[Texts, Texts]:
+        found = []
+        for text in (prompt, negative):
+            states, _ = pipe.encode_prompt(text, False, device="cpu", clean_caption=False, mask_feature=False)
+            mask = pipe.tokenizer(
+                text.lower().strip(), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+            ).attention_mask
+            found.append({"prompt_embeds": states, "prompt_mask": mask.float()})
+        return found[0], found[1]
+
+    def call(self, pipe: Any, conditioning: Texts, guidance_scale: float, guidance_rescale: float) -> dict[str, Any]:
+        end = int(conditioning["prompt_mask.positive"][0].sum())  # where the pipeline cuts both texts
+        negative = conditioning.get("prompt_embeds.negative")
+        return {
+            "prompt_embeds": conditioning["prompt_embeds.positive"][:, :end],
+            "negative_prompt_embeds": None if negative is None else negative[:, :end],
+            "guidance_scale": guidance_scale,
+        }

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import diffusers
 import transformers
+from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 
-from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.families.base import ConditioningInput, Family, Size, unet_attention, vae_factor
-from tgate_export.gating import AttentionSite
+from tgate_export.families.base import ConditioningInput, Size, Texts
+from tgate_export.families.unet import TextUNet
+
+_SIZED = Version("0.9.0.dev0")
+"""The version of diffusers from which on checkpoints say their size; the pipeline knows what earlier ones meant."""
 
 
-class StableDiffusion(Family):
+class StableDiffusion(TextUNet):
     """Stable Diffusion 1.x and 2.x (arXiv 2112.10752), in diffusers layout. The sampler knows what they predict."""
 
     name = "sd"
@@ -25,22 +30,9 @@ class StableDiffusion(Family):
         "vae": diffusers.AutoencoderKL,
         "text_encoder": transformers.CLIPTextModel,
     }
-    denoiser = "unet"
+    addition = None
     text_components = ("text_encoder",)
     tokenizers = ("tokenizer",)
-
-    def check(self, checkpoint: Checkpoint) -> None:
-        super().check(checkpoint)
-        config = checkpoint.config("unet")
-        for key in ("addition_embed_type", "time_cond_proj_dim", "class_embed_type"):
-            if config.get(key) is not None:
-                raise ExportError(
-                    f"{checkpoint.where}: the unet has {key} = {config[key]!r}, Stable Diffusion 1 and 2 have none; "
-                    "this checkpoint is of another architecture"
-                )
-
-    def attention(self, denoiser: nn.Module) -> tuple[AttentionSite, ...]:
-        return unet_attention(denoiser)
 
     def denoise(
         self,
@@ -50,30 +42,68 @@ class StableDiffusion(Family):
         guidance: Tensor,
         conditioning: Mapping[str, Tensor],
     ) -> Tensor:
-        output: Tensor = denoiser(
-            latents, timesteps, encoder_hidden_states=conditioning["prompt_embeds"], return_dict=False
-        )[0]
-        return output
+        return self.predict(denoiser, latents, timesteps, guidance, conditioning["prompt_embeds"])
 
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
         """The text alone."""
-        shape = (self.token_length(checkpoint, 0), int(checkpoint.config("text_encoder")["hidden_size"]))
-        return (ConditioningInput(Conditioning(name="prompt_embeds", source="text"), shape),)
+        shape = (self.token_length(checkpoint, 0), int(self.config(checkpoint, "text_encoder")["hidden_size"]))
+        return (ConditioningInput(Conditioning(name="prompt_embeds", source="text"), shape, attended=True),)
 
-    def text(self, encoders: Sequence[nn.Module]) -> nn.Module:
-        return _LastLayer(*encoders)
+    def text(self, encoders: Sequence[nn.Module], clip_skip: int = 0) -> nn.Module:
+        return _Text(encoders[0], clip_skip)
+
+    def negative_text(self, clip_skip: int) -> tuple[str, ...]:
+        return ("prompt_embeds",) if clip_skip else ()
+
+    def scheduler_config(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
+        """The pipeline sets two options itself, whatever the checkpoint or the scheduler's class says."""
+        config = dict(super().scheduler_config(checkpoint))
+        own = inspect.signature(getattr(diffusers, str(config.get("_class_name")), dict)).parameters
+        for key, value in (("steps_offset", 1), ("clip_sample", False)):
+            if key in config or key in own:
+                config[key] = value
+        return config
 
     def default_size(self, checkpoint: Checkpoint) -> Size:
-        side = int(checkpoint.config("unet")["sample_size"]) * vae_factor(checkpoint.config("vae"))
-        return Size(height=side, width=side)
+        """Before diffusers 0.9 no checkpoint said its size: the pipeline takes 64 latent pixels for less than that."""
+        size, config = super().default_size(checkpoint), self.config(checkpoint, "unet")
+        try:
+            old = Version(Version(str(config.get("_diffusers_version"))).base_version) < _SIZED
+        except InvalidVersion:
+            old = False
+        if old and isinstance(config["sample_size"], int) and config["sample_size"] < 64:
+            return Size(height=64 * self.pixels(checkpoint), width=64 * self.pixels(checkpoint))
+        return size
+
+    def encode_with(self, pipe: Any, prompt: str, negative: str, clip_skip: int) -> tuple[Texts, Texts]:
+        positive, other = pipe.encode_prompt(prompt, "cpu", 1, True, negative, clip_skip=clip_skip or None)
+        return {"prompt_embeds": positive}, {"prompt_embeds": other}
+
+    def call(self, pipe: Any, conditioning: Texts, guidance_scale: float, guidance_rescale: float) -> dict[str, Any]:
+        return {
+            "prompt_embeds": conditioning["prompt_embeds.positive"],
+            "negative_prompt_embeds": conditioning.get("prompt_embeds.negative"),
+            "guidance_scale": guidance_scale,
+            "guidance_rescale": guidance_rescale,
+        }
 
 
-class _LastLayer(nn.Module):
-    """Ids [B, T] to ``prompt_embeds`` [B, T, C]: the encoder's last layer, normalised."""
+class _Text(nn.Module):
+    """Ids [B, T] to ``prompt_embeds`` [B, T, C]: the encoder's last layer, normalised.
 
-    def __init__(self, encoder: nn.Module) -> None:
+    With ``clip_skip``, an earlier layer, normalised as the last one is; the last one is given beside it, since the
+    pipeline skips no layers of a negative prompt.
+    """
+
+    def __init__(self, encoder: nn.Module, clip_skip: int) -> None:
         super().__init__()
         self.text_encoder = encoder
+        self._clip_skip = clip_skip
 
-    def forward(self, ids: Tensor) -> tuple[Tensor]:
-        return (self.text_encoder(ids).last_hidden_state,)
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        if not self._clip_skip:
+            return (self.text_encoder(ids).last_hidden_state,)
+        encoded = self.text_encoder(ids, output_hidden_states=True)
+        encoder: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
+        skipped = encoder.final_layer_norm(encoded.hidden_states[-(self._clip_skip + 1)])
+        return skipped, encoded.last_hidden_state

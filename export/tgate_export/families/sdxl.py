@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import diffusers
 import torch
@@ -10,21 +11,17 @@ import transformers
 from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
-from tgate_engine.manifest import Conditioning, Guidance
+from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.families.base import ConditioningInput, Family, Size, unet_attention, vae_factor
-from tgate_export.gating import AttentionSite
+from tgate_export.families.base import ConditioningInput, Scaling, Size, Texts
+from tgate_export.families.unet import TextUNet
 
 TIME_IDS = 6
 """Original height and width, crop top and left, target height and width."""
 
 
-class Sdxl(Family):
-    """Stable Diffusion XL and models of its structure (arXiv 2307.01952), in diffusers layout.
-
-    A U-Net that was distilled to a consistency model takes the guidance scale as an input (arXiv 2310.04378,
-    section 4.2) and has no second half.
-    """
+class Sdxl(TextUNet):
+    """Stable Diffusion XL and models of its structure (arXiv 2307.01952), in diffusers layout."""
 
     name = "sdxl"
     pipeline_classes = ("StableDiffusionXLPipeline",)
@@ -34,21 +31,36 @@ class Sdxl(Family):
         "text_encoder": transformers.CLIPTextModel,
         "text_encoder_2": transformers.CLIPTextModelWithProjection,
     }
-    denoiser = "unet"
+    addition = "text_time"
     text_components = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
 
+    def check_pipeline(self, checkpoint: Checkpoint) -> None:
+        entry = checkpoint.model_index.get("text_encoder")
+        if isinstance(entry, (list, tuple)) and entry[1:] == [None]:
+            raise ExportError(
+                f"{checkpoint.where} is the SDXL refiner (it has no text_encoder), which finishes another model's "
+                "pictures and cannot be exported; give the base model"
+            )
+        super().check_pipeline(checkpoint)
+
     def check(self, checkpoint: Checkpoint) -> None:
         super().check(checkpoint)
-        found = checkpoint.config("unet").get("addition_embed_type")
-        if found != "text_time":
+        unet, second = self.config(checkpoint, "unet"), self.config(checkpoint, "text_encoder_2")
+        parts = (int(unet["addition_time_embed_dim"] or 0) * TIME_IDS, int(second["projection_dim"]))
+        if sum(parts) != unet["projection_class_embeddings_input_dim"]:
             raise ExportError(
-                f"{checkpoint.where}: the unet has addition_embed_type = {found!r}, SDXL has 'text_time'; "
-                "this checkpoint is of another architecture"
+                f"{checkpoint.where}: the unet has projection_class_embeddings_input_dim = "
+                f"{unet['projection_class_embeddings_input_dim']}, and is given {sum(parts)} numbers: {TIME_IDS} sizes "
+                f"of addition_time_embed_dim = {unet['addition_time_embed_dim']} and text_encoder_2's "
+                f"projection_dim = {parts[1]}; the SDXL refiner has 5 sizes, and cannot be exported"
             )
-
-    def attention(self, denoiser: nn.Module) -> tuple[AttentionSite, ...]:
-        return unet_attention(denoiser)
+        lengths = [self.token_length(checkpoint, i) for i in range(len(self.tokenizers))]
+        if len(set(lengths)) > 1:
+            raise ExportError(
+                f"{checkpoint.where}: the tokenizers cut prompts at {lengths[0]} and {lengths[1]} tokens, and SDXL "
+                "joins both encoders' text token by token; set model_max_length of both tokenizer_config.json alike"
+            )
 
     def denoise(
         self,
@@ -60,69 +72,88 @@ class Sdxl(Family):
     ) -> Tensor:
         # diffusers joins the pooled text to a float32 sinusoid; eager PyTorch promotes it, a graph must be told.
         added = {"text_embeds": conditioning["pooled"].float(), "time_ids": conditioning["time_ids"]}
-        width = denoiser.config.time_cond_proj_dim
-        output: Tensor = denoiser(
-            latents,
-            timesteps,
-            timestep_cond=None if width is None else guidance_embedding(guidance, int(width)).to(latents.dtype),
-            encoder_hidden_states=conditioning["prompt_embeds"],
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
-        return output
-
-    def guidance(self, checkpoint: Checkpoint, scale: float) -> Guidance:
-        if checkpoint.config("unet").get("time_cond_proj_dim") is not None:
-            return "embedded"
-        return super().guidance(checkpoint, scale)
+        return self.predict(denoiser, latents, timesteps, guidance, conditioning["prompt_embeds"], added)
 
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
         """Text and pooled text from both encoders, and the size row: no crop, original and target size the output's."""
-        first, second = (checkpoint.config(component) for component in self.text_components)
+        first, second = (self.config(checkpoint, component) for component in self.text_components)
         width = int(first["hidden_size"]) + int(second["hidden_size"])
         row = (float(size.height), float(size.width), 0.0, 0.0, float(size.height), float(size.width))
+        text = Conditioning(name="prompt_embeds", source="text")
+        pooled = Conditioning(name="pooled", source="text")
         ids = Conditioning(name="time_ids", source="constant", value=row)
         return (
-            ConditioningInput(
-                Conditioning(name="prompt_embeds", source="text"), (self.token_length(checkpoint, 0), width)
-            ),
-            ConditioningInput(Conditioning(name="pooled", source="text"), (int(second["projection_dim"]),)),
+            ConditioningInput(text, (self.token_length(checkpoint, 0), width), attended=True),
+            ConditioningInput(pooled, (int(second["projection_dim"]),)),
             ConditioningInput(ids, (TIME_IDS,), follows_dtype=False),
         )
 
-    def text(self, encoders: Sequence[nn.Module]) -> nn.Module:
-        return _SdxlText(*encoders)
+    def text(self, encoders: Sequence[nn.Module], clip_skip: int = 0) -> nn.Module:
+        return _Text(*encoders, clip_skip=clip_skip)
 
-    def default_size(self, checkpoint: Checkpoint) -> Size:
-        side = int(checkpoint.config("unet")["sample_size"]) * vae_factor(checkpoint.config("vae"))
-        return Size(height=side, width=side)
+    def negative_text(self, clip_skip: int) -> tuple[str, ...]:
+        return ("prompt_embeds",) if clip_skip else ()
+
+    def scaling(self, checkpoint: Checkpoint) -> Scaling:
+        """The pipeline normalises latents by channel where the decoder's config has means and deviations."""
+        config = self.config(checkpoint, "vae")
+        mean, std = config["latents_mean"], config["latents_std"]
+        if mean is None or std is None:
+            return super().scaling(checkpoint)
+        channels = self.latent_channels(checkpoint)
+        if len(mean) != channels or len(std) != channels or channels != 4:
+            raise ExportError(
+                f"{checkpoint.where}: vae/config.json has {len(mean)} latents_mean and {len(std)} latents_std for "
+                f"{channels} channels; {self.pipeline_classes[0]} wants 4 of each"
+            )
+        if config["shift_factor"]:
+            raise ExportError(
+                f"{checkpoint.where}: vae/config.json has shift_factor = {config['shift_factor']}, which "
+                f"{self.pipeline_classes[0]} ignores; set it to null to export what diffusers draws"
+            )
+        return Scaling(scale=self._scaling_factor(checkpoint), mean=tuple(map(float, mean)), std=tuple(map(float, std)))
 
     def zero_negative(self, checkpoint: Checkpoint) -> bool:
         """SDXL base: without a negative prompt, its text is zeros."""
         return bool(checkpoint.model_index.get("force_zeros_for_empty_prompt", True))
 
+    def encode_with(self, pipe: Any, prompt: str, negative: str, clip_skip: int) -> tuple[Texts, Texts]:
+        text, other, pooled, other_pooled = pipe.encode_prompt(
+            prompt, device="cpu", negative_prompt=negative, clip_skip=clip_skip or None
+        )
+        return {"prompt_embeds": text, "pooled": pooled}, {"prompt_embeds": other, "pooled": other_pooled}
 
-def guidance_embedding(scale: Tensor, width: int) -> Tensor:
-    """A guidance scale [N] as sines and cosines [N, width] of 1000 (scale - 1), as consistency models take it."""
-    half = width // 2
-    # Written down as numbers, so that no engine computes them in its own way: the angles go up to thousands.
-    decay = [10000.0 ** (-i / (half - 1)) for i in range(half)]
-    angles = (1000 * (scale - 1))[:, None] * torch.tensor(decay, dtype=torch.float32)[None]
-    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+    def call(self, pipe: Any, conditioning: Texts, guidance_scale: float, guidance_rescale: float) -> dict[str, Any]:
+        return {
+            "prompt_embeds": conditioning["prompt_embeds.positive"],
+            "negative_prompt_embeds": conditioning.get("prompt_embeds.negative"),
+            "pooled_prompt_embeds": conditioning["pooled.positive"],
+            "negative_pooled_prompt_embeds": conditioning.get("pooled.negative"),
+            "guidance_scale": guidance_scale,
+            "guidance_rescale": guidance_rescale,
+        }
 
 
-class _SdxlText(nn.Module):
+class _Text(nn.Module):
     """Ids of both tokenizers [B, T] to ``prompt_embeds`` [B, T, C1 + C2] and ``pooled`` [B, P].
 
-    Both encoders give their penultimate layer; the pooled text is the second's projection.
+    Both encoders give their penultimate layer, or with ``clip_skip`` one so many layers before it; the pooled text is
+    the second's projection. The pipeline skips no layers of a negative prompt: its ``prompt_embeds`` come last.
     """
 
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+    def __init__(self, first: nn.Module, second: nn.Module, *, clip_skip: int) -> None:
         super().__init__()
         self.text_encoder = first
         self.text_encoder_2 = second
+        self._clip_skip = clip_skip
 
-    def forward(self, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
-        first = self.text_encoder(ids, output_hidden_states=True)
+    def forward(self, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, ...]:
+        first = self.text_encoder(ids, output_hidden_states=True).hidden_states
         second = self.text_encoder_2(ids_2, output_hidden_states=True)
-        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+        def layer(skipped: int) -> Tensor:
+            return torch.cat([first[-2 - skipped], second.hidden_states[-2 - skipped]], dim=-1)
+
+        if not self._clip_skip:
+            return layer(0), second.text_embeds
+        return layer(self._clip_skip), second.text_embeds, layer(0)

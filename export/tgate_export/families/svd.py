@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import diffusers
+import PIL.Image
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.families.base import ConditioningInput, Family, Size, unet_attention, vae_factor
-from tgate_export.gating import AttentionSite, Halves
+from tgate_export.families.base import ConditioningInput, Family, Size, Texts
+from tgate_export.gating import Halves
 
 FPS = 7
 MOTION_BUCKET = 127
 NOISE_STRENGTH = 0.02
 """diffusers' defaults: frames a second, the amount of motion, and the noise added to the image."""
 
-SIZE = Size(height=576, width=1024)
+HEIGHT, WIDTH = 576, 1024
+"""The pipeline's default size, whatever the checkpoint says."""
+
+CLIP_SIDE = 224
+"""Pixels: the pipeline shows CLIP a picture of this height and width."""
 
 
 class StableVideo(Family):
@@ -40,21 +48,37 @@ class StableVideo(Family):
     denoiser = "unet"
     image_components = ("image_encoder", "vae")
     after_gate: Halves = "positive"
+    frames_argument = "num_frames"
     frames_axis = 1
     fps = FPS
 
     def check(self, checkpoint: Checkpoint) -> None:
-        channels = int(checkpoint.config("vae")["latent_channels"])
-        found = checkpoint.config("unet").get("in_channels")
-        if found != 2 * channels:
+        channels, config = self.latent_channels(checkpoint), self.config(checkpoint, "unet")
+        if config["in_channels"] != 2 * channels:
             raise ExportError(
-                f"{checkpoint.where}: the unet takes {found} channels, Stable Video Diffusion takes the latents and "
-                f"the image's: {2 * channels}; this checkpoint is of another architecture"
+                f"{checkpoint.where}: the unet takes {config['in_channels']} channels, Stable Video Diffusion takes "
+                f"the latents and the image's: {2 * channels}; this checkpoint is of another architecture"
             )
-
-    def attention(self, denoiser: nn.Module) -> tuple[AttentionSite, ...]:
-        """Spatial and temporal blocks alike."""
-        return unet_attention(denoiser)
+        if config["out_channels"] != channels:
+            raise ExportError(
+                f"{checkpoint.where}: the unet gives {config['out_channels']} channels, its latents have {channels}; "
+                "this checkpoint is of another architecture"
+            )
+        numbers = 3 * int(config["addition_time_embed_dim"])
+        if config["projection_class_embeddings_input_dim"] != numbers:
+            raise ExportError(
+                f"{checkpoint.where}: the unet has projection_class_embeddings_input_dim = "
+                f"{config['projection_class_embeddings_input_dim']}, and is given 3 numbers of addition_time_embed_dim "
+                f"= {config['addition_time_embed_dim']}; they must agree"
+            )
+        image_size = self.config(checkpoint, "image_encoder")["image_size"]
+        if image_size != CLIP_SIDE:
+            raise ExportError(
+                f"{checkpoint.where}: the image_encoder takes {image_size} pixels a side; "
+                f"{self.pipeline_classes[0]} shows it {CLIP_SIDE}"
+            )
+        self.check_decoder(checkpoint)
+        _normalisation(checkpoint)
 
     def denoise(
         self,
@@ -76,14 +100,14 @@ class StableVideo(Family):
 
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
         """CLIP's embedding and the image's latents, zeros in the negative half, and three numbers about the video."""
-        channels, factor = int(checkpoint.config("vae")["latent_channels"]), vae_factor(checkpoint.config("vae"))
+        channels, factor = self.latent_channels(checkpoint), self.pixels(checkpoint)
         embedding = Conditioning(name="image_embeds", source="image", negative="zeros")
         latents = Conditioning(name="image_latents", source="image", negative="zeros")
         row = (float(FPS - 1), float(MOTION_BUCKET), NOISE_STRENGTH)  # trained with one frame a second less
         ids = Conditioning(name="added_time_ids", source="constant", value=row)
-        width = int(checkpoint.config("image_encoder")["projection_dim"])
+        width = int(self.config(checkpoint, "image_encoder")["projection_dim"])
         return (
-            ConditioningInput(embedding, (1, width)),
+            ConditioningInput(embedding, (1, width), attended=True),
             ConditioningInput(latents, (channels, size.height // factor, size.width // factor)),
             ConditioningInput(ids, (len(row),), follows_dtype=False),
         )
@@ -92,15 +116,68 @@ class StableVideo(Family):
         return torch.linspace(0, 1, latents[0]).reshape(1, -1, 1, 1, 1)
 
     def image(self, encoders: Sequence[nn.Module], checkpoint: Checkpoint) -> nn.Module:
-        return _Image(*encoders)
+        encoder, vae = encoders
+        return _Image(encoder, vae, *_normalisation(checkpoint))
 
     def size_multiple(self, checkpoint: Checkpoint) -> int:
         """The U-Net joins its halves without trimming, so every level must halve evenly."""
-        levels = len(checkpoint.config("unet")["block_out_channels"])
-        return vae_factor(checkpoint.config("vae")) * int(2 ** (levels - 1))
+        levels = len(self.config(checkpoint, "unet")["block_out_channels"])
+        return self.pixels(checkpoint) * int(2 ** (levels - 1))
 
     def default_size(self, checkpoint: Checkpoint) -> Size:
-        return Size(height=SIZE.height, width=SIZE.width, frames=int(checkpoint.config("unet")["num_frames"]))
+        return Size(height=HEIGHT, width=WIDTH)
+
+    def default_frames(self, checkpoint: Checkpoint) -> int:
+        return int(self.config(checkpoint, "unet")["num_frames"])
+
+    def encode_image_with(self, pipe: Any, picture: Tensor, noise: Tensor) -> Texts:
+        image = PIL.Image.fromarray(picture[0].numpy())
+        pixels = pipe.video_processor.preprocess(image, height=image.height, width=image.width)
+        embeds = pipe._encode_image(image, "cpu", 1, False)
+        return {
+            "image_embeds": embeds,
+            "image_latents": pipe._encode_vae_image(pixels + NOISE_STRENGTH * noise, "cpu", 1, False),
+        }
+
+    def call(self, pipe: Any, conditioning: Texts, guidance_scale: float, guidance_rescale: float) -> dict[str, Any]:
+        """The pipeline encodes a picture itself: what one was made into is put in the place of its encoders."""
+
+        def halves(name: str) -> Tensor:
+            found = [conditioning.get(f"{name}.{half}") for half in ("negative", "positive")]
+            return torch.cat([tensor for tensor in found if tensor is not None])
+
+        latents = conditioning["image_latents.positive"]
+        pipe._encode_image = lambda *_args, **_options: halves("image_embeds")
+        pipe._encode_vae_image = lambda *_args, **_options: halves("image_latents")
+        return {
+            "image": torch.zeros(len(latents), 3, 8, 8),
+            "min_guidance_scale": 1.0,
+            "max_guidance_scale": guidance_scale,
+            "fps": FPS,
+            "motion_bucket_id": MOTION_BUCKET,
+            "noise_aug_strength": NOISE_STRENGTH,
+        }
+
+
+def _normalisation(checkpoint: Checkpoint) -> tuple[list[float], list[float]]:
+    """Mean and deviation by which pixels are normalised for CLIP: the feature extractor's, which has CLIP's defaults.
+    The pipeline sets everything else about it."""
+    nested = checkpoint.further("feature_extractor/processor_config.json") or {}
+    own = nested.get("image_processor") or checkpoint.further("feature_extractor/preprocessor_config.json") or {}
+    found = []
+    for key, default in (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD)):
+        values = own.get(key)
+        values = default if values is None else values
+        fit = isinstance(values, (list, tuple)) and len(values) == 3
+        if not fit or not all(
+            isinstance(v, (int, float)) and math.isfinite(v) and (v or key != "image_std") for v in values
+        ):
+            raise ExportError(
+                f"{checkpoint.where}: feature_extractor/preprocessor_config.json has {key} = {values!r}; "
+                "three finite numbers are wanted, one for each colour"
+            )
+        found.append([float(value) for value in values])
+    return found[0], found[1]
 
 
 class _Image(nn.Module):
@@ -109,11 +186,10 @@ class _Image(nn.Module):
     CLIP sees the picture resized to its own size, as the pipeline does it; the autoencoder sees it with noise.
     """
 
-    def __init__(self, encoder: nn.Module, vae: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, vae: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.image_encoder = encoder
         self.vae = vae
-        mean, std = transformers.image_utils.OPENAI_CLIP_MEAN, transformers.image_utils.OPENAI_CLIP_STD
         # Imported late: the module wants libraries of image processing that only this needs.
         from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion
 
@@ -123,8 +199,7 @@ class _Image(nn.Module):
 
     def forward(self, picture: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         pixels = picture.permute(0, 3, 1, 2).float() / 255 * 2 - 1
-        side = int(self.image_encoder.config.image_size)
-        small = (self._resize(pixels, (side, side)) + 1) / 2
+        small = (self._resize(pixels, (CLIP_SIDE, CLIP_SIDE)) + 1) / 2
         small = (small - self.mean) / self.std
         dtype = next(self.image_encoder.parameters()).dtype
         embeds = self.image_encoder(small.to(dtype)).image_embeds.unsqueeze(1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.families.base import ConditioningInput
+from tgate_export.families.base import ConditioningInput, Family
 
 KEEP, DROP = 0.0, -10000.0
 """What diffusers adds to attention scores of tokens that count and of padding."""
@@ -20,19 +22,36 @@ class T5Text(nn.Module):
         self.text_encoder = encoder
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        mask = (ids != self.text_encoder.config.pad_token_id).float()
+        # All up to the end token counts, which only padding follows: a prompt may spell "<pad>" out, and the
+        # tokenizer's mask, which diffusers passes on, has ones there.
+        places = torch.arange(1, ids.shape[1] + 1)
+        last = (places * (ids == self.text_encoder.config.eos_token_id)).amax(dim=1, keepdim=True)
+        mask = (places <= last).float()
         states = self.text_encoder(ids, attention_mask=mask).last_hidden_state
         return states, mask.to(states.dtype)
 
 
-def t5_conditioning(checkpoint: Checkpoint, length: int, *, negative_mask: str) -> tuple[ConditioningInput, ...]:
+def t5_conditioning(
+    family: Family, checkpoint: Checkpoint, length: int, *, negative_mask: str
+) -> tuple[ConditioningInput, ...]:
     """The text's states and mask. ``negative_mask``: see :class:`~tgate_engine.manifest.Conditioning`."""
-    width = int(checkpoint.config("text_encoder")["d_model"])
+    width = int(family.config(checkpoint, "text_encoder")["d_model"])
     mask = Conditioning(name="prompt_mask", source="text", negative=negative_mask)
     return (
-        ConditioningInput(Conditioning(name="prompt_embeds", source="text"), (length, width)),
-        ConditioningInput(mask, (length,), mask=True),
+        ConditioningInput(Conditioning(name="prompt_embeds", source="text"), (length, width), attended=True),
+        ConditioningInput(mask, (length,), mask=True, attended=True),
     )
+
+
+def end_token(family: Family, checkpoint: Checkpoint, component: str) -> int:
+    """The token that ends a text. Raises :class:`ExportError` where the encoder's config names none."""
+    token = family.config(checkpoint, component)["eos_token_id"]
+    if type(token) is not int:
+        raise ExportError(
+            f"{checkpoint.where}: {component}/config.json has eos_token_id = {token!r}; the one token that ends a text "
+            "is wanted"
+        )
+    return token
 
 
 def attention_bias(mask: Tensor, dtype_of: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""What Stable Diffusion and SDXL share: a U-Net that CLIP's text conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from tgate_engine.errors import ExportError
+from tgate_engine.manifest import Guidance
+from tgate_export.checkpoints import Checkpoint
+from tgate_export.families.base import Family, Size, side
+
+_FURTHER_INPUTS = ("class_embed_type", "num_class_embeds")
+"""Keys that give the network an input which the pipelines do not have."""
+
+
+class TextUNet(Family):
+    """A U-Net of diffusers that text conditions in cross-attention.
+
+    One that was distilled to a consistency model takes the guidance scale as an input (arXiv 2310.04378, section 4.2)
+    and has no second half.
+    """
+
+    denoiser = "unet"
+    clip_skips = True
+    rescales_guidance = True
+    textual_inversions = True
+    addition: str | None
+    """The ``addition_embed_type`` of its networks: what conditions them outside cross-attention."""
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        super().check(checkpoint)
+        config = self.config(checkpoint, "unet")
+        if config["addition_embed_type"] != self.addition:
+            raise ExportError(
+                f"{checkpoint.where}: the unet has addition_embed_type = {config['addition_embed_type']!r}, "
+                f"{self.pipeline_classes[0]} has {self.addition!r}; this checkpoint is of another architecture"
+            )
+        for key in _FURTHER_INPUTS:
+            if config[key] is not None:
+                raise ExportError(
+                    f"{checkpoint.where}: the unet has {key} = {config[key]!r} and so a further input, which "
+                    f"{self.pipeline_classes[0]} does not give it; this checkpoint is of another architecture"
+                )
+        if config["encoder_hid_dim_type"] not in (None, "text_proj"):
+            raise ExportError(
+                f"{checkpoint.where}: the unet has encoder_hid_dim_type = {config['encoder_hid_dim_type']!r}, which "
+                "wants an image beside the prompt; only text is exported"
+            )
+        if config["out_channels"] != config["in_channels"]:
+            raise ExportError(
+                f"{checkpoint.where}: the unet takes {config['in_channels']} channels and gives "
+                f"{config['out_channels']}; samplers want as many"
+            )
+        for component in self.text_components:
+            if self.config(checkpoint, component).get("use_attention_mask"):
+                raise ExportError(
+                    f"{checkpoint.where}: {component}/config.json has use_attention_mask = true; text encoders that "
+                    "mask padding cannot be exported. Set it to false if the model was trained without the mask"
+                )
+
+    def guidance(self, checkpoint: Checkpoint, scale: float) -> Guidance:
+        if self.config(checkpoint, "unet")["time_cond_proj_dim"] is not None:
+            return "embedded"
+        return super().guidance(checkpoint, scale)
+
+    def default_size(self, checkpoint: Checkpoint) -> Size:
+        height, width = side(checkpoint, "unet", self.config(checkpoint, "unet")["sample_size"])
+        factor = self.pixels(checkpoint)
+        return Size(height=height * factor, width=width * factor)
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        guidance: Tensor,
+        text: Tensor,
+        added: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The network's output, [N, C, h, w]; ``added``: what conditions it outside cross-attention."""
+        assert isinstance(denoiser, diffusers.UNet2DConditionModel)
+        width: Any = denoiser.config["time_cond_proj_dim"]
+        output: Tensor = denoiser(
+            latents,
+            timesteps,
+            timestep_cond=None if width is None else guidance_embedding(guidance, int(width)).to(latents.dtype),
+            encoder_hidden_states=text,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return output
+
+
+def guidance_embedding(scale: Tensor, width: int) -> Tensor:
+    """A guidance scale [N] as sines and cosines [N, width] of 1000 (scale - 1), as consistency models take it."""
+    half = width // 2
+    # Written down as numbers, so that no engine computes them in its own way: the angles go up to thousands.
+    decay = [10000.0 ** (-i / (half - 1)) for i in range(half)]
+    angles = (1000 * (scale - 1))[:, None] * torch.tensor(decay, dtype=torch.float32)[None]
+    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))

@@ -1,0 +1,241 @@
+"""What diffusers itself makes of a checkpoint: its own pipeline, on modules that diffusers and transformers load.
+
+Goldens come from here, so that a bundle is compared with something that does not share the exporter's reading of a
+checkpoint. Where diffusers cannot load a component as it is read here (a single file, one with LoRAs), its weights
+are the exporter's and the pipeline around them is diffusers' still.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor, nn
+
+from tgate_engine.errors import ExportError
+from tgate_export import tokenizers
+from tgate_export.checkpoints.directory import DirectoryCheckpoint
+from tgate_export.families.base import Texts
+from tgate_export.job import Job
+from tgate_export.modules import real_module
+from tgate_export.quiet import quiet
+from tgate_export.sampling import drawing
+from tgate_export.schedulers import SAMPLERS, TRAINED_UNDER_EDM, one_line
+
+log = logging.getLogger("tgate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """``latents``: [B, ...] before the first step, in unit variance, and after each. ``decoded``: what the decoder
+    made of the first result's last ones, float32 [F, 3, H, W]; None where none was asked for."""
+
+    latents: list[Tensor]
+    decoded: Tensor | None
+
+
+class Oracle:
+    """diffusers' pipeline for one job, in float32 on the CPU. Each call loads what it needs, and lets go of it."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._own = False
+        with quiet():  # importing a pipeline makes transformers speak
+            self._class: Any = getattr(diffusers, str(job.checkpoint.model_index["_class_name"]))
+
+    @property
+    def name(self) -> str:
+        """Who recorded, for the manifest; asked for after the work."""
+        whose = ", weights as tgate-engine reads them" if self._own else ""
+        return f"{self._class.__name__} of diffusers {diffusers.__version__}{whose}"
+
+    def module(self, component: str) -> nn.Module:
+        """A component in float32 as diffusers or transformers loads it."""
+        family, checkpoint = self._job.family, self._job.checkpoint
+        directory = checkpoint.directory(component)
+        cls: Any = family.classes[component]
+        if directory is not None:
+            try:
+                with quiet():
+                    module: nn.Module = cls.from_pretrained(
+                        directory,
+                        local_files_only=True,
+                        use_safetensors=True,
+                        variant=_variant(checkpoint, component),
+                        **{"dtype" if issubclass(cls, transformers.PreTrainedModel) else "torch_dtype": torch.float32},
+                    )
+                return module.eval().requires_grad_(False)
+            except Exception as error:  # the libraries raise many kinds for layouts they no longer read
+                log.warning(
+                    "%s does not load %s (%s); goldens are made with its weights as tgate-engine reads them",
+                    cls.__name__,
+                    directory,
+                    one_line(error),
+                )
+        self._own = True
+        return real_module(family, checkpoint, component)
+
+    def text(self, prompt: str, negative: str) -> tuple[list[list[int]], Texts, Texts]:
+        """Token ids of the prompt, one row for each tokenizer, and the conditioning of prompt and negative prompt."""
+        job = self._job
+        names = [*job.family.tokenizers]
+        loaded = {name: tokenizers.load(job.family, job.checkpoint, i) for i, name in enumerate(names)}
+        lengths = [job.family.token_length(job.checkpoint, i) for i in range(len(names))]
+        for name, length in zip(names, lengths, strict=True):
+            loaded[name].model_max_length = length
+        pipe = self._pipeline(**loaded, **{name: self.module(name) for name in job.family.text_components})
+        ids = [
+            tokenizers.transformers_ids(job.family, loaded[name], length, prompt)[0]
+            for name, length in zip(names, lengths, strict=True)
+        ]
+        with torch.no_grad(), quiet():
+            positive, other = self._run(job.family.encode_with, pipe, prompt, negative, job.settings.clip_skip)
+        return ids, positive, other
+
+    def image(self, picture: Tensor, noise: Tensor) -> Texts:
+        """Conditioning of a picture, uint8 [1, H, W, 3], with noise [1, 3, H, W] on it."""
+        job = self._job
+        parts: dict[str, Any] = {name: self.module(name) for name in job.family.image_components}
+        folder = job.checkpoint.directory("feature_extractor")
+        found = folder is not None and any(folder.glob("*processor_config.json"))
+        with quiet():
+            parts["feature_extractor"] = (
+                transformers.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+                if found
+                else transformers.CLIPImageProcessor()
+            )
+        pipe = self._pipeline(**parts)
+        with torch.no_grad(), quiet():
+            found_texts: Texts = self._run(job.family.encode_image_with, pipe, picture, noise)
+        return found_texts
+
+    def trajectory(
+        self,
+        denoiser: nn.Module,
+        noise: Tensor,
+        conditioning: Texts,
+        steps: int,
+        step_noise: Mapping[int, Tensor],
+    ) -> Trajectory:
+        """The pipeline's own loop from ``noise`` [B, ...], with conditioning ``<name>.<half>`` to [B, ...].
+
+        ``step_noise``: what a stochastic sampler draws, by step.
+        """
+        job = self._job
+        decodes = "decoder" in job.components
+        scheduler = self._scheduler()
+        vae = self.module(job.family.decoder) if decodes else None
+        pipe = self._pipeline(**{job.family.denoiser: denoiser, job.family.decoder: vae, "scheduler": scheduler})
+        pipe.vae_scale_factor = job.family.pixels(job.checkpoint)
+        latents: list[Tensor] = [noise]
+        decoded: list[Tensor] = []
+        step = scheduler.step
+
+        @functools.wraps(step)
+        def watched(*args: Any, **options: Any) -> Any:
+            drawn = step_noise.get(len(latents) - 1, torch.zeros_like(noise))
+            with drawing(scheduler, drawn):
+                result = step(*args, **options)
+            latents.append((result[0] if isinstance(result, tuple) else result.prev_sample).float().clone())
+            return result
+
+        scheduler.step = watched
+        if vae is not None:
+            vae.decode = _recording(vae.decode, decoded)
+        options = {
+            "num_inference_steps": steps,
+            "latents": noise.clone(),
+            "height": job.size.height,
+            "width": job.size.width,
+            "output_type": "pt" if decodes else "latent",
+        }
+        if job.family.frames_argument:
+            options[job.family.frames_argument] = job.size.frames
+        call = job.family.call(pipe, conditioning, job.guidance_scale, job.settings.guidance_rescale)
+        with torch.no_grad(), quiet():
+            self._run(pipe, **call, **options)
+        for tensor in (*latents, *decoded):
+            if not torch.isfinite(tensor).all():
+                raise ExportError(
+                    f"{job.checkpoint.where}: {self._class.__name__} itself makes numbers of it that are not "
+                    "finite, in float32; the checkpoint is damaged, or its configuration is another's"
+                )
+        return Trajectory(latents=latents, decoded=torch.cat(decoded)[: job.size.frames] if decoded else None)
+
+    def _scheduler(self) -> Any:
+        """As people write it: the checkpoint's own scheduler, and the sampler's made from its configuration."""
+        job = self._job
+        recipe = SAMPLERS[job.sampler.name]
+        name = str(job.scheduler.get("_class_name", recipe.scheduler))
+        with quiet():
+            own = getattr(diffusers, name).from_config(dict(job.checkpoint.scheduler_config()))
+            own = self._pipeline(scheduler=own).scheduler  # pipelines change some options
+            kind, options = (
+                recipe.edm if name in TRAINED_UNDER_EDM and recipe.edm else (recipe.scheduler, recipe.overrides)
+            )
+            silent = {k: v for k, v in recipe.unless_stated.items() if k not in job.scheduler}
+            return getattr(diffusers, kind).from_config(own.config, **options, **silent)
+
+    def _pipeline(self, **parts: Any) -> Any:
+        """The pipeline with these parts alone, and the options of model_index.json."""
+        known = inspect.signature(self._class.__init__).parameters
+        options = {
+            name: value
+            for name, value in self._job.checkpoint.model_index.items()
+            if name in known and not isinstance(value, (list, tuple))
+        }
+        options |= {"requires_safety_checker": False, "add_watermarker": False}
+        given = {name: None for name, p in known.items() if p.default is inspect.Parameter.empty and name != "self"}
+        with quiet():
+            pipe = self._class(**{**given, **{k: v for k, v in options.items() if k in known}, **parts})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _run(self, function: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except ExportError:
+            raise
+        except Exception as error:  # diffusers raises many kinds for checkpoints that do not fit its pipeline
+            raise ExportError(
+                f"{self._job.checkpoint.where}: {self._class.__name__} itself cannot run it ({one_line(error)}), so "
+                "nothing tells what would be right; mend the checkpoint, or export without a check (--no-verify)"
+            ) from error
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping, in bytes; a large number where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+            name, _, rest = line.partition(":")
+            if name == "MemAvailable":
+                return int(rest.split()[0]) * 1024
+    except OSError:
+        pass
+    return 1 << 60
+
+
+def _recording(decode: Any, decoded: list[Tensor]) -> Any:
+    @functools.wraps(decode)
+    def watched(*args: Any, **options: Any) -> Any:
+        result = decode(*args, **options)
+        decoded.append((result[0] if isinstance(result, tuple) else result.sample).float().clone())
+        return result
+
+    return watched
+
+
+def _variant(checkpoint: Any, component: str) -> str | None:
+    """The file that is read here: diffusers is to read the same one."""
+    assert isinstance(checkpoint, DirectoryCheckpoint)
+    files: Sequence[Path] = list(checkpoint.tensors(component).files.values())
+    return "fp16" if files and ".fp16" in os.path.basename(files[0]) else None

@@ -62,6 +62,7 @@ def tgate_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output", required=True, type=Path, metavar="E.safetensors")
     p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    p.add_argument("--clip-skip", type=int, default=0, metavar="N", help="as the bundle was exported with")
     p.add_argument("--half", action="store_true", help="hold the encoder in bfloat16: half the memory")
 
     p = command("inspect", "Show a bundle's plans step by step, their MACs, and sizes.")
@@ -117,11 +118,14 @@ def export_parser(list_models: Callable[[], int]) -> argparse.ArgumentParser:
     )
     add("--components", metavar="A,B", help="of text, image, denoiser, decoder; all, or without weights the denoiser")
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="fuse a LoRA into the weights; repeatable")
+    add("--clip-skip", type=int, default=0, metavar="N", help="last layers of CLIP's text encoders to leave out")
     add("--m", type=int, help="the gate step; the model's own if left out")
     add("--k", type=int, help="the self-attention interval before the gate; 1: no reuse")
     add("--steps", type=int, metavar="N", help="inference steps")
     add("--sampler", metavar="NAME", help="dpmpp_2m, ddim, euler, …")
     _method(parser)
+    rescaled = "bring guided outputs back to the prompt's deviation: 0 not at all, 1 wholly; 0.7 is usual"
+    add("--guidance-rescale", type=float, default=0.0, metavar="R", help=rescaled)
     add("--height", type=int, metavar="PIXELS")
     add("--width", type=int, metavar="PIXELS")
     add("--frames", type=int, metavar="F", help="of a video model")

@@ -244,6 +244,7 @@ def _embed(args: argparse.Namespace, report: Reporter) -> Show:
         args.output,
         checkpoint=args.checkpoint,
         negative_prompt=args.negative_prompt,
+        clip_skip=args.clip_skip,
         half=args.half,
     )
     return lambda: print(f"{args.output}: {', '.join(names)} for {len(args.prompt)} prompts")
@@ -273,6 +274,8 @@ def _export(args: argparse.Namespace, report: Reporter) -> Show:
         weights=args.weights,
         components=None if args.components is None else args.components.split(","),
         loras=tuple(Lora.parse(text) for text in args.lora),
+        clip_skip=args.clip_skip,
+        guidance_rescale=args.guidance_rescale,
         height=args.height,
         width=args.width,
         frames=args.frames,

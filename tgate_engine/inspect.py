@@ -31,6 +31,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "frames": m.frames,
         "fps": m.fps,
         "guidance": m.guidance,
+        "guidance_rescale": m.guidance_rescale,
+        "clip_skip": m.clip_skip,
         "bytes": {
             "total": bundle.size_bytes(),
             "weights": m.files[m.weights].bytes if m.weights else 0,
@@ -45,6 +47,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             for name, graph in m.graphs.items()
         },
         "plans": {name: describe_plan(plan, m) for name, plan in m.plans.items()},
+        "goldens": {name: golden.oracle for name, golden in m.goldens.items()},
         "tools": dict(m.tools),
     }
 

@@ -151,6 +151,8 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
     if job.settings.verify and job.settings.weights == "checkpoint":
         report.stage("recording goldens in eager PyTorch")
         recorded = goldens.record(job, stage, tokenizers, plan)
+        for oracle in dict.fromkeys(golden.oracle for golden in recorded.values()):
+            report.note(f"{', '.join(n for n, g in recorded.items() if g.oracle == oracle)}: recorded by {oracle}")
     return Manifest(
         model=job.settings.model,
         family=family.name,
@@ -212,8 +214,9 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> tuple
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler's config as plain JSON values, without diffusers' private notes except the class name."""
-    return {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
+    """A scheduler's config as plain JSON values, with those of diffusers' private notes that a sampler goes by."""
+    noted = ("_class_name", "_use_default_values")
+    return {key: value for key, value in config.items() if not key.startswith("_") or key in noted}
 
 
 def _tools() -> dict[str, str]:

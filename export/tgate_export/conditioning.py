@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from tgate_engine.errors import ExportError
 from tgate_export.families.base import ConditioningInput
 
 Tensors = Mapping[str, Tensor]
@@ -14,8 +15,14 @@ Tensors = Mapping[str, Tensor]
 
 def encode(module: nn.Module, names: Sequence[str], *arguments: Tensor) -> dict[str, Tensor]:
     """A text or image module's outputs by name, float32 [1, ...]."""
-    with torch.no_grad():
-        outputs = module(*arguments)
+    try:
+        with torch.no_grad():
+            outputs = module(*arguments)
+    except Exception as error:  # PyTorch and transformers raise many kinds for configurations that do not fit
+        said = " ".join(str(error).split())
+        raise ExportError(
+            f"the encoders do not run ({type(error).__name__}: {said:.300}); their configurations do not fit each other"
+        ) from error
     return {name: value.float() for name, value in zip(names, outputs, strict=True)}
 
 

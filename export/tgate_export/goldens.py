@@ -58,6 +58,8 @@ def record(
     rows = _conditioning(job, oracle, tokenizers, generator, directory, recorded)
     conditioning = {name: value.expand(batch, *value.shape[1:]) for name, value in rows.items()}
 
+    if not oracle.fits(family.denoiser, *([family.decoder] if "decoder" in job.components else [])):
+        return recorded
     denoiser = oracle.module(family.denoiser)
     shape = (batch, *job.latents)
     noise = torch.randn(shape, generator=generator)
@@ -171,13 +173,13 @@ def _conditioning(
     """``<name>.<half>`` to [1, ...] of the golden request. Records the graph that makes it, where there is one."""
     positive: Texts = {}
     negative: Texts | None = None
-    if "text" in job.components:
+    if "text" in job.components and oracle.fits(*job.family.text_components):
         rows, positive, negative = oracle.text(GOLDEN_PROMPT, GOLDEN_NEGATIVE)
         ids = {spec.input: torch.tensor([row]) for spec, row in zip(tokenizers, rows, strict=True)}
         recorded["text"] = _record_graph(
             directory / "text.safetensors", TEXT_GRAPH, ids, positive, TOLERANCES[job.dtype], oracle.name
         )
-    elif "image" in job.components:
+    elif "image" in job.components and oracle.fits(*job.family.image_components):
         picture = _picture(job.size.height, job.size.width)
         noise = torch.randn((1, 3, job.size.height, job.size.width), generator=generator)
         positive = oracle.image(picture, noise)
@@ -189,7 +191,7 @@ def _conditioning(
             TOLERANCES[job.dtype],
             oracle.name,
         )
-    else:  # the denoiser alone: anything will do
+    else:  # nothing that makes conditioning: anything will do
         drawn = {}
         for c in job.conditioning:
             shape = (1, *c.shape)

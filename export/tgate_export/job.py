@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,6 +258,8 @@ def _observe(
     with mode, torch.no_grad():
         given = {c.conditioning.name: torch.zeros(rows, *c.shape) for c in conditioning}
         noised, numbers = torch.zeros(rows, *latents), torch.ones(rows)
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # tells of errors before it raises them
+        log.disabled = True
         try:
             return observe(denoiser, lambda: family.denoise(denoiser, noised, numbers, numbers, given))
         except ExportError as error:
@@ -267,6 +270,8 @@ def _observe(
                 f"{checkpoint.where}: the {family.denoiser} does not take what conditions it "
                 f"({type(error).__name__}: {said:.300}); its configuration and those beside it do not fit each other"
             ) from None
+        finally:
+            log.disabled = False
 
 
 def schedule_of(steps: int, m: int, k: int, warm_up: int, fidelity_interval: int, lead_in: int = 0) -> Schedule:

@@ -7,12 +7,10 @@ where its dots were.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
-import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +19,6 @@ from typing import Any
 import diffusers
 import safetensors
 import torch
-import transformers
 from diffusers.utils.state_dict_utils import (
     StateDictType,
     convert_state_dict_to_peft,
@@ -31,6 +28,7 @@ from torch import Tensor
 
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.base import Checkpoint
+from tgate_export.quiet import quiet
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -305,18 +303,3 @@ def _matching(settings: Mapping[str, Any], field: str, names: Collection[str], s
         if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
             return value
     return standard
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the libraries' warnings: what matters of them is checked here and raised."""
-    level, diffusers_level = transformers.logging.get_verbosity(), diffusers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    diffusers.logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        diffusers.logging.set_verbosity(diffusers_level)

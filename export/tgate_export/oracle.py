@@ -7,11 +7,12 @@ are the exporter's and the pipeline around them is diffusers' still.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from tgate_export.modules import real_module
 from tgate_export.quiet import quiet
 from tgate_export.sampling import drawing
 from tgate_export.schedulers import SAMPLERS, TRAINED_UNDER_EDM, one_line
+
+SPARE = 1.1
+"""Memory that a network takes in use, over that of its weights: what is not enough for sure."""
 
 log = logging.getLogger("tgate")
 
@@ -83,6 +87,19 @@ class Oracle:
                 )
         self._own = True
         return real_module(family, checkpoint, component)
+
+    def fits(self, *components: str) -> bool:
+        """Whether those components fit into free memory in float32; says so where they do not."""
+        skeletons = [self._job.family.skeleton(self._job.checkpoint, component) for component in components]
+        wanted, free = sum(4 * p.numel() for s in skeletons for p in s.parameters()), available_bytes()
+        if wanted * SPARE > free:
+            log.warning(
+                "%s in float32 want %.1f GiB and %.1f GiB are free: no goldens are recorded of them",
+                " and ".join(components),
+                wanted / 2**30,
+                free / 2**30,
+            )
+        return wanted * SPARE <= free
 
     def text(self, prompt: str, negative: str) -> tuple[list[list[int]], Texts, Texts]:
         """Token ids of the prompt, one row for each tokenizer, and the conditioning of prompt and negative prompt."""
@@ -161,7 +178,8 @@ class Oracle:
         if job.family.frames_argument:
             options[job.family.frames_argument] = job.size.frames
         call = job.family.call(pipe, conditioning, job.guidance_scale, job.settings.guidance_rescale)
-        with torch.no_grad(), quiet():
+        exported = {job.family.denoiser: denoiser, **({} if vae is None else {job.family.decoder: vae})}
+        with torch.no_grad(), quiet(), self._in_range(exported):
             self._run(pipe, **call, **options)
         for tensor in (*latents, *decoded):
             if not torch.isfinite(tensor).all():
@@ -170,6 +188,42 @@ class Oracle:
                     "finite, in float32; the checkpoint is damaged, or its configuration is another's"
                 )
         return Trajectory(latents=latents, decoded=torch.cat(decoded)[: job.size.frames] if decoded else None)
+
+    @contextlib.contextmanager
+    def _in_range(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Raises :class:`ExportError` where a module that is exported in float16 makes numbers beyond it."""
+        job, largest = self._job, torch.finfo(torch.float16).max
+        beyond: dict[str, tuple[str, float]] = {}
+
+        def look(component: str, name: str, output: object) -> None:
+            if component in beyond or not isinstance(output, Tensor) or not output.is_floating_point():
+                return
+            size = float(output.abs().max())
+            if size > largest:
+                beyond[component] = (name, size)
+
+        def watch(component: str, name: str) -> Any:
+            return lambda _module, _inputs, output: look(component, name, output)
+
+        hooks = [
+            part.register_forward_hook(watch(component, name))
+            for component, module in modules.items()
+            if job.dtype_of(component) == "float16"
+            for name, part in module.named_modules()
+            if not any(part.children())
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for component, (name, size) in beyond.items():
+            keep = f'set "force_upcast": true in {component}/config.json, which keeps it in float32; or '
+            raise ExportError(
+                f"{job.checkpoint.where}: the {component} makes numbers as large as {size:.4g} ({name}), beyond the "
+                f"{largest:.0f} of float16, and pictures would come out black; "
+                f"{keep if component == job.family.decoder else ''}export with --dtype fp32 or bf16"
+            )
 
     def _scheduler(self) -> Any:
         """As people write it: the checkpoint's own scheduler, and the sampler's made from its configuration."""
@@ -183,7 +237,9 @@ class Oracle:
                 recipe.edm if name in TRAINED_UNDER_EDM and recipe.edm else (recipe.scheduler, recipe.overrides)
             )
             silent = {k: v for k, v in recipe.unless_stated.items() if k not in job.scheduler}
-            return getattr(diffusers, kind).from_config(own.config, **options, **silent)
+            same = type(own).__name__ == kind  # then what the pipeline changed holds, though no file states it
+            config = {k: v for k, v in own.config.items() if k != "_use_default_values" or not same}
+            return getattr(diffusers, kind).from_config(config, **options, **silent)
 
     def _pipeline(self, **parts: Any) -> Any:
         """The pipeline with these parts alone, and the options of model_index.json."""

@@ -157,6 +157,9 @@ TRAINING = (
 )
 """Options that tell how a network was trained. All others choose among ways to sample from it."""
 
+_LADDERS_OWN = ("sigma_min", "sigma_max")
+"""Those that a class may list and read for some ways of spacing noise levels alone."""
+
 
 def make_scheduler(name: str, base_config: Mapping[str, Any]) -> Any:
     """The diffusers scheduler behind a sampler's name, made from the checkpoint's own configuration.
@@ -201,14 +204,16 @@ def _make(name: str, base_config: Mapping[str, Any]) -> Any:
             "others' schedulers), or EDM's"
         )
     silent = {key: value for key, value in recipe.unless_stated.items() if key not in base_config}
-    return from_config(getattr(diffusers, kind), base_config, **options, **silent)
+    # Defaults that a pipeline has changed hold for its own scheduler; another class has its own (from_config).
+    config = {k: v for k, v in base_config.items() if k != "_use_default_values" or kind != owner}
+    return from_config(getattr(diffusers, kind), config, **options, **silent)
 
 
 def from_config(cls: Any, config: Mapping[str, Any], **options: Fact) -> Any:
     """What users of diffusers get: options that the class does not list stay in its configuration, where some classes
     read them all the same. Without diffusers' warnings about them. Raises :class:`ExportError`."""
-    level = diffusers.logging.get_verbosity()
-    diffusers.logging.set_verbosity_error()
+    log = diffusers.utils.logging.get_logger("diffusers.configuration_utils")
+    log.disabled = True
     try:
         return cls.from_config(dict(config), **options)
     except Exception as error:
@@ -216,21 +221,23 @@ def from_config(cls: Any, config: Mapping[str, Any], **options: Fact) -> Any:
             f"diffusers cannot make a {cls.__name__} from the checkpoint's scheduler configuration: {one_line(error)}"
         ) from error
     finally:
-        diffusers.logging.set_verbosity(level)
+        log.disabled = False
 
 
 def _dropped(scheduler: Any, config: Mapping[str, Any]) -> str | None:
     """The first of :data:`TRAINING` that the checkpoint's own scheduler goes by and this one does not."""
-    owner = getattr(diffusers, str(config.get("_class_name")), None)
+    owner: Any = getattr(diffusers, str(config.get("_class_name")), None)
     listed = inspect.signature(type(scheduler).__init__).parameters
     for key in TRAINING:
-        if config.get(key) is None:
+        if config.get(key) is None or (key in listed and key not in _LADDERS_OWN):
             continue
         if owner is None:
             if key not in listed:
                 return key
             continue
         default = from_config(owner, {k: v for k, v in config.items() if k != key}).config.get(key)
+        if config[key] == default:
+            continue
         if _ladder(from_config(owner, config)) == _ladder(from_config(owner, {**config, key: default})):
             continue
         own = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}

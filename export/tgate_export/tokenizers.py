@@ -145,6 +145,8 @@ def _check_class(family: Family, checkpoint: Checkpoint, name: str) -> None:
     """Transformers loads any vocabulary under any class, with a warning at most."""
     wanted = family.tokenizer_class.__name__
     entry = checkpoint.model_index.get(name)
+    if isinstance(entry, (list, tuple)) and list(entry) == [None, None]:
+        raise ExportError(f"{checkpoint.where}: model_index.json says that there is no {name}; a {wanted} is wanted")
     named = {"model_index.json": entry[1] if isinstance(entry, (list, tuple)) and len(entry) == 2 else None}
     named[f"{name}/tokenizer_config.json"] = (checkpoint.further(f"{name}/tokenizer_config.json") or {}).get(
         "tokenizer_class"

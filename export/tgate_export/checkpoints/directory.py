@@ -217,7 +217,12 @@ def _weight_files(directory: Path, prefer_half: bool) -> list[Path]:
                 return [single]
             for index in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
                 if (directory / index).is_file():
-                    names = sorted(set(_read_json(directory / index).get("weight_map", {}).values()))
+                    places = _read_json(directory / index).get("weight_map")
+                    if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+                        raise ExportError(
+                            f"{directory / index} has no weight_map from tensors to files; the checkpoint is damaged"
+                        )
+                    names = sorted(set(places.values()))
                     missing = [n for n in names if os.path.basename(n) != n or not (directory / n).is_file()]
                     if missing or not names:
                         raise ExportError(f"{directory / index} names {missing or 'no files'}, not in that directory")

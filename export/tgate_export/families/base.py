@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import accelerate
 import transformers
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning, Guidance
@@ -154,7 +155,8 @@ class Family(ABC):
                         "diffusers do not expect; leave it out"
                     )
                 wanted._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"
-                module: nn.Module = cls(wanted)
+                with no_init_weights():
+                    module: nn.Module = cls(wanted)
             else:
                 self._check_class(checkpoint, component, config)
                 module = cls.from_config(config)
@@ -179,6 +181,11 @@ class Family(ABC):
         names = (cls.__name__, *self.aliases.get(cls.__name__, ()))
         entry = checkpoint.model_index.get(component)
         named = {"model_index.json": entry[1] if isinstance(entry, (list, tuple)) and len(entry) == 2 else None}
+        if isinstance(entry, (list, tuple)) and list(entry) == [None, None]:
+            raise ExportError(
+                f"{checkpoint.where}: model_index.json says that there is no {component}; {self.name} wants a "
+                f"{' or '.join(names)}"
+            )
         if issubclass(cls, transformers.PreTrainedModel):
             kind = config.get("model_type")
             if kind not in (None, cls.config_class.model_type):

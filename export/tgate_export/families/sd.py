@@ -56,12 +56,19 @@ class StableDiffusion(TextUNet):
         return ("prompt_embeds",) if clip_skip else ()
 
     def scheduler_config(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
-        """The pipeline sets two options itself, whatever the checkpoint or the scheduler's class says."""
+        """The pipeline sets two options of its scheduler itself, whatever the checkpoint says.
+
+        Where the checkpoint does not state one, it stays what diffusers calls a default, which other classes of
+        scheduler replace by their own.
+        """
         config = dict(super().scheduler_config(checkpoint))
         own = inspect.signature(getattr(diffusers, str(config.get("_class_name")), dict)).parameters
-        for key, value in (("steps_offset", 1), ("clip_sample", False)):
-            if key in config or key in own:
-                config[key] = value
+        if config.get("clip_sample") is True:
+            config["clip_sample"] = False
+        if "steps_offset" not in config and "steps_offset" in own:
+            config["_use_default_values"] = ["steps_offset"]
+        if "_use_default_values" in config or "steps_offset" in config:
+            config["steps_offset"] = 1
         return config
 
     def default_size(self, checkpoint: Checkpoint) -> Size:

@@ -95,8 +95,8 @@ def cast(checkpoint: Checkpoint, component: str, key: str, tensor: Tensor, dtype
     if dtype.itemsize < tensor.dtype.itemsize and not torch.isfinite(held).all():
         largest = float(tensor.abs().max())
         raise ExportError(
-            f"{checkpoint.where}: {component} tensor {key!r} holds numbers as large as {largest:.4g}, beyond the "
-            f"{torch.finfo(dtype).max:.4g} of {str(dtype).removeprefix('torch.')}; export with --dtype fp32 or bf16"
+            f"{checkpoint.where}: {component} tensor {key!r} holds numbers as large as {largest:.6g}, beyond the "
+            f"{torch.finfo(dtype).max:.6g} of {str(dtype).removeprefix('torch.')}; export with --dtype fp32 or bf16"
         )
     return held
 

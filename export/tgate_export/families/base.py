@@ -159,7 +159,8 @@ class Family(ABC):
                     module: nn.Module = cls(wanted)
             else:
                 self._check_class(checkpoint, component, config)
-                module = cls.from_config(config)
+                with no_init_weights():
+                    module = cls.from_config(config)
         except ExportError:
             raise
         except Exception as error:  # diffusers, transformers and PyTorch raise many kinds for values they cannot use

@@ -42,7 +42,7 @@ class Latte(Family):
     def check(self, checkpoint: Checkpoint) -> None:
         super().check(checkpoint)
         config = self.config(checkpoint, "transformer")
-        channels, given = config["in_channels"], config["out_channels"] or config["in_channels"]
+        channels, given = config["in_channels"], config["out_channels"]
         if given != 2 * channels:
             raise ExportError(
                 f"{checkpoint.where}: the transformer gives {given} channels; {self.pipeline_classes[0]} wants "
@@ -113,6 +113,7 @@ class Latte(Family):
         end = int(conditioning["prompt_mask.positive"][0].sum())  # where the pipeline cuts both texts
         negative = conditioning.get("prompt_embeds.negative")
         return {
+            "negative_prompt": None,  # an empty one unless told otherwise
             "prompt_embeds": conditioning["prompt_embeds.positive"][:, :end],
             "negative_prompt_embeds": None if negative is None else negative[:, :end],
             "guidance_scale": guidance_scale,

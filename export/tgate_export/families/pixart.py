@@ -50,7 +50,7 @@ class PixArt(Family):
                 "none; this checkpoint is of another architecture"
             )
         config = self.config(checkpoint, "transformer")
-        channels, given = config["in_channels"], config["out_channels"] or config["in_channels"]
+        channels, given = config["in_channels"], config["out_channels"]
         if given not in (channels, 2 * channels):
             raise ExportError(
                 f"{checkpoint.where}: the transformer gives {given} channels; samplers take {channels}, or twice as "

@@ -1,0 +1,248 @@
+"""Every published configuration as a whole checkpoint, every component of it narrow enough for two cores.
+
+What is made smaller: channels, hidden widths, heads, layers, vocabularies, and all numbers that are sums of those. All
+else stays as published: levels, blocks, patterns, activations, token ids, prompt lengths, schedulers, and what the
+published files leave unsaid. Weights are random, written by diffusers and transformers themselves; ``config.json`` and
+``model_index.json`` are then the published ones again. Tokenizers are of the published kind and files, their words few.
+
+Weights are drawn so that activations stay of the order of one, and queries, keys and values tell their inputs apart:
+as the classes initialise themselves, no prompt would matter.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import sentencepiece
+import torch
+import transformers
+
+from tests.tiny_encoders import T5_WORDS
+from tests.tiny_models import END_TOKEN, _save_vocabulary, _vocabulary
+from tgate_export.checkpoints import published
+
+TEXT_DIVISOR = 32
+"""Of every width that has to do with text, so that sums of them stay sums."""
+
+CAPTIONS = tuple(
+    f"a {size} {color} {shape}" for size in T5_WORDS[8:10] for color in T5_WORDS[1:4] for shape in T5_WORDS[4:6]
+)
+"""What the vocabularies of T5 are fitted to."""
+
+# Modules whose class in the published files is a name of old.
+_NAMES = {"Transformer2DModel": "PixArtTransformer2DModel"}
+
+
+def write_shrunken(directory: Path, model: str) -> Path:
+    """Write the checkpoint of ``model`` into ``directory``, new or empty; the same weights every time."""
+    facts = published.facts(model)
+    directory.mkdir(parents=True, exist_ok=True)
+    vocabulary = _tokenizers(directory, facts)
+    for name, config in facts["components"].items():
+        folder = directory / name
+        if name.startswith("tokenizer"):
+            continue
+        if name in ("scheduler", "feature_extractor"):
+            file = "scheduler_config.json" if name == "scheduler" else "preprocessor_config.json"
+            _write_json(folder / file, config)
+            continue
+        small = shrink(config, vocabulary)
+        _draw(_module(small), f"{model}/{name}").save_pretrained(folder, safe_serialization=True)
+        _write_json(folder / "config.json", small)
+    _write_json(directory / "model_index.json", facts["model_index"])
+    return directory
+
+
+def load_shrunken(directory: Path) -> Any:
+    """diffusers' own pipeline of such a directory, in float32 on the CPU, silent, without what bundles do not have."""
+    index = json.loads((directory / "model_index.json").read_text("utf-8"))
+    without: dict[str, Any] = {name: None for name in ("safety_checker", "feature_extractor") if name in index}
+    if (directory / "feature_extractor").is_dir():
+        del without["feature_extractor"]
+    if index["_class_name"] == "StableDiffusionXLPipeline":
+        without["add_watermarker"] = False
+    loader = getattr(diffusers, index["_class_name"])
+    pipe = loader.from_pretrained(directory, dtype=torch.float32, local_files_only=True, **without)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def shrink(config: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
+    """A component's configuration with its widths, heads and layers made small; no key is added or left out."""
+    kind = str(config.get("_class_name") or config["model_type"])
+    small = dict(config)
+    for key, value in _SMALLER[kind].items():
+        if small.get(key) is not None:
+            small[key] = value(small[key])
+    if "layers_per_block" in small and "reverse_transformer_layers_per_block" not in small:  # which tells them apart
+        small["layers_per_block"] = 1
+    if "vocab_size" in small:
+        small["vocab_size"] = vocabulary
+    return small
+
+
+def _over(divisor: int) -> Any:
+    """Divides a number or each of a list, to 1 at least."""
+
+    def divide(value: Any) -> Any:
+        return [divide(part) for part in value] if isinstance(value, list) else max(1, value // divisor)
+
+    return divide
+
+
+def _layers(value: Any) -> Any:
+    """Two at most; the pattern of nested lists stays."""
+    return [_layers(part) for part in value] if isinstance(value, list) else min(value, 2)
+
+
+def _transformers(value: Any) -> Any:
+    """In a U-Net, level by level: one, two and ten become one, one and two; the pattern of nested lists stays."""
+    if isinstance(value, int):
+        return min(value, 2)
+    if any(isinstance(part, list) for part in value):
+        return [[min(one, 2) for one in part] if isinstance(part, list) else part for part in value]
+    return [1 + (part >= 10) for part in value]
+
+
+def _unet_heads(value: Any) -> Any:
+    """Heads of 64 channels were 5, 10, 20: as many fewer as there are fewer channels."""
+    return _over(5)(value) if isinstance(value, list) else _over(4)(value)
+
+
+_TEXT = _over(TEXT_DIVISOR)
+_UNET = {
+    "block_out_channels": _over(10),
+    "attention_head_dim": _unet_heads,  # which for these networks are heads
+    "num_attention_heads": _unet_heads,
+    "transformer_layers_per_block": _transformers,
+    "reverse_transformer_layers_per_block": _transformers,
+    "cross_attention_dim": _TEXT,
+    "addition_time_embed_dim": _TEXT,
+    "projection_class_embeddings_input_dim": _TEXT,
+    "time_cond_proj_dim": _over(16),
+}
+_VAE = {"block_out_channels": lambda value: [max(32, channels // 8) for channels in value]}
+_DIT = {
+    "num_attention_heads": _over(4),
+    "attention_head_dim": _over(6),
+    "cross_attention_dim": _over(24),  # heads times their width
+    "caption_channels": _TEXT,
+    "num_layers": _layers,
+}
+_CLIP = {
+    "hidden_size": _TEXT,
+    "intermediate_size": _TEXT,
+    "projection_dim": _TEXT,
+    "num_attention_heads": _over(4),
+    "num_hidden_layers": _layers,
+}
+_SMALLER: Mapping[str, Mapping[str, Any]] = {
+    "UNet2DConditionModel": _UNET,
+    "UNetSpatioTemporalConditionModel": _UNET,
+    "AutoencoderKL": _VAE,
+    "AutoencoderKLTemporalDecoder": _VAE,
+    "Transformer2DModel": _DIT,
+    "LatteTransformer3DModel": _DIT,
+    "clip_text_model": _CLIP,
+    "clip_vision_model": _CLIP,
+    "t5": {
+        "d_model": _TEXT,
+        "d_ff": _TEXT,
+        "d_kv": _over(2),  # heads times this is d_model, as in the published encoder
+        "num_heads": _over(16),
+        "num_layers": _layers,
+        "num_decoder_layers": _layers,
+    },
+}
+
+
+def _module(config: Mapping[str, Any]) -> Any:
+    """The component that diffusers or transformers make of a configuration."""
+    if "_class_name" in config:
+        name = str(config["_class_name"])
+        return getattr(diffusers, _NAMES.get(name, name)).from_config(dict(config)).eval()
+    cls = getattr(transformers, config["architectures"][0])
+    return cls(cls.config_class.from_dict(dict(config))).eval()
+
+
+@torch.no_grad()
+def _draw(module: Any, seed: str) -> Any:
+    """Random weights of unit gain in place of the class's own, and norms and biases a little off ones and zeros."""
+    generator = torch.Generator().manual_seed(int.from_bytes(seed.encode()[-7:], "big"))
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+            if name.endswith("SelfAttention.q.weight"):  # T5 does not scale its scores
+                parameter.mul_((parameter.shape[1] // 4) ** -0.5)
+            if name.endswith("scale_shift_table") and len(parameter) == 6:
+                parameter[[2, 5]] += 1.0  # the gates of attention and feed-forward
+        else:
+            parameter.normal_(std=0.05, generator=generator)
+            if name.endswith("weight"):
+                parameter.add_(1.0)
+    return module
+
+
+def _tokenizers(directory: Path, facts: Mapping[str, Any]) -> int:
+    """Write every tokenizer that the model has, and give the size of the vocabulary; 0 where it has none."""
+    components, size = facts["components"], 0
+    for name in components:
+        if not name.startswith("tokenizer"):
+            continue
+        folder, limit = directory / name, int(components[name]["model_max_length"])
+        folder.mkdir()
+        cls = facts["model_index"][name][1]
+        if cls == "CLIPTokenizer":
+            second = name == "tokenizer_2" or components["text_encoder"]["hidden_act"] == "gelu"
+            size = _write_clip(folder, limit, "!" if second else END_TOKEN)
+        elif cls == "T5Tokenizer":
+            size = _write_t5(folder, limit)
+        else:
+            raise ValueError(f"no small {cls} here")
+    return size
+
+
+def _write_clip(folder: Path, limit: int, pad: str) -> int:
+    """As published with Stable Diffusion: vocabulary and merges, and no ``tokenizer.json``."""
+    _save_vocabulary(folder)
+    special = {"bos_token": "<|startoftext|>", "eos_token": END_TOKEN, "pad_token": pad, "unk_token": END_TOKEN}
+    _write_json(folder / "special_tokens_map.json", special)
+    config = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": limit}
+    _write_json(folder / "tokenizer_config.json", {**config, **special, "tokenizer_class": "CLIPTokenizer"})
+    return len(_vocabulary()[0])
+
+
+def _write_t5(folder: Path, limit: int) -> int:
+    """As published with T5: a model of sentencepiece with the 100 extra ids behind it, and no ``tokenizer.json``."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*CAPTIONS, "".join(map(chr, range(33, 127)))] * 3),
+        model_writer=model,
+        vocab_size=160,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        pad_piece="<pad>",
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    extra = [f"<extra_id_{i}>" for i in range(100)]
+    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "additional_special_tokens": extra}
+    _write_json(folder / "special_tokens_map.json", special)
+    config = {"extra_ids": 100, "model_max_length": limit, "sp_model_kwargs": {}, "tokenizer_class": "T5Tokenizer"}
+    _write_json(folder / "tokenizer_config.json", {**config, **special})
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return int(processor.vocab_size()) + len(extra) + 28  # published tables are larger than the vocabulary, too
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")

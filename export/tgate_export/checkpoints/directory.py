@@ -213,9 +213,11 @@ def _weight_files(directory: Path, prefer_half: bool) -> list[Path]:
     for variant in variants:
         for stem in _WEIGHT_NAMES:
             single = directory / f"{stem}{variant}.safetensors"
+            _follow(single)
             if single.is_file():
                 return [single]
             for index in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
+                _follow(directory / index)
                 if (directory / index).is_file():
                     places = _read_json(directory / index).get("weight_map")
                     if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
@@ -230,6 +232,12 @@ def _weight_files(directory: Path, prefer_half: bool) -> list[Path]:
     pickles = sorted(p.name for p in directory.glob("*.bin"))
     hint = f" (it has {pickles[0]}, which is a pickle and is not read)" if pickles else ""
     raise ExportError(f"{directory} has no safetensors weights{hint}; the checkpoint is incomplete")
+
+
+def _follow(path: Path) -> None:
+    """Raises :class:`ExportError` for a link to nothing, which is no sign that another file is meant."""
+    if path.is_symlink() and not path.exists():
+        raise ExportError(f"{path} is a link to {os.readlink(path)}, which is not there; download the checkpoint again")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -83,6 +83,9 @@ class StableDiffusion(TextUNet):
         return size
 
     def encode_with(self, pipe: Any, prompt: str, negative: str, clip_skip: int) -> tuple[Texts, Texts]:
+        encoder = pipe.text_encoder
+        if not hasattr(encoder, "text_model"):  # where diffusers looks for the last norm; transformers 5 took it away
+            object.__setattr__(encoder, "text_model", encoder)
         positive, other = pipe.encode_prompt(prompt, "cpu", 1, True, negative, clip_skip=clip_skip or None)
         return {"prompt_embeds": positive}, {"prompt_embeds": other}
 

@@ -30,7 +30,7 @@ demo: setup  ## export the embedded model, draw with it, time it
 	PATH="$(abspath $(BIN)):$$PATH" scripts/demo.sh
 
 test: setup lint  ## what CI runs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 slow: setup  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

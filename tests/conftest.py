@@ -1,12 +1,15 @@
-"""Bundles that several test files share, each exported once for a whole run."""
+"""Bundles that several test files share, each exported once for a whole run, by whichever process asks first."""
 
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import torch
 
@@ -19,31 +22,54 @@ from tgate_export.build import ExportSettings, export
 torch.set_num_threads(1)
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A directory that ``make`` fills, given it: once for all processes that run tests at the same time."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared" / name
+    folder.parent.mkdir(exist_ok=True)
+    done = folder.with_suffix(".done")
+    with filelock.FileLock(folder.with_suffix(".lock")):
+        if not done.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def mini_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model, exported as ``tgate-export --model mini-sdxl --m 10 --k 5`` does. Read only."""
-    target = tmp_path_factory.mktemp("mini") / "bundle"
-    return export(ExportSettings(model="mini-sdxl", m=10, k=5, output=target), Silent())
+
+    def make(folder: Path) -> None:
+        export(ExportSettings(model="mini-sdxl", m=10, k=5, output=folder / "bundle"), Silent())
+
+    return once(tmp_path_factory, "mini", make) / "bundle"
 
 
 @pytest.fixture(scope="session")
 def mini_full_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model with every graph there is (``--fidelity-interval 2``). Read only."""
-    target = tmp_path_factory.mktemp("mini-full") / "bundle"
-    return export(ExportSettings(model="mini-sdxl", fidelity_interval=2, output=target), Silent())
+
+    def make(folder: Path) -> None:
+        export(ExportSettings(model="mini-sdxl", fidelity_interval=2, output=folder / "bundle"), Silent())
+
+    return once(tmp_path_factory, "mini-full", make) / "bundle"
 
 
 @pytest.fixture(scope="session")
 def family_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """(checkpoint, bundle with every graph there is) of the small models of every family, by variant. Read only."""
 
-    @functools.cache
-    def make(variant: str) -> tuple[Path, Path]:
-        folder = tmp_path_factory.mktemp(variant)
-        checkpoint = make_tiny(folder / "checkpoint", variant)
-        return checkpoint, export(family_settings(variant, checkpoint, folder / "bundle"), Silent())
+    def get(variant: str) -> tuple[Path, Path]:
+        def make(folder: Path) -> None:
+            checkpoint = make_tiny(folder / "checkpoint", variant)
+            export(family_settings(variant, checkpoint, folder / "bundle"), Silent())
 
-    return make
+        folder = once(tmp_path_factory, f"family-{variant}", make)
+        return folder / "checkpoint", folder / "bundle"
+
+    return functools.cache(get)
 
 
 def family_settings(variant: str, checkpoint: Path, output: Path, **more: Any) -> ExportSettings:
@@ -67,11 +93,13 @@ def family_settings(variant: str, checkpoint: Path, output: Path, **more: Any) -
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Directories of the small random-weight SDXL checkpoints, by variant. Read only."""
 
-    @functools.cache
-    def make(variant: str) -> Path:
-        return make_tiny_sdxl(tmp_path_factory.mktemp(variant) / "checkpoint", variant)
+    def get(variant: str) -> Path:
+        def make(folder: Path) -> None:
+            make_tiny_sdxl(folder / "checkpoint", variant)
 
-    return make
+        return once(tmp_path_factory, f"sdxl-{variant}", make) / "checkpoint"
+
+    return functools.cache(get)
 
 
 @pytest.fixture(scope="session")
@@ -80,20 +108,24 @@ def tiny_bundle(
 ) -> Callable[..., Path]:
     """Bundles of those checkpoints, with every graph there is (``--fidelity-interval 2``). Read only."""
 
-    @functools.cache
-    def make(variant: str, *, guidance_scale: float = 5.0, batch: tuple[int, int] = (1, 1)) -> Path:
+    def get(variant: str, *, guidance_scale: float = 5.0, batch: tuple[int, int] = (1, 1)) -> Path:
         model = tiny_model(variant)
         height, width = (size * model.vae_factor for size in model.latent_size)
-        settings = ExportSettings(
-            model="sdxl",
-            checkpoint=str(tiny_checkpoint(variant)),
-            fidelity_interval=2,
-            guidance_scale=guidance_scale,
-            height=height,
-            width=width,
-            batch=batch,
-            output=tmp_path_factory.mktemp(variant) / "bundle",
-        )
-        return export(settings, Silent())
 
-    return make
+        def make(folder: Path) -> None:
+            settings = ExportSettings(
+                model="sdxl",
+                checkpoint=str(tiny_checkpoint(variant)),
+                fidelity_interval=2,
+                guidance_scale=guidance_scale,
+                height=height,
+                width=width,
+                batch=batch,
+                output=folder / "bundle",
+            )
+            export(settings, Silent())
+
+        name = f"sdxl-{variant}-{guidance_scale:g}-{batch[0]}-{batch[1]}".replace(".", "_")
+        return once(tmp_path_factory, name, make) / "bundle"
+
+    return functools.cache(get)

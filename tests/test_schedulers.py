@@ -1,0 +1,151 @@
+"""What a checkpoint's scheduler says of its training is followed, or refused by name: never filtered."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import diffusers
+import pytest
+
+from tests.test_sampler import SDXL, compiled_walk, config, difference, diffusers_walk
+from tgate_engine.errors import ExportError
+from tgate_export.sampling import compile_sampler
+from tgate_export.schedulers import (
+    SAMPLERS,
+    TRAINED_UNDER,
+    TRAINED_UNDER_EDM,
+    TRAINING,
+    make_scheduler,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore:__array:DeprecationWarning")
+
+PLAYGROUND = diffusers.EDMDPMSolverMultistepScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+COSXL = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=120.0, sigma_data=1.0, prediction_type="v_prediction")
+ROUNDED = 1e-5
+"""EDM's schedulers and Euler's step in float32, whatever they are given."""
+
+
+def saved(scheduler: Any, **changes: Any) -> dict[str, Any]:
+    """Its configuration as a file holds it."""
+    stated = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    return {**stated, "_class_name": type(scheduler).__name__, **changes}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6, 20])
+@pytest.mark.parametrize("own", [PLAYGROUND, COSXL], ids=["playground", "cosxl"])
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_3m"])
+def test_edm_checkpoints_sample_as_their_schedulers_do(name: str, own: Any, steps: int) -> None:
+    sampler = compile_sampler(name, saved(own), steps)
+    cls = diffusers.EDMEulerScheduler if name == "euler" else diffusers.EDMDPMSolverMultistepScheduler
+    options = {} if name == "euler" else {"solver_order": 3 if name == "dpmpp_3m" else 2}
+    want = cls.from_config(own.config, **options)
+    assert difference(compiled_walk(sampler), diffusers_walk(want, steps)) < ROUNDED
+    want.set_timesteps(steps)
+    assert [call.timestep for call in sampler.calls] == pytest.approx(want.timesteps.tolist(), abs=1e-6)
+    assert sampler.initial_scale == pytest.approx((own.config.sigma_max**2 + 1) ** 0.5)
+
+
+@pytest.mark.parametrize("change", [{"sigma_max": 40.0}, {"sigma_min": 0.01}, {"sigma_data": 1.0}, {"rho": 5.0}])
+def test_every_number_of_edm_counts(change: dict[str, float]) -> None:
+    assert (
+        compile_sampler("dpmpp_2m", saved(PLAYGROUND, **change), 6).calls
+        != compile_sampler("dpmpp_2m", saved(PLAYGROUND), 6).calls
+    )
+
+
+@pytest.mark.parametrize("name", sorted(name for name, recipe in SAMPLERS.items() if recipe.edm is None))
+def test_samplers_that_know_no_edm_are_refused(name: str) -> None:
+    with pytest.raises(ExportError, match=r"EDMEulerScheduler.*Choose one of euler, dpmpp_2m"):
+        compile_sampler(name, saved(COSXL), 6)
+
+
+KARRAS = diffusers.EulerDiscreteScheduler(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    use_karras_sigmas=True,
+    sigma_min=0.05,
+    sigma_max=9.0,
+)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m_karras", "unipc", "deis"])
+def test_ends_of_a_karras_ladder_are_followed(name: str) -> None:
+    """Two of these classes list no such option, and read it all the same."""
+    want = getattr(diffusers, SAMPLERS[name].scheduler).from_config(KARRAS.config, **SAMPLERS[name].overrides)
+    sampler = compile_sampler(name, saved(KARRAS), 8)
+    assert difference(compiled_walk(sampler), diffusers_walk(want, 8)) < ROUNDED
+    other = compile_sampler(name, saved(KARRAS, sigma_min=None, sigma_max=None), 8)
+    assert [call.timestep for call in sampler.calls] != [call.timestep for call in other.calls]
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "pndm", "lms", "euler_a"])
+def test_samplers_that_lose_those_ends_are_refused(name: str) -> None:
+    with pytest.raises(ExportError, match=r"sigma_m(in|ax) = .*choose one of euler, dpmpp_2m_karras, unipc, deis"):
+        compile_sampler(name, saved(KARRAS), 8)
+
+
+def test_ends_that_the_checkpoints_own_ladder_does_not_use_mean_nothing() -> None:
+    plain = saved(KARRAS, use_karras_sigmas=False)
+    assert (
+        compile_sampler("dpmpp_2m", plain, 8).calls
+        == compile_sampler("dpmpp_2m", {**plain, "sigma_min": None, "sigma_max": None}, 8).calls
+    )
+
+
+@pytest.mark.parametrize("sampler", ["pndm", "lms", "deis"])
+def test_zero_terminal_snr_is_refused_where_it_is_not_read(sampler: str) -> None:
+    base = config(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    with pytest.raises(ExportError, match=r"rescale_betas_zero_snr = True.*does not read; choose one of .*euler"):
+        compile_sampler(sampler, base, 8)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m_karras", "ddim", "unipc"])
+def test_continuous_timesteps_are_refused_where_they_are_not_read(sampler: str) -> None:
+    """Stable Video Diffusion's network is told a quarter of log sigma, and Euler's class alone does so."""
+    base = saved(KARRAS, timestep_type="continuous", prediction_type="v_prediction")
+    with pytest.raises(ExportError, match=r"timestep_type = 'continuous'.*choose one of euler$"):
+        compile_sampler(sampler, base, 8)
+    assert compile_sampler("euler", base, 8).calls[0].timestep < 1
+
+
+def test_flow_matching_under_another_name_is_refused() -> None:
+    flow = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    with pytest.raises(ExportError):
+        compile_sampler("ddim", saved(flow), 8)
+
+
+@pytest.mark.parametrize(
+    "kind", ["FlowMatchEulerDiscreteScheduler", "CogVideoXDDIMScheduler", "NoSuchScheduler", None, 3]
+)
+def test_classes_of_schedulers_that_are_not_known_are_refused(kind: Any) -> None:
+    with pytest.raises(ExportError, match=f"the checkpoint's scheduler is {kind}"):
+        make_scheduler("euler", {**SDXL, "_class_name": kind})
+
+
+def test_the_lists_name_schedulers_of_diffusers() -> None:
+    for name in (*TRAINED_UNDER, *TRAINED_UNDER_EDM):
+        assert hasattr(diffusers, name), name
+
+
+def test_defaults_that_a_pipeline_changes_hold_for_its_own_scheduler_alone() -> None:
+    """diffusers notes which options a file left out (_use_default_values) and lets another class have its own."""
+    base = {k: v for k, v in SDXL.items() if k != "steps_offset"} | {"_class_name": "DDIMScheduler"}
+    patched = base | {"steps_offset": 1, "_use_default_values": ["steps_offset"]}
+    last = {name: make_scheduler(name, patched) for name in ("ddim", "euler")}
+    assert (last["ddim"].config.steps_offset, last["euler"].config.steps_offset) == (1, 0)
+
+
+def test_training_facts_are_options_of_diffusers() -> None:
+    """A fact that no class of diffusers has any more would never be looked for."""
+    listed = {
+        key
+        for name in dir(diffusers)
+        if name.endswith("Scheduler") and inspect.isclass(getattr(diffusers, name))
+        for key in inspect.signature(getattr(diffusers, name).__init__).parameters
+    }
+    assert set(TRAINING) <= listed

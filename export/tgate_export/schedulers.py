@@ -203,6 +203,8 @@ def _make(name: str, base_config: Mapping[str, Any]) -> Any:
             "does not have. Models are exported whose noise is a table of betas (DDIM's, Euler's, DPM-Solver's and "
             "others' schedulers), or EDM's"
         )
+    if "_class_name" in base_config:
+        from_config(getattr(diffusers, owner), base_config)  # diffusers loads it before anything else
     silent = {key: value for key, value in recipe.unless_stated.items() if key not in base_config}
     # Defaults that a pipeline has changed hold for its own scheduler; another class has its own (from_config).
     config = {k: v for k, v in base_config.items() if k != "_use_default_values" or kind != owner}

@@ -11,8 +11,7 @@ import contextlib
 import functools
 import inspect
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
 from tgate_export import tokenizers
-from tgate_export.checkpoints.directory import DirectoryCheckpoint
+from tgate_export.checkpoints import Checkpoint
+from tgate_export.checkpoints.directory import TensorFiles
 from tgate_export.families.base import Texts
 from tgate_export.job import Job
 from tgate_export.modules import real_module
@@ -290,8 +290,8 @@ def _recording(decode: Any, decoded: list[Tensor]) -> Any:
     return watched
 
 
-def _variant(checkpoint: Any, component: str) -> str | None:
+def _variant(checkpoint: Checkpoint, component: str) -> str | None:
     """The file that is read here: diffusers is to read the same one."""
-    assert isinstance(checkpoint, DirectoryCheckpoint)
-    files: Sequence[Path] = list(checkpoint.tensors(component).files.values())
-    return "fp16" if files and ".fp16" in os.path.basename(files[0]) else None
+    tensors = checkpoint.tensors(component)
+    files = {path.name for path in tensors.files.values()} if isinstance(tensors, TensorFiles) else set()
+    return "fp16" if any(".fp16" in name for name in files) else None

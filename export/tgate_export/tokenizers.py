@@ -87,9 +87,9 @@ def transformers_ids(family: Family, loaded: Any, length: int, prompt: str) -> t
     """Ids and mask, each ``length`` long, that diffusers' pipeline gets of a prompt from transformers' tokenizer."""
     if family.lower_prompts:
         prompt = prompt.lower().strip()
-    if family.textual_inversions:
-        prompt = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, loaded)
     with quiet():
+        if family.textual_inversions:
+            prompt = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, loaded)
         found = loaded(prompt, padding="max_length", max_length=length, truncation=True, return_attention_mask=True)
     return list(found["input_ids"]), list(found["attention_mask"])
 

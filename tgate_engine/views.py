@@ -24,8 +24,14 @@ def inspection(data: Mapping[str, Any], out: TextIO | None = None) -> None:
         f"{guidance[data['guidance']]}, "
         f"{images} at once, licence {data['licence']}",
     )
+    options = {"guidance rescaled by": data["guidance_rescale"], "CLIP layers skipped:": data["clip_skip"]}
+    if any(options.values()):
+        _print(out, ", ".join(f"{what} {value:g}" for what, value in options.items() if value))
     weights = _bytes(size["weights"]) if size["weights"] else "none"
     _print(out, f"on disk {_bytes(size['total'])}: weights {weights}, graphs {_bytes(size['graphs'])}")
+    for oracle in dict.fromkeys(data["goldens"].values()):
+        names = (name for name, recorder in data["goldens"].items() if recorder == oracle)
+        _print(out, f"goldens {', '.join(names)}: recorded by {oracle or 'an unnamed oracle'}")
     for name, plan in data["plans"].items():
         title = (
             f"plan {name}: n={plan['steps_n']}, m={plan['gate_m']}, k={plan['self_interval_k']}, "

@@ -382,8 +382,7 @@ TABLES: Mapping[str, Table] = {
             "up_block_types": honoured(
                 ["AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]
             )
-            + honoured(["UpDecoderBlock2D"], but={"conv_projection": "refused"})
-            + honoured(LEFT_OUT, but={"conv_projection": "refused"}),
+            + refused(["UpDecoderBlock2D"], LEFT_OUT),
             "block_out_channels": honoured([8, 8, 8, 16])
             + honoured(
                 [8, 8],
@@ -487,7 +486,7 @@ TABLES: Mapping[str, Table] = {
             "attn_implementation": no_effect("eager"),
             "model_type": refused("clip") + no_effect(LEFT_OUT),
             "use_attention_mask": refused(True) + no_effect(False),
-            "is_causal": no_effect(False),
+            "is_causal": refused(False),
             "is_decoder": no_effect(True),
         },
         places=(("sd15_a", "text_encoder"), ("conv_projection", "text_encoder"), ("conv_projection", "text_encoder_2")),
@@ -602,7 +601,7 @@ TABLES: Mapping[str, Table] = {
     ),
     "CLIPTokenizer": Table(
         keys={
-            "model_max_length": refused(12, but={"sd15_a": "honoured"}) + refused(100, 1e30, LEFT_OUT),
+            "model_max_length": refused(12, but={"sd15_a": "honoured"}) + refused(100, 1e30) + not_read(LEFT_OUT),
             "pad_token": honoured("!", but={"conv_projection/tokenizer_2": "no effect"})
             + refused(None)
             + no_effect(LEFT_OUT, but={"conv_projection/tokenizer_2": "honoured"}),
@@ -696,17 +695,17 @@ TABLES: Mapping[str, Table] = {
             "safety_checker": not_read(["stable_diffusion", "StableDiffusionSafetyChecker"]) + no_effect(LEFT_OUT),
             "feature_extractor": not_read(["transformers", "CLIPImageProcessor"]) + no_effect(LEFT_OUT),
             "image_encoder": no_effect(LEFT_OUT),
-            "scheduler": no_effect(["diffusers", "DDIMScheduler"], ["diffusers", "PNDMScheduler"]) + refused(LEFT_OUT),
+            "scheduler": no_effect(["diffusers", "DDIMScheduler"], ["diffusers", "PNDMScheduler"]) + not_read(LEFT_OUT),
             "text_encoder": refused(
-                ["transformers", "CLIPTextModelWithProjection"],
-                ["transformers", "T5EncoderModel"],
-                [None, None],
-                LEFT_OUT,
-            ),
+                ["transformers", "CLIPTextModelWithProjection"], ["transformers", "T5EncoderModel"], [None, None]
+            )
+            + not_read(LEFT_OUT),
             "tokenizer": no_effect(["transformers", "CLIPTokenizerFast"])
-            + refused(["transformers", "AutoTokenizer"], [None, None], LEFT_OUT),
-            "unet": refused(["diffusers", "UNet2DModel"], ["diffusers", "AutoModel"], LEFT_OUT),
-            "vae": refused(["diffusers", "AutoencoderTiny"], ["diffusers", "AsymmetricAutoencoderKL"], LEFT_OUT),
+            + refused(["transformers", "AutoTokenizer"], [None, None])
+            + not_read(LEFT_OUT),
+            "unet": refused(["diffusers", "UNet2DModel"], ["diffusers", "AutoModel"]) + not_read(LEFT_OUT),
+            "vae": refused(["diffusers", "AutoencoderTiny"], ["diffusers", "AsymmetricAutoencoderKL"])
+            + not_read(LEFT_OUT),
         },
         more={
             "mystery": no_effect(1),
@@ -721,13 +720,13 @@ TABLES: Mapping[str, Table] = {
             "add_watermarker": no_effect(False),
             "feature_extractor": no_effect(LEFT_OUT),
             "image_encoder": no_effect(LEFT_OUT),
-            "scheduler": no_effect(["diffusers", "DDIMScheduler"], ["diffusers", "PNDMScheduler"]) + refused(LEFT_OUT),
-            "text_encoder": refused(["transformers", "CLIPTextModelWithProjection"], [None, None], LEFT_OUT),
-            "text_encoder_2": refused(["transformers", "CLIPTextModel"], [None, None], LEFT_OUT),
-            "tokenizer": no_effect(["transformers", "CLIPTokenizerFast"]) + refused([None, None], LEFT_OUT),
-            "tokenizer_2": refused(LEFT_OUT),
-            "unet": refused(["diffusers", "UNet2DModel"], LEFT_OUT),
-            "vae": refused(["diffusers", "AutoencoderTiny"], LEFT_OUT),
+            "scheduler": no_effect(["diffusers", "DDIMScheduler"], ["diffusers", "PNDMScheduler"]) + not_read(LEFT_OUT),
+            "text_encoder": refused(["transformers", "CLIPTextModelWithProjection"], [None, None]) + not_read(LEFT_OUT),
+            "text_encoder_2": refused(["transformers", "CLIPTextModel"], [None, None]) + not_read(LEFT_OUT),
+            "tokenizer": no_effect(["transformers", "CLIPTokenizerFast"]) + refused([None, None]) + not_read(LEFT_OUT),
+            "tokenizer_2": not_read(LEFT_OUT),
+            "unet": refused(["diffusers", "UNet2DModel"]) + not_read(LEFT_OUT),
+            "vae": refused(["diffusers", "AutoencoderTiny"]) + not_read(LEFT_OUT),
         },
         more={
             "mystery": no_effect(1),
@@ -738,14 +737,16 @@ TABLES: Mapping[str, Table] = {
         keys={
             "_diffusers_version": no_effect("0.5.0", LEFT_OUT),
             "_class_name": refused("PixArtSigmaPipeline", LEFT_OUT),
-            "scheduler": no_effect(["diffusers", "DDIMScheduler"]) + refused(LEFT_OUT),
+            "scheduler": no_effect(["diffusers", "DDIMScheduler"]) + not_read(LEFT_OUT),
             "text_encoder": refused(
-                ["transformers", "MT5EncoderModel"], ["transformers", "UMT5EncoderModel"], [None, None], LEFT_OUT
-            ),
-            "tokenizer": no_effect(["transformers", "T5TokenizerFast"]) + refused([None, None], LEFT_OUT),
+                ["transformers", "MT5EncoderModel"], ["transformers", "UMT5EncoderModel"], [None, None]
+            )
+            + not_read(LEFT_OUT),
+            "tokenizer": no_effect(["transformers", "T5TokenizerFast"]) + refused([None, None]) + not_read(LEFT_OUT),
             "transformer": no_effect(["diffusers", "Transformer2DModel"])
-            + refused(["diffusers", "AutoModel"], LEFT_OUT),
-            "vae": refused(["diffusers", "AutoencoderTiny"], LEFT_OUT),
+            + refused(["diffusers", "AutoModel"])
+            + not_read(LEFT_OUT),
+            "vae": refused(["diffusers", "AutoencoderTiny"]) + not_read(LEFT_OUT),
         },
         more={
             "mystery": no_effect(1),
@@ -756,14 +757,16 @@ TABLES: Mapping[str, Table] = {
         keys={
             "_diffusers_version": no_effect("0.5.0", LEFT_OUT),
             "_class_name": honoured("PixArtAlphaPipeline") + refused(LEFT_OUT),
-            "scheduler": no_effect(["diffusers", "DDIMScheduler"]) + refused(LEFT_OUT),
+            "scheduler": no_effect(["diffusers", "DDIMScheduler"]) + not_read(LEFT_OUT),
             "text_encoder": refused(
-                ["transformers", "MT5EncoderModel"], ["transformers", "UMT5EncoderModel"], [None, None], LEFT_OUT
-            ),
-            "tokenizer": no_effect(["transformers", "T5TokenizerFast"]) + refused([None, None], LEFT_OUT),
+                ["transformers", "MT5EncoderModel"], ["transformers", "UMT5EncoderModel"], [None, None]
+            )
+            + not_read(LEFT_OUT),
+            "tokenizer": no_effect(["transformers", "T5TokenizerFast"]) + refused([None, None]) + not_read(LEFT_OUT),
             "transformer": no_effect(["diffusers", "Transformer2DModel"])
-            + refused(["diffusers", "AutoModel"], LEFT_OUT),
-            "vae": refused(["diffusers", "AutoencoderTiny"], LEFT_OUT),
+            + refused(["diffusers", "AutoModel"])
+            + not_read(LEFT_OUT),
+            "vae": refused(["diffusers", "AutoencoderTiny"]) + not_read(LEFT_OUT),
         },
         more={
             "mystery": no_effect(1),
@@ -774,13 +777,15 @@ TABLES: Mapping[str, Table] = {
         keys={
             "_diffusers_version": no_effect("0.5.0", LEFT_OUT),
             "_class_name": refused("PixArtAlphaPipeline", LEFT_OUT),
-            "scheduler": no_effect(["diffusers", "DDIMScheduler"]) + refused(LEFT_OUT),
+            "scheduler": no_effect(["diffusers", "DDIMScheduler"]) + not_read(LEFT_OUT),
             "text_encoder": refused(
-                ["transformers", "MT5EncoderModel"], ["transformers", "UMT5EncoderModel"], [None, None], LEFT_OUT
-            ),
-            "tokenizer": no_effect(["transformers", "T5TokenizerFast"]) + refused([None, None], LEFT_OUT),
-            "transformer": refused(["diffusers", "Transformer2DModel"], ["diffusers", "AutoModel"], LEFT_OUT),
-            "vae": refused(["diffusers", "AutoencoderTiny"], LEFT_OUT),
+                ["transformers", "MT5EncoderModel"], ["transformers", "UMT5EncoderModel"], [None, None]
+            )
+            + not_read(LEFT_OUT),
+            "tokenizer": no_effect(["transformers", "T5TokenizerFast"]) + refused([None, None]) + not_read(LEFT_OUT),
+            "transformer": refused(["diffusers", "Transformer2DModel"], ["diffusers", "AutoModel"])
+            + not_read(LEFT_OUT),
+            "vae": refused(["diffusers", "AutoencoderTiny"]) + not_read(LEFT_OUT),
         },
         more={
             "mystery": no_effect(1),
@@ -791,11 +796,13 @@ TABLES: Mapping[str, Table] = {
         keys={
             "_diffusers_version": no_effect("0.5.0", LEFT_OUT),
             "_class_name": refused("KandinskyPipeline", LEFT_OUT),
-            "scheduler": no_effect(["diffusers", "DDIMScheduler"]) + refused(LEFT_OUT),
-            "image_encoder": refused(["transformers", "CLIPVisionModel"], LEFT_OUT),
-            "feature_extractor": no_effect(["transformers", "CLIPFeatureExtractor"]) + refused([None, None], LEFT_OUT),
-            "unet": refused(["diffusers", "UNet2DConditionModel"], LEFT_OUT),
-            "vae": refused(["diffusers", "AutoencoderKL"], LEFT_OUT),
+            "scheduler": no_effect(["diffusers", "DDIMScheduler"]) + not_read(LEFT_OUT),
+            "image_encoder": refused(["transformers", "CLIPVisionModel"]) + not_read(LEFT_OUT),
+            "feature_extractor": no_effect(["transformers", "CLIPFeatureExtractor"])
+            + refused([None, None])
+            + not_read(LEFT_OUT),
+            "unet": refused(["diffusers", "UNet2DConditionModel"]) + not_read(LEFT_OUT),
+            "vae": refused(["diffusers", "AutoencoderKL"]) + not_read(LEFT_OUT),
         },
         more={
             "mystery": no_effect(1),

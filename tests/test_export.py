@@ -200,7 +200,7 @@ def test_a_killed_export_leaves_the_old_bundle(mini_bundle: Path, tmp_path: Path
 
 
 def test_a_bundle_holds_one_copy_of_its_weights(mini_bundle: Path) -> None:
-    """No two tensors of the file hold the same bytes, and everything else is less than 5 % of it."""
+    """No two tensors of the file hold the same bytes, and everything else is less than 6 % of it."""
     bundle = Bundle.open(mini_bundle)
     path = bundle.file(bundle.manifest.weights)
     unique: dict[tuple[str, bytes], int] = {}
@@ -211,7 +211,7 @@ def test_a_bundle_holds_one_copy_of_its_weights(mini_bundle: Path) -> None:
             unique[str(tensor.dtype) + str(tensor.shape), tensor.tobytes()] = tensor.nbytes
             count += 1
     assert len(unique) == count
-    assert bundle.size_bytes() < 1.05 * sum(unique.values())
+    assert bundle.size_bytes() < 1.06 * sum(unique.values())
 
 
 def test_every_graph_reads_its_weights_from_the_one_file(mini_bundle: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import imageio_ffmpeg
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -176,7 +175,7 @@ def test_what_embed_refuses(family_bundle: FamilyBundle, run: Run, tmp_path: Pat
     out = ("--output", tmp_path / "e.safetensors")
     checkpoint = ("--checkpoint", family_bundle(VIDEO)[0])
     assert "conditioned by an image" in run("embed", PROMPT, "--model", "svd", *checkpoint, *out, fails=True)
-    assert "wants PixArt" in run("embed", PROMPT, "--model", "pixart-alpha", *checkpoint, *out, fails=True)
+    assert "wanted is a PixArt" in run("embed", PROMPT, "--model", "pixart-alpha", *checkpoint, *out, fails=True)
     assert "there is no directory" in run(
         "embed", PROMPT, "--model", "pixart-alpha", "--output", tmp_path / "no" / "e.safetensors", fails=True
     )

@@ -86,16 +86,30 @@ def test_every_vector_of_an_inversion_counts(checkpoint: Callable[[str], Path], 
 
 
 @pytest.mark.parametrize("variant", ["pixart_alpha_a", "pixart_sigma_a", "latte_a"])
-@pytest.mark.parametrize("prompt", ["a red <pad> circle", "red </s> blue", "<pad>", "", " ".join(["red"] * 400)])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a red <pad> circle",
+        "red </s> blue",
+        "<pad>",
+        "",
+        " ".join(["red"] * 400),
+        "A Red </S> Circle",
+        "<PAD> red circle",
+        "\x1c red\x1fcircle \u3000\x1f",
+    ],
+)
 def test_t5_masks_what_the_tokenizer_masks(
     checkpoint: Callable[[str], Path], tmp_path: Path, variant: str, prompt: str
 ) -> None:
-    """A prompt may spell padding out: it then counts, as every token up to the end of the text does."""
+    """A prompt may spell padding out: it then counts, as every token up to the end of the text does. Capitals and what
+    Python takes for space are gone before the tokenizer looks for such tokens."""
     root = checkpoint(variant)
     pipe = load_tiny(root, variant)
     got = texts(variant, root, tmp_path, prompt)
     length = got["prompt_mask"].shape[1]
-    ids = pipe.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    plain = pipe._text_preprocessing(prompt, clean_caption=False)
+    ids = pipe.tokenizer(plain, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     want = pipe.text_encoder(ids.input_ids, attention_mask=ids.attention_mask)[0]
     assert torch.equal(got["prompt_mask"], ids.attention_mask.float())
     assert float((got["prompt_embeds"] - want).abs().max() / want.abs().max()) < TOLERANCE
@@ -142,6 +156,25 @@ def test_more_tokens_than_the_encoder_knows_are_refused(checkpoint: Callable[[st
     pipe.tokenizer.add_tokens(["<new>"])
     pipe.tokenizer.save_pretrained(root / "tokenizer")
     assert "vocab_size" in refusal("sd15_a", root, tmp_path)
+
+
+@pytest.mark.parametrize("names", [("style", "mystyle"), ("<a>", "x<a>_1y")])
+def test_inversions_within_each_others_names_are_refused(
+    checkpoint: Callable[[str], Path], tmp_path: Path, names: tuple[str, str]
+) -> None:
+    """diffusers writes the one out within the other."""
+    root = checkpoint("sd15_a")
+    inverted(root, {names[0]: 2, names[1]: 1})
+    assert f"part of the name of {names[1]!r}" in refusal("sd15_a", root, tmp_path)
+
+
+@pytest.mark.parametrize("limit", ["77", 7.5, 0, 1, -5, True, float("inf"), float("nan")])
+def test_limits_that_are_no_number_of_tokens_are_refused(
+    checkpoint: Callable[[str], Path], tmp_path: Path, limit: Any
+) -> None:
+    root = checkpoint("sd15_a")
+    rewrite(root / "tokenizer" / "tokenizer_config.json", model_max_length=limit)
+    assert "model_max_length = " in refusal("sd15_a", root, tmp_path)
 
 
 def test_a_limit_beyond_the_encoders_places_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

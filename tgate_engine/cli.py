@@ -297,15 +297,18 @@ def _replay(report: Reporter) -> Callable[[Path], None]:
         from tgate_runtime.verify import verify
 
     def check(stage: Path) -> None:
+        bundle = Bundle.open(stage, check_digests=False)
+        recorders = {name: golden.oracle for name, golden in bundle.manifest.goldens.items()}
         try:
-            checked = verify(Bundle.open(stage, check_digests=False), on_golden=report.progress)
+            checked = verify(bundle, on_golden=report.progress)
         except EngineError as error:
             raise ExportError(f"{error}; nothing was written (--no-verify exports without a check)") from error
         for golden in checked:
             if not golden.ok:
                 raise ExportError(
                     f"golden {golden.name} has a relative error of {golden.error:.2e}, tolerance "
-                    f"{golden.tolerance:.0e}: the graphs do not compute what PyTorch does; nothing was written"
+                    f"{golden.tolerance:.0e}: the graphs do not compute what {recorders[golden.name] or 'PyTorch'} "
+                    "makes of this checkpoint; nothing was written. Report it, or export without a check (--no-verify)"
                 )
             report.note(f"golden {golden.name}: worst relative error {golden.error:.2e}")
 

@@ -128,7 +128,7 @@ def prepare(settings: ExportSettings) -> Job:
     sites = _observe(family, checkpoint, latents, conditioning)
     family.scaling(checkpoint)
     scheduler = family.scheduler_config(checkpoint)
-    compiled = compile_sampler(settings.sampler or model.sampler, scheduler, steps)
+    compiled = compile_sampler(model.sampler if settings.sampler is None else settings.sampler, scheduler, steps)
     dtype = DTYPES[settings.dtype]
     return Job(
         settings=settings,
@@ -187,9 +187,9 @@ def _components(settings: ExportSettings, family: Family) -> tuple[str, ...]:
     if settings.components is None:
         return possible if settings.weights == "checkpoint" else ("denoiser",)
     odd = [c for c in settings.components if c not in possible]
-    if odd or "denoiser" not in settings.components:
+    if odd or "denoiser" not in settings.components or len(set(settings.components)) < len(settings.components):
         raise ExportError(
-            f"--components of {settings.model} are some of {', '.join(possible)}, the denoiser among them; "
+            f"--components of {settings.model} are some of {', '.join(possible)}, the denoiser among them, each once; "
             f"got {', '.join(settings.components) or 'none'}"
         )
     if settings.weights != "checkpoint" and "text" in settings.components:
@@ -223,7 +223,8 @@ def _size(settings: ExportSettings, family: Family, checkpoint: Checkpoint) -> S
     height, width = settings.height, settings.width
     if height is None or width is None:
         default = family.default_size(checkpoint)
-        height, width = height or default.height, width or default.width
+        height = default.height if height is None else height
+        width = default.width if width is None else width
     if settings.frames is not None and family.frames_axis is None:
         raise ExportError(f"--frames is for video models; {settings.model} makes pictures")
     frames = family.default_frames(checkpoint) if settings.frames is None else settings.frames

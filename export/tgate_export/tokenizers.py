@@ -25,6 +25,10 @@ from tgate_export.quiet import quiet
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
+_SPACE = r"[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+_ENDS = rf"\A{_SPACE}+|{_SPACE}+\z"
+"""What Python strips off a text."""
+
 _PRIVATE_USE = 0xE000
 """The first of Unicode's characters that mean nothing; they stand for vectors of textual inversions."""
 
@@ -33,6 +37,7 @@ _PROBES = (
     "a large red circle above a small blue square",
     "  An ORANGE\tstar,\n\nnext to   the Moon -- 42 (really!) é ü 漢字 🙂 ",
     "<pad> a </s> b <unk> c <|startoftext|> d <|endoftext|> e ! [PAD]",
+    "\x1cA <PAD> b </S> c <|STARTOFTEXT|>  </s> \x1f\u3000",
     " ".join(f"word{i}" for i in range(400)),
 )
 """Texts of all kinds that a tokenizer has to treat as transformers does."""
@@ -113,8 +118,7 @@ def _export(family: Family, checkpoint: Checkpoint, index: int, target: Path) ->
     backend.no_truncation()
     backend.no_padding()
     if family.lower_prompts:
-        first = [normalizers.Lowercase(), normalizers.Strip()]
-        backend.normalizer = normalizers.Sequence([*first, *([backend.normalizer] if backend.normalizer else [])])
+        backend = _lower_first(backend)
     vectors = _several_vectors(loaded.added_tokens_encoder) if family.textual_inversions else {}
     if vectors:
         backend = _write_vectors_out(backend, vectors)
@@ -144,10 +148,7 @@ def _ids(tokenizer: tokenizers.Tokenizer, spec: Tokenizer, prompt: str) -> tuple
 def _check_class(family: Family, checkpoint: Checkpoint, name: str) -> None:
     """Transformers loads any vocabulary under any class, with a warning at most."""
     wanted = family.tokenizer_class.__name__
-    entry = checkpoint.model_index.get(name)
-    if isinstance(entry, (list, tuple)) and list(entry) == [None, None]:
-        raise ExportError(f"{checkpoint.where}: model_index.json says that there is no {name}; a {wanted} is wanted")
-    named = {"model_index.json": entry[1] if isinstance(entry, (list, tuple)) and len(entry) == 2 else None}
+    named = {"model_index.json": checkpoint.named_class(name)}
     named[f"{name}/tokenizer_config.json"] = (checkpoint.further(f"{name}/tokenizer_config.json") or {}).get(
         "tokenizer_class"
     )
@@ -183,8 +184,26 @@ def _compare(
             )
 
 
+def _lower_first(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """``backend`` over prompts that are written in lower case and stripped before anything else is done.
+
+    Special tokens are usually looked for in a text as it stands; here they have to be found in what it becomes.
+    """
+    data = json.loads(backend.to_str())
+    for token in data["added_tokens"]:
+        token["normalized"] = True
+    lowered = tokenizers.Tokenizer.from_str(json.dumps(data))
+    own = backend.normalizer
+    first = [normalizers.Lowercase(), normalizers.Replace(tokenizers.Regex(_ENDS), "")]
+    lowered.normalizer = normalizers.Sequence([*first, *([own] if own else [])])
+    return lowered
+
+
 def _several_vectors(added: Mapping[str, int]) -> dict[str, list[str]]:
-    """Textual inversions of several vectors, as diffusers adds them: "<cat>", "<cat>_1", "<cat>_2", …"""
+    """Textual inversions of several vectors, as diffusers adds them: "<cat>", "<cat>_1", "<cat>_2", …
+
+    Raises :class:`ExportError` for one whose name is part of another token's: diffusers writes it out in there, too.
+    """
     found = {}
     for token in added:
         parts = [token]
@@ -192,6 +211,13 @@ def _several_vectors(added: Mapping[str, int]) -> dict[str, list[str]]:
             parts.append(f"{token}_{len(parts)}")
         if len(parts) > 1:
             found[token] = parts
+    for token, parts in found.items():
+        for other in added:
+            if token in other and other not in parts:
+                raise ExportError(
+                    f"the textual inversion {token!r} of several vectors is part of the name of {other!r}, so a prompt "
+                    "with the latter would mean both; rename one of them"
+                )
     return found
 
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from tgate_engine.errors import ExportError
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -54,6 +56,20 @@ class Checkpoint(ABC):
 
     where: str
     model_index: Mapping[str, Any]
+
+    def named_class(self, component: str) -> str | None:
+        """The class that model_index.json names for a component, a tokenizer or the scheduler; None where it names
+        none. Raises :class:`~tgate_engine.errors.ExportError` where it says that there is none."""
+        entry = self.model_index.get(component)
+        if entry is None:
+            return None
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not all(isinstance(e, str | None) for e in entry):
+            raise ExportError(
+                f"{self.where}: model_index.json has {component} = {entry!r}; a library and a class are wanted"
+            )
+        if entry[1] is None:
+            raise ExportError(f"{self.where}: model_index.json says that there is no {component}, which is needed")
+        return str(entry[1])
 
     @abstractmethod
     def config(self, component: str) -> Mapping[str, Any]:

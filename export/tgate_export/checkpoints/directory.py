@@ -75,7 +75,14 @@ class DirectoryCheckpoint(Checkpoint):
 
     def token_limit(self, name: str) -> int | None:
         limit = (self.further(f"{name}/tokenizer_config.json") or {}).get("model_max_length")
-        return int(limit) if isinstance(limit, (int, float)) else None
+        if limit is None:
+            return None
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit < 2 or limit % 1 != 0:
+            raise ExportError(
+                f"{self.root / name}/tokenizer_config.json has model_max_length = {limit!r}; a whole number of at "
+                "least 2, for start and end, is wanted"
+            )
+        return int(limit)
 
     def further(self, file: str) -> dict[str, Any] | None:
         path = self.root / file
@@ -214,9 +221,14 @@ def _weight_files(directory: Path, prefer_half: bool) -> list[Path]:
         for stem in _WEIGHT_NAMES:
             single = directory / f"{stem}{variant}.safetensors"
             _follow(single)
+            indices = (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json")
+            if single.is_file() and (left := next((i for i in indices if (directory / i).is_file()), None)):
+                raise ExportError(
+                    f"{directory} has weights in {single.name} and, by {left}, in shards; remove what is left over"
+                )
             if single.is_file():
                 return [single]
-            for index in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
+            for index in indices:
                 _follow(directory / index)
                 if (directory / index).is_file():
                     places = _read_json(directory / index).get("weight_map")

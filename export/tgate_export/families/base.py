@@ -126,6 +126,14 @@ class Family(ABC):
                 raise ExportError(
                     f"{checkpoint.where}: {self.decoder}/config.json has {key} = {channels}; pictures have 3 channels"
                 )
+        config = self.config(checkpoint, self.decoder)
+        levels = len(config["block_out_channels"])
+        for key in ("up_block_types", *(("down_block_types",) if self.image_components else ())):  # what encodes
+            if key in config and len(config[key]) != levels:
+                raise ExportError(
+                    f"{checkpoint.where}: {self.decoder}/config.json has {len(config[key])} {key} and {levels} "
+                    "block_out_channels; they must be as many, or pictures have another size than their latents say"
+                )
 
     def skeleton(self, checkpoint: Checkpoint, component: str) -> nn.Module:
         """A component's module without memory for its weights, to look at, never to change. Built once."""
@@ -180,13 +188,7 @@ class Family(ABC):
     def _check_class(self, checkpoint: Checkpoint, component: str, config: Mapping[str, Any]) -> None:
         cls: Any = self.classes[component]
         names = (cls.__name__, *self.aliases.get(cls.__name__, ()))
-        entry = checkpoint.model_index.get(component)
-        named = {"model_index.json": entry[1] if isinstance(entry, (list, tuple)) and len(entry) == 2 else None}
-        if isinstance(entry, (list, tuple)) and list(entry) == [None, None]:
-            raise ExportError(
-                f"{checkpoint.where}: model_index.json says that there is no {component}; {self.name} wants a "
-                f"{' or '.join(names)}"
-            )
+        named = {"model_index.json": checkpoint.named_class(component)}
         if issubclass(cls, transformers.PreTrainedModel):
             kind = config.get("model_type")
             if kind not in (None, cls.config_class.model_type):
@@ -202,7 +204,8 @@ class Family(ABC):
                     f"{checkpoint.where}: {component} is a {name} in {place}; {self.name} wants {' or '.join(names)}"
                 )
         if config.get("quantization_config") is not None:
-            method = dict(config["quantization_config"]).get("quant_method", "unknown")
+            quantised = config["quantization_config"]
+            method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised
             raise ExportError(
                 f"{checkpoint.where}: {component} is quantised (quantization_config in its config.json, method "
                 f"{method!r}); give the checkpoint with floating-point weights"
@@ -247,7 +250,8 @@ class Family(ABC):
         config = self.config(checkpoint, self.decoder)
         for key in ("shift_factor", "latents_mean", "latents_std"):
             value = config.get(key)
-            if value is not None and any(float(v) != 0 for v in (value if isinstance(value, Sequence) else (value,))):
+            values = value if isinstance(value, (list, tuple)) else (value,)
+            if value is not None and any(v not in (0, 0.0) for v in values):
                 raise ExportError(
                     f"{checkpoint.where}: {self.decoder}/config.json has {key} = {value}, which "
                     f"{checkpoint.model_index['_class_name']} ignores; set it to null to export what diffusers draws"
@@ -266,9 +270,8 @@ class Family(ABC):
     def scheduler_config(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
         """The scheduler's configuration as the pipeline uses it; its class is the one that model_index.json names."""
         config = dict(checkpoint.scheduler_config())
-        entry = checkpoint.model_index.get("scheduler")
-        if isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[1] is not None:
-            config["_class_name"] = entry[1]
+        if named := checkpoint.named_class("scheduler"):
+            config["_class_name"] = named
         return config
 
     def guidance(self, checkpoint: Checkpoint, scale: float) -> Guidance:

@@ -62,7 +62,8 @@ class StableDiffusion(TextUNet):
         scheduler replace by their own.
         """
         config = dict(super().scheduler_config(checkpoint))
-        own = inspect.signature(getattr(diffusers, str(config.get("_class_name")), dict)).parameters
+        cls = getattr(diffusers, str(config.get("_class_name")), None)
+        own = inspect.signature(cls.__init__).parameters if inspect.isclass(cls) else {}
         if config.get("clip_sample") is True:
             config["clip_sample"] = False
         if "steps_offset" not in config and "steps_offset" in own:

@@ -78,6 +78,7 @@ class StableVideo(Family):
                 f"{self.pipeline_classes[0]} shows it {CLIP_SIDE}"
             )
         self.check_decoder(checkpoint)
+        checkpoint.named_class("feature_extractor")
         _normalisation(checkpoint)
 
     def denoise(

@@ -62,6 +62,11 @@ class TextUNet(Family):
                     f"{checkpoint.where}: {component}/config.json has use_attention_mask = true; text encoders that "
                     "mask padding cannot be exported. Set it to false if the model was trained without the mask"
                 )
+            if checkpoint.config(component).get("is_causal") is False:
+                raise ExportError(
+                    f"{checkpoint.where}: {component}/config.json has is_causal = false; CLIP's text encoders look "
+                    "back alone, and are exported so. Leave it out if the model was trained so"
+                )
 
     def guidance(self, checkpoint: Checkpoint, scale: float) -> Guidance:
         if self.config(checkpoint, "unet")["time_cond_proj_dim"] is not None:

@@ -32,7 +32,9 @@ DTYPES = {
 HOST: Mapping[str, tuple[int, ...]] = {
     "Expand": (1,),
     "Pad": (1, 2, 3),
+    "ReduceMax": (1,),
     "ReduceMean": (1,),
+    "ReduceSum": (1,),
     "Reshape": (1,),
     "Resize": (2, 3),
     "Slice": (1, 2, 3, 4),
@@ -149,10 +151,15 @@ def _unsqueeze(_: Attributes, x: Tensor, axes: Sequence[int]) -> Tensor:
     return x
 
 
-def _mean(a: Attributes, x: Tensor, axes: Sequence[int] | None = None) -> Tensor:
-    if not axes and a.get("noop_with_empty_axes", 0):
-        return x
-    return x.mean(tuple(axes) if axes else tuple(range(x.ndim)), keepdim=bool(a.get("keepdims", 1)))
+def _over(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A reduction over some axes, or all."""
+
+    def run(a: Attributes, x: Tensor, axes: Sequence[int] | None = None) -> Tensor:
+        if not axes and a.get("noop_with_empty_axes", 0):
+            return x
+        return function(x, tuple(axes) if axes else tuple(range(x.ndim)), keepdim=bool(a.get("keepdims", 1)))
+
+    return run
 
 
 def _pairwise(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -206,7 +213,9 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Pad": _pad,
     "Pow": _plain(torch.pow),
     "Reciprocal": _plain(torch.reciprocal),
-    "ReduceMean": _mean,
+    "ReduceMax": _over(torch.amax),
+    "ReduceMean": _over(torch.mean),
+    "ReduceSum": _over(torch.sum),
     "Reshape": _reshape,
     "Resize": _resize,
     "Round": _plain(torch.round),

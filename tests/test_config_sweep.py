@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests.config_page import PAGE, written
 from tests.config_values import CASES, TABLES, Case, class_keys, plain_scheduler
 from tests.pipeline_reference import (
     LEFT_OUT,
@@ -295,6 +296,12 @@ def test_the_default_size_is_diffusers(
         return
     made = prepare(settings).size
     assert (made.height, made.width) == want
+
+
+def test_the_page_says_what_is_tried() -> None:
+    """docs/models.md lists every key; ``python -m tests.config_page`` writes its table."""
+    page = PAGE.read_text("utf-8")
+    assert page == written(page)
 
 
 def test_most_keys_are_honoured() -> None:

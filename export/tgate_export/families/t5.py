@@ -24,7 +24,7 @@ class T5Text(nn.Module):
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         # All up to the end token counts, which only padding follows: a prompt may spell "<pad>" out, and the
         # tokenizer's mask, which diffusers passes on, has ones there.
-        places = torch.arange(1, ids.shape[1] + 1)
+        places = torch.arange(1, ids.shape[1] + 1, dtype=torch.float32)
         last = (places * (ids == self.text_encoder.config.eos_token_id)).amax(dim=1, keepdim=True)
         mask = (places <= last).float()
         states = self.text_encoder(ids, attention_mask=mask).last_hidden_state

@@ -205,6 +205,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "GroupNormalization": _group_norm,
     "Identity": _plain(lambda x: x),
     "LayerNormalization": _layer_norm,
+    "LessOrEqual": _plain(torch.le),
     "MatMul": _plain(torch.matmul),
     "Max": _pairwise(torch.maximum),
     "Min": _pairwise(torch.minimum),

@@ -185,7 +185,7 @@ def test_what_embed_refuses(family_bundle: FamilyBundle, run: Run, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--model", "pixart-alpha", "--components", "decoder"], "the denoiser among them; got decoder"),
+        (["--model", "pixart-alpha", "--components", "decoder"], "the denoiser among them, each once; got decoder"),
         (["--model", "svd", "--components", "text,denoiser"], "some of image, denoiser, decoder"),
         (["--model", "sd15", "--weights", "none", "--components", "text,denoiser"], "has no vocabulary"),
         (["--model", "sd15", "--weights", "none", "--checkpoint", "x"], "reads no checkpoint"),

@@ -353,7 +353,7 @@ def test_a_number_of_steps_must_be_whole_and_positive(steps: Any) -> None:
 
 
 def test_a_configuration_that_diffusers_refuses() -> None:
-    with pytest.raises(ExportError, match=r"cannot make a DDIMScheduler.*NotImplemented"):
+    with pytest.raises(ExportError, match=r"cannot make a \w+Scheduler.*NotImplemented"):
         compile_sampler("ddim", config(beta_schedule="no such schedule"), 10)
 
 

@@ -360,7 +360,7 @@ TABLES: Mapping[str, Table] = {
             "num_embeds_ada_norm": no_effect(500, LEFT_OUT),
             "norm_type": refused("ada_norm_zero") + honoured("layer_norm", LEFT_OUT),
             "norm_elementwise_affine": honoured(True, LEFT_OUT),
-            "norm_eps": honoured(0.01, LEFT_OUT),
+            "norm_eps": honoured(0.01),
             "caption_channels": refused(20, None, LEFT_OUT),
             "video_length": refused(5, 2, LEFT_OUT),
         },

@@ -1,7 +1,7 @@
 """A denoiser becomes one module per phase: attention outputs turn into inputs and outputs.
 
-This is the method itself (arXiv 2404.02747, section 4), applied to any network whose attention modules a family
-can name. A reused module is replaced by its carry, so its norm, projections and attention product have no reader
+This is the method itself (arXiv 2404.02747, section 4), applied to any network that attends by diffusers'
+``Attention``. A reused module is replaced by its carry, so its norm, projections and attention product have no reader
 left and vanish from the traced graph. "Attention output" is what the module returns: after the output projection,
 before the residual addition.
 """

@@ -62,8 +62,9 @@ class Scaling:
 class Family(ABC):
     """One architecture. Modules are built from configs alone, so that their weights may be fake.
 
-    A family says how a model loads, what its inputs are, which modules are gated and how it is conditioned; nothing
-    about gating itself. Class attributes describe it; methods that most architectures share are given here.
+    A family says how a model loads, what its inputs are, how it is conditioned and how diffusers' own pipeline is
+    asked for the same; nothing about gating itself. Class attributes describe it; methods that most architectures
+    share are given here.
     """
 
     name: str

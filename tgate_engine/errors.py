@@ -5,8 +5,8 @@ class TgateError(Exception):
     """One clear line for the user: what was got, what was wanted, what to do next."""
 
 
-class ScheduleError(TgateError):
-    """The method's settings (n, m, k, warm-up, fidelity interval) do not make a schedule."""
+class MethodError(TgateError):
+    """The settings of a method (n, m, k, warm-up, fidelity interval) do not make a trajectory."""
 
 
 class SamplerError(TgateError):

@@ -1,31 +1,32 @@
 """The program of one trajectory: which graph runs at each step, and which carries it reads and writes.
 
-A plan is made at export (:func:`build_plan`) from a :class:`~tgate_engine.schedule.Schedule`, a compiled
-:class:`~tgate_engine.sampler.Sampler` and the graphs there are. Run time only reads it.
+A method says which graph each network call runs; what is read and written follows from the graphs' signatures
+(:func:`build_plan`). Run time only reads plans.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from tgate_engine.errors import PlanError
-from tgate_engine.sampler import Sampler, SamplerStep
-from tgate_engine.schedule import Action, Phase, Schedule, Use
-
-if TYPE_CHECKING:
-    from tgate_engine.manifest import Carry, GraphSpec, Manifest
-
-FULL = "full"
-REUSE_SELF = "reuse_self"
-REUSE_CROSS = "reuse_cross"
-REUSE_BOTH = "reuse_both"
-UNGUIDED = "unguided"
-DENOISING_GRAPHS = (FULL, REUSE_SELF, REUSE_CROSS, REUSE_BOTH, UNGUIDED)
+from tgate_engine.graph import DENOISE, GraphSpec
+from tgate_engine.sampler import Fact, Sampler, SamplerStep, check_facts
 
 _SAMPLER_STEP_FIELDS = ("timestep", "input_scale", "latents", "outputs", "noise")
+_AGAIN = "Make the plan again with `tgate plan`."
+
+
+class Call(NamedTuple):
+    """What a method says of one network call: the graph that runs, and the phase it belongs to, a word for people."""
+
+    phase: str
+    graph: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,12 @@ class Step:
     """One network call.
 
     ``call`` holds its timestep and sampler coefficients. ``reads`` are carries that the graph takes as inputs,
-    all written by earlier steps; ``writes`` are those of its outputs that a later step reads.
+    all written by earlier steps; ``writes`` are those of its outputs that a later step reads before they are
+    written again.
     """
 
     index: int
-    phase: Phase
+    phase: str
     graph: str
     call: SamplerStep
     reads: tuple[str, ...]
@@ -46,13 +48,19 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """An immutable program of :class:`Step`, with the settings that made it."""
+    """An immutable program of :class:`Step`.
+
+    ``settings``: what it was made from, as facts for people and for `tgate plan`; nothing at run time reads them.
+    ``baselines``: names of the bundle's plans that it is to be measured against, the plainest first; empty for one
+    that is a baseline itself.
+    """
 
     name: str
-    schedule: Schedule
     sampler: Sampler
     guidance_scale: float
     steps: tuple[Step, ...]
+    settings: Mapping[str, Fact] = field(default_factory=dict, hash=False)
+    baselines: tuple[str, ...] = ()
 
     def graphs(self) -> tuple[str, ...]:
         """The graphs this plan runs, each once, in order of first use."""
@@ -62,34 +70,48 @@ class Plan:
         """The carries this plan reads, each once, in order of first use."""
         return tuple(dict.fromkeys(name for step in self.steps for name in step.reads))
 
-    def check(self, manifest: Manifest) -> None:
-        """Prove that the plan can run on this bundle.
-
-        Every graph exists; the carries a step reads are exactly those its graph takes; and each was written by
-        an earlier step with the shape and dtype it is read in. Raises :class:`PlanError` at the first fault.
-        """
-        if len(self.steps) != self.schedule.calls or len(self.sampler.calls) != self.schedule.calls:
-            raise PlanError(
-                f"plan {self.name!r} has {len(self.steps)} steps and {len(self.sampler.calls)} sampler calls; "
-                f"its schedule wants {self.schedule.calls} of each. Make it again with `tgate plan`."
+    def same_program(self, other: Plan) -> bool:
+        """Whether both give the same pictures: the same steps, sampler and guidance, whatever they are called."""
+        mine, theirs = (
+            (
+                p.guidance_scale,
+                p.sampler.name,
+                p.sampler.initial_scale,
+                [(s.graph, s.call, s.reads, s.writes) for s in p.steps],
             )
-        carries = manifest.carry_specs()
+            for p in (self, other)
+        )
+        return mine == theirs
+
+    def check(self, graphs: Mapping[str, GraphSpec], carries: Collection[str]) -> None:
+        """Prove that the plan can run on the graphs of one shape.
+
+        Every graph exists; the carries a step reads are exactly those its graph takes; each was written by an
+        earlier step with the shape and dtype it is read in; and a step writes exactly those carries that a later
+        step reads. So images at different steps of one graph can share a call: what it writes for one of them
+        beyond its own step is read by nobody. Raises :class:`PlanError` at the first fault.
+        """
+        if not self.steps or len(self.steps) != len(self.sampler.calls):
+            raise PlanError(
+                f"plan {self.name!r} has {len(self.steps)} steps and {len(self.sampler.calls)} sampler calls, which "
+                f"must be as many, and one at least. {_AGAIN}"
+            )
         written: dict[str, tuple[str, tuple[int | str, ...]]] = {}
         for position, step in enumerate(self.steps):
             where = f"plan {self.name!r}, step {step.index}"
             if step.index != position:
-                raise PlanError(f"{where}: expected index {position}. Make the plan again with `tgate plan`.")
-            if step.graph not in manifest.graphs or step.graph not in DENOISING_GRAPHS:
-                have = ", ".join(name for name in DENOISING_GRAPHS if name in manifest.graphs)
+                raise PlanError(f"{where}: expected index {position}. {_AGAIN}")
+            graph = graphs.get(step.graph)
+            if graph is None or graph.role != DENOISE:
+                have = ", ".join(name for name, spec in graphs.items() if spec.role == DENOISE)
                 raise PlanError(f"{where} runs graph {step.graph!r}; the bundle has {have}. Export the bundle again.")
-            graph = manifest.graphs[step.graph]
             takes = {t.name: (t.dtype, t.shape) for t in graph.inputs if t.name in carries}
             gives = {t.name: (t.dtype, t.shape) for t in graph.outputs if t.name in carries}
             for name in step.reads:
                 if name not in written:
                     raise PlanError(
                         f"{where} reads {name}, which no earlier step writes; "
-                        f"the steps before it write {_some(written)}. Make the plan again with `tgate plan`."
+                        f"the steps before it write {_some(written)}. {_AGAIN}"
                     )
             if set(step.reads) != set(takes):
                 odd = sorted(set(step.reads) ^ set(takes))
@@ -101,6 +123,13 @@ class Plan:
                 if name not in gives:
                     raise PlanError(f"{where} writes {name}, which graph {step.graph!r} does not give")
                 written[name] = gives[name]
+        for step, proper in zip(self.steps, _with_writes(self.steps, graphs, carries), strict=True):
+            if set(step.writes) != set(proper.writes):
+                odd = sorted(set(step.writes) ^ set(proper.writes))
+                raise PlanError(
+                    f"plan {self.name!r}, step {step.index}: a step writes the carries of its graph that a later step "
+                    f"reads, no others; the plan differs in {_some(odd)}. {_AGAIN}"
+                )
 
     def macs(self, graphs: Mapping[str, GraphSpec]) -> tuple[int, int]:
         """Multiply-accumulates of the whole trajectory for one image: (paper's count, all)."""
@@ -108,15 +137,17 @@ class Plan:
         return sum(m.paper for m in specs), sum(m.all for m in specs)
 
     def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values; :meth:`from_json` gives back an equal one."""
         sampler = self.sampler.to_json()
         calls = sampler.pop("calls")
         steps = []
         for step, call in zip(self.steps, calls, strict=True):
-            head = {"index": step.index, "phase": str(step.phase), "graph": step.graph}
+            head = {"index": step.index, "phase": step.phase, "graph": step.graph}
             steps.append({**head, **call, "reads": list(step.reads), "writes": list(step.writes)})
         return {
             "name": self.name,
-            "schedule": asdict(self.schedule),
+            "settings": dict(self.settings),
+            "baselines": list(self.baselines),
             "guidance_scale": self.guidance_scale,
             "sampler": sampler,
             "steps": steps,
@@ -124,10 +155,9 @@ class Plan:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Plan:
-        """The plan written by :meth:`to_json`. Raises :class:`PlanError` (or the schedule's or sampler's error)."""
+        """The plan written by :meth:`to_json`. Raises :class:`PlanError` (or the sampler's error)."""
         try:
             name, guidance, steps = data["name"], data["guidance_scale"], data["steps"]
-            schedule = Schedule(**data["schedule"])
             calls = [{key: step[key] for key in _SAMPLER_STEP_FIELDS} for step in steps]
             sampler = Sampler.from_json({**data["sampler"], "calls": calls})
             if not isinstance(name, str) or isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
@@ -136,13 +166,14 @@ class Plan:
                 raise PlanError(f"plan {name!r} needs a finite guidance scale, got {guidance}")
             return Plan(
                 name=name,
-                schedule=schedule,
                 sampler=sampler,
                 guidance_scale=float(guidance),
+                settings=check_facts(dict(data["settings"])),
+                baselines=tuple(str(b) for b in data["baselines"]),
                 steps=tuple(
                     Step(
                         index=int(step["index"]),
-                        phase=Phase(step["phase"]),
+                        phase=str(step["phase"]),
                         graph=str(step["graph"]),
                         call=call,
                         reads=tuple(str(r) for r in step["reads"]),
@@ -154,71 +185,76 @@ class Plan:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlanError(f"a plan is malformed ({type(error).__name__}: {error}); export the bundle again") from None
 
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """The plan of a file that ``tgate plan --output`` wrote. Raises :class:`PlanError` for a file that is none."""
+        try:
+            data = json.loads(Path(path).read_bytes())
+        except FileNotFoundError:
+            raise PlanError(f"{os.fspath(path)}: there is no such plan file; write one with `tgate plan`") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise PlanError(f"{os.fspath(path)} is not a plan file ({error}); write one with `tgate plan`") from None
+        if not isinstance(data, dict):
+            raise PlanError(f"{os.fspath(path)} holds {type(data).__name__}, not a plan; write one with `tgate plan`")
+        return Plan.from_json(data)
+
 
 def build_plan(
     name: str,
+    program: Sequence[Call],
     *,
-    schedule: Schedule,
     sampler: Sampler,
     guidance_scale: float,
     graphs: Mapping[str, GraphSpec],
-    carries: Sequence[Carry],
+    carries: Collection[str],
+    settings: Mapping[str, Fact],
+    baselines: Sequence[str] = (),
 ) -> Plan:
-    """The plan of ``schedule`` over ``graphs``; a step writes a carry only if a later step reads that value.
+    """The plan that runs the graphs of ``program``, one for each network call of ``sampler``.
 
-    Raises :class:`PlanError` where the schedule needs a graph or a carry that is not there.
+    ``graphs``: those of a shape. ``carries``: which of their inputs and outputs are carries. A step reads the carries
+    that its graph takes, and writes those that a later step reads. Raises :class:`PlanError` for a graph that is not
+    there, or a carry that nothing wrote.
     """
-    if len(sampler.calls) != schedule.calls:
-        raise PlanError(f"the sampler makes {len(sampler.calls)} network calls, the schedule {schedule.calls}")
-    specs = {carry.name: carry for carry in carries}
-    has_means = any(carry.attention == "self" and carry.mean for carry in carries)
-    steps: list[Step] = []
-    for index, (action, call) in enumerate(zip(schedule.actions(), sampler.calls, strict=True)):
-        graph = _graph_for(action)
-        if graph not in graphs:
+    if len(sampler.calls) != len(program):
+        raise PlanError(f"the sampler makes {len(sampler.calls)} network calls, the program {len(program)}")
+    for index, (_, graph) in enumerate(program):
+        if graph not in graphs or graphs[graph].role != DENOISE:
+            have = ", ".join(n for n, spec in graphs.items() if spec.role == DENOISE)
             raise PlanError(
-                f"step {index} needs graph {graph!r}, which the bundle does not hold "
-                f"(it has {', '.join(g for g in DENOISING_GRAPHS if g in graphs)}). {_ADVICE.get(graph, '')}".rstrip()
+                f"step {index} needs graph {graph!r}, which the bundle does not hold (it has {have}). "
+                "Export again with settings that need it"
             )
-        reads = tuple(n for n in graphs[graph].input_names() if n in specs)
-        outputs = (n for n in graphs[graph].output_names() if n in specs)
-        writes = tuple(n for n in outputs if _stores(action, specs[n], has_means))
-        steps.append(Step(index=index, phase=action.phase, graph=graph, call=call, reads=reads, writes=writes))
-    return Plan(
-        name=name, schedule=schedule, sampler=sampler, guidance_scale=guidance_scale, steps=_without_dead_writes(steps)
+    steps = [
+        Step(
+            index=index,
+            phase=call.phase,
+            graph=call.graph,
+            call=numbers,
+            reads=tuple(n for n in graphs[call.graph].input_names() if n in carries),
+            writes=(),
+        )
+        for index, (call, numbers) in enumerate(zip(program, sampler.calls, strict=True))
+    ]
+    plan = Plan(
+        name=name,
+        sampler=sampler,
+        guidance_scale=guidance_scale,
+        steps=_with_writes(steps, graphs, carries),
+        settings=check_facts(dict(settings)),
+        baselines=tuple(baselines),
     )
+    plan.check(graphs, carries)
+    return plan
 
 
-_ADVICE = {
-    REUSE_BOTH: "Export again with --fidelity-interval above 1.",
-    UNGUIDED: "The bundle was exported without guidance, so there is nothing to stop.",
-}
-
-
-def _graph_for(action: Action) -> str:
-    if action.cross is Use.REUSE:
-        return REUSE_BOTH if action.self_ is Use.REUSE else REUSE_CROSS
-    if not action.guided:
-        return UNGUIDED
-    return REUSE_SELF if action.self_ is Use.REUSE else FULL
-
-
-def _stores(action: Action, carry: Carry, has_means: bool) -> bool:
-    """Whether ``action`` stores ``carry``.
-
-    Where there are means of self-attention, they are stored at the gate and after it, both halves before it.
-    """
-    if carry.attention == "cross":
-        return action.cross is Use.STORE
-    wants_mean = action.gate or action.phase is Phase.FIDELITY
-    return action.self_ is Use.STORE and (not has_means or carry.mean == wants_mean)
-
-
-def _without_dead_writes(steps: Sequence[Step]) -> tuple[Step, ...]:
+def _with_writes(steps: Sequence[Step], graphs: Mapping[str, GraphSpec], carries: Collection[str]) -> tuple[Step, ...]:
+    """The steps, each writing what its graph gives and a later step reads before it is written again."""
     live: set[str] = set()
     kept: list[Step] = []
     for step in reversed(steps):
-        writes = tuple(name for name in step.writes if name in live)
+        outputs = graphs[step.graph].output_names()
+        writes = tuple(name for name in outputs if name in carries and name in live)
         live = (live - set(writes)) | set(step.reads)
         kept.append(replace(step, writes=writes))
     return tuple(reversed(kept))

@@ -26,6 +26,7 @@ HISTORY = 3
 """How many pairs (latents, model output) before the current one a step may read."""
 
 Fact = str | int | float | bool | None
+"""A setting worth keeping for the reader."""
 Model = Callable[[NDArray[Any], float], NDArray[Any]]
 Noise = Callable[[int], NDArray[Any]]
 
@@ -41,6 +42,17 @@ def _number(value: object, what: str) -> float:
     if not math.isfinite(number):
         raise SamplerError(f"{what} must be finite, got {value!r}")
     return number
+
+
+def check_facts(facts: Mapping[str, Any]) -> Mapping[str, Fact]:
+    """``facts`` where each is a text, a number, true, false or null. Raises :class:`SamplerError` otherwise."""
+    for key, fact in facts.items():
+        _text(key, "a fact's name")
+        if isinstance(fact, float):
+            _number(fact, f"fact {key}")
+        elif fact is not None and not isinstance(fact, (str, int)):
+            raise SamplerError(f"fact {key} must be a text, a number, true, false or null, got {fact!r}")
+    return facts
 
 
 def _count(value: object, what: str, least: int) -> int:
@@ -148,12 +160,7 @@ class Sampler:
                 raise SamplerError(f"call {i} must be a SamplerStep, got {type(call).__name__}")
             if call.lag > i:
                 raise SamplerError(f"call {i} reads {call.lag} pairs back, but only {i} exist before it")
-        for key, fact in self.options.items():
-            _text(key, "an option's name")
-            if isinstance(fact, float):
-                _number(fact, f"option {key}")
-            elif fact is not None and not isinstance(fact, (str, int)):
-                raise SamplerError(f"option {key} must be a text, a number, true, false or null, got {fact!r}")
+        check_facts(self.options)
 
     @property
     def stochastic(self) -> bool:

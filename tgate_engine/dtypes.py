@@ -1,24 +1,42 @@
-"""How a manifest's dtypes lie in host memory. NumPy has no bfloat16, so its bits are carried as uint16."""
+"""The dtypes of a bundle, in one table: how each lies in host memory, in safetensors and in ONNX.
+
+NumPy has no bfloat16, so its bits are carried as uint16.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-_STORAGE: dict[str, type[np.generic]] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": np.uint16,
-    "int64": np.int64,
-    "uint8": np.uint8,
+
+@dataclass(frozen=True)
+class Dtype:
+    """``storage``: the NumPy type whose bits hold it. ``safetensors``: its tag there. ``onnx``: its number in
+    ``onnx.TensorProto.DataType``. ``short``: what engines and the command line call it."""
+
+    storage: type[np.generic]
+    safetensors: str
+    onnx: int
+    short: str
+
+
+DTYPES: Mapping[str, Dtype] = {
+    "float32": Dtype(np.float32, "F32", 1, "f32"),
+    "float16": Dtype(np.float16, "F16", 10, "f16"),
+    "bfloat16": Dtype(np.uint16, "BF16", 16, "bf16"),
+    "int64": Dtype(np.int64, "I64", 7, "i64"),
+    "uint8": Dtype(np.uint8, "U8", 2, "u8"),
 }
+"""Every dtype that a manifest may name, by that name."""
 
 
 def storage(dtype: str) -> np.dtype[Any]:
     """The NumPy dtype whose bits hold ``dtype``."""
-    return np.dtype(_STORAGE[dtype])
+    return np.dtype(DTYPES[dtype].storage)
 
 
 def encode(values: NDArray[Any], dtype: str) -> NDArray[Any]:

@@ -1,0 +1,50 @@
+"""What conditions the denoiser, for both halves of guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tgate_engine.manifest import Conditioning
+from tgate_engine.step import half
+
+Tensors = Mapping[str, NDArray[Any]]
+"""Outputs of the text or the image graph for one request: name to [1, ...]."""
+
+
+def halves(
+    conditioning: Sequence[Conditioning],
+    constants: Mapping[str, Sequence[float]],
+    positive: Tensors,
+    negative: Tensors | None,
+    *,
+    guided: bool,
+) -> dict[str, NDArray[Any]]:
+    """``<name>.<half>`` to [1, ...] for one image. ``negative`` None stands for zeros in place of a text.
+
+    ``constants``: the rows of a shape. Where an encoder gives ``<name>.negative`` as well, that is what a negative
+    prompt becomes. Without guidance there is a positive half only. Pure.
+    """
+    rows: dict[str, NDArray[Any]] = {}
+    for tensor in conditioning:
+        is_constant = tensor.source == "constant"
+        here = np.array([constants[tensor.name]], np.float32) if is_constant else positive[tensor.name]
+        rows[half(tensor.name, "positive")] = here
+        if not guided:
+            continue
+        own = half(tensor.name, "negative")
+        if tensor.negative == "same" or is_constant:
+            rows[own] = here
+        elif tensor.negative == "zeros" or negative is None:
+            rows[own] = np.zeros_like(here)
+        else:
+            rows[own] = negative.get(own, negative[tensor.name])
+    return rows
+
+
+def half_names(conditioning: Sequence[Conditioning]) -> tuple[str, ...]:
+    """Every ``<name>.<half>`` that a denoising graph may take."""
+    return tuple(half(c.name, which) for c in conditioning for which in ("negative", "positive"))

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.graphs import TracedGraph, WeightRef, slim
+from tgate_export.graphs import TracedGraph, WeightRef
+from tgate_export.passes.slim import slim
 from tgate_export.storage import cast, sound
 
 WEIGHTS_FILE = "weights.safetensors"

@@ -1,0 +1,48 @@
+"""Rewrites of a traced graph, one a file: each takes a graph or a model and changes it in place.
+
+Each is told by the shapes that tracing left in the graph; where a shape is not known, it changes nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxscript.optimizer
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    IdentityEliminationPass,
+    LiftConstantsToInitializersPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+)
+
+from tgate_export.passes.heads import merge_heads
+from tgate_export.passes.masks import widen_masks
+from tgate_export.passes.squeezes import drop_vain_squeezes
+from tgate_export.passes.units import drop_units
+
+_FOLDED_BYTES = 1 << 20
+"""Constants up to this size, in bytes, are computed now; larger ones would swell the graph's file."""
+
+
+def simplify(model: ir.Model) -> None:
+    """What tracing wrote, made into what engines take best: the same numbers from fewer nodes.
+
+    Weights must have become inputs of the graph before. Folding comes first, since the rewrites read constants;
+    what removes doubles and leftovers comes last, since they make some.
+    """
+    for _ in range(2):  # folding one shape can make another one constant
+        with np.errstate(all="ignore"):  # T5 takes the logarithm of zero, and does not use it
+            onnxscript.optimizer.fold_constants(model, input_size_limit=_FOLDED_BYTES, output_size_limit=_FOLDED_BYTES)
+        RemoveUnusedNodesPass()(model)
+    drop_units(model.graph)
+    drop_vain_squeezes(model.graph)
+    merge_heads(model.graph)
+    widen_masks(model.graph)
+    IdentityEliminationPass()(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    CommonSubexpressionEliminationPass()(model)
+    DeduplicateInitializersPass()(model)
+    RemoveUnusedNodesPass()(model)
+    RemoveUnusedOpsetsPass()(model)

@@ -119,7 +119,7 @@ def machine() -> dict[str, Any]:
 
 def product(entry: str, *arguments: str) -> list[str]:
     """The command that runs ``tgate`` (``main``) or ``tgate-export`` (``export_main``) in a new process."""
-    code = f"import sys; from tgate_engine.cli import {entry}; sys.exit({entry}(sys.argv[1:]))"
+    code = f"import sys; from tgate_cli.main import {entry}; sys.exit({entry}(sys.argv[1:]))"
     return [sys.executable, "-c", code, *arguments]
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tgate_cli.inspect import guidance_stopped, ungated
 from tgate_engine.errors import TgateError
-from tgate_engine.inspect import guidance_stopped, ungated
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Plan
 from tgate_runtime.binding import Binding

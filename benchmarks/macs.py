@@ -132,7 +132,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _run(entry: str, *arguments: str) -> str:
     """One command of the product, in a process of its own."""
-    code = f"import sys; from tgate_engine.cli import {entry}; sys.exit({entry}(sys.argv[1:]))"
+    code = f"import sys; from tgate_cli.main import {entry}; sys.exit({entry}(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr.strip() or f"{entry} {' '.join(arguments)} failed")

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory import proportional_bytes
+from tgate_cli.inspect import ungated
 from tgate_engine.bundle import Bundle, write_atomically
-from tgate_engine.inspect import ungated
 from tgate_engine.manifest import resolve
 from tgate_runtime.benchmark import cpu_model
 from tgate_runtime.session import Session
@@ -105,14 +105,14 @@ def main() -> None:
         print(json.dumps(peers(bundle, case)))
         return
     if not (bundle / "manifest.json").exists():
-        _run("tgate_engine.cli", "export_main", *case.export, "--output", str(bundle), "--quiet")
+        _run("tgate_cli.main", "export_main", *case.export, "--output", str(bundle), "--quiet")
     found = json.loads(args.output.read_text()) if args.output.exists() else {}
     parts = found.setdefault(args.case, {})
     parts["export"] = " ".join(case.export)
     for part in args.parts.split(","):
         if part in ENGINES:
             timing = ("--repeats", str(case.repeats), "--warm-ups", str(case.warm_ups))
-            data = _run("tgate_engine.cli", "main", "bench", str(bundle), *ENGINES[part], *timing, "--json", "--quiet")
+            data = _run("tgate_cli.main", "main", "bench", str(bundle), *ENGINES[part], *timing, "--json", "--quiet")
             data["memory"] = _role(args, "memory", "--engine", part)
         else:
             data = _role(args, "peers")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.toy_bundle import Toy, build
-from tgate_engine import views
+from tgate_cli import views
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError, RequestError
 from tgate_runtime.backends.ort import OrtCpu

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tgate_engine import cli
+from tgate_cli import main as cli
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
 from tgate_runtime.backends import ENGINES, EngineOptions, backend, installed, most_threads
@@ -111,7 +111,7 @@ BROKEN = {
 def tgate(*arguments: object, path: Path) -> subprocess.CompletedProcess[str]:
     """``tgate`` where the modules in ``path`` come before those that are installed."""
     return subprocess.run(
-        [sys.executable, "-m", "tgate_engine.cli", *map(str, arguments)],
+        [sys.executable, "-m", "tgate_cli.main", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(path), *sys.path])},
         capture_output=True,
         text=True,

@@ -22,10 +22,10 @@ from tests.processor import needs_bfloat16
 from tests.test_runner import GUIDANCE, compare, finished, noise, relative
 from tests.tiny_families import FAMILY_VARIANTS
 from tests.toy_bundle import Toy, build, make_plan, random_conditioning
+from tgate_cli.inspect import memory
+from tgate_cli.main import main
 from tgate_engine.bundle import Bundle
-from tgate_engine.cli import main
 from tgate_engine.errors import BundleError, EngineError
-from tgate_engine.inspect import memory
 from tgate_engine.manifest import resolve
 from tgate_engine.schedule import Schedule
 from tgate_runtime.backends import ENGINES, Backend, EngineOptions, backend, installed

@@ -19,8 +19,8 @@ import onnx
 import pytest
 from safetensors import safe_open
 
+from tgate_cli.main import export_main
 from tgate_engine.bundle import Bundle
-from tgate_engine.cli import export_main
 from tgate_engine.errors import ExportError
 from tgate_export import weights
 from tgate_export.checkpoints.directory import DirectoryCheckpoint
@@ -180,7 +180,7 @@ def test_a_killed_export_leaves_the_old_bundle(mini_bundle: Path, tmp_path: Path
     command = [
         sys.executable,
         "-c",
-        "import sys; from tgate_engine.cli import export_main; sys.exit(export_main())",
+        "import sys; from tgate_cli.main import export_main; sys.exit(export_main())",
         *("--model", "mini-sdxl", "--force", "--output", str(target)),
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from benchmarks.quality import draw
+from tgate_cli.main import main
 from tgate_engine.bundle import Bundle
-from tgate_engine.cli import main
 from tgate_export.families import location
 from tgate_runtime.pipeline import Pipeline
 from training.evaluate import evaluation_captions, score_pictures

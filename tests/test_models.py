@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import family_settings
 from tests.test_lora import write_lora
 from tests.tiny_models import tiny_model
+from tgate_cli.main import export_main, main
 from tgate_engine.bundle import Bundle
-from tgate_engine.cli import export_main, main
 from tgate_engine.report import Silent
 from tgate_export.build import ExportSettings, export
 from tgate_export.checkpoints import published

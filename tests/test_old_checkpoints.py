@@ -27,8 +27,8 @@ from tests.oracle_families import Request, plain_latents
 from tests.test_hub import cached
 from tests.tiny_families import FAMILY_VARIANTS, latent_noise, load_tiny, make_tiny
 from tests.tiny_models import make_tiny_sdxl
+from tgate_cli.main import export_main
 from tgate_engine.bundle import Bundle
-from tgate_engine.cli import export_main
 from tgate_engine.errors import ExportError
 from tgate_engine.report import Silent
 from tgate_export.build import export

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.toy_bundle import build
-from tgate_engine.report import Lines, Reporter, Silent, reporter
+from tgate_cli.display import Lines, Reporter, Silent, reporter
 
 
 def speak(report: Reporter) -> None:
@@ -66,7 +66,7 @@ def test_at_a_terminal_results_still_go_to_stdout(tmp_path: Path) -> None:
     arguments = ["bench", str(bundle), "--repeats", "1", "--threads", "1", "--json"]
     with (tmp_path / "out.json").open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tgate_engine.cli", *arguments],
+            [sys.executable, "-m", "tgate_cli.main", *arguments],
             stdout=out,
             stderr=theirs,
             env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},

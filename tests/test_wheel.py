@@ -25,6 +25,7 @@ SOURCES = (
     "tgate_engine",
     "export/tgate_export",
     "runtime/tgate_runtime",
+    "cli/tgate_cli",
 )
 PROMPT = "a large red circle above a small blue square"
 BUILD_LIBRARIES = {"diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers"}
@@ -71,17 +72,22 @@ def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
-    roots = {"tgate_engine": ROOT, "tgate_export": ROOT / "export", "tgate_runtime": ROOT / "runtime"}
-    wanted = {
+    roots = {
+        "tgate_engine": ROOT,
+        "tgate_export": ROOT / "export",
+        "tgate_runtime": ROOT / "runtime",
+        "tgate_cli": ROOT / "cli",
+    }
+    files = {
         path.relative_to(root).as_posix()
         for package, root in roots.items()
         for path in (root / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert wanted <= held
+    assert files <= held
     assert {f"{package}/py.typed" for package in roots} <= held
     assert any(name.startswith("tgate_export/models/") and name.endswith(".safetensors") for name in held)
-    assert {name.partition("/")[0] for name in held - wanted} == {f"tgate_engine-{tgate_engine.__version__}.dist-info"}
+    assert {name.partition("/")[0] for name in held - files} == {f"tgate_engine-{tgate_engine.__version__}.dist-info"}
 
 
 def test_a_bare_environment_draws_the_same_picture(bare: Path, mini_bundle: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def bundle(setting: Setting) -> dict[str, Any]:
     path, begin = Path(setting.bundles) / setting.model, time.perf_counter()
     brought = (path / "manifest.json").exists()
     if not brought:
-        from tgate_engine.report import Lines
+        from tgate_cli.display import Lines
         from tgate_export.build import export
 
         export(CASES[setting.model].settings(setting.model, output=path), Lines())

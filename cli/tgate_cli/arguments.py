@@ -1,4 +1,4 @@
-"""The arguments of ``tgate`` and ``tgate-export``; :mod:`tgate_engine.cli` says what each command does.
+"""The arguments of ``tgate`` and ``tgate-export``; :mod:`tgate_cli.main` says what each command does.
 
 What is parsed holds the command's own ``parser`` beside its arguments.
 """

@@ -21,7 +21,7 @@ import tgate_engine
 from tests.test_bundle import FILES, MISCHIEF, left_behind
 from tests.toy_bundle import Toy, build, edit_manifest
 from tests.toy_model import LATENTS
-from tgate_engine import cli
+from tgate_cli import main as cli
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_runtime.noise import noise
 from tgate_runtime.pipeline import Pipeline
@@ -412,7 +412,7 @@ def test_a_traceback_is_shown_when_asked_for(run: Run, tmp_path: Path) -> None:
 
 def test_a_reader_that_goes_away(good: Path) -> None:
     done = subprocess.run(
-        ["/bin/sh", "-c", f"'{sys.executable}' -m tgate_engine.cli inspect '{good}' --json | head -c 10"],
+        ["/bin/sh", "-c", f"'{sys.executable}' -m tgate_cli.main inspect '{good}' --json | head -c 10"],
         capture_output=True,
         text=True,
         timeout=60,
@@ -424,7 +424,7 @@ def test_a_reader_that_goes_away(good: Path) -> None:
 
 SLOW = """
 import signal, sys, time
-from tgate_engine import cli
+from tgate_cli import main as cli
 from tgate_runtime.pipeline import Pipeline
 # Whoever runs the tests in the background of a shell hands down an ignored SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)

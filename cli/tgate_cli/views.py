@@ -6,13 +6,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from tgate_engine.inspect import shortened
+from tgate_cli.inspect import shortened
 
 Row = Sequence[str]
 
 
 def inspection(data: Mapping[str, Any], out: TextIO | None = None) -> None:
-    """Show what :func:`tgate_engine.inspect.describe` found."""
+    """Show what :func:`tgate_cli.inspect.describe` makes."""
     out = out or sys.stdout
     size, batch = data["bytes"], data["batch"]
     images = str(batch[0]) if batch[0] == batch[1] else f"{batch[0]} to {batch[1]}"
@@ -67,8 +67,8 @@ def inspection(data: Mapping[str, Any], out: TextIO | None = None) -> None:
         )
 
 
-def models(found: Mapping[str, Any], out: TextIO | None = None) -> None:
-    """Show the models of ``tgate-export``: ``found`` maps names to `tgate_export.families.Model`."""
+def models(known: Mapping[str, Any], out: TextIO | None = None) -> None:
+    """Show the models of ``tgate-export``: ``known`` maps names to `tgate_export.families.Model`."""
     rows = [
         (
             name,
@@ -82,15 +82,15 @@ def models(found: Mapping[str, Any], out: TextIO | None = None) -> None:
             " + ".join([model.checkpoint, *model.elsewhere.values()]),
             model.licence,
         )
-        for name, model in found.items()
+        for name, model in known.items()
     ]
     headers = ("model", "family", "n", "m", "k", "w", "sampler", "guidance", "checkpoint", "licence of the weights")
     table("models", headers, rows, right=(2, 3, 4, 5, 7), out=out or sys.stdout)
 
 
-def engines(found: Sequence[Mapping[str, str]], out: TextIO | None = None) -> None:
-    """Show what :func:`tgate_runtime.backends.installed` found."""
-    rows = [(e["name"], e["runs_on"], e["version"] or "-", e["says"]) for e in found]
+def engines(entries: Sequence[Mapping[str, str]], out: TextIO | None = None) -> None:
+    """Show what :func:`tgate_runtime.backends.installed` lists."""
+    rows = [(e["name"], e["runs_on"], e["version"] or "-", e["says"]) for e in entries]
     table("engines", ("engine", "runs on", "version", "here"), rows, out=out or sys.stdout)
 
 

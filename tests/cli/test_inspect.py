@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.toy_bundle import Toy, build
-from tgate_engine import views
+from tgate_cli import views
+from tgate_cli.inspect import carry_bytes, describe, guidance_stopped, memory, shortened, ungated
 from tgate_engine.bundle import Bundle
-from tgate_engine.inspect import carry_bytes, describe, guidance_stopped, memory, shortened, ungated
 from tgate_engine.schedule import Schedule
 from tgate_runtime.backends import Buffer
 from tgate_runtime.binding import Binding

@@ -159,8 +159,8 @@ def shortened(names: Sequence[str]) -> str:
     """Carry names for a reader: runs that differ in one number only are written as ``self.0 … self.69 (70)``."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        found = re.fullmatch(r"(\D*)\d+(.*)", name)
-        groups.setdefault(found.groups() if found else (name, ""), []).append(name)  # type: ignore[arg-type]
+        match = re.fullmatch(r"(\D*)\d+(.*)", name)
+        groups.setdefault(match.groups() if match else (name, ""), []).append(name)  # type: ignore[arg-type]
     parts = [
         ", ".join(group) if len(group) < 3 else f"{group[0]} … {group[-1]} ({len(group)})" for group in groups.values()
     ]

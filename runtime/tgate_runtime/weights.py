@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tgate_engine.dtypes import DTYPES, storage
 from tgate_engine.errors import BundleError
-from tgate_runtime.dtypes import storage
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+_DTYPE_OF = {dtype.safetensors: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +36,16 @@ def map_weights(path: Path) -> dict[str, Weight]:
         mapped = np.memmap(path, np.uint8, "r")
         (length,) = struct.unpack("<Q", mapped[:8].tobytes())
         header = json.loads(mapped[8 : 8 + length].tobytes())
-        found = {}
+        weights = {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            dtype, shape, (begin, end) = _DTYPE_OF[entry["dtype"]], entry["shape"], entry["data_offsets"]
             kind = storage(dtype)
             if end - begin != math.prod(shape) * kind.itemsize:
                 raise ValueError(f"{name} has {end - begin} bytes for shape {shape}")
-            found[name] = Weight(dtype, np.frombuffer(mapped, np.uint8, end - begin, 8 + length + begin).view(kind))
-            found[name].array.shape = tuple(shape)
+            array = np.frombuffer(mapped, np.uint8, end - begin, 8 + length + begin).view(kind)
+            weights[name] = Weight(dtype, array.reshape(shape))
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise BundleError(f"{path} is not a whole weight file ({error}); export the bundle again") from None
-    return found
+    return weights

@@ -16,23 +16,17 @@ from typing import Any
 import onnxruntime as ort
 
 from tgate_engine.bundle import Bundle
+from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
-from tgate_engine.manifest import GraphSpec
-from tgate_runtime.backends import EngineOptions, OnBuild, check_buffers, check_interface
-from tgate_runtime.backends.host import CpuBuffer
+from tgate_engine.graph import GraphSpec
+from tgate_runtime.engines.host import CpuBuffer
+from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers, check_interface
 
-ELEMENT_TYPE = {
-    "float32": 1,
-    "uint8": 2,
-    "int64": 7,
-    "float16": 10,
-    "bfloat16": 16,
-}  # onnx.TensorProto.DataType
-_DTYPES = {f"tensor({dtype})": dtype for dtype in ELEMENT_TYPE} | {"tensor(float)": "float32"}
+_DTYPE_OF = {f"tensor({dtype})": dtype for dtype in DTYPES} | {"tensor(float)": "float32"}
 
 
 class _OrtCall:
-    """A :class:`~tgate_runtime.backends.Call`: one I/O binding, made once."""
+    """A :class:`~tgate_runtime.engines.protocol.Call`: one I/O binding, made once."""
 
     def __init__(
         self,
@@ -44,14 +38,11 @@ class _OrtCall:
         self._graph = graph
         self._session = session
         self._binding = session.io_binding()
-        self._buffers = (
-            *inputs.values(),
-            *outputs.values(),
-        )  # the engine holds addresses; this holds the memory
+        self._buffers = (*inputs.values(), *outputs.values())  # the engine holds addresses; this holds the memory
         self.addresses: dict[str, int] = {}
         for bind, buffers in ((self._binding.bind_input, inputs), (self._binding.bind_output, outputs)):
             for name, buffer in buffers.items():
-                bind(name, "cpu", 0, ELEMENT_TYPE[buffer.dtype], buffer.shape, buffer.address)
+                bind(name, "cpu", 0, DTYPES[buffer.dtype].onnx, buffer.shape, buffer.address)
                 self.addresses[name] = buffer.address
 
     def __call__(self) -> None:
@@ -62,16 +53,15 @@ class _OrtCall:
 
 
 class OrtExecutable:
-    """A :class:`~tgate_runtime.backends.Executable`: one ONNX Runtime session."""
+    """A :class:`~tgate_runtime.engines.protocol.Executable`: one ONNX Runtime session."""
 
-    def __init__(self, graph: str, session: ort.InferenceSession, spec: GraphSpec) -> None:
-        self._graph = graph
+    def __init__(self, session: ort.InferenceSession, spec: GraphSpec) -> None:
         self._session = session
         self._spec = spec
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> _OrtCall:
-        check_buffers(self._graph, self._spec, inputs, outputs)
-        return _OrtCall(self._graph, self._session, inputs, outputs)
+        check_buffers(self._spec, inputs, outputs)
+        return _OrtCall(self._spec.file, self._session, inputs, outputs)
 
 
 class OrtCpu:
@@ -94,12 +84,13 @@ class OrtCpu:
         if self.options.memory == "shared":
             _one_arena()
 
-    def build(self, bundle: Bundle, graphs: Sequence[str], on_build: OnBuild | None = None) -> dict[str, Path]:
+    def build(self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None) -> dict[str, Path]:
         return {}
 
-    def load(self, bundle: Bundle, graphs: Sequence[str], on_build: OnBuild | None = None) -> dict[str, OrtExecutable]:
-        specs = {name: bundle.manifest.graphs[name] for name in graphs}
-        return {name: self.load_graph(bundle.file(spec.file), spec) for name, spec in specs.items()}
+    def load(
+        self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
+    ) -> dict[str, OrtExecutable]:
+        return {spec.file: self.load_graph(bundle.file(spec.file), spec) for spec in graphs}
 
     def load_graph(self, path: Path, spec: GraphSpec) -> OrtExecutable:
         """The graph of one file. Raises :class:`EngineError` as :meth:`load` does."""
@@ -108,13 +99,13 @@ class OrtCpu:
             session = ort.InferenceSession(str(path), self._session_options(), providers=["CPUExecutionProvider"])
         except Exception as error:  # see _OrtCall
             raise EngineError(
-                f"ONNX Runtime {self.version} cannot load {path.name} on the CPU: {first_line(error)}{_hint(spec)}"
+                f"ONNX Runtime {self.version} cannot load {spec.file} on the CPU: {first_line(error)}{_hint(spec)}"
             ) from error
         check_nodes(session, spec)
-        return OrtExecutable(path.name, session, spec)
+        return OrtExecutable(session, spec)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CpuBuffer:
-        return CpuBuffer(shape, dtype)
+        return CpuBuffer.zeros(shape, dtype)
 
     def _session_options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()
@@ -149,8 +140,8 @@ def _one_arena() -> None:
 def check_nodes(session: ort.InferenceSession, spec: GraphSpec) -> None:
     """Raises :class:`EngineError` where a loaded graph does not have the inputs and outputs of ``spec``."""
     inputs, outputs = (
-        {node.name: _DTYPES.get(node.type, node.type) for node in found}
-        for found in (session.get_inputs(), session.get_outputs())
+        {node.name: _DTYPE_OF.get(node.type, node.type) for node in nodes}
+        for nodes in (session.get_inputs(), session.get_outputs())
     )
     check_interface(spec, inputs, outputs)
 

@@ -167,6 +167,11 @@ class Sampler:
         """Whether some step draws noise of its own."""
         return any(call.noise for call in self.calls)
 
+    @property
+    def reach(self) -> int:
+        """How many pairs before the current one some step reads, at most HISTORY."""
+        return max(call.lag for call in self.calls)
+
     def to_json(self) -> dict[str, Any]:
         """This sampler as JSON values; :meth:`from_json` gives back an equal one."""
         return {

@@ -1,31 +1,32 @@
-"""How long a bundle takes on this machine: per graph, and gated against what it replaces, taken in turns."""
+"""How long a bundle takes on this machine: per graph, and a plan against its baselines, taken in turns."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import RequestError
-from tgate_engine.inspect import guidance_stopped, ungated
-from tgate_engine.manifest import Manifest
-from tgate_engine.plan import DENOISING_GRAPHS, Plan
-from tgate_runtime.backends import OnBuild, Options
-from tgate_runtime.binding import Binding
-from tgate_runtime.conditioning import batch_rows, given, halves, inputs_of
+from tgate_engine.graph import DECODE, DENOISE, IMAGE, TEXT
+from tgate_engine.manifest import Shape
+from tgate_engine.plan import Plan
+from tgate_runtime.conditioning import conditioning_inputs, conditioning_of, from_embeddings
 from tgate_runtime.decoder import decode
+from tgate_runtime.engines.protocol import Engine, OnBuild, Options
 from tgate_runtime.files import check_place
 from tgate_runtime.image import encode_image
 from tgate_runtime.noise import noise
 from tgate_runtime.runner import run
 from tgate_runtime.session import Session
+from tgate_runtime.state import State
 from tgate_runtime.text import TextEncoder
 from tgate_runtime.trace import write_trace
 
@@ -45,9 +46,10 @@ def bench(
     bundle: Bundle,
     *,
     plan: str = "default",
-    engine: str = "ort-cpu",
+    against: Sequence[str] | None = None,
+    size: str | None = None,
+    engine: str | Engine = "ort-cpu",
     batch: int | None = None,
-    stopped: bool = True,
     repeats: int = 5,
     warm_ups: int = 1,
     on_run: Callable[[int, int, str], None] | None = None,
@@ -57,18 +59,19 @@ def bench(
 ) -> dict[str, Any]:
     """Measure and return JSON values; all times are medians in milliseconds, all MACs for one image.
 
-    ``graphs.<name>.ms``: one call. ``plans.{gated,guidance_stopped,ungated}``: the chosen plan and the two derived
-    from it, run in turns (A B C A B C …) so that a machine that slows down slows all of them; ``ms`` is the whole
-    denoising loop, and ``outside_engine`` the fraction of it that is not spent in engine calls; ``step_ms`` holds the
+    ``graphs.<name>.ms``: one call. ``plans``: the chosen plan and those it is compared with, by name, run in turns
+    (A B C A B C …) so that a machine that slows down slows all of them; ``ms`` is the whole denoising loop, and
+    ``outside_engine`` the fraction of it that is not spent in engine calls; ``step_ms`` holds the
     median and the 99th percentile of the engine's steps. ``picture_ms`` adds
-    one text (or image) and one decoder call for each image, where the bundle has those graphs. ``speedup`` is
-    ungated over gated ``ms``, to be read beside ``mac_ratio``, ungated over gated by all MACs. A bundle without
-    guidance has no ``guidance_stopped``: null, as with ``stopped=False``, which spares the memory of its graph.
+    one text (or image) and one decoder call for each image, where the bundle has those graphs. Each compared plan has
+    ``speedup``, its ``ms`` over the chosen plan's, to be read beside ``mac_ratio``, the same of all MACs; those of the
+    first one stand at the top as well, null where there is none.
 
     ``sgemm_gmacs_per_s`` says how fast NumPy multiplies matrices here, to judge each graph's ``gmacs_per_s`` by.
 
+    ``against``: names of plans to compare with; None takes the plan's own baselines. ``size``: None is the default.
     ``batch``: images at once; None takes the least that the bundle allows. ``repeats`` and ``warm_ups`` count turns.
-    ``on_run(done, total, plan)`` is called after each run. ``trace``: a file for the last gated run, see
+    ``on_run(done, total, plan)`` is called after each run. ``trace``: a file for the last run of the plan, see
     :mod:`tgate_runtime.trace`; it is written once, after the last turn. ``open_s`` is the time it took to load the
     graphs, whatever had to be compiled included.
     Raises :class:`RequestError` for settings that cannot be.
@@ -79,34 +82,40 @@ def bench(
         check_place(trace)
     manifest = bundle.manifest
     chosen = manifest.plan(plan)
-    candidates = {
-        "gated": chosen,
-        "guidance_stopped": guidance_stopped(chosen, manifest) if stopped else None,
-        "ungated": ungated(chosen, manifest),
-    }
-    plans = {name: found for name, found in candidates.items() if found is not None}
-    images = manifest.batch[0] if batch is None else batch
+    others = chosen.baselines if against is None else against
+    plans = {name: manifest.plan(name) for name in dict.fromkeys([plan, *others])}
+    shape = manifest.shapes_of(size)[0]
+    images = shape.batch[0] if batch is None else batch
     opened_s = time.perf_counter()
-    with Session.open(bundle, engine=engine, plans=[*plans.values()], on_build=on_build, **options) as session:
+    with Session.open(
+        bundle, engine=engine, plans=[*plans.values()], sizes=[shape.size], on_build=on_build, **options
+    ) as session:
         opened_s = time.perf_counter() - opened_s
-        encoders = _encoders(session)
-        bindings = {name: Binding(session, found, images) for name, found in plans.items()}
+        around = _Around(session)
+        states = {name: State(session, planned, images) for name, planned in plans.items()}
         graph_ms: dict[str, list[float]] = {}
         times = {name: _Times() for name in plans}
-        start = np.stack([noise(0, j, manifest.latents) for j in range(images)])
+        start = np.stack([noise(j, shape.latents) for j in range(images)])
         total = (warm_ups + repeats) * len(plans)
         for turn in range(warm_ups + repeats):
-            conditioning = _around(session, encoders, start[0], graph_ms, measured=turn >= warm_ups)
-            rows = {name: batch_rows(values, images) for name, values in conditioning.items()}
-            for place, (name, binding) in enumerate(bindings.items()):
-                scale = plans[name].guidance_scale
+            rows, around_ms = around.run(start[0])
+            if turn >= warm_ups:
+                for name, ms in around_ms.items():
+                    graph_ms.setdefault(name, []).append(ms)
+            for place, (name, state) in enumerate(states.items()):
                 begin = time.perf_counter()
                 steps = list(
-                    run(binding, latents=start, conditioning=rows, guidance_scale=scale, step_noise=lambda _: start)
+                    run(
+                        state,
+                        latents=start,
+                        conditioning=rows,
+                        guidance_scale=plans[name].guidance_scale,
+                        step_noise=lambda row, _: start[row],
+                    )
                 )
                 end = time.perf_counter()
                 elapsed_ms = (end - begin) * 1e3
-                if name == "gated":
+                if name == plan:
                     last = (begin, end, steps)
                 if turn >= warm_ups:
                     times[name].loop.append(elapsed_ms)
@@ -117,18 +126,24 @@ def bench(
                 if on_run is not None:
                     on_run(turn * len(plans) + place + 1, total, name)
         if trace is not None:
-            write_trace(trace, f"{manifest.model}, plan {plan}, {session.backend.name}", *last)
+            write_trace(trace, f"{manifest.model}, plan {plan}, {session.engine.name}", *last)
         return {
-            **_results(manifest, candidates, times, graph_ms, images),
+            **_results(shape, plan, plans, times, graph_ms, images),
             "open_s": opened_s,
             "sgemm_gmacs_per_s": sgemm_gmacs_per_s(),
             "settings": {
-                **_settings(manifest, chosen),
-                "engine": session.backend.name,
-                "engine_version": session.backend.version,
-                "threads": session.backend.options.threads,
-                "precision": session.backend.options.precision,
-                "memory": session.backend.options.memory,
+                "model": manifest.model,
+                "dtype": manifest.dtype,
+                "size": shape.size,
+                "plan": plan,
+                "plan_settings": dict(chosen.settings),
+                "sampler": chosen.sampler.name,
+                "guidance_scale": chosen.guidance_scale,
+                "engine": session.engine.name,
+                "engine_version": session.engine.version,
+                "threads": session.engine.options.threads,
+                "precision": session.engine.options.precision,
+                "memory": session.engine.options.memory,
                 "cpu": cpu_model(),
                 "batch": images,
                 "repeats": repeats,
@@ -140,7 +155,7 @@ def bench(
 def sgemm_gmacs_per_s(size: int = 768, repeats: int = 5) -> float:
     """The rate at which NumPy multiplies two float32 matrices on all cores, best of ``repeats``: a limit that
     no graph is likely to pass here."""
-    a, b = (noise(0, j, (size, size)) for j in range(2))
+    a, b = (noise(j, (size, size)) for j in range(2))
     best_s = float("inf")
     for _ in range(repeats + 1):  # the first one warms up
         begin = time.perf_counter()
@@ -158,91 +173,68 @@ def cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
-def _settings(manifest: Manifest, plan: Plan) -> dict[str, Any]:
-    return {
-        "model": manifest.model,
-        "dtype": manifest.dtype,
-        "height": manifest.height,
-        "width": manifest.width,
-        "plan": plan.name,
-        "steps_n": plan.schedule.steps,
-        "gate_m": plan.schedule.gate,
-        "self_interval_k": plan.schedule.self_interval,
-        "warm_up": plan.schedule.warm_up,
-        "fidelity_interval": plan.schedule.fidelity_interval,
-        "sampler": plan.sampler.name,
-        "guidance_scale": plan.guidance_scale,
-    }
+class _Around:
+    """The graphs before and after the loop, for one image."""
 
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._text = TextEncoder(session) if session.graph(TEXT) else None
+        shape = session.shapes()[0]
+        self._grey = Image.new("RGB", (shape.width, shape.height), (128, 128, 128))
+        self._names = {spec.role: name for name, spec in shape.graphs.items() if spec.role != DENOISE}
 
-def _encoders(session: Session) -> dict[str, Callable[[], Mapping[str, Any]]]:
-    """What makes the conditioning of one request, by graph; nothing where the bundle holds the denoiser alone."""
-    manifest = session.manifest
-    found: dict[str, Callable[[], Mapping[str, Any]]] = {}
-    if manifest.text:
-        text = TextEncoder(session)
-        found[manifest.text] = lambda: text.encode(PROMPT).tensors
-    if manifest.image:
-        grey = Image.new("RGB", (manifest.width, manifest.height), (128, 128, 128))
-        found[manifest.image] = lambda: encode_image(session, grey, seed=0)
-    return found
+    def run(self, latents: NDArray[np.float32]) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
+        """What conditions one image, and the milliseconds of each graph by its name."""
+        session, ms = self._session, dict[str, float]()
 
+        def timed(role: Any, call: Callable[[], Any]) -> Any:
+            begin = time.perf_counter()
+            result = call()
+            ms[self._names[role]] = (time.perf_counter() - begin) * 1e3
+            return result
 
-def _around(
-    session: Session,
-    encoders: Mapping[str, Callable[[], Mapping[str, Any]]],
-    latents: Any,
-    graph_ms: dict[str, list[float]],
-    *,
-    measured: bool,
-) -> dict[str, Any]:
-    """Run the graphs around the denoiser once, timed; the conditioning of one image."""
-    manifest = session.manifest
-    calls: dict[str, Callable[[], Any]] = dict(encoders)
-    if manifest.decoder:
-        calls[manifest.decoder] = lambda: decode(session, latents)
-    encoded: dict[str, Any] = {}
-    for name, call in calls.items():
-        begin = time.perf_counter()
-        result = call()
-        if measured:
-            graph_ms.setdefault(name, []).append((time.perf_counter() - begin) * 1e3)
-        if name != manifest.decoder:
-            encoded |= result
-    if not encoders:  # the values do not matter to the time
-        specs = inputs_of(manifest)
-        return given(manifest, {name: np.ones((1, *map(int, s.shape[1:])), np.float32) for name, s in specs.items()})
-    return halves(manifest, encoded, None if manifest.zero_negative else encoded)
+        encoded: Mapping[str, NDArray[Any]] | None = None
+        text, image, decoder = self._text, session.graph(IMAGE), session.graph(DECODE)
+        if text is not None:
+            encoded = timed(TEXT, lambda: text.encode(PROMPT).tensors)
+        if image is not None:
+            encoded = timed(IMAGE, lambda: encode_image(session, image, self._grey, seed=0))
+        if decoder is not None:
+            timed(DECODE, lambda: decode(session, decoder, latents))
+        if encoded is None:  # the values do not matter to the time
+            specs = conditioning_inputs(session)
+            ones = {name: np.ones((1, *map(int, spec.shape[1:])), np.float32) for name, spec in specs.items()}
+            return from_embeddings(session, ones), ms
+        negative = None if session.manifest.zero_negative else encoded
+        return conditioning_of(session, encoded, negative), ms
 
 
 def _results(
-    manifest: Manifest,
-    plans: dict[str, Plan | None],
-    times: dict[str, _Times],
-    graph_ms: dict[str, list[float]],
+    shape: Shape,
+    chosen: str,
+    plans: Mapping[str, Plan],
+    times: Mapping[str, _Times],
+    graph_ms: Mapping[str, list[float]],
     images: int,
 ) -> dict[str, Any]:
     graphs: dict[str, dict[str, Any]] = {}
-    for name in manifest.graphs:
+    around_ms = 0.0
+    for name, spec in shape.graphs.items():
         if name in graph_ms:
-            macs = manifest.graphs[name].macs
             ms = statistics.median(graph_ms[name])
-            rows = images if name in DENOISING_GRAPHS else 1
+            rows = images if spec.role == DENOISE else 1
             graphs[name] = {
                 "ms": ms,
-                "macs": {"paper": macs.paper, "all": macs.all},
-                "gmacs_per_s": rows * macs.all / ms / 1e6,
+                "macs": {"paper": spec.macs.paper, "all": spec.macs.all},
+                "gmacs_per_s": rows * spec.macs.all / ms / 1e6,
             }
-    around_ms = images * sum(statistics.median(ms) for name, ms in graph_ms.items() if name not in DENOISING_GRAPHS)
-    found: dict[str, Any] = {}
+            around_ms += 0.0 if spec.role == DENOISE else images * ms
+    results: dict[str, Any] = {}
     for name, plan in plans.items():
-        if plan is None:
-            found[name] = {"ms": None}
-            continue
         loop_ms, engine_ms = statistics.median(times[name].loop), statistics.median(times[name].engine)
         outside = [loop - inside for loop, inside in zip(times[name].loop, times[name].engine, strict=True)]
-        paper, every = plan.macs(manifest.graphs)
-        found[name] = {
+        paper, every = plan.macs(shape.graphs)
+        results[name] = {
             "ms": loop_ms,
             "picture_ms": loop_ms + around_ms,
             "outside_engine": 1 - engine_ms / loop_ms,
@@ -254,12 +246,15 @@ def _results(
             "macs": {"paper": paper, "all": every},
             "runs_ms": times[name].loop,
         }
-    gated, base, stopped = found["gated"], found["ungated"], found["guidance_stopped"]
+    own = results[chosen]
+    for name in plans:
+        if name != chosen:
+            results[name]["speedup"] = results[name]["ms"] / own["ms"]
+            results[name]["mac_ratio"] = results[name]["macs"]["all"] / own["macs"]["all"]
+    first = next((results[name] for name in plans if name != chosen), None)
     return {
         "graphs": graphs,
-        "plans": found,
-        "speedup": base["ms"] / gated["ms"],
-        "mac_ratio": base["macs"]["all"] / gated["macs"]["all"],
-        "guidance_stopped_speedup": base["ms"] / stopped["ms"] if stopped["ms"] else None,
-        "guidance_stopped_mac_ratio": base["macs"]["all"] / stopped["macs"]["all"] if stopped["ms"] else None,
+        "plans": results,
+        "speedup": first and first["speedup"],
+        "mac_ratio": first and first["mac_ratio"],
     }

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from tgate_engine.bundle import write_atomically
+from tgate_engine.atomic import write_atomically
 from tgate_engine.errors import RequestError
 
 FORMATS = {

@@ -7,7 +7,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Unpack
@@ -18,33 +18,37 @@ from PIL import Image
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import RequestError
+from tgate_engine.graph import DECODE, IMAGE, TEXT
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Plan
-from tgate_runtime.backends import OnBuild, Options
-from tgate_runtime.binding import Binding
-from tgate_runtime.conditioning import batch_rows, given, halves
+from tgate_runtime.conditioning import conditioning_of, from_embeddings
 from tgate_runtime.decoder import decode
-from tgate_runtime.image import encode_image
-from tgate_runtime.noise import check_seed, in_step, noise, random_seed
+from tgate_runtime.engines.protocol import Engine, OnBuild, Options
+from tgate_runtime.image import encode_image, fit_picture
+from tgate_runtime.noise import SEED_LIMIT, check_generator, check_seed, in_step, noise, random_seed
 from tgate_runtime.runner import StepDone, run
 from tgate_runtime.session import Session
+from tgate_runtime.state import State
 from tgate_runtime.text import TextEncoder
 
 log = logging.getLogger("tgate")
 
 _ARTICLE = {"prompt": "a prompt", "image": "an image"}
 
+Row = Mapping[str, NDArray[Any]]
+"""What conditions one image: ``<name>.<half>`` to [1, ...]."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """``images``: one RGB picture for each image asked for, prompt by prompt; empty where the bundle makes videos
     or has no decoder. ``videos``: likewise, the frames of each. ``latents``: float32 [N, ...], the final latents
-    before decoding. ``seed``: the one used, drawn or given."""
+    before decoding. ``seeds``: each image's own, with which it can be drawn alone."""
 
     images: list[Image.Image]
     videos: list[list[Image.Image]]
     latents: NDArray[np.float32]
-    seed: int
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,29 +63,37 @@ class Progress:
 class Pipeline:
     """A bundle ready to draw, from prompts or, if its model is conditioned so, from a picture.
 
-    Thread-safe: threads may call one Pipeline at once. Buffers and bindings of a request are kept for the next one
-    with the same plan and batch; ``session.trim()`` frees them.
+    Thread-safe: threads may call one Pipeline at once. Buffers and bound calls of a request are kept for the next one
+    that needs the same; ``session.trim()`` frees them.
     """
 
     def __init__(self, session: Session) -> None:
         """Draw with an open session, which stays the caller's to close."""
         self.session = session
-        self._text = TextEncoder(session) if session.manifest.text else None
+        self._text = TextEncoder(session) if session.graph(TEXT) else None
 
     @staticmethod
     def open(
         source: str | os.PathLike[str] | Bundle,
         *,
-        engine: str = "ort-cpu",
-        plans: Sequence[str] | None = None,
+        engine: str | Engine = "ort-cpu",
+        plans: Sequence[str | Plan] | None = None,
+        sizes: Sequence[str] | None = None,
         check_digests: bool = True,
         on_build: OnBuild | None = None,
         **options: Unpack[Options],
     ) -> Pipeline:
         """Open a bundle; see :meth:`Session.open`. Everything is loaded here, before the first request."""
-        return Pipeline(
-            Session.open(source, engine=engine, plans=plans, check_digests=check_digests, on_build=on_build, **options)
+        session = Session.open(
+            source,
+            engine=engine,
+            plans=plans,
+            sizes=sizes,
+            check_digests=check_digests,
+            on_build=on_build,
+            **options,
         )
+        return Pipeline(session)
 
     def __call__(
         self,
@@ -89,48 +101,61 @@ class Pipeline:
         *,
         image: Image.Image | None = None,
         prompt_embeds: Mapping[str, NDArray[Any]] | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         negative_prompt: str | Sequence[str | None] | None = None,
-        guidance_scale: float | None = None,
-        plan: str = "default",
+        guidance_scale: float | Sequence[float] | None = None,
+        plan: str | os.PathLike[str] | Plan = "default",
+        size: str | None = None,
         num_images: int = 1,
         initial_latents: NDArray[Any] | None = None,
+        generator: str = "numpy",
         on_step: Callable[[Progress], None] | None = None,
     ) -> Result:
         """Draw ``num_images`` pictures (or videos) of each prompt, or from ``image``.
 
         ``prompt_embeds``: in place of a prompt or an image, ``<name>.<half>`` to [N, ...], float32, as ``tgate embed``
         writes them for N prompts.
-        ``seed``: 0 .. 2**63 - 1; image j of the request takes its own stream of it. None draws one, which
-        the result reports. ``negative_prompt``: one for all, or one for each prompt; None is the model's convention
-        for none. ``guidance_scale``: above 1; None takes the plan's. ``initial_latents``: float32 [N, ...], standard
-        normal noise in place of the seed's, for videos also with frames; stochastic samplers still draw their steps'
-        noise from the seed. ``on_step`` is called after each step in the calling thread; an exception from it stops
-        the request and comes out here.
+        ``seed``: 0 .. 2**63 - 1. Image j of the request has the seed ``seed + j``, and comes out the same when it is
+        drawn alone with it; or a list, one for each image. None draws one, and the result has each image's.
+        ``guidance_scale``: above 1; None takes the plan's; or a list, one for each image.
+        ``negative_prompt``: one for all, or one for each prompt; None is the model's convention for none.
+        ``plan``: a name of the bundle's, a :class:`Plan`, or a file that ``tgate plan --output`` wrote (a path, or a
+        text that ends in .json). ``size``: one of the session's, such as ``"832x1216"``; None is its default.
+        ``initial_latents``: float32 [N, ...], standard normal noise in place of the seeds', for videos also with
+        frames; stochastic samplers still draw their steps' noise from the seeds. ``generator``: what draws the noise,
+        one of :data:`tgate_runtime.noise.GENERATORS`. ``on_step`` is called after each step in the calling thread; an
+        exception from it stops the request and comes out here.
 
         A prompt longer than the tokenizer takes is cut, with a warning in the log ``tgate`` that quotes what
         was cut. Raises :class:`RequestError` for a request that cannot be served, before any step is taken.
         """
-        manifest = self.session.manifest
-        chosen = manifest.plan(plan)
-        scale = _check_guidance(guidance_scale, chosen, manifest)
+        chosen = self._plan(plan)
+        latents_shape = self.session.shapes(size)[0].latents
         number = _check_count(num_images)
-        used_seed = random_seed() if seed is None else check_seed(seed)
-        rows = self._conditioning(prompt, negative_prompt, image, prompt_embeds, used_seed)
-        rows = {name: np.repeat(values, number, axis=0) for name, values in rows.items()}
-        count = len(next(iter(rows.values()))) if rows else number
+        check_generator(generator)
+        texts = self._prompts(prompt, negative_prompt, image, prompt_embeds)
+        prompts = _rows_of(prompt_embeds) if prompt_embeds is not None else len(texts) or 1
+        count = prompts * number
+        seeds = _seeds(seed, count)
+        scales = _scales(guidance_scale, count, chosen, self.session.manifest)
+        rows = self._rows(texts, image, prompt_embeds, seeds, number, size)
+
+        def drawn(image: int, draw: int) -> NDArray[np.float32]:
+            return noise(seeds[image], latents_shape, draw=draw, generator=generator, dtype=self.session.manifest.dtype)
+
         if initial_latents is None:
-            start = np.stack([noise(used_seed, j, manifest.latents) for j in range(count)])
+            start = np.stack([drawn(j, 0) for j in range(count)])
         else:
-            start = _check_latents(initial_latents, (count, *manifest.latents))
-        latents = self._denoise(chosen, start, rows, scale, used_seed, on_step)
-        decoded = [decode(self.session, each) for each in latents] if manifest.decoder else []
-        video = manifest.frames > 1
+            start = _check_latents(initial_latents, (count, *latents_shape))
+        latents = self._denoise(chosen, size, start, rows, scales, drawn, on_step)
+        decoder = self.session.graph(DECODE, size)
+        decoded = [decode(self.session, decoder, each) for each in latents] if decoder else []
+        video = self.session.manifest.frames > 1
         return Result(
             images=[] if video else [frame for frames in decoded for frame in frames],
             videos=decoded if video else [],
             latents=latents,
-            seed=used_seed,
+            seeds=seeds,
         )
 
     def close(self) -> None:
@@ -145,106 +170,136 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _conditioning(
+    def _plan(self, plan: str | os.PathLike[str] | Plan) -> Plan:
+        if isinstance(plan, Plan):
+            return plan
+        manifest = self.session.manifest
+        is_name = isinstance(plan, str) and (plan in manifest.plans or not plan.endswith(".json"))
+        return manifest.plan(str(plan)) if is_name else Plan.load(plan)
+
+    def _prompts(
         self,
         prompt: str | Sequence[str] | None,
         negative_prompt: str | Sequence[str | None] | None,
         image: Image.Image | None,
         embeds: Mapping[str, NDArray[Any]] | None,
-        seed: int,
-    ) -> dict[str, NDArray[Any]]:
-        """``<name>.<half>`` to [N, ...] from whichever was given, one row for each prompt."""
+    ) -> list[tuple[str, str | None]]:
+        """(prompt, negative prompt) of each text asked for; none where an image or embeddings stand for it."""
         manifest = self.session.manifest
-        wanted = "image" if manifest.conditioned_by("image") else "prompt"
+        source = "image" if manifest.conditioned_by("image") else "prompt"
         named = {"prompt": prompt, "image": image, "prompt_embeds": embeds}
         several = [name for name, value in named.items() if value is not None]
-        if len(several) != 1 or several[0] not in (wanted, "prompt_embeds"):
+        if len(several) != 1 or several[0] not in (source, "prompt_embeds"):
             raise RequestError(
-                f"{manifest.model} is conditioned by {_ARTICLE[wanted]}: give {wanted}, or prompt_embeds, and "
+                f"{manifest.model} is conditioned by {_ARTICLE[source]}: give {source}, or prompt_embeds, and "
                 f"nothing else; got {' and '.join(several) or 'neither'}"
             )
-        if wanted == "image" and negative_prompt is not None:
+        if source == "image" and negative_prompt is not None:
             raise RequestError(f"{manifest.model} is conditioned by an image and takes no negative prompt")
-        if embeds is not None:
-            if negative_prompt is not None:
-                raise RequestError("prompt_embeds hold the negative half already; leave out the negative prompt")
-            return given(manifest, embeds)
-        if image is not None:
-            if not manifest.image:
-                raise RequestError("the bundle has no image encoder (--components); export it with one")
-            return halves(manifest, encode_image(self.session, image, seed=seed), None)
+        if embeds is not None and negative_prompt is not None:
+            raise RequestError("prompt_embeds hold the negative half already; leave out the negative prompt")
+        if prompt is None:
+            return []
         prompts, negatives = _check_prompts(prompt, negative_prompt)
         if not manifest.guided and negative_prompt:
             log.warning("the bundle was exported without guidance: the negative prompt is not used")
-        return self._texts(prompts, negatives)
+        return list(zip(prompts, negatives, strict=True))
 
-    def _texts(self, prompts: Sequence[str], negatives: Sequence[str | None]) -> dict[str, NDArray[Any]]:
-        """``<name>.<half>`` to [N, ...], every distinct text encoded once."""
+    def _rows(
+        self,
+        texts: Sequence[tuple[str, str | None]],
+        image: Image.Image | None,
+        embeds: Mapping[str, NDArray[Any]] | None,
+        seeds: Sequence[int],
+        number: int,
+        size: str | None,
+    ) -> list[Row]:
+        """What conditions each image, ``number`` of each prompt."""
+        if embeds is not None:
+            tensors = from_embeddings(self.session, embeds, size=size)
+            each = [{name: rows[i : i + 1] for name, rows in tensors.items()} for i in range(len(seeds) // number)]
+        elif image is not None:
+            graph = self.session.graph(IMAGE, size)
+            if graph is None:
+                raise RequestError("the bundle has no image encoder (--components); export it with one")
+            picture = fit_picture(image, graph)
+            encoded = [encode_image(self.session, graph, picture, seed=seed) for seed in seeds]
+            return [conditioning_of(self.session, tensors, None, size=size) for tensors in encoded]
+        else:
+            each = self._encode(texts, size)
+        return [row for row in each for _ in range(number)]
+
+    def _encode(self, texts: Sequence[tuple[str, str | None]], size: str | None) -> list[dict[str, NDArray[Any]]]:
+        """What conditions one image of each text, every distinct text encoded once."""
         manifest = self.session.manifest
         if self._text is None:
             raise RequestError(
                 "the bundle has no text encoder (--components): give prompt_embeds, which `tgate embed` makes"
             )
         if not manifest.guided:
-            negatives = [None] * len(prompts)
+            texts = [(prompt, None) for prompt, _ in texts]
         elif not manifest.zero_negative:
-            negatives = [negative or "" for negative in negatives]
-        texts = dict.fromkeys([*prompts, *(negative for negative in negatives if negative is not None)])
-        encoded = {text: self._text.encode(text) for text in texts}
+            texts = [(prompt, negative or "") for prompt, negative in texts]
+        distinct = dict.fromkeys(text for pair in texts for text in pair if text is not None)
+        encoded = {text: self._text.encode(text) for text in distinct}
         for cut in dict.fromkeys(text.cut for text in encoded.values() if text.cut):
             log.warning('the prompt is longer than the model takes; left out: "%s"', cut)
-        each = [
-            halves(manifest, encoded[prompt].tensors, None if negative is None else encoded[negative].tensors)
-            for prompt, negative in zip(prompts, negatives, strict=True)
+        return [
+            conditioning_of(
+                self.session,
+                encoded[prompt].tensors,
+                None if negative is None else encoded[negative].tensors,
+                size=size,
+            )
+            for prompt, negative in texts
         ]
-        return {name: np.concatenate([rows[name] for rows in each]) for name in each[0]}
 
     def _denoise(
         self,
         plan: Plan,
+        size: str | None,
         start: NDArray[np.float32],
-        rows: Mapping[str, NDArray[Any]],
-        guidance_scale: float,
-        seed: int,
+        rows: Sequence[Row],
+        scales: Sequence[float],
+        drawn: Callable[[int, int], NDArray[np.float32]],
         on_step: Callable[[Progress], None] | None,
     ) -> NDArray[np.float32]:
-        """Final latents [N, ...] of all images, in batches of the size that the bundle takes."""
-        count, done = len(start), 0
-        batches = list(_batches(count, *self.session.manifest.batch))
-        total = len(batches) * len(plan.steps)
+        """Final latents [N, ...] of all images, in batches of the sizes that the bundle takes."""
+        batches = list(_batches(len(start), [shape.batch for shape in self.session.shapes(size)]))
+        done, total = 0, len(batches) * len(plan.steps)
         final = np.empty_like(start)
-        for first, size, batch in batches:
-            some = slice(first, first + size)
-
-            def draw(step: int, first: int = first, batch: int = batch) -> NDArray[np.float32]:
-                shape = self.session.manifest.latents
-                return np.stack([noise(seed, first + j, shape, draw=in_step(step)) for j in range(batch)])
-
-            with self._binding(plan, batch) as binding:
+        for first, count, batch in batches:
+            # A batch that the bundle does not take so small is filled up with its last image.
+            images = [first + min(j, count - 1) for j in range(batch)]
+            with self.session.borrow((size, batch, plan), lambda batch=batch: State(self.session, plan, batch, size=size)) as state:
                 steps = run(
-                    binding,
-                    latents=batch_rows(start[some], batch),
-                    conditioning={name: batch_rows(values[some], batch) for name, values in rows.items()},
-                    guidance_scale=guidance_scale,
-                    step_noise=draw,
+                    state,
+                    latents=start[images],
+                    conditioning={name: np.concatenate([rows[j][name] for j in images]) for name in rows[first]},
+                    guidance_scale=[scales[j] for j in images],
+                    step_noise=lambda row, step, images=images: drawn(images[row], in_step(step)),
                 )
-                with closing(steps):  # whatever on_step raises, the binding is free again
+                with closing(steps):  # whatever on_step raises, the state is free again
                     for step in steps:
                         done += 1
                         if on_step is not None:
                             on_step(Progress(done=done, total=total, step=step))
-                final[some] = binding.latents()[:size]
+                final[first : first + count] = state.latents()[:count]
         return final
 
-    def _binding(self, plan: Plan, batch: int) -> AbstractContextManager[Binding]:
-        return self.session.lent((plan.name, batch), lambda: Binding(self.session, plan, batch))
 
+def _batches(count: int, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(first image, images, rows) of each run: the largest batches there are, the last one filled up if need be.
 
-def _batches(count: int, least: int, most: int) -> Iterator[tuple[int, int, int]]:
-    """(first image, images, batch) of each run: full batches, then the rest, padded up to ``least``."""
-    for first in range(0, count, most):
-        size = min(most, count - first)
-        yield first, size, max(size, least)
+    ``ranges``: what a call may hold, as (least, most), smallest first.
+    """
+    first = 0
+    while first < count:
+        left = count - first
+        fitting = [min(most, left) for least, most in ranges if least <= left]
+        size = max(fitting) if fitting else left
+        yield first, size, size if fitting else ranges[0][0]
+        first += size
 
 
 def _check_prompts(
@@ -262,6 +317,34 @@ def _check_prompts(
             f"got {len(prompts)} prompts and {len(negatives)} negative prompts; give one for each, or one"
         )
     return [*prompts], [*negatives]
+
+
+def _rows_of(embeds: Mapping[str, NDArray[Any]]) -> int:
+    """The prompts that embeddings are for; whether all tensors agree is checked later."""
+    return max([len(values) for values in embeds.values() if np.ndim(values)], default=1)
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """One for each image."""
+    if isinstance(seed, (list, tuple)):
+        if len(seed) != count:
+            raise RequestError(f"got {len(seed)} seeds for {count} images; give one for each, or one to count on from")
+        return tuple(check_seed(each) for each in seed)
+    first = random_seed() if seed is None else check_seed(seed)
+    if first + count > SEED_LIMIT:
+        raise RequestError(
+            f"image j of a request has the seed s + j, which must be below {SEED_LIMIT}; got {first} for {count} images"
+        )
+    return tuple(first + j for j in range(count))
+
+
+def _scales(scale: float | Sequence[float] | None, count: int, plan: Plan, manifest: Manifest) -> list[float]:
+    """One for each image."""
+    if isinstance(scale, (list, tuple)):
+        if len(scale) != count:
+            raise RequestError(f"got {len(scale)} guidance scales for {count} images; give one for each, or one")
+        return [_check_guidance(each, plan, manifest) for each in scale]
+    return [_check_guidance(scale, plan, manifest)] * count  # type: ignore[arg-type]
 
 
 def _check_guidance(scale: float | None, plan: Plan, manifest: Manifest) -> float:
@@ -295,11 +378,11 @@ def _check_count(num_images: int) -> int:
 
 
 def _check_latents(latents: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    wanted = f"initial latents must be float32 of shape {list(shape)}, standard normal noise"
+    expected = f"initial latents must be float32 of shape {list(shape)}, standard normal noise"
     if not isinstance(latents, np.ndarray):
-        raise RequestError(f"{wanted}, got {type(latents).__name__}")
+        raise RequestError(f"{expected}, got {type(latents).__name__}")
     if latents.shape != shape or latents.dtype != np.float32:
-        raise RequestError(f"{wanted}; got {latents.dtype} of shape {list(latents.shape)}")
+        raise RequestError(f"{expected}; got {latents.dtype} of shape {list(latents.shape)}")
     if not np.isfinite(latents).all():
-        raise RequestError(f"{wanted}; got values that are not finite")
+        raise RequestError(f"{expected}; got values that are not finite")
     return latents

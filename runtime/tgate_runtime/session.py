@@ -10,10 +10,12 @@ from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 from tgate_engine.bundle import Bundle
-from tgate_engine.errors import BundleError, EngineError
-from tgate_engine.manifest import Manifest
+from tgate_engine.errors import BundleError, EngineError, RequestError
+from tgate_engine.graph import DENOISE, GraphSpec, Role
+from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plan import Plan
-from tgate_runtime.backends import Backend, Executable, OnBuild, Options, backend
+from tgate_runtime.engines import open_engine
+from tgate_runtime.engines.protocol import Engine, Executable, OnBuild, Options
 from tgate_runtime.signatures import check_signatures
 
 T = TypeVar("T")
@@ -22,14 +24,18 @@ T = TypeVar("T")
 class Session:
     """Loaded graphs and the manifest they came from. Thread-safe: open one, share it.
 
-    What a request changes lies in its :class:`~tgate_runtime.binding.Binding`, which the session keeps for the next
-    request of its kind (:meth:`lent`). Closing a session lets go of the graphs; bindings made before keep those they
+    What a request changes lies in its :class:`~tgate_runtime.state.State`, which the session keeps for the next
+    request of its kind (:meth:`borrow`). Closing a session lets go of the graphs; states made before keep those they
     use until they are dropped themselves.
     """
 
-    def __init__(self, bundle: Bundle, engine: Backend, executables: Mapping[str, Executable]) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: Engine, executables: Mapping[str, Executable], shapes: Sequence[Shape]
+    ) -> None:
+        """``executables``: loaded graphs by their files; ``shapes``: those of the bundle that they belong to."""
         self.bundle = bundle
-        self.backend = engine
+        self.engine = engine
+        self._shapes = tuple(shapes)
         self._executables: Mapping[str, Executable] | None = executables
         self._idle: dict[Hashable, list[Any]] = {}
         self._lock = threading.Lock()
@@ -38,9 +44,9 @@ class Session:
     def open(
         source: str | os.PathLike[str] | Bundle,
         *,
-        engine: str = "ort-cpu",
+        engine: str | Engine = "ort-cpu",
         plans: Sequence[str | Plan] | None = None,
-        graphs: Sequence[str] = (),
+        sizes: Sequence[str] | None = None,
         check_digests: bool = True,
         on_build: OnBuild | None = None,
         **options: Unpack[Options],
@@ -48,56 +54,80 @@ class Session:
         """Check a bundle and load its graphs, so that what can fail fails here and not at the first step.
 
         ``source``: a bundle's directory, or a Bundle opened (and checked) before. ``engine``: one of
-        :data:`tgate_runtime.backends.ENGINES`; ``options``: the fields of its
-        :class:`~tgate_runtime.backends.EngineOptions`, such as ``threads=1``. ``on_build(done, total, graph)`` hears
-        of graphs that an engine has to compile first.
-        ``plans``: load the graphs of these plans alone (names, or plans that the bundle does not list), with the
-        text or image graph and the decoder; None takes every plan of the bundle. ``graphs``: further graphs to load.
+        :data:`tgate_runtime.engines.ENGINES`, with ``options``, the fields of its
+        :class:`~tgate_runtime.engines.protocol.EngineOptions`, such as ``threads=1``; or an engine that
+        :func:`~tgate_runtime.engines.open_engine` gave. ``on_build(done, total, graph)`` hears of graphs that an
+        engine has to compile first.
+        ``plans``: load the graphs of these plans alone (names, or plans that the bundle does not list), with those
+        around the denoiser; None takes every plan of the bundle. ``sizes``: those that requests may name, such as
+        ``"832x1216"``; None takes every size.
 
         Raises :class:`~tgate_engine.errors.BundleError`, ``PlanError`` or :class:`EngineError`.
         """
-        loader = backend(engine, **options)
+        loader = open_engine(engine, **options) if isinstance(engine, str) else engine
         bundle = source if isinstance(source, Bundle) else Bundle.open(source, check_digests=check_digests)
-        return Session(bundle, loader, loader.load(bundle, graphs_of(bundle, plans, graphs), on_build))
+        shapes = shapes_of(bundle, sizes)
+        return Session(bundle, loader, loader.load(bundle, graphs_of(bundle, plans, sizes), on_build), shapes)
 
     @property
     def manifest(self) -> Manifest:
         """The bundle's facts."""
         return self.bundle.manifest
 
-    def graph(self, name: str) -> Executable:
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The sizes that are loaded, the default first."""
+        return tuple(dict.fromkeys(shape.size for shape in self._shapes))
+
+    def shapes(self, size: str | None = None) -> tuple[Shape, ...]:
+        """The loaded shapes of a size, None being the first; smallest batches first. Raises :class:`RequestError`
+        listing the sizes there are."""
+        asked = self.sizes[0] if size is None else size
+        shapes = sorted((shape for shape in self._shapes if shape.size == asked), key=lambda shape: shape.batch)
+        if not shapes:
+            raise RequestError(
+                f"size {asked!r} is not loaded; there is {', '.join(self.sizes)} (the bundle has "
+                f"{', '.join(self.manifest.sizes)}; export it with --size for more)"
+            )
+        return tuple(shapes)
+
+    def graph(self, role: Role, size: str | None = None) -> GraphSpec | None:
+        """The graph of a role other than ``"denoise"``, at a size; None where the bundle has none."""
+        return self.shapes(size)[0].graph(role)
+
+    def executable(self, graph: GraphSpec) -> Executable:
         """A loaded graph. Raises :class:`EngineError` where it was not loaded, or the session is closed."""
         if self._executables is None:
             raise EngineError(f"the session of {self.bundle.path} is closed; open another one")
-        if name not in self._executables:
+        if graph.file not in self._executables:
             have = ", ".join(self._executables)
             raise EngineError(
-                f"graph {name!r} is not loaded (loaded: {have}); name its plan in Session.open(plans=...)"
+                f"graph {graph.file} is not loaded (loaded: {have}); name its plan in Session.open(plans=...)"
             )
-        return self._executables[name]
+        return self._executables[graph.file]
 
     @contextmanager
-    def lent(self, key: Hashable, make: Callable[[], T]) -> Iterator[T]:
+    def borrow(self, key: Hashable, make: Callable[[], T]) -> Iterator[T]:
         """What ``make()`` gave for ``key`` before and nobody uses now, or else what it gives; for one thread at a time.
 
-        Making bindings costs buffers, and on a GPU a captured graph for each call, so they wait here for the next
+        Making states costs buffers, and on a GPU a captured graph for each call, so they wait here for the next
         request: as many of a kind as there were at once. One whose engine fails is dropped.
         """
         with self._lock:
             idle = self._idle.get(key)
-            found: T = idle.pop() if idle else None  # type: ignore[assignment]
-        if found is None:
-            found = make()
+            item: T = idle.pop() if idle else None  # type: ignore[assignment]
+        if item is None:
+            item = make()
         sound = True
         try:
-            yield found
+            yield item
         except EngineError:
             sound = False
             raise
         finally:
             with self._lock:
                 if sound and self._executables is not None:
-                    self._idle.setdefault(key, []).append(found)
+                    self._idle.setdefault(key, []).append(item)
 
     def trim(self) -> None:
         """Free the buffers of requests that have ended; the next ones make new ones."""
@@ -120,20 +150,32 @@ class Session:
         self.close()
 
 
-def graphs_of(bundle: Bundle, plans: Sequence[str | Plan] | None = None, graphs: Sequence[str] = ()) -> tuple[str, ...]:
-    """The graphs that a session of those plans loads, checked: see :meth:`Session.open`, which raises as this does."""
+def shapes_of(bundle: Bundle, sizes: Sequence[str] | None = None) -> tuple[Shape, ...]:
+    """The bundle's shapes of those sizes, all where None. Raises :class:`BundleError` for a size that is not there."""
+    manifest = bundle.manifest
+    names = manifest.sizes if sizes is None else tuple(dict.fromkeys(sizes))
+    return tuple(shape for size in names for shape in manifest.shapes_of(size))
+
+
+def graphs_of(
+    bundle: Bundle, plans: Sequence[str | Plan] | None = None, sizes: Sequence[str] | None = None
+) -> tuple[GraphSpec, ...]:
+    """The graphs that such a session loads, each once and checked: see :meth:`Session.open`, which raises as this
+    does."""
     manifest = bundle.manifest
     chosen = list(manifest.plans.values()) if plans is None else []
     for plan in plans or ():
         chosen.append(manifest.plan(plan) if isinstance(plan, str) else plan)
-    for plan in chosen:
-        plan.check(manifest)
-    used = [name for plan in chosen for name in plan.graphs()]
     if not manifest.weights:
         raise BundleError(
             f"{bundle.path} was exported with --weights none: it can be inspected, not run; export it with weights"
         )
-    around = [name for name in (manifest.text, manifest.image, manifest.decoder) if name]
-    names = tuple(dict.fromkeys([*around, *used, *graphs]))
-    check_signatures(manifest, names)
-    return names
+    graphs: dict[str, GraphSpec] = {}
+    for shape in shapes_of(bundle, sizes):
+        for plan in chosen:
+            plan.check(shape.graphs, manifest.carries)
+        used = {name for plan in chosen for name in plan.graphs()}
+        kept = {name: spec for name, spec in shape.graphs.items() if spec.role != DENOISE or name in used}
+        check_signatures(manifest, kept)
+        graphs |= {spec.file: spec for spec in kept.values()}
+    return tuple(graphs.values())

@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from tgate_engine.conditioning import half_names
 from tgate_engine.errors import BundleError
+from tgate_engine.graph import DECODE, DENOISE, IMAGE, TEXT, GraphSpec, Role
 from tgate_engine.manifest import Manifest
-from tgate_engine.plan import DENOISING_GRAPHS
-from tgate_engine.sampler import HISTORY
+from tgate_engine.step import STEP_INPUTS, STEP_OUTPUTS
 
-_PAST = tuple(f"{name}.{lag}" for name in ("latents", "output") for lag in range(1, HISTORY + 1))
-STEP_INPUTS = ("step", "noise", "latents", *_PAST)
-STEP_OUTPUTS = ("next_latents", "output")
+TOKENS, PICTURE, PICTURE_NOISE, FINAL_LATENTS, PIXELS = "ids", "picture", "noise", "latents", "image"
+"""Names of what the graphs around the denoiser take and give: ``ids.<i>`` for tokenizer i, and so on."""
 
 
-def check_signatures(manifest: Manifest, graphs: Iterable[str]) -> None:
+def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> None:
     """Raises :class:`BundleError` for the first of ``graphs`` with an input that nothing feeds, or without an
     output that is needed."""
-    feeds: dict[str, set[str]] = {}
-    needs: dict[str, Iterable[str]] = {}
-    if manifest.text:
-        feeds[manifest.text] = {t.input for t in manifest.tokenizers}
-        needs[manifest.text] = manifest.conditioned_by("text")
-    if manifest.image:
-        feeds[manifest.image] = {"picture", "noise"}
-        needs[manifest.image] = manifest.conditioned_by("image")
-    if manifest.decoder:
-        feeds[manifest.decoder] = {"latents"}
-        needs[manifest.decoder] = ["image"]
-    halves = {f"{c.name}.{half}" for c in manifest.conditioning for half in ("negative", "positive")}
-    for name in graphs:
-        if name not in manifest.graphs:
-            raise BundleError(f"the bundle has no graph {name!r}; it has {', '.join(manifest.graphs)}")
-        spec = manifest.graphs[name]
-        fed, needed = feeds.get(name, set()), [*needs.get(name, [])]
-        if name in DENOISING_GRAPHS:
-            fed = {*STEP_INPUTS, *halves, *manifest.carry_specs()}
-            needed = [*STEP_OUTPUTS]
-        if odd := [i for i in spec.input_names() if i not in fed]:
+    feeds: dict[Role, set[str]] = {
+        DENOISE: {*STEP_INPUTS, *half_names(manifest.conditioning), *manifest.carries},
+        TEXT: {t.input for t in manifest.tokenizers},
+        IMAGE: {PICTURE, PICTURE_NOISE},
+        DECODE: {FINAL_LATENTS},
+    }
+    needs: dict[Role, Iterable[str]] = {
+        DENOISE: STEP_OUTPUTS,
+        TEXT: manifest.conditioned_by("text"),
+        IMAGE: manifest.conditioned_by("image"),
+        DECODE: (PIXELS,),
+    }
+    for name, spec in graphs.items():
+        if odd := [i for i in spec.input_names() if i not in feeds[spec.role]]:
             raise BundleError(f"graph {name!r} takes {', '.join(odd)}, which nothing feeds; export the bundle again")
-        if missing := [o for o in needed if o not in spec.output_names()]:
+        if missing := [o for o in needs[spec.role] if o not in spec.output_names()]:
             raise BundleError(f"graph {name!r} does not give {', '.join(missing)}; export the bundle again")
-    if manifest.text and (unfed := feeds[manifest.text] - {*manifest.graphs[manifest.text].input_names()}):
-        raise BundleError(f"the text graph has no input {', '.join(sorted(unfed))}; export the bundle again")
+        if spec.role == TEXT and (unfed := feeds[TEXT] - {*spec.input_names()}):
+            raise BundleError(f"graph {name!r} has no input {', '.join(sorted(unfed))}; export the bundle again")

@@ -11,12 +11,14 @@ import tokenizers
 from numpy.typing import NDArray
 
 from tgate_engine.errors import BundleError, RequestError
+from tgate_engine.graph import TEXT, GraphSpec
+from tgate_engine.manifest import Tokenizer
 from tgate_runtime.graph_call import GraphCall
 from tgate_runtime.session import Session
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class EncodedText:
     """What a prompt became. Treat as read-only.
 
     ``tensors``: conditioning name to [1, ...], in the text graph's storage dtype. ``cut``: the part of the
@@ -27,17 +29,16 @@ class Encoded:
     cut: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Tokens:
-    ids: NDArray[np.int64]  # [1, length]
-    cut: str
-
-
 class TextEncoder:
     """The bundle's tokenizers and its text graph. Immutable and thread-safe."""
 
     def __init__(self, session: Session) -> None:
-        """Load the tokenizers; the bundle has a text graph. Raises :class:`BundleError` for a file that is none."""
+        """Load the tokenizers. Raises :class:`BundleError` for a file that is none, or a bundle without a text graph.
+        """
+        graph = session.graph(TEXT)
+        if graph is None:
+            raise BundleError(f"{session.bundle.path} has no text encoder (--components); export it with one")
+        self._graph: GraphSpec = graph
         self._session = session
         self._tokenizers: list[tokenizers.Tokenizer] = []
         for spec in session.manifest.tokenizers:
@@ -46,37 +47,38 @@ class TextEncoder:
                 tokenizer = tokenizers.Tokenizer.from_file(str(path))
             except Exception as error:  # the library raises Exception itself
                 raise BundleError(f"{path} is not a tokenizer ({error}); export the bundle again") from None
-            tokenizer.no_truncation()
+            # The library cuts, at export and here: one rule for what is kept of too long a prompt.
+            tokenizer.enable_truncation(spec.length)
             tokenizer.no_padding()
             self._tokenizers.append(tokenizer)
 
-    def encode(self, prompt: str) -> Encoded:
+    def encode(self, prompt: str) -> EncodedText:
         """Tokenize ``prompt`` (it may be empty) and run the text graph once.
 
         Raises :class:`RequestError` for text that is not valid Unicode.
         """
-        manifest = self._session.manifest
-        tokens = [self._tokenize(index, prompt) for index in range(len(manifest.tokenizers))]
-        with GraphCall.lent(self._session, manifest.text) as encoder:
-            for tokenizer, found in zip(manifest.tokenizers, tokens, strict=True):
-                encoder.inputs[tokenizer.input].write(found.ids)
+        specs = self._session.manifest.tokenizers
+        tokens = [self._tokenize(tokenizer, spec, prompt) for tokenizer, spec in zip(self._tokenizers, specs, strict=True)]
+        with GraphCall.borrow(self._session, self._graph) as encoder:
+            for spec, (ids, _) in zip(specs, tokens, strict=True):
+                encoder.inputs[spec.input].write(ids)
             encoder()
             tensors = {name: buffer.read() for name, buffer in encoder.outputs.items()}
-        return Encoded(tensors=tensors, cut=max((found.cut for found in tokens), key=len, default=""))
+        return EncodedText(tensors=tensors, cut=max((cut for _, cut in tokens), key=len, default=""))
 
-    def _tokenize(self, index: int, prompt: str) -> _Tokens:
-        """Ids cut to the tokenizer's length, with its end token kept, and filled up with its padding."""
-        spec = self._session.manifest.tokenizers[index]
+    @staticmethod
+    def _tokenize(tokenizer: tokenizers.Tokenizer, spec: Tokenizer, prompt: str) -> tuple[NDArray[np.int64], str]:
+        """Ids [1, length], cut and filled up with padding, and what of the prompt was cut."""
         try:
-            encoding = self._tokenizers[index].encode(prompt)
+            encoding = tokenizer.encode(prompt)
         except (TypeError, UnicodeError):
             raise RequestError(f"the prompt must be text in valid Unicode, got {prompt!r:.80}") from None
-        ids, cut = list(encoding.ids), ""
-        if len(ids) > spec.length:
-            end = 1 if encoding.special_tokens_mask[-1] else 0
-            kept = spec.length - end
-            lost = encoding.offsets[kept : len(ids) - end]
-            cut = prompt[lost[0][0] : lost[-1][1]] if lost else ""
-            ids = ids[:kept] + ids[len(ids) - end :]
-        ids += [spec.pad_id] * (spec.length - len(ids))
-        return _Tokens(ids=np.array([ids], np.int64), cut=cut)
+        lost = [
+            span
+            for rest in encoding.overflowing
+            for span, special in zip(rest.offsets, rest.special_tokens_mask, strict=True)
+            if not special
+        ]
+        cut = prompt[min(begin for begin, _ in lost) : max(end for _, end in lost)] if lost else ""
+        ids = [*encoding.ids, *[spec.pad_id] * (spec.length - len(encoding.ids))]
+        return np.array([ids], np.int64), cut

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tgate_engine.bundle import write_atomically
+from tgate_engine.atomic import write_atomically
 from tgate_runtime.runner import StepDone
 
 _ENGINE, _HOST = 1, 2
@@ -33,7 +33,7 @@ def write_trace(path: Path, title: str, begin_s: float, end_s: float, steps: Seq
     for done in steps:
         end = done.begin_s + done.elapsed_ms / 1e3
         span("before the step", _HOST, free_s, done.begin_s, step=done.index)
-        notes = {"phase": str(done.step.phase), "reads": list(done.step.reads), "writes": list(done.step.writes)}
+        notes = {"phase": done.step.phase, "reads": list(done.step.reads), "writes": list(done.step.writes)}
         span(done.step.graph, _ENGINE, done.begin_s, end, step=done.index, **notes)
         free_s = end
     span("after the last step", _HOST, free_s, end_s)

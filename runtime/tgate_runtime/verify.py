@@ -13,15 +13,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from tgate_engine.bundle import Bundle
+from tgate_engine.dtypes import decode, encode, storage
 from tgate_engine.errors import BundleError
-from tgate_engine.manifest import Golden
+from tgate_engine.graph import GraphSpec
+from tgate_engine.manifest import Golden, Shape
 from tgate_engine.plan import Plan
-from tgate_runtime.backends import OnBuild, Options
-from tgate_runtime.binding import Binding
-from tgate_runtime.dtypes import decode, encode, storage
+from tgate_runtime.engines.protocol import Engine, OnBuild, Options
 from tgate_runtime.graph_call import GraphCall
 from tgate_runtime.runner import run
 from tgate_runtime.session import Session
+from tgate_runtime.state import State
 
 _ROUNDING = {"f16": 3e-2, "bf16": 2e-1}
 """What an engine that computes in less than the bundle's dtype is allowed, as the exporter allows such bundles."""
@@ -47,7 +48,7 @@ class Checked:
 def verify(
     bundle: Bundle,
     *,
-    engine: str = "ort-cpu",
+    engine: str | Engine = "ort-cpu",
     on_golden: Callable[[int, int, str], None] | None = None,
     on_build: OnBuild | None = None,
     **options: Unpack[Options],
@@ -62,20 +63,13 @@ def verify(
     if not goldens:
         return []
     plans = [*bundle.manifest.plans.values(), *(g.plan for g in goldens.values() if g.plan is not None)]
-    graphs = [golden.graph for golden in goldens.values() if golden.plan is None]
-    for graph in graphs:
-        if graph not in bundle.manifest.graphs:
-            raise BundleError(f"{bundle.path}: a golden names graph {graph!r}, which is not there; export again")
     checked = []
-    with Session.open(bundle, engine=engine, plans=plans, graphs=graphs, on_build=on_build, **options) as session:
-        rounding = _ROUNDING.get(session.backend.options.precision or "", 0.0)
+    with Session.open(bundle, engine=engine, plans=plans, on_build=on_build, **options) as session:
+        rounding = _ROUNDING.get(session.engine.options.precision or "", 0.0)
         for done, (name, golden) in enumerate(goldens.items(), start=1):
             try:
                 tensors = load_file(bundle.file(golden.file))
-                if golden.plan is None:
-                    error = _replay_graph(session, golden, tensors)
-                else:
-                    error = _replay_plan(session, golden.plan, tensors, each_step=rounding > 0)
+                error = _replay(session, golden, tensors, each_step=rounding > 0)
             except (KeyError, ValueError, SafetensorError) as fault:
                 raise BundleError(f"{bundle.path}: golden {name} is malformed ({fault}); export again") from None
             tolerance = max(golden.tolerance, rounding)
@@ -85,9 +79,10 @@ def verify(
     return checked
 
 
-def relative_error(got: NDArray[Any], wanted: NDArray[Any]) -> float:
-    """max |got - wanted| / max |wanted|, in float64. NaN where ``got`` is not finite; absolute where wanted is 0."""
-    a, b = got.astype(np.float64), wanted.astype(np.float64)
+def relative_error(values: NDArray[Any], recorded: NDArray[Any]) -> float:
+    """max |values - recorded| / max |recorded|, in float64. NaN where ``values`` are not finite; absolute where what is
+    recorded is 0."""
+    a, b = values.astype(np.float64), recorded.astype(np.float64)
     if a.shape != b.shape:
         raise ValueError(f"shape {a.shape} where {b.shape} is recorded")
     if not np.isfinite(a).all():
@@ -96,36 +91,47 @@ def relative_error(got: NDArray[Any], wanted: NDArray[Any]) -> float:
     return float(np.abs(a - b).max(initial=0.0)) / (scale or 1.0)
 
 
-def _replay_plan(session: Session, plan: Plan, tensors: Tensors, *, each_step: bool) -> float:
-    """Walk a golden's plan from ``latents.0``; the worst error of ``latents.<i+1>`` after step i.
+def _replay(session: Session, golden: Golden, tensors: Tensors, *, each_step: bool) -> float:
+    """The worst error of a golden, on every shape of its size."""
+    shapes = session.shapes(golden.size)
+    if golden.plan is None:
+        graphs = {shape.graphs[golden.graph].file: shape.graphs[golden.graph] for shape in shapes}
+        return _worst([_replay_graph(session, graph, tensors) for graph in graphs.values()])
+    plan = golden.plan
+    return _worst([_replay_plan(session, shape, plan, tensors, each_step=each_step) for shape in shapes])
+
+
+def _replay_plan(session: Session, shape: Shape, plan: Plan, tensors: Tensors, *, each_step: bool) -> float:
+    """Walk a golden's plan from ``latents.0`` [1, ...], on as few rows as the shape takes, all alike; the worst error
+    of ``latents.<i+1>`` after step i.
 
     With ``each_step``, every step begins with the recorded latents. A few steps of a trained network make much of
     what an engine rounds in the first: where it rounds on purpose, only single steps say whether it computes right.
     """
-    noise = tensors["latents.0"]
-    binding = Binding(session, plan, len(noise))
+    rows = shape.batch[0]
+    state = State(session, plan, rows, size=shape.size)
     prefix = "conditioning."
     steps = run(
-        binding,
-        latents=noise,
+        state,
+        latents=np.repeat(tensors["latents.0"], rows, axis=0),
         conditioning={name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)},
         guidance_scale=float(tensors["guidance_scale"].reshape(-1)[0]),
-        step_noise=lambda index: tensors[f"noise.{index}"],
+        step_noise=lambda _, index: tensors[f"noise.{index}"][0],
     )
     errors = []
     for step in steps:
         recorded = tensors[f"latents.{step.index + 1}"]
-        errors.append(relative_error(binding.latents(), recorded))
+        errors.append(relative_error(state.latents(), np.repeat(recorded, rows, axis=0)))
         if each_step:
-            binding.replace_latents(recorded)
+            for row in range(rows):
+                state.replace_latents(row, recorded[0])
     return _worst(errors)
 
 
-def _replay_graph(session: Session, golden: Golden, tensors: Tensors) -> float:
+def _replay_graph(session: Session, graph: GraphSpec, tensors: Tensors) -> float:
     """Run one graph once on ``input.*``; the worst error of ``output.*``."""
-    spec = session.manifest.graphs[golden.graph]
-    batch = spec.batch_of({t.name: tensors[f"input.{t.name}"].shape for t in spec.inputs})
-    call = GraphCall(session, golden.graph, batch)
+    batch = graph.batch_of({t.name: tensors[f"input.{t.name}"].shape for t in graph.inputs})
+    call = GraphCall(session, graph, batch)
     for name, buffer in call.inputs.items():
         values = tensors[f"input.{name}"]
         if values.shape != buffer.shape:

@@ -1,0 +1,264 @@
+"""The state of requests: every buffer of their images' trajectories, allocated before the first step and bound once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tgate_engine.conditioning import half_names
+from tgate_engine.dtypes import encode, storage
+from tgate_engine.errors import RequestError
+from tgate_engine.footprint import buffers
+from tgate_engine.graph import GraphSpec
+from tgate_engine.plan import Plan, Step
+from tgate_engine.step import LATENTS, NEXT_LATENTS, NOISE, OUTPUT, STEP, STEP_OUTPUTS, past, step_row
+from tgate_runtime.engines.protocol import Buffer, Call
+from tgate_runtime.session import Session
+
+StepNoise = Callable[[int], NDArray[np.float32]]
+"""Standard normal noise [...] of one image, by the index of the step that adds it."""
+
+
+@dataclass(frozen=True)
+class _Image:
+    """Where one image is: the next step of its plan, and what is its own."""
+
+    plan: Plan
+    position: int
+    guidance_scale: float
+    step_noise: StepNoise | None
+
+    @property
+    def step(self) -> Step | None:
+        return self.plan.steps[self.position] if self.position < len(self.plan.steps) else None
+
+
+class State:
+    """Room for images of one size, a row for each in every buffer, and the engine calls on ranges of rows.
+
+    An image has a plan, a position in it, a guidance scale and noise of its own. Images in neighbouring rows whose
+    next steps run the same graph can share a call, whatever their plans and positions (:meth:`take`). Every carry has
+    one buffer, which the writing step's graph fills and later steps' graphs read in place; after a step an image's
+    history moves back by one place, which copies a few of its latents.
+
+    The state owns all its buffers and may be used for one request after another; between requests the last
+    one's latents stay readable. One thread at a time; :meth:`claim` guards that. It keeps alive the graphs that it
+    uses, not the session.
+    """
+
+    def __init__(
+        self, session: Session, plans: Plan | Sequence[Plan], rows: int = 1, *, size: str | None = None
+    ) -> None:
+        """Allocate ``rows`` rows for images that follow any of ``plans``, and bind the calls on all of them.
+
+        ``size``: None is the session's default. Raises :class:`RequestError` for a size that is not loaded, and
+        :class:`~tgate_engine.errors.EngineError` where the session did not load a graph of a plan.
+        """
+        if rows < 1:
+            raise RequestError(f"a state has at least 1 row, got {rows}")
+        self.plans: tuple[Plan, ...] = (plans,) if isinstance(plans, Plan) else tuple(plans)
+        self.rows = rows
+        self._shapes = session.shapes(size)
+        self._session = session
+        self._lock = threading.Lock()
+        graphs = self._shapes[0].graphs
+        for plan in self.plans:
+            plan.check(graphs, session.manifest.carries)
+        self._buffers: dict[str, Buffer] = {
+            name: session.engine.allocate(tensor.resolve(rows), tensor.dtype)
+            for name, tensor in buffers(graphs, self.plans).items()
+        }
+        self._halves = [name for name in half_names(session.manifest.conditioning) if name in self._buffers]
+        self._images: list[_Image | None] = [None] * rows
+        self._views: dict[tuple[int, int], dict[str, Buffer]] = {}
+        self._calls: dict[tuple[str, frozenset[str], int, int], Call] = {}
+        if any(least <= rows <= most for least, most in self.batches()):
+            for step in (step for plan in self.plans for step in plan.steps):
+                self._call(step.graph, frozenset(step.writes), 0, rows)
+
+    # --- images ---------------------------------------------------------------------------------
+
+    def claim(self) -> threading.Lock:
+        """The lock of a run, taken. Raises :class:`RequestError` while another run uses this state."""
+        if not self._lock.acquire(blocking=False):
+            raise RequestError("this state is in use by another run; make one state for each")
+        return self._lock
+
+    def begin(
+        self,
+        row: int,
+        noise: NDArray[np.float32],
+        conditioning: Mapping[str, NDArray[Any]],
+        *,
+        guidance_scale: float,
+        plan: Plan | None = None,
+        step_noise: StepNoise | None = None,
+    ) -> None:
+        """Start an image in a row: x_0 is ``noise`` times the sampler's initial scale, its history zeros.
+
+        ``noise``: standard normal, float32 [...]. ``conditioning``: ``<name>.<half>`` to [...]; float32 numbers, which
+        are rounded to the graph's dtype, or that dtype's bits already. Names that no plan uses are ignored.
+        ``guidance_scale``: ignored by graphs that have no guidance. ``plan``: one of the state's; None where it has one
+        alone. ``step_noise``: needed where the sampler is stochastic. All arrays are copied. Raises
+        :class:`RequestError` naming what is missing or misshapen.
+        """
+        chosen = self._plan(plan)
+        if chosen.sampler.stochastic and step_noise is None:
+            raise RequestError(f"sampler {chosen.sampler.name!r} draws noise in its steps; give step_noise")
+        missing = [name for name in self._halves if name not in conditioning]
+        if missing:
+            raise RequestError(
+                f"the plan's graphs take conditioning {', '.join(missing)}; got {', '.join(conditioning) or 'none'}"
+            )
+        own = self._view(row, 1)
+        for name in self._history():
+            own[name].write(np.zeros(1, np.float32))
+        start = np.asarray(noise) * np.float32(chosen.sampler.initial_scale)
+        self._write(own[LATENTS], start, "the initial latents")
+        for name in self._halves:
+            self._write(own[name], conditioning[name], f"conditioning {name}")
+        self._images[row] = _Image(chosen, 0, float(guidance_scale), step_noise)
+
+    def step(self, row: int) -> Step | None:
+        """The next step of the image in a row; None where its plan is at its end, or there is no image."""
+        image = self._images[row]
+        return None if image is None else image.step
+
+    def latents(self, row: int | None = None) -> NDArray[np.float32]:
+        """A copy of the latents after the last step taken, float32: [...] of one row, or [rows, ...] of all."""
+        if row is None:
+            return self._buffers[LATENTS].read()
+        array: NDArray[np.float32] = self._view(row, 1)[LATENTS].read()[0]
+        return array
+
+    def replace_latents(self, row: int, latents: NDArray[np.float32]) -> None:
+        """Put float32 [...] in place of a row's latents; its next step goes on from them."""
+        self._write(self._view(row, 1)[LATENTS], latents, "the latents")
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def batches(self) -> tuple[tuple[int, int], ...]:
+        """The ranges of images that one call may have, each as (least, most)."""
+        return tuple(shape.batch for shape in self._shapes)
+
+    def together(self) -> list[range]:
+        """Ranges of neighbouring rows whose next steps run the same graph, as long as calls may be."""
+        most = max(most for _, most in self.batches())
+        ranges: list[range] = []
+        for row in range(self.rows):
+            step = self.step(row)
+            if step is None:
+                continue
+            last = ranges[-1] if ranges else None
+            before = self.step(last[-1]) if last else None
+            if last and before and last.stop == row and before.graph == step.graph and len(last) < most:
+                ranges[-1] = range(last.start, row + 1)
+            else:
+                ranges.append(range(row, row + 1))
+        return ranges
+
+    def take(self, rows: range) -> tuple[Call, tuple[Step, ...]]:
+        """Write the rows' next steps into their buffers; the call that takes them, and the steps.
+
+        :meth:`turn` has to follow the call. Raises :class:`RequestError` where the rows' next steps do not run one
+        graph, or the bundle was not exported for so many images in a call.
+        """
+        images = [image for row in rows if (image := self._images[row]) is not None]
+        steps = [image.step for image in images if image.step is not None]
+        if not steps or len(steps) < len(rows):
+            raise RequestError(f"rows {rows.start} to {rows.stop - 1} do not all have a step to take")
+        graphs = dict.fromkeys(step.graph for step in steps)
+        if len(graphs) > 1:
+            raise RequestError(f"images that share a call run one graph; got {', '.join(graphs)}")
+        call = self._call(steps[0].graph, frozenset(n for s in steps for n in s.writes), rows.start, len(rows))
+        numbers = np.stack([step_row(s.call, i.guidance_scale) for s, i in zip(steps, images, strict=True)])
+        self._view(rows.start, len(rows))[STEP].write(numbers)
+        if NOISE in self._buffers:
+            for row, step, image in zip(rows, steps, images, strict=True):
+                if step.call.noise and image.step_noise is not None:
+                    drawn = image.step_noise(step.index)
+                    self._write(self._view(row, 1)[NOISE], drawn, f"the noise of step {step.index}")
+        return call, tuple(steps)
+
+    def turn(self, rows: range) -> None:
+        """After the call of :meth:`take`: each image's history moves on, and so does its position."""
+        own = self._view(rows.start, len(rows))
+        reach = 0
+        for row in rows:
+            image = self._images[row]
+            assert image is not None  # take() has seen it
+            reach = max(reach, image.plan.sampler.reach)
+            self._images[row] = replace(image, position=image.position + 1)
+        for lag in range(reach, 0, -1):
+            for name in (LATENTS, OUTPUT):
+                if past(name, lag) in own:
+                    own[past(name, lag)].copy(own[past(name, lag - 1)])
+        own[LATENTS].copy(own[NEXT_LATENTS])
+
+    # --- buffers --------------------------------------------------------------------------------
+
+    def carries(self) -> dict[str, Buffer]:
+        """The carries' buffers, by name; owned by this state."""
+        names = dict.fromkeys(name for plan in self.plans for name in plan.carries())
+        return {name: self._buffers[name] for name in names}
+
+    def conditioning(self) -> tuple[str, ...]:
+        """The conditioning that the plans' graphs take, as ``<name>.<half>``."""
+        return tuple(self._halves)
+
+    def calls(self) -> dict[tuple[str, frozenset[str], int, int], Call]:
+        """The engine calls bound until now, by (graph, carries written, first row, rows)."""
+        return dict(self._calls)
+
+    def _plan(self, plan: Plan | None) -> Plan:
+        if plan is None:
+            if len(self.plans) > 1:
+                raise RequestError(f"the state has {len(self.plans)} plans; name the image's")
+            return self.plans[0]
+        if not any(plan is own or plan == own for own in self.plans):
+            raise RequestError(f"plan {plan.name!r} is none of the state's: {', '.join(p.name for p in self.plans)}")
+        return plan
+
+    def _history(self) -> Iterable[str]:
+        return (name for name in self._buffers if name.partition(".")[0] in (LATENTS, OUTPUT, NOISE))
+
+    def _call(self, graph: str, writes: frozenset[str], first: int, count: int) -> Call:
+        key = (graph, writes, first, count)
+        if key not in self._calls:
+            spec = self._spec(graph, count)
+            own = self._view(first, count)
+            inputs = {t.name: own[t.name] for t in spec.inputs}
+            outputs = {name: own[name] for name in (*STEP_OUTPUTS, *sorted(writes))}
+            self._calls[key] = self._session.executable(spec).bind(inputs, outputs)
+        return self._calls[key]
+
+    def _spec(self, graph: str, count: int) -> GraphSpec:
+        for shape in self._shapes:
+            if shape.batch[0] <= count <= shape.batch[1]:
+                return shape.graphs[graph]
+        ranges = " or ".join(f"{least} to {most}" if least < most else str(least) for least, most in self.batches())
+        raise RequestError(f"the bundle takes {ranges} images at once, got {count}; export with --batch")
+
+    def _view(self, first: int, count: int) -> dict[str, Buffer]:
+        key = (first, count)
+        if key not in self._views:
+            if not 0 <= first < first + count <= self.rows:
+                raise RequestError(f"the state has rows 0 to {self.rows - 1}, got {first} to {first + count - 1}")
+            self._views[key] = {name: buffer.rows(first, count) for name, buffer in self._buffers.items()}
+        return self._views[key]
+
+    def _write(self, buffer: Buffer, array: NDArray[Any], what: str) -> None:
+        """Write one image's ``array`` [...] into a view [1, ...]."""
+        array = np.asarray(array)
+        if array.shape != buffer.shape[1:]:
+            raise RequestError(f"{what} must have shape {list(buffer.shape[1:])}, got {list(array.shape)}")
+        if array.dtype == np.float32:
+            array = encode(array, buffer.dtype)
+        if array.dtype != storage(buffer.dtype):
+            raise RequestError(f"{what} must be {buffer.dtype}, got {array.dtype}")
+        buffer.write(array[np.newaxis])

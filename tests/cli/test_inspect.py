@@ -1,15 +1,13 @@
-"""The numbers behind ``tgate inspect``, and how they are shown."""
+"""The numbers behind ``tgate inspect``."""
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 
 from tests.toy_bundle import Toy, build
-from tgate_cli import views
 from tgate_cli.inspect import carry_bytes, describe, guidance_stopped, memory, shortened, ungated
 from tgate_engine.bundle import Bundle
 from tgate_engine.schedule import Schedule
@@ -82,31 +80,6 @@ def test_the_plans_that_it_is_compared_with(bundle: Bundle, tmp_path: Path) -> N
 )
 def test_long_lists_of_carries_are_shortened(names: list[str], shown: str) -> None:
     assert shortened(names) == shown
-
-
-def test_the_view_for_people(bundle: Bundle) -> None:
-    out = io.StringIO()
-    views.inspection(describe(bundle), out)
-    lines = out.getvalue().splitlines()
-    assert lines[0].startswith("toy (toy), 4×4, float32, with guidance, 1 to 4 at once")
-    title = lines.index("plan default: n=8, m=5, k=2, warm-up 2, fidelity interval 1, toy, guidance 3")
-    assert " ".join(lines[title + 1].split()) == "step phase graph timestep reads writes paper MACs all MACs"
-    assert " ".join(lines[title + 5].split()) == "3 semantics-planning reuse_self 909.5 self.0, self.1 1600 1700"
-    assert "all MACs 15400; ungated 20800, 1.35× as many" in lines
-    assert "\x1b" not in out.getvalue()
-
-
-def test_the_view_at_a_terminal(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    out = Terminal()
-    views.inspection(describe(bundle), out)
-    assert "reuse_self" in out.getvalue()
-    assert "───" in out.getvalue()
 
 
 @pytest.mark.parametrize("name", list(SCHEDULES))

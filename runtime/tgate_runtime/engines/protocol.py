@@ -76,8 +76,9 @@ class Executable(Protocol):
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         """A :class:`Call` on these buffers, which are for as many images as the inputs have rows. Every input of the
-        graph must be there. Outputs may be left out, all but one: what is left out is written nowhere. Raises
-        :class:`EngineError` for a name that the graph does not have, and a buffer of another dtype or shape."""
+        graph must be there. Outputs may be left out, all but one: what is left out is written nowhere. The others may
+        hold anything from then on until the call: an engine may run the graph to warm up. Raises :class:`EngineError`
+        for a name that the graph does not have, and for a buffer of another dtype or shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +221,8 @@ def check_buffers(spec: GraphSpec, inputs: Mapping[str, Buffer], outputs: Mappin
 
 
 def check_interface(spec: GraphSpec, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
-    """Raises :class:`EngineError` where a loaded graph does not have the inputs and outputs of ``spec``; given are the
-    dtypes of those that it has, by the manifest's names."""
+    """Raises :class:`EngineError` where a loaded graph does not have the inputs and outputs of ``spec``. ``inputs``,
+    ``outputs``: the dtypes of those that it has, by the manifest's names."""
     for what, got, tensors in (("inputs", inputs, spec.inputs), ("outputs", outputs, spec.outputs)):
         if odd := got.items() ^ {(tensor.name, tensor.dtype) for tensor in tensors}:
             names = ", ".join(f"{name} {dtype}" for name, dtype in sorted(odd))

@@ -26,15 +26,16 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from tgate_engine.bundle import Bundle
+from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
-from tgate_engine.manifest import GraphSpec, multiple, resolve
-from tgate_runtime import cache
-from tgate_runtime.backends import EngineOptions, OnBuild, check_buffers, fitted
-from tgate_runtime.backends.aoti import graph as graph_code
-from tgate_runtime.backends.aoti import operators as operator_code
-from tgate_runtime.backends.aoti.graph import OnnxModule, Weights, trace
+from tgate_engine.graph import DENOISE, GraphSpec
+from tgate_runtime.engines.aoti import graph as graph_code
+from tgate_runtime.engines.aoti import operators as operator_code
+from tgate_runtime.engines.aoti.graph import OnnxModule, Weights, trace
+from tgate_runtime.engines.compiled import entries, ready_entries
+from tgate_runtime.engines.protocol import Buffer, EngineOptions, OnBuild, check_buffers, fitted, matched, row_shape
 
-_PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+_TORCH_DTYPE = {dtype.short: getattr(torch, name) for name, dtype in DTYPES.items()}
 _FLAGS: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
     # Otherwise small weights, and those that hold one number, would be written into the code as they are today.
@@ -53,13 +54,23 @@ _PACKAGE, _CONSTANTS, _NAMES = "graph.pt2", "constants.safetensors", "weights.js
 
 
 class TorchBuffer:
-    """A :class:`~tgate_runtime.backends.Buffer`: ``tensor``, on the engine's device."""
+    """A :class:`~tgate_runtime.engines.protocol.Buffer`: ``tensor``, on the engine's device."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, device: torch.device) -> None:
-        self.tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
-        self.shape = shape
+    def __init__(self, tensor: Any, dtype: str) -> None:
+        """``tensor``: contiguous, of torch's dtype of that name."""
+        self.tensor = tensor
         self.dtype = dtype
-        self.address = int(self.tensor.data_ptr())
+        self.shape: tuple[int, ...] = tuple(tensor.shape)
+        self.address = int(tensor.data_ptr())
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...], dtype: str, device: torch.device) -> TorchBuffer:
+        """A buffer with memory of its own."""
+        return TorchBuffer(torch.zeros(shape, dtype=getattr(torch, dtype), device=device), dtype)
+
+    def rows(self, first: int, count: int) -> TorchBuffer:
+        row_shape(self.shape, first, count)
+        return TorchBuffer(self.tensor.narrow(0, first, count), self.dtype)
 
     def write(self, array: NDArray[Any]) -> None:
         fitted(array, self.shape, self.dtype)
@@ -69,12 +80,16 @@ class TorchBuffer:
     def read(self) -> NDArray[Any]:
         host = self.tensor.cpu()
         bits = host.view(torch.uint16) if self.dtype == "bfloat16" else host
-        found: NDArray[Any] = bits.numpy().copy()
-        return found
+        array: NDArray[Any] = bits.numpy().copy()
+        return array
+
+    def copy(self, source: Buffer) -> None:
+        self.tensor.copy_(matched(source, self).tensor)
+        _wait_for(self.tensor.device)
 
 
 class _AotiCall:
-    """A :class:`~tgate_runtime.backends.Call`.
+    """A :class:`~tgate_runtime.engines.protocol.Call`.
 
     The library reads the inputs where they lie, but returns its outputs in memory of its own: those that are bound
     are copied into their buffers, which for a small SDXL is under a hundredth of a step.
@@ -88,45 +103,38 @@ class _AotiCall:
 
     def __call__(self) -> None:
         try:
-            found = self._graph.loader.boxed_run(list(self._inputs))
-            for buffer, output in zip(self._outputs, found, strict=True):
+            results = self._graph.loader.boxed_run([_aligned(tensor) for tensor in self._inputs])
+            for buffer, result in zip(self._outputs, results, strict=True):
                 if buffer is not None:
-                    buffer.copy_(output)
-            if self._inputs[0].is_cuda:
-                torch.cuda.current_stream(self._inputs[0].device).synchronize()
+                    buffer.copy_(result)
+            _wait_for(self._inputs[0].device)
         except Exception as error:  # RuntimeError, and classes of CUDA's own
             raise EngineError(f"graph {self._graph.spec.file} failed in AOTInductor: {_first_line(error)}") from error
 
 
-class AotiExecutable:
-    """A :class:`~tgate_runtime.backends.Executable`: a loaded library, and the constants that it reads."""
+def _aligned(tensor: Any) -> Any:
+    """The tensor, copied where a kernel for a GPU could not read it: they were compiled for whole buffers, which begin
+    at a multiple of 16 bytes, and read so many at a time; a view of some rows may begin elsewhere."""
+    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor
 
-    def __init__(self, spec: GraphSpec, batch: tuple[int, int], loader: Any, constants: dict[str, Any]) -> None:
+
+def _wait_for(device: torch.device) -> None:
+    """Until what was queued on that device is done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+class AotiExecutable:
+    """A :class:`~tgate_runtime.engines.protocol.Executable`: a loaded library, and the constants that it reads."""
+
+    def __init__(self, spec: GraphSpec, loader: Any, constants: dict[str, Any]) -> None:
         self.spec = spec
         self.loader = loader
         self.constants = constants  # the library holds addresses; this holds the memory
-        self._batch = batch
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> _AotiCall:
-        check_buffers(self.spec.file, self.spec, inputs, outputs)
-        self._check_shapes({**inputs, **outputs})
+        check_buffers(self.spec, inputs, outputs)  # the library trusts its caller, and would read beyond a buffer's end
         return _AotiCall(self, inputs, outputs)
-
-    def _check_shapes(self, buffers: Mapping[str, Any]) -> None:
-        """The library trusts its caller: a buffer that is too small would be read beyond its end."""
-        batch = 0
-        for tensor in (*self.spec.inputs, *self.spec.outputs):
-            if tensor.name not in buffers:
-                continue
-            shape = buffers[tensor.name].shape
-            for size, dim in zip(shape, tensor.shape, strict=False):
-                if isinstance(dim, str):
-                    batch = batch or size // multiple(dim)
-            if shape != resolve(tensor.shape, batch) or not (batch == 0 or self._batch[0] <= batch <= self._batch[1]):
-                raise EngineError(
-                    f"graph {self.spec.file}: {tensor.name} is {list(tensor.shape)} for {self._batch[0]} to "
-                    f"{self._batch[1]} images, got a buffer of {list(shape)}"
-                )
 
 
 class Aoti:
@@ -159,39 +167,33 @@ class Aoti:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
 
-    def build(self, bundle: Bundle, graphs: Sequence[str], on_build: OnBuild | None = None) -> dict[str, Path]:
-        return self._built(bundle, graphs, self._weights(bundle), on_build)
+    def build(self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None) -> dict[str, Path]:
+        return self._entries(bundle, graphs, self._weights(bundle), on_build)
 
-    def load(self, bundle: Bundle, graphs: Sequence[str], on_build: OnBuild | None = None) -> dict[str, AotiExecutable]:
+    def load(
+        self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
+    ) -> dict[str, AotiExecutable]:
         weights = self._weights(bundle)
-        missing = [name for name in graphs if cache.find(self._key(bundle, name, weights)) is None]
-        if missing and not self.options.build:
-            raise EngineError(
-                f"graphs {', '.join(missing)} of {bundle.path} are not compiled for this machine and PyTorch "
-                f"{self.version}: tgate build {bundle.path} --engine aoti"
-            )
-        entries = self._built(bundle, graphs, weights, on_build)
-        return {name: self._load(bundle, name, weights, entry) for name, entry in entries.items()}
+        places = self._entries(bundle, graphs, weights, on_build, build=self.options.build)
+        return {spec.file: self._load(bundle, spec, weights, places[spec.file]) for spec in graphs}
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> TorchBuffer:
-        return TorchBuffer(shape, dtype, self.device)
+        return TorchBuffer.zeros(shape, dtype, self.device)
 
-    def _compute(self, bundle: Bundle, graph: str) -> torch.dtype | None:
+    def _compute(self, bundle: Bundle, spec: GraphSpec) -> torch.dtype | None:
         """What the graph's products are narrowed to; None keeps the bundle's dtype."""
-        wanted = _PRECISIONS[self.options.precision] if self.options.precision else None
+        precision = _TORCH_DTYPE[self.options.precision] if self.options.precision else None
         own = getattr(torch, bundle.manifest.dtype)
-        if wanted in (None, own):
+        if precision in (None, own):
             return None
         if own != torch.float32:
             raise EngineError(
                 f"{bundle.path} was exported in {bundle.manifest.dtype}, which aoti does not convert; leave out "
                 "--precision, or export with --dtype fp32"
             )
-        around = (bundle.manifest.text, bundle.manifest.image, bundle.manifest.decoder)
-        return None if wanted == torch.float16 and graph in around else wanted
+        return None if precision == torch.float16 and spec.role != DENOISE else precision
 
-    def _key(self, bundle: Bundle, graph: str, weights: Weights) -> dict[str, Any]:
-        spec = bundle.manifest.graphs[graph]
+    def _key(self, bundle: Bundle, spec: GraphSpec, weights: Weights) -> dict[str, Any]:
         structure = json.dumps(weights.structure(), sort_keys=True).encode()
         return {
             "engine": self.name,
@@ -201,8 +203,8 @@ class Aoti:
             "graph": bundle.manifest.files[spec.file].sha256,
             "weights": hashlib.sha256(structure).hexdigest(),
             "inputs": [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in spec.inputs],
-            "batch": list(bundle.manifest.batch),
-            "compute": str(self._compute(bundle, graph)),
+            "batch": list(spec.batch),
+            "compute": str(self._compute(bundle, spec)),
             "flags": self.flags(),
         }
 
@@ -215,48 +217,44 @@ class Aoti:
     def _weights(self, bundle: Bundle) -> Weights:
         return Weights(bundle.file(bundle.manifest.weights), self.device)
 
-    def _built(
-        self, bundle: Bundle, graphs: Sequence[str], weights: Weights, on_build: OnBuild | None
+    def _entries(
+        self,
+        bundle: Bundle,
+        graphs: Sequence[GraphSpec],
+        weights: Weights,
+        on_build: OnBuild | None,
+        *,
+        build: bool = True,
     ) -> dict[str, Path]:
-        """The cache's entries of those graphs; what is not there is compiled."""
-        keys = {name: self._key(bundle, name, weights) for name in graphs}
-        found = {name: cache.find(key) for name, key in keys.items()}
-        missing = [name for name, entry in found.items() if entry is None]
-        for done, name in enumerate(missing):
-            if on_build is not None:
-                on_build(done, len(missing), name)
-            found[name] = self._compile(bundle, name, weights, keys[name])
-        if missing and on_build is not None:
-            on_build(len(missing), len(missing), missing[-1])
-        return {name: entry for name, entry in found.items() if entry is not None}
+        """The cache's entries of those graphs. Those that are missing are compiled, or, without ``build``, an error."""
+        specs = {spec.file: spec for spec in graphs}
+        keys = {file: self._key(bundle, spec, weights) for file, spec in specs.items()}
+        if not build:
+            return ready_entries(keys, self.name, bundle.path)
+        return entries(keys, lambda file, directory: self._compile(bundle, specs[file], weights, directory), on_build)
 
-    def _compile(self, bundle: Bundle, graph: str, weights: Weights, key: Mapping[str, Any]) -> Path:
-        spec, compute = bundle.manifest.graphs[graph], self._compute(bundle, graph)
+    def _compile(self, bundle: Bundle, spec: GraphSpec, weights: Weights, directory: Path) -> None:
         _check_compiler()
+        module = OnnxModule(bundle.file(spec.file), spec, weights, self._compute(bundle, spec))
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                program = trace(module, self.device)
+                torch._inductor.aoti_compile_and_package(
+                    program, package_path=str(directory / _PACKAGE), inductor_configs=self.flags()
+                )
+        except EngineError:
+            raise
+        except Exception as error:  # PyTorch raises many kinds
+            raise EngineError(
+                f"AOTInductor of PyTorch {self.version} cannot compile {spec.file}: {_first_line(error)}"
+            ) from error
+        constants = {name: tensor for name, tensor in module.named_buffers() if name not in module.weight_names}
+        save_file({name: tensor.cpu() for name, tensor in constants.items()}, directory / _CONSTANTS)
+        (directory / _NAMES).write_text(json.dumps(module.weight_names))
 
-        def build(stage: Path) -> None:
-            module = OnnxModule(bundle.file(spec.file), spec, weights, compute)
-            try:
-                with warnings.catch_warnings(), torch.no_grad():
-                    warnings.simplefilter("ignore")
-                    program = trace(module, bundle.manifest.batch, self.device)
-                    torch._inductor.aoti_compile_and_package(
-                        program, package_path=str(stage / _PACKAGE), inductor_configs=self.flags()
-                    )
-            except EngineError:
-                raise
-            except Exception as error:  # PyTorch raises many kinds
-                raise EngineError(
-                    f"AOTInductor of PyTorch {self.version} cannot compile {spec.file}: {_first_line(error)}"
-                ) from error
-            constants = {name: tensor for name, tensor in module.named_buffers() if name not in module.weight_names}
-            save_file({name: tensor.cpu() for name, tensor in constants.items()}, stage / _CONSTANTS)
-            (stage / _NAMES).write_text(json.dumps(module.weight_names))
-
-        return cache.find_or_build(key, build)
-
-    def _load(self, bundle: Bundle, graph: str, weights: Weights, entry: Path) -> AotiExecutable:
-        spec, compute = bundle.manifest.graphs[graph], self._compute(bundle, graph)
+    def _load(self, bundle: Bundle, spec: GraphSpec, weights: Weights, entry: Path) -> AotiExecutable:
+        compute = self._compute(bundle, spec)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -274,7 +272,7 @@ class Aoti:
             raise EngineError(
                 f"AOTInductor of PyTorch {self.version} cannot load {spec.file}: {_first_line(error)}"
             ) from error
-        return AotiExecutable(spec, bundle.manifest.batch, model.loader, used)
+        return AotiExecutable(spec, model.loader, used)
 
 
 def _translation() -> str:
@@ -286,11 +284,11 @@ def _translation() -> str:
 def _device_key(device: torch.device) -> dict[str, Any]:
     """What code compiled for this device relies on."""
     features = torch.cpu.get_capabilities()
-    found = {"cpu": sorted(name for name, has in features.items() if has is True), "type": device.type}
+    key = {"cpu": sorted(name for name, has in features.items() if has is True), "type": device.type}
     if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "sm": list(torch.cuda.get_device_capability(device))}
-        found["cuda"] = torch.version.cuda
-    return found
+        key |= {"gpu": torch.cuda.get_device_name(device), "sm": list(torch.cuda.get_device_capability(device))}
+        key["cuda"] = torch.version.cuda
+    return key
 
 
 def _check_compiler() -> None:

@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
-from tgate_engine.manifest import GraphSpec, TensorSpec, multiple, resolve
-from tgate_runtime.backends import check_interface
-from tgate_runtime.backends.aoti.operators import DTYPES, HOST, OPERATORS, SHAPE_OPERATORS, Attributes, shape_of
+from tgate_engine.graph import BATCH, GraphSpec, TensorSpec
+from tgate_runtime.engines.aoti.operators import HOST, OPERATORS, SHAPE_OPERATORS, TORCH_DTYPE, Attributes, shape_of
+from tgate_runtime.engines.protocol import check_interface
 from tgate_runtime.weights import map_weights
+
+_DTYPE_OF = {dtype.onnx: name for name, dtype in DTYPES.items()}
 
 
 class Weights:
@@ -68,10 +71,6 @@ class _Node:
     outputs: tuple[str, ...]
 
 
-def _dtype_of(tensor: Any) -> str:
-    return str(DTYPES.get(tensor.type.tensor_type.elem_type, "unknown")).removeprefix("torch.")
-
-
 class OnnxModule(torch.nn.Module):  # type: ignore[misc]
     """A bundle's graph: called with the inputs of its spec in their order, it gives the outputs in theirs.
 
@@ -90,7 +89,10 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
             graph = onnx.load(path, load_external_data=False).graph
         except Exception as error:  # protobuf has classes of its own
             raise EngineError(f"{path.name} is not an ONNX graph ({error}); export the bundle again") from error
-        inputs, outputs = ({t.name: _dtype_of(t) for t in tensors} for tensors in (graph.input, graph.output))
+        inputs, outputs = (
+            {t.name: _DTYPE_OF.get(t.type.tensor_type.elem_type, "unknown") for t in tensors}
+            for tensors in (graph.input, graph.output)
+        )
         check_interface(spec, inputs, outputs)
         self.spec = spec
         self.compute = compute
@@ -121,7 +123,7 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
             self.register_buffer(f"w{i}", weights.tensor(tensor.name, self.compute if narrow else None))
             return
         array = numpy_helper.to_array(tensor)
-        dtype = DTYPES[tensor.data_type]
+        dtype = TORCH_DTYPE[tensor.data_type]
         if array.size == 1:
             # Made in place, so that compilers see the number and not a tensor.
             self._scalars[tensor.name] = (array.shape, array.item(), dtype)
@@ -138,10 +140,10 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
         values: dict[str, Any] = dict(zip(self.spec.input_names(), inputs, strict=True))
         for node in self._nodes:
             try:
-                found = self._run(node, values)
+                results = self._run(node, values)
             except NotImplementedError as error:
                 raise EngineError(f"engine aoti knows no {error}, which {self._file} has") from error
-            values.update(zip(node.outputs, found, strict=False))
+            values.update(zip(node.outputs, results, strict=False))
         return tuple(values[t.name].to(getattr(torch, t.dtype)) for t in self.spec.outputs)
 
     def _run(self, node: _Node, values: Mapping[str, Any]) -> Sequence[Any]:
@@ -161,8 +163,8 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
             return [OPERATORS[node.operator](node.attributes, *args).float()]
         if self.compute is not None:  # a rounded weight that is read elsewhere, too
             args = [x.float() if isinstance(x, Tensor) and x.dtype == self.compute else x for x in args]
-        found = OPERATORS[node.operator](node.attributes, *args)
-        return found if isinstance(found, (list, tuple)) else [found]
+        result = OPERATORS[node.operator](node.attributes, *args)
+        return result if isinstance(result, (list, tuple)) else [result]
 
     def _is_narrow(self, node: _Node) -> bool:
         return node.operator in _PRODUCTS and node.outputs[0] in self._narrow
@@ -193,11 +195,11 @@ def _node(file: str, node: Any) -> _Node:
 
 def _leading_to_products(nodes: Sequence[_Node]) -> frozenset[str]:
     """The values that some product is computed from, at once or by way of other nodes."""
-    found: set[str] = set()
+    leading: set[str] = set()
     for node in reversed(nodes):
-        if node.operator in _PRODUCTS or not found.isdisjoint(node.outputs):
-            found.update(node.inputs)
-    return frozenset(found)
+        if node.operator in _PRODUCTS or not leading.isdisjoint(node.outputs):
+            leading.update(node.inputs)
+    return frozenset(leading)
 
 
 def _is_float32(x: Any) -> bool:
@@ -207,12 +209,12 @@ def _is_float32(x: Any) -> bool:
 # --- tracing ------------------------------------------------------------------------------------
 
 
-def trace(module: OnnxModule, batch: tuple[int, int], device: torch.device) -> torch.export.ExportedProgram:
-    """The module as ``torch.export`` sees it, for any batch from ``batch[0]`` to ``batch[1]`` images."""
-    least, most = batch
+def trace(module: OnnxModule, device: torch.device) -> torch.export.ExportedProgram:
+    """The module as ``torch.export`` sees it, for any batch of its spec."""
+    least, most = module.spec.batch
     example = least if least == most else max(2, least)
     inputs = tuple(_zeros(tensor, example, device) for tensor in module.spec.inputs)
-    symbol = None if least == most else torch.export.Dim("batch", min=least, max=most)
+    symbol = None if least == most else torch.export.Dim(BATCH, min=least, max=most)
     dynamic = None if symbol is None else (tuple(_symbols(tensor, symbol) for tensor in module.spec.inputs),)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -220,9 +222,8 @@ def trace(module: OnnxModule, batch: tuple[int, int], device: torch.device) -> t
 
 
 def _zeros(tensor: TensorSpec, batch: int, device: torch.device) -> Tensor:
-    return torch.zeros(resolve(tensor.shape, batch), dtype=getattr(torch, tensor.dtype), device=device)
+    return torch.zeros(tensor.resolve(batch), dtype=getattr(torch, tensor.dtype), device=device)
 
 
 def _symbols(tensor: TensorSpec, symbol: Any) -> dict[int, Any]:
-    counts = {i: multiple(dim) for i, dim in enumerate(tensor.shape) if isinstance(dim, str)}
-    return {i: symbol if count == 1 else count * symbol for i, count in counts.items()}
+    return {axis: symbol for axis, dim in enumerate(tensor.shape) if dim == BATCH}

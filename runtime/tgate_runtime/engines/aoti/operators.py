@@ -17,7 +17,7 @@ from torch import Tensor
 
 Attributes = Mapping[str, Any]
 
-DTYPES = {
+TORCH_DTYPE = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.UINT8: torch.uint8,
     TensorProto.INT32: torch.int32,
@@ -52,10 +52,10 @@ def _attention(a: Attributes, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
     if merged:
         heads = (a["q_num_heads"], a["kv_num_heads"], a["kv_num_heads"])
         q, k, v = (x.unflatten(-1, (n, -1)).transpose(1, 2) for x, n in zip((q, k, v), heads, strict=True))
-    found = F.scaled_dot_product_attention(
+    out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=bool(a.get("is_causal", 0)), scale=a.get("scale")
     )
-    return found.transpose(1, 2).flatten(-2) if merged else found
+    return out.transpose(1, 2).flatten(-2) if merged else out
 
 
 def _conv(a: Attributes, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -113,10 +113,9 @@ def _reshape(a: Attributes, x: Tensor, shape: Sequence[int]) -> Tensor:
 def _expand(_: Attributes, x: Tensor, shape: Sequence[int]) -> Tensor:
     """Both ways: a 1 in ``shape`` takes the tensor's own size."""
     lead = max(0, x.ndim - len(shape))
-    wanted = [*[1] * lead, *shape]
-    skip = len(wanted) - x.ndim
-    own = [-1 if i >= skip and _is(n, 1) else n for i, n in enumerate(wanted)]
-    return x.expand(own)
+    sizes = [*[1] * lead, *shape]
+    skip = len(sizes) - x.ndim
+    return x.expand([-1 if i >= skip and _is(n, 1) else n for i, n in enumerate(sizes)])
 
 
 def _resize(a: Attributes, x: Tensor, _: Any, scales: Sequence[float] | None, sizes: Any = None) -> Tensor:
@@ -189,7 +188,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "And": _plain(torch.logical_and),
     "ArgMax": lambda a, x: torch.argmax(x, a.get("axis", 0), keepdim=bool(a.get("keepdims", 1))),
     "Attention": _attention,
-    "Cast": lambda a, x: x.to(DTYPES[a["to"]]),
+    "Cast": lambda a, x: x.to(TORCH_DTYPE[a["to"]]),
     "Clip": _clip,
     "Concat": lambda a, *inputs: torch.cat(inputs, a["axis"]),
     "Conv": _conv,

@@ -4,12 +4,11 @@ Each graph is compiled when the bundle is opened, with its weights packed for th
 computation: a private copy for each graph. Inputs, outputs and carries keep the bundle's dtype.
 
 Where the network is not computed in float32, what it makes of the timestep still is, in a small model of its own:
-see :mod:`~tgate_runtime.backends.openvino.timestep`.
+see :mod:`~tgate_runtime.engines.openvino.timestep`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,15 +18,14 @@ from typing import Any
 import openvino as ov
 
 from tgate_engine.bundle import Bundle
+from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
-from tgate_engine.manifest import GraphSpec, resolve
-from tgate_runtime.backends import EngineOptions, OnBuild, check_buffers, check_interface
-from tgate_runtime.backends.host import CpuBuffer
-from tgate_runtime.backends.openvino.timestep import PREFIX, split_time
-from tgate_runtime.dtypes import storage
+from tgate_engine.graph import GraphSpec
+from tgate_runtime.engines.host import CpuBuffer
+from tgate_runtime.engines.openvino.timestep import PREFIX, split_time
+from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers, check_interface
 
-_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "u8": "uint8"}
-_PRECISIONS = {"f32": ov.Type.f32, "bf16": ov.Type.bf16, "f16": ov.Type.f16}
+_DTYPE_OF = {dtype.short: name for name, dtype in DTYPES.items()}
 _CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 _UNBOUND_BYTES = 4 << 20
 """What a call's own request may hold for outputs that nobody binds. A graph with more takes so long that binding anew
@@ -66,7 +64,7 @@ class _Request:
 
 
 class _Call:
-    """A :class:`~tgate_runtime.backends.Call`: views of its buffers, and a request to run them in.
+    """A :class:`~tgate_runtime.engines.protocol.Call`: views of its buffers, and a request to run them in.
 
     Binding costs 0.1 to 0.4 ms, so a call keeps a request of its own, bound once, where that takes little memory.
     """
@@ -88,7 +86,7 @@ class _Call:
             if self._own is not None:
                 self._own.run()
                 return
-            with self._graph.lent() as request:
+            with self._graph.borrow() as request:
                 request.bind(self._tensors)
                 request.run()
         except Exception as error:  # the engine raises RuntimeError
@@ -96,7 +94,7 @@ class _Call:
 
 
 class OpenVinoExecutable:
-    """A :class:`~tgate_runtime.backends.Executable`: one compiled model, and the requests that its calls share."""
+    """A :class:`~tgate_runtime.engines.protocol.Executable`: a compiled model, and requests that its calls share."""
 
     def __init__(self, compiled: Any, time: Any, spec: GraphSpec) -> None:
         self.name = spec.file
@@ -106,7 +104,7 @@ class OpenVinoExecutable:
         self._idle: list[_Request] = []  # as many as ran at once; appending and popping are atomic
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> _Call:
-        check_buffers(self.name, self._spec, inputs, outputs)
+        check_buffers(self._spec, inputs, outputs)
         try:
             return _Call(self, inputs, outputs)
         except Exception as error:  # the engine raises RuntimeError
@@ -117,7 +115,7 @@ class OpenVinoExecutable:
         return _Request(self._compiled, self._time, self._spec)
 
     @contextmanager
-    def lent(self) -> Iterator[_Request]:
+    def borrow(self) -> Iterator[_Request]:
         """A request that nobody else uses meanwhile. One that fails is dropped."""
         try:
             request = self._idle.pop()
@@ -133,8 +131,7 @@ class OpenVinoExecutable:
     def unbound_bytes(self, inputs: Mapping[str, CpuBuffer], outputs: Mapping[str, CpuBuffer]) -> int:
         """What a request holds for the outputs that a call on these buffers leaves out."""
         batch = self._spec.batch_of({name: buffer.shape for name, buffer in inputs.items()})
-        left = [tensor for tensor in self._spec.outputs if tensor.name not in outputs]
-        return sum(math.prod(resolve(tensor.shape, batch)) * storage(tensor.dtype).itemsize for tensor in left)
+        return sum(tensor.size_bytes(batch) for tensor in self._spec.outputs if tensor.name not in outputs)
 
 
 class OpenVino:
@@ -156,30 +153,27 @@ class OpenVino:
             raise EngineError(f"this processor does not compute in {precision}; OpenVINO offers {', '.join(able)} here")
         self.options = replace(options, precision=precision, memory="fast")
 
-    def build(self, bundle: Bundle, graphs: Sequence[str], on_build: OnBuild | None = None) -> dict[str, Path]:
+    def build(self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None) -> dict[str, Path]:
         return {}
 
     def load(
-        self, bundle: Bundle, graphs: Sequence[str], on_build: OnBuild | None = None
+        self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
     ) -> dict[str, OpenVinoExecutable]:
-        found = {}
-        for name in graphs:
-            spec = bundle.manifest.graphs[name]
-            found[name] = self._load(str(bundle.file(spec.file)), spec)
-        return found
+        return {spec.file: self.load_graph(bundle.file(spec.file), spec) for spec in graphs}
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CpuBuffer:
-        return CpuBuffer(shape, dtype)
+        return CpuBuffer.zeros(shape, dtype)
 
-    def _load(self, path: str, spec: GraphSpec) -> OpenVinoExecutable:
+    def load_graph(self, path: Path, spec: GraphSpec) -> OpenVinoExecutable:
+        """The graph of one file. Raises :class:`EngineError` as :meth:`load` does."""
         settings = {
-            "INFERENCE_PRECISION_HINT": _PRECISIONS[self.options.precision or "f32"],
+            "INFERENCE_PRECISION_HINT": getattr(ov.Type, self.options.precision or "f32"),
             "PERFORMANCE_HINT": "LATENCY",
         }
         if self.options.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self.options.threads
         try:
-            model = self._core.read_model(path)
+            model = self._core.read_model(str(path))
             time = None if self.options.precision == "f32" else split_time(model)
             compiled = self._core.compile_model(model, "CPU", settings)
             if time is not None:
@@ -187,7 +181,7 @@ class OpenVino:
         except Exception as error:  # the engine raises RuntimeError
             raise EngineError(f"OpenVINO {self.version} cannot load {spec.file}: {_short(error)}") from error
         inputs, outputs = (
-            {port.any_name: _DTYPES.get(kind := port.element_type.get_type_name(), kind) for port in ports}
+            {port.any_name: _DTYPE_OF.get(kind := port.element_type.get_type_name(), kind) for port in ports}
             for ports in (compiled.inputs, compiled.outputs)
         )
         check_interface(spec, {n: kind for n, kind in inputs.items() if not n.startswith(PREFIX)}, outputs)

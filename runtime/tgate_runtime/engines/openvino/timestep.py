@@ -11,7 +11,7 @@ from typing import Any
 import openvino as ov
 from openvino import opset13 as ops
 
-from tgate_engine.rows import TIMESTEP
+from tgate_engine.step import STEP, TIMESTEP
 
 PREFIX = "of-timestep"
 _PRODUCTS = ("MatMul", "Convolution")
@@ -40,23 +40,23 @@ def split_time(model: Any) -> Any:
     copies = {node.get_friendly_name(): node for node in copy.get_ordered_ops()}
     results = []
     for number, (name, index) in enumerate(frontier):
-        made, wanted = copies[name].output(index), nodes[name].output(index)
-        made.get_tensor().set_names({f"{PREFIX}.{number}"})
-        results.append(ops.result(made))
-        given = ops.parameter(wanted.get_partial_shape(), wanted.get_element_type())
-        given.output(0).get_tensor().set_names({f"{PREFIX}.{number}"})
-        for use in wanted.get_target_inputs():
-            use.replace_source_output(given.output(0))
-        model.add_parameters([given])
+        output, cut = copies[name].output(index), nodes[name].output(index)
+        output.get_tensor().set_names({f"{PREFIX}.{number}"})
+        results.append(ops.result(output))
+        parameter = ops.parameter(cut.get_partial_shape(), cut.get_element_type())
+        parameter.output(0).get_tensor().set_names({f"{PREFIX}.{number}"})
+        for use in cut.get_target_inputs():
+            use.replace_source_output(parameter.output(0))
+        model.add_parameters([parameter])
     model.validate_nodes_and_infer_types()
     return _without_idle_inputs(results, copy)
 
 
 def _timestep_columns(model: Any) -> list[Any]:
     """The nodes that take the timestep out of the step's row."""
-    if not any(port.any_name == "step" for port in model.inputs):
+    if not any(port.any_name == STEP for port in model.inputs):
         return []
-    uses = [use.get_node() for use in model.input("step").get_target_inputs()]
+    uses = [use.get_node() for use in model.input(STEP).get_target_inputs()]
     picks = [node for node in uses if node.get_type_name() == "Gather"]
     columns = [(node, node.input_value(1).get_node()) for node in picks]
     return [

@@ -22,10 +22,10 @@ import numpy as np
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
-from tgate_engine.manifest import GraphSpec
-from tgate_runtime import cache
-from tgate_runtime.backends import Buffer, EngineOptions, OnBuild, check_buffers, check_interface
-from tgate_runtime.backends.tensorrt.build import (
+from tgate_engine.graph import GraphSpec, TensorSpec
+from tgate_runtime.engines.compiled import entries, ready_entries
+from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers, check_interface
+from tgate_runtime.engines.tensorrt.build import (
     POLYGRAPHY,
     RECIPE,
     RTX,
@@ -39,18 +39,21 @@ from tgate_runtime.backends.tensorrt.build import (
     trt,
     weight_spans,
 )
-from tgate_runtime.backends.tensorrt.cuda import (
+from tgate_runtime.engines.tensorrt.cuda import (
+    ALIGNMENT_BYTES,
     CudaGraph,
     DeviceBuffer,
+    DeviceMemory,
     Stream,
     aligned,
     architecture,
     gpu_count,
+    queue_copy,
     use_device,
 )
 
 _PLAN = "engine.plan"
-_DTYPES = {
+_DTYPE_OF = {
     trt.DataType.FLOAT: "float32",
     trt.DataType.HALF: "float16",
     trt.DataType.BF16: "bfloat16",
@@ -60,15 +63,27 @@ _DTYPES = {
 
 
 class _Call:
-    """A :class:`~tgate_runtime.backends.Call`: one execution context, and after its first run one CUDA graph."""
+    """A :class:`~tgate_runtime.engines.protocol.Call`: one execution context, and after its first run one CUDA graph.
+
+    ``before`` and ``after``: what is copied around a run, as pairs of buffers, to and from. TensorRT takes multiples of
+    256 alone as addresses, so a view of some rows that begins elsewhere is copied to and from a place that does not.
+    """
 
     def __init__(
-        self, graph: str, context: Any, device: _Device, addresses: dict[str, int], keep: Sequence[Any]
+        self,
+        executable: TensorRtExecutable,
+        context: Any,
+        addresses: dict[str, int],
+        before: Sequence[tuple[DeviceBuffer, DeviceBuffer]],
+        after: Sequence[tuple[DeviceBuffer, DeviceBuffer]],
+        keep: Sequence[Any],
     ) -> None:
         self.addresses = addresses
-        self._graph = graph
+        self._executable = executable
         self._context = context
-        self._device = device
+        self._device = executable.device
+        self._before = before
+        self._after = after
         self._keep = keep  # the engine holds addresses; this holds the memory
         self._recorded: CudaGraph | None = None
         self._capturable: bool | None = None
@@ -90,18 +105,25 @@ class _Call:
                     self._recorded = stream.capture(self._enqueue)
 
     def _enqueue(self) -> None:
+        self._copy(self._before)
         if not self._context.execute_async_v3(self._device.stream.handle):
-            raise EngineError(f"graph {self._graph} failed in TensorRT: {log.take('no reason given')}")
+            name = self._executable.spec.file
+            raise EngineError(f"graph {name} failed in TensorRT: {log.take('no reason given')}")
+        self._copy(self._after)
+
+    def _copy(self, pairs: Sequence[tuple[DeviceBuffer, DeviceBuffer]]) -> None:
+        for to, source in pairs:
+            handle = self._device.stream.handle
+            queue_copy(to.address, source.address, source.size_bytes, "cudaMemcpyDeviceToDevice", handle)
 
 
 class TensorRtExecutable:
-    """A :class:`~tgate_runtime.backends.Executable`: one engine on the device."""
+    """A :class:`~tgate_runtime.engines.protocol.Executable`: one engine on the device."""
 
-    def __init__(self, graph: str, engine: Any, spec: GraphSpec, device: _Device, weights: Mapping[str, int]) -> None:
-        self._graph = graph
+    def __init__(self, engine: Any, spec: GraphSpec, device: _Device, weights: Mapping[str, int]) -> None:
+        self.spec = spec
+        self.device = device
         self._engine = engine
-        self._spec = spec
-        self._device = device
         self._weights = weights
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self._config = engine.create_runtime_config()
@@ -113,31 +135,43 @@ class TensorRtExecutable:
             self._config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER  # before a CUDA graph records them
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> _Call:
-        check_buffers(self._graph, self._spec, inputs, outputs)
-        with self._device.lock:
-            use_device(self._device.stream.device)
+        check_buffers(self.spec, inputs, outputs)
+        batch = self.spec.batch_of({name: buffer.shape for name, buffer in inputs.items()})
+        with self.device.lock:
+            use_device(self.device.stream.device)
             # A context for each call: a CUDA graph is of one context, with one set of addresses.
             context = self._engine.create_execution_context(self._config)
             if context is None:
-                raise EngineError(f"graph {self._graph}: TensorRT made no context: {log.take('no reason given')}")
-            scratch = self._device.scratch
+                raise EngineError(f"graph {self.spec.file}: TensorRT made no context: {log.take('no reason given')}")
+            scratch = self.device.scratch
             context.set_device_memory(scratch.address, scratch.size_bytes)
-            for name, buffer in inputs.items():
-                self._set(context.set_input_shape(name, buffer.shape), name)
-            buffers: dict[str, Buffer] = {**inputs, **outputs}
-            for tensor in self._spec.outputs:
-                if tensor.name not in buffers:
-                    shape = tuple(context.get_tensor_shape(tensor.name))
-                    buffers[tensor.name] = self._device.spare(tensor.name, shape, tensor.dtype)
+            before, after, buffers = [], [], {}
+            for tensor in self.spec.inputs:
+                buffer = buffers[tensor.name] = self._place(tensor, batch, inputs[tensor.name])
+                if buffer is not inputs[tensor.name]:
+                    before.append((buffer, inputs[tensor.name]))
+                self._set(context.set_input_shape(tensor.name, buffer.shape), tensor.name)
+            for tensor in self.spec.outputs:
+                buffer = buffers[tensor.name] = self._place(tensor, batch, outputs.get(tensor.name))
+                if tensor.name in outputs and buffer is not outputs[tensor.name]:
+                    after.append((outputs[tensor.name], buffer))
             addresses = {name: buffer.address for name, buffer in buffers.items()}
             for name, address in (*addresses.items(), *self._weights.items()):
                 self._set(context.set_tensor_address(name, address), name)
-        bound = {name: addresses[name] for name in (*inputs, *outputs)}
-        return _Call(self._graph, context, self._device, bound, (self, *buffers.values()))
+        bound = {name: buffer.address for name, buffer in (*inputs.items(), *outputs.items())}
+        keep = (*inputs.values(), *outputs.values(), *buffers.values())
+        return _Call(self, context, bound, before, after, keep)
+
+    def _place(self, tensor: TensorSpec, batch: int, buffer: DeviceBuffer | None) -> DeviceBuffer:
+        """What the engine reads or writes: that buffer, or a spare one where there is none or it is not aligned."""
+        if buffer is None or buffer.address % ALIGNMENT_BYTES:
+            return self.device.spare(tensor.name, tensor.resolve(batch), tensor.dtype)
+        return buffer
 
     def _set(self, done: bool, name: str) -> None:
         if not done:
-            raise EngineError(f"graph {self._graph}: TensorRT refuses the buffer of {name}: {log.take('its shape')}")
+            reason = log.take("its shape")
+            raise EngineError(f"graph {self.spec.file}: TensorRT refuses the buffer of {name}: {reason}")
 
 
 class _Device:
@@ -147,16 +181,16 @@ class _Device:
         self.stream = Stream(number)
         self.lock = threading.Lock()
         self.runtime = trt.Runtime(polygraphy.get_trt_logger())
-        self.scratch = DeviceBuffer((0,), "uint8", number)
-        self.weights = DeviceBuffer((0,), "uint8", number)
+        self.scratch = DeviceMemory(0, number)
+        self.weights = DeviceMemory(0, number)
         self._spare: dict[tuple[str, tuple[int, ...], str], DeviceBuffer] = {}
 
     def spare(self, name: str, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
-        """Where all calls write an output that nobody asked for. Each name has its own: TensorRT writes every output,
-        and may read one back as the input of a later layer."""
+        """Where all calls write an output that nobody asked for, or keep one that is not aligned while they run. Each
+        name has its own: TensorRT writes every output, and may read one back as the input of a later layer."""
         key = name, shape, dtype
         if key not in self._spare:
-            self._spare[key] = DeviceBuffer(shape, dtype, self.stream.device)
+            self._spare[key] = DeviceBuffer.zeros(shape, dtype, self.stream.device)
         return self._spare[key]
 
     def upload(self, file: Path, spans: set[tuple[int, int]]) -> dict[tuple[int, int], int]:
@@ -165,16 +199,17 @@ class _Device:
         for span in sorted(spans):
             places[span] = total
             total += aligned(span[1])
-        self.weights = DeviceBuffer((total,), "uint8", self.stream.device)
+        self.weights = DeviceMemory(total, self.stream.device)
         if places:
             with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as memory:
                 for (offset, length), place in places.items():
-                    self.weights.upload(np.frombuffer(memory, np.uint8, length, offset).copy(), place)
+                    array = np.frombuffer(memory, np.uint8, length, offset).copy()
+                    self.weights.upload(array, self.weights.address + place)
         return {span: self.weights.address + place for span, place in places.items()}
 
 
 class TensorRt:
-    """The ``tensorrt`` engine; a :class:`~tgate_runtime.backends.Backend`. It takes ``tensorrt`` where that is
+    """The ``tensorrt`` engine; a :class:`~tgate_runtime.engines.protocol.Engine`. It takes ``tensorrt`` where that is
     installed, else ``tensorrt_rtx``.
 
     ``memory``: see the module. The default is "shared" with TensorRT-RTX and "fast" with TensorRT, of which nobody has
@@ -196,8 +231,8 @@ class TensorRt:
         if options.architecture is not None:
             capability(options.architecture)
 
-    def build(self, bundle: Bundle, graphs: Sequence[str], on_build: OnBuild | None = None) -> dict[str, Path]:
-        """Fill the engine cache; gives each graph's entry. TensorRT-RTX does it without a GPU for "shared"."""
+    def build(self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None) -> dict[str, Path]:
+        """Fill the engine cache. TensorRT-RTX does it without a GPU for "shared"."""
         if gpu_count() == 0 and not (RTX and self.options.memory == "shared"):
             raise EngineError(
                 "engine tensorrt builds without an NVIDIA GPU only with TensorRT-RTX and memory 'shared'; "
@@ -205,50 +240,40 @@ class TensorRt:
             )
         if gpu_count():
             use_device(self.options.device)
-        keys = {graph: self.key(bundle, graph) for graph in graphs}
-        missing = [graph for graph, key in keys.items() if cache.find(key) is None]
-        entries = {}
-        for graph, key in keys.items():
+        specs = {spec.file: spec for spec in graphs}
 
-            def fill(directory: Path, graph: str = graph) -> None:
-                if on_build is not None and graph in missing:
-                    on_build(missing.index(graph), len(missing), graph)
-                spec = bundle.manifest.graphs[graph]
-                plan = build_engine(bundle.file(spec.file), spec, bundle.manifest.batch, self.options)
-                (directory / _PLAN).write_bytes(plan)
+        def compile_into(file: str, directory: Path) -> None:
+            (directory / _PLAN).write_bytes(build_engine(bundle.file(file), specs[file], self.options))
 
-            entries[graph] = cache.find_or_build(key, fill)
-        if on_build is not None and missing:
-            on_build(len(missing), len(missing), missing[-1])
-        return entries
+        return entries(self._keys(bundle, graphs), compile_into, on_build)
 
     def load(
-        self, bundle: Bundle, graphs: Sequence[str], on_build: OnBuild | None = None
+        self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
     ) -> dict[str, TensorRtExecutable]:
         number = self.options.device
         self._need_gpu()
         if self.options.build:
-            entries = self.build(bundle, graphs, on_build)
+            places = self.build(bundle, graphs, on_build)
         else:
-            entries = {graph: self._find(bundle, graph) for graph in graphs}
+            places = ready_entries(self._keys(bundle, graphs), self.name, bundle.path)
         device = _Device(number)
-        specs = {graph: bundle.manifest.graphs[graph] for graph in graphs}
+        models = {spec.file: bundle.file(spec.file) for spec in graphs}
         shared = self.options.memory == "shared"
-        spans = {graph: weight_spans(read_model(bundle.file(specs[graph].file))) if shared else {} for graph in graphs}
+        spans = {file: weight_spans(read_model(model)) if shared else {} for file, model in models.items()}
         weights = bundle.file(bundle.manifest.weights) if bundle.manifest.weights else Path()
         addresses = device.upload(weights, {span for of in spans.values() for span in of.values()})
-        engines = {graph: self._engine(device, bundle.file(specs[graph].file), entries[graph]) for graph in graphs}
-        device.scratch = DeviceBuffer((max(e.device_memory_size_v2 for e in engines.values()),), "uint8", number)
-        found = {}
-        for graph, engine in engines.items():
-            check_tensors(engine, specs[graph], set(spans[graph]))
-            place = {name: addresses[span] for name, span in spans[graph].items()}
-            found[graph] = TensorRtExecutable(graph, engine, specs[graph], device, place)
-        return found
+        engines = {file: self._engine(device, model, places[file]) for file, model in models.items()}
+        device.scratch = DeviceMemory(max(engine.device_memory_size_v2 for engine in engines.values()), number)
+        executables = {}
+        for spec in graphs:
+            check_tensors(engines[spec.file], spec, set(spans[spec.file]))
+            own = {name: addresses[span] for name, span in spans[spec.file].items()}
+            executables[spec.file] = TensorRtExecutable(engines[spec.file], spec, device, own)
+        return executables
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
         self._need_gpu()
-        return DeviceBuffer(shape, dtype, self.options.device)
+        return DeviceBuffer.zeros(shape, dtype, self.options.device)
 
     def _need_gpu(self) -> None:
         if gpu_count() <= self.options.device:
@@ -257,7 +282,10 @@ class TensorRt:
                 f"engine tensorrt needs an NVIDIA GPU; {none} is visible here (`tgate build` can build without one)"
             )
 
-    def key(self, bundle: Bundle, graph: str) -> dict[str, Any]:
+    def _keys(self, bundle: Bundle, graphs: Sequence[GraphSpec]) -> dict[str, dict[str, Any]]:
+        return {spec.file: self.key(bundle, spec) for spec in graphs}
+
+    def key(self, bundle: Bundle, spec: GraphSpec) -> dict[str, Any]:
         """What the engine of a graph is made from.
 
         The weights only where it is refitted: REFIT_IDENTICAL lets TensorRT use what it knows of their values. An
@@ -270,18 +298,12 @@ class TensorRt:
             "polygraphy": POLYGRAPHY,
             "recipe": RECIPE,
             "flags": flags(self.options),
-            "graph": files[bundle.manifest.graphs[graph].file].sha256,
+            "graph": files[spec.file].sha256,
             "weights": files[bundle.manifest.weights].sha256 if fast and bundle.manifest.weights else "",
             "architecture": (self.options.architecture or "portable") if RTX else architecture(self.options.device),
-            "batch": list(bundle.manifest.batch),
+            "batch": list(spec.batch),
             "memory": self.options.memory,
         }
-
-    def _find(self, bundle: Bundle, graph: str) -> Path:
-        entry = cache.find(self.key(bundle, graph))
-        if entry is None:
-            raise EngineError(f"the engine cache holds no tensorrt engine of graph {graph}; run `tgate build` first")
-        return entry
 
     def _engine(self, device: _Device, model: Path, entry: Path) -> Any:
         engine = device.runtime.deserialize_cuda_engine((entry / _PLAN).read_bytes())
@@ -300,10 +322,9 @@ class TensorRt:
 
 def check_tensors(engine: Any, spec: GraphSpec, weights: set[str]) -> None:
     """Raises :class:`EngineError` where an engine has other inputs and outputs than ``spec`` and ``weights``."""
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found: dict[Any, dict[str, str]] = {trt.TensorIOMode.INPUT: {}, trt.TensorIOMode.OUTPUT: {}}
-    for name in names:
+    dtypes: dict[Any, dict[str, str]] = {trt.TensorIOMode.INPUT: {}, trt.TensorIOMode.OUTPUT: {}}
+    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
         if name not in weights:
             kind = engine.get_tensor_dtype(name)
-            found[engine.get_tensor_mode(name)][name] = _DTYPES.get(kind, str(kind))
-    check_interface(spec, *found.values())
+            dtypes[engine.get_tensor_mode(name)][name] = _DTYPE_OF.get(kind, str(kind))
+    check_interface(spec, *dtypes.values())

@@ -16,8 +16,8 @@ from typing import Any
 import onnx
 
 from tgate_engine.errors import EngineError
-from tgate_engine.manifest import GraphSpec, resolve
-from tgate_runtime.backends import EngineOptions
+from tgate_engine.graph import GraphSpec
+from tgate_runtime.engines.protocol import EngineOptions
 
 
 def _library() -> Any:
@@ -56,7 +56,7 @@ class Log(logging.Handler):
             self._lines.append(record.getMessage())
 
     def clear(self) -> None:
-        """Forget what was said before the work that begins now."""
+        """Forget the complaints about earlier work."""
         self._lines.clear()
 
     def take(self, otherwise: str) -> str:
@@ -73,24 +73,24 @@ log = Log()
 def flags(options: EngineOptions) -> dict[str, bool]:
     """The builder's flags that do not stay as they are; ``options.memory`` must be settled."""
     stripped = options.memory == "fast"
-    found = {
+    both = {
         "TF32": False,  # float32 is what the bundle's goldens hold it to
         "STRIP_PLAN": stripped,
         "REFIT_IDENTICAL": stripped,
     }
     # Otherwise TensorRT-RTX allocates by itself, and no CUDA graph can be captured.
-    return {**found, "REQUIRE_USER_ALLOCATION": True} if RTX else found
+    return {**both, "REQUIRE_USER_ALLOCATION": True} if RTX else both
 
 
-def build_engine(path: Path, spec: GraphSpec, batch: tuple[int, int], options: EngineOptions) -> bytes:
-    """The engine of one ONNX file, serialized, for ``batch`` (least, most) images; tuned for the most.
+def build_engine(path: Path, spec: GraphSpec, options: EngineOptions) -> bytes:
+    """The engine of one ONNX file, serialized, for any batch of ``spec``; tuned for the largest.
 
     ``options.memory`` must be settled; ``spec`` is the graph's in the manifest. Raises :class:`EngineError`.
     """
     log.clear()
     shared = options.memory == "shared"
     profile = polygraphy.Profile()
-    shapes = {tensor.name: tensor.shape for tensor in spec.inputs}
+    specs = {tensor.name: tensor for tensor in spec.inputs}
     try:
         if shared:
             model = without_weights(read_model(path))
@@ -98,8 +98,8 @@ def build_engine(path: Path, spec: GraphSpec, batch: tuple[int, int], options: E
         else:
             network = polygraphy.network_from_onnx_path(str(path), strongly_typed=True)
         for tensor in map(network[1].get_input, range(network[1].num_inputs)):
-            if -1 in tuple(tensor.shape) and tensor.name in shapes:  # or Polygraphy makes up a shape
-                least, most = (resolve(shapes[tensor.name], size) for size in batch)
+            if -1 in tuple(tensor.shape) and tensor.name in specs:  # or Polygraphy makes up a shape
+                least, most = (specs[tensor.name].resolve(batch) for batch in spec.batch)
                 profile.add(tensor.name, least, most, most)
         for layer in map(network[1].get_layer, range(network[1].num_layers)):
             # The parser lets no attention be taken apart, and there are fused kernels for few: none in float32.
@@ -112,8 +112,8 @@ def build_engine(path: Path, spec: GraphSpec, batch: tuple[int, int], options: E
             config = create(*network[:2], profiles=[profile], compute_capabilities=capabilities)
         else:
             config = polygraphy.create_config(*network[:2], profiles=[profile])
-        for flag, wanted in flags(options).items():
-            (config.set_flag if wanted else config.clear_flag)(getattr(trt.BuilderFlag, flag))
+        for flag, on in flags(options).items():
+            (config.set_flag if on else config.clear_flag)(getattr(trt.BuilderFlag, flag))
         return bytes(polygraphy.engine_bytes_from_network(network, config))
     except Exception as error:  # Polygraphy's own class, and pybind11's
         raise EngineError(f"TensorRT {VERSION} cannot build {path.name}: {log.take(str(error))}") from error
@@ -151,8 +151,8 @@ def without_weights(model: Any) -> bytes:
 
 def capability(name: str) -> tuple[int, int]:
     """``"sm_89"`` as (8, 9). Raises :class:`EngineError` listing what TensorRT-RTX builds for."""
-    found = re.fullmatch(r"sm_(\d+)(\d)", name)
-    if found is None or f"SM{found[1]}{found[2]}" not in trt.ComputeCapability.__members__:
+    match = re.fullmatch(r"sm_(\d+)(\d)", name)
+    if match is None or f"SM{match[1]}{match[2]}" not in trt.ComputeCapability.__members__:
         known = ", ".join(f"sm_{n[2:]}" for n in trt.ComputeCapability.__members__ if n.startswith("SM"))
         raise EngineError(f"TensorRT-RTX {trt.__version__} builds for {known}, got {name!r}")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tgate_engine.dtypes import storage
 from tgate_engine.errors import EngineError
-from tgate_runtime.backends import fitted
-from tgate_runtime.dtypes import storage
+from tgate_runtime.engines.protocol import Buffer, fitted, matched, row_shape
 
 cuda: Any = importlib.import_module("cuda.bindings.runtime")
 
@@ -64,42 +64,84 @@ def aligned(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-class DeviceBuffer:
-    """A :class:`~tgate_runtime.backends.Buffer` in the memory of a GPU: zeros at first, freed with this object."""
+class DeviceMemory:
+    """Bytes of a GPU: zeros at first, freed with this object."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, device: int) -> None:
-        self.shape = shape
-        self.dtype = dtype
+    def __init__(self, size_bytes: int, device: int) -> None:
+        self.size_bytes = size_bytes
+        self.device = device
         self.address = 0
-        self._device = device
-        self._kind = storage(dtype)
-        self.size_bytes = math.prod(shape) * self._kind.itemsize
         use_device(device)
-        self.address = int(check(cuda.cudaMalloc, max(self.size_bytes, 1)))
-        check(cuda.cudaMemsetAsync, self.address, 0, self.size_bytes, _COPIES)
+        self.address = int(check(cuda.cudaMalloc, max(size_bytes, 1)))
+        check(cuda.cudaMemsetAsync, self.address, 0, size_bytes, _COPIES)
         check(cuda.cudaStreamSynchronize, _COPIES)
 
-    def write(self, array: NDArray[Any]) -> None:
-        self.upload(np.ascontiguousarray(fitted(array, self.shape, self.dtype)), 0)
+    def upload(self, array: NDArray[Any], address: int) -> None:
+        """Copy the bytes of a contiguous ``array`` to ``address``, which lies in this memory; they must fit."""
+        self._copy(address, array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
 
-    def upload(self, array: NDArray[Any], offset_bytes: int) -> None:
-        """Copy the bytes of a contiguous ``array`` to ``offset_bytes`` in; they must fit."""
-        self._copy(self.address + offset_bytes, array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
+    def download(self, array: NDArray[Any], address: int) -> None:
+        """Fill a contiguous ``array`` with the bytes from ``address`` on."""
+        self._copy(array.ctypes.data, address, array.nbytes, "cudaMemcpyDeviceToHost")
 
-    def read(self) -> NDArray[Any]:
-        array = np.empty(self.shape, self._kind)
-        self._copy(array.ctypes.data, self.address, array.nbytes, "cudaMemcpyDeviceToHost")
-        return array
+    def move(self, to: int, source: int, size_bytes: int) -> None:
+        """Copy bytes of this GPU from one address to another."""
+        self._copy(to, source, size_bytes, "cudaMemcpyDeviceToDevice")
 
     def _copy(self, to: int, source: int, size_bytes: int, kind: str) -> None:
-        use_device(self._device)
-        check(cuda.cudaMemcpyAsync, to, source, size_bytes, getattr(cuda.cudaMemcpyKind, kind), _COPIES)
+        use_device(self.device)
+        queue_copy(to, source, size_bytes, kind, _COPIES)
         check(cuda.cudaStreamSynchronize, _COPIES)
 
     def __del__(self) -> None:
         if getattr(self, "address", 0):
             with contextlib.suppress(Exception):  # the process may be going down
                 cuda.cudaFree(self.address)
+
+
+def queue_copy(to: int, source: int, size_bytes: int, kind: str, stream: int) -> None:
+    """Queue a copy between two addresses; ``kind``: a name in ``cudaMemcpyKind``."""
+    check(cuda.cudaMemcpyAsync, to, source, size_bytes, getattr(cuda.cudaMemcpyKind, kind), stream)
+
+
+class DeviceBuffer:
+    """A :class:`~tgate_runtime.engines.protocol.Buffer` in the memory of a GPU: a tensor from ``offset_bytes`` on.
+
+    A buffer begins at a multiple of 256 bytes, a view of its rows wherever they do.
+    """
+
+    def __init__(self, memory: DeviceMemory, offset_bytes: int, shape: tuple[int, ...], dtype: str) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.address = memory.address + offset_bytes
+        self.size_bytes = _size_bytes(shape, dtype)
+        self._memory = memory
+        self._offset_bytes = offset_bytes
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...], dtype: str, device: int) -> DeviceBuffer:
+        """A buffer with memory of its own."""
+        return DeviceBuffer(DeviceMemory(_size_bytes(shape, dtype), device), 0, shape, dtype)
+
+    def rows(self, first: int, count: int) -> DeviceBuffer:
+        shape = row_shape(self.shape, first, count)
+        skipped_bytes = first * (self.size_bytes // self.shape[0])
+        return DeviceBuffer(self._memory, self._offset_bytes + skipped_bytes, shape, self.dtype)
+
+    def write(self, array: NDArray[Any]) -> None:
+        self._memory.upload(np.ascontiguousarray(fitted(array, self.shape, self.dtype)), self.address)
+
+    def read(self) -> NDArray[Any]:
+        array = np.empty(self.shape, storage(self.dtype))
+        self._memory.download(array, self.address)
+        return array
+
+    def copy(self, source: Buffer) -> None:
+        self._memory.move(self.address, matched(source, self).address, self.size_bytes)
+
+
+def _size_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * storage(dtype).itemsize
 
 
 class Stream:

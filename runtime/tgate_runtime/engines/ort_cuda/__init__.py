@@ -1,0 +1,241 @@
+"""ONNX Runtime on an NVIDIA GPU: everything stays on the device, and steps are replayed as CUDA graphs.
+
+Latents, history, carries and conditioning are device buffers at fixed addresses. A step uploads its row of numbers
+(and, where the sampler is stochastic, its noise), and nothing comes back before the latents are asked for. Each call
+of a denoising graph is run once and captured when it is bound; from then on it is one launch.
+
+One thread of the process does all work on the GPU, whoever asks for it: ONNX Runtime keeps a CUDA graph with the thread
+that captured it, and captures so that another thread's allocation or copy meanwhile would break it. Requests therefore
+take turns step by step. Sessions are freed by whoever drops them: drop none while another one is bound.
+
+No GPU has run it yet. The tests exercise it on the CPU provider; and by hand it loaded, partitioned, shared weights and
+captured against a stub of CUDA that computes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+from tgate_engine.bundle import Bundle
+from tgate_engine.dtypes import DTYPES
+from tgate_engine.errors import EngineError
+from tgate_engine.graph import DENOISE, GraphSpec, Role, TensorSpec
+from tgate_runtime.engines.ort import check_nodes
+from tgate_runtime.engines.ort_cuda.log import captured_stderr, failing
+from tgate_runtime.engines.ort_cuda.memory import CudaBuffer, on_the_gpu
+from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers
+from tgate_runtime.weights import map_weights
+
+_ALIGNMENT_BYTES = 16  # what a kernel may read at a time
+_COPIED = "Cannot use user supplied initializer"  # what ONNX Runtime logs where it makes a private copy
+Pairs = Sequence[tuple[CudaBuffer, CudaBuffer]]
+"""Buffers to copy to, and from."""
+
+
+class _CudaCall:
+    """A :class:`~tgate_runtime.engines.protocol.Call`: one I/O binding, captured as one CUDA graph where its graph is.
+
+    ``inputs``, ``outputs``: what the graph reads and writes; ``before``, ``after``: what is copied around it.
+    """
+
+    def __init__(
+        self,
+        owner: OrtCudaExecutable,
+        number: int,
+        inputs: Mapping[str, CudaBuffer],
+        outputs: Mapping[str, CudaBuffer],
+        addresses: Mapping[str, int],
+        before: Pairs,
+        after: Pairs,
+    ) -> None:
+        self.addresses = addresses
+        self._owner = owner
+        self._before = before
+        self._after = after
+        self._buffers = (*inputs.values(), *outputs.values())  # the engine holds addresses; this holds the memory
+        self._binding = owner.session.io_binding()
+        self._run_options = ort.RunOptions()
+        for bind, buffers in ((self._binding.bind_input, inputs), (self._binding.bind_output, outputs)):
+            for name, buffer in buffers.items():
+                bind(name, *owner.device, DTYPES[buffer.dtype].onnx, buffer.shape, buffer.address)
+        if owner.captured:
+            self._run_options.add_run_config_entry("gpu_graph_id", str(number))
+            self()  # warms up and captures; outputs are never inputs of the same call, so that nothing is spoilt
+
+    @on_the_gpu
+    def __call__(self) -> None:
+        for to, source in self._before:
+            to.copy(source)
+        with failing(f"graph {self._owner.spec.file} failed in ONNX Runtime"):
+            self._owner.session.run_with_iobinding(self._binding, self._run_options)
+        for to, source in self._after:
+            to.copy(source)
+
+
+class OrtCudaExecutable:
+    """A :class:`~tgate_runtime.engines.protocol.Executable`: one session, whose calls are ``captured`` or not."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        spec: GraphSpec,
+        device: tuple[str, int],
+        weights: Mapping[str, ort.OrtValue],
+        captured: bool,
+    ) -> None:
+        self._weights = weights  # which must outlive the session
+        self.session = session
+        self.spec = spec
+        self.device = device
+        self.captured = captured
+        self._numbers = itertools.count(1)  # of CUDA graphs, within this session
+        self._spare: dict[tuple[str, tuple[int, ...]], CudaBuffer] = {}
+
+    @on_the_gpu
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> _CudaCall:
+        check_buffers(self.spec, inputs, outputs)
+        batch = self.spec.batch_of({name: buffer.shape for name, buffer in inputs.items()})
+        reads = {tensor.name: self._place(tensor, batch, inputs[tensor.name]) for tensor in self.spec.inputs}
+        # A captured graph writes every output to a fixed place; what nobody reads goes to memory that calls share.
+        writes = {tensor.name: self._place(tensor, batch, outputs.get(tensor.name)) for tensor in self.spec.outputs}
+        before = [(reads[name], buffer) for name, buffer in inputs.items() if reads[name] is not buffer]
+        after = [(buffer, writes[name]) for name, buffer in outputs.items() if writes[name] is not buffer]
+        addresses = {name: buffer.address for name, buffer in (*inputs.items(), *outputs.items())}
+        return _CudaCall(self, next(self._numbers), reads, writes, addresses, before, after)
+
+    def _place(self, tensor: TensorSpec, batch: int, buffer: CudaBuffer | None) -> CudaBuffer:
+        """What the graph reads or writes: that buffer, or one that calls share where there is none, or where it begins
+        at an address that kernels may not take. Calls run one at a time."""
+        if buffer is not None and buffer.address % _ALIGNMENT_BYTES == 0:
+            return buffer
+        key = (tensor.name, tensor.resolve(batch))
+        if key not in self._spare:
+            self._spare[key] = CudaBuffer.zeros(key[1], tensor.dtype, self.device)
+        return self._spare[key]
+
+
+class OrtCuda:
+    """The ``ort-cuda`` engine.
+
+    ``memory="shared"``, the default, uploads the weights once; every graph uses that copy in place, and one that
+    made its own would be refused. ``"fast"`` leaves each graph to upload its own weights, laid out as it likes.
+
+    ``captured``: the roles of graphs whose calls become CUDA graphs. Those around the denoiser run once for each
+    request, and may hold nodes without CUDA kernels (an ArgMax of int32), with which ONNX Runtime refuses to capture.
+    """
+
+    name = "ort-cuda"
+    version = str(ort.__version__)
+    provider = "CUDAExecutionProvider"
+    kind = "cuda"
+    captured: Collection[Role] = (DENOISE,)
+
+    def __init__(self, options: EngineOptions) -> None:
+        if options.precision is not None:
+            raise EngineError("ort-cuda computes in the dtype that the bundle was exported with; leave out --precision")
+        if options.threads is not None:
+            raise EngineError("ort-cuda computes on a GPU; leave out --threads")
+        if self.provider not in ort.get_available_providers():
+            raise EngineError(
+                f"the onnxruntime installed here has no {self.provider}: pip uninstall onnxruntime, then "
+                "pip install 'tgate-engine[cuda]'"
+            )
+        self.options = replace(options, memory=options.memory or "shared")
+        self.device = (self.kind, options.device)
+        self._start()
+
+    def build(self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None) -> dict[str, Path]:
+        return {}
+
+    @on_the_gpu
+    def load(
+        self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
+    ) -> dict[str, OrtCudaExecutable]:
+        weights = self._upload(bundle) if self.options.memory == "shared" else {}
+        return {spec.file: self._load(bundle.file(spec.file), spec, weights) for spec in graphs}
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
+        return CudaBuffer.zeros(shape, dtype, self.device)
+
+    @on_the_gpu
+    def _start(self) -> None:
+        """Find CUDA and the GPU. Raises :class:`EngineError` where there is none."""
+        log = _preload() if self.kind == "cuda" else []
+        with failing(f"ort-cuda finds no GPU {self.options.device} here", log), captured_stderr(log):
+            if hasattr(native, "set_arena_extend_strategy"):
+                # Buffers and shared weights lie in an arena of the process, made with the first of them: by default it
+                # grows by powers of two, and 21 MB of weights took 32.
+                native.set_arena_extend_strategy(native.ArenaExtendStrategy.kSameAsRequested)
+            ort.OrtValue.ortvalue_from_shape_and_type((1,), np.float32, *self.device)
+
+    def _upload(self, bundle: Bundle) -> dict[str, ort.OrtValue]:
+        """Every weight of the bundle on the device, by its initializer's name."""
+        values = {}
+        for name, weight in map_weights(bundle.file(bundle.manifest.weights)).items():
+            shape = weight.array.shape
+            with failing(f"ONNX Runtime cannot put weight {name} {list(shape)} on the GPU"):
+                value = ort.OrtValue.ortvalue_from_shape_and_type(shape, DTYPES[weight.dtype].onnx, *self.device)
+                value.update_inplace(weight.array)
+                values[name] = ort.OrtValue.from_dlpack(value)  # a view: memory that ONNX Runtime owns is not shared
+        return values
+
+    def _load(self, path: Path, spec: GraphSpec, weights: Mapping[str, ort.OrtValue]) -> OrtCudaExecutable:
+        captured = spec.role in self.captured
+        options = ort.SessionOptions()
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 2  # warnings: where a weight is copied, one says so
+        if weights:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        for name, value in weights.items():
+            options.add_initializer(name, value)
+        log: list[str] = []
+        with failing(f"ONNX Runtime {self.version} cannot load {spec.file} on the GPU", log), captured_stderr(log):
+            session = ort.InferenceSession(
+                str(path),
+                options,
+                providers=self.providers(captured),
+                enable_fallback=0,  # or what fails is printed, and tried again on the CPU
+            )
+            if self.provider not in session.get_providers():
+                raise RuntimeError("it takes the CPU instead; check that CUDA and cuDNN are there")
+        if copied := [line for line in log if _COPIED in line]:
+            raise EngineError(
+                f"ONNX Runtime copied {len(copied)} weights of {spec.file} instead of sharing them: "
+                f"{' '.join(copied[0].split())}; take --memory fast"
+            )
+        check_nodes(session, spec)
+        return OrtCudaExecutable(session, spec, self.device, weights, captured)
+
+    def providers(self, captured: bool) -> list[tuple[str, dict[str, str]]]:
+        """What a session runs on."""
+        settings = {"device_id": str(self.options.device), "arena_extend_strategy": "kSameAsRequested"}
+        settings["use_tf32"] = "0"  # 10 bits of mantissa are not what a bundle in float32 was exported for
+        if captured:
+            settings["enable_cuda_graph"] = "1"
+        return [(self.provider, settings), ("CPUExecutionProvider", {})]
+
+
+def _preload() -> list[str]:
+    """Load CUDA and cuDNN where they were installed as Python packages; gives what ONNX Runtime says, line by line."""
+    # It looks beside its own folder alone, and these packages may lie in another one of Python's.
+    package = importlib.util.find_spec("nvidia")
+    roots = list(package.submodule_search_locations or ()) if package else []
+    major = ort.cuda_version.partition(".")[0]
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        for name, alone in ((f"cu{major}", {"cudnn": False}), ("cudnn", {"cuda": False})):
+            folders = (lib for root in roots if (lib := Path(root, name, "lib")).is_dir())
+            ort.preload_dlls(**alone, directory=next(map(str, folders), None))  # None: where it looks by itself
+    return log.getvalue().splitlines()

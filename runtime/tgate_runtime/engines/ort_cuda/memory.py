@@ -1,0 +1,116 @@
+"""Device memory of ONNX Runtime, and the one thread that works on the GPU.
+
+Views of some rows are addresses within a buffer, so what is copied to, from or between buffers goes by address, through
+the CUDA runtime that ONNX Runtime has loaded. No GPU has run it yet: the tests have host memory in its place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from tgate_engine.dtypes import storage
+from tgate_runtime.engines.ort_cuda.log import failing
+from tgate_runtime.engines.protocol import Buffer, fitted, matched, row_shape
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_ANY_DIRECTION = 4  # cudaMemcpyDefault: the addresses tell
+_THIS_THREAD = threading.local()
+_GPU = ThreadPoolExecutor(1, "ort-cuda", initializer=setattr, initargs=(_THIS_THREAD, "works_on_the_gpu", True))
+
+
+def on_the_gpu(work: Callable[P, T]) -> Callable[P, T]:
+    """Have the one thread that works on the GPU do ``work``; the caller waits, and gets its result or its exception."""
+
+    @functools.wraps(work)
+    def handed_over(*args: P.args, **kwargs: P.kwargs) -> T:
+        if hasattr(_THIS_THREAD, "works_on_the_gpu"):
+            return work(*args, **kwargs)
+        return _GPU.submit(work, *args, **kwargs).result()
+
+    return handed_over
+
+
+@functools.cache
+def _cuda_runtime() -> Any:
+    """The CUDA runtime that ONNX Runtime has loaded: whoever loads it by its name gets the same."""
+    library = ctypes.CDLL(f"libcudart.so.{ort.cuda_version.partition('.')[0]}")
+    library.cudaGetErrorString.restype = ctypes.c_char_p
+    return library
+
+
+def _move(to: int, source: int, size_bytes: int, device: tuple[str, int]) -> None:
+    """Copy bytes between two addresses, of the device or the host; done when this returns. On the GPU's thread."""
+    kind, number = device
+    if kind == "cpu":
+        ctypes.memmove(to, source, size_bytes)
+        return
+    library = _cuda_runtime()
+    for function, *arguments in (
+        (library.cudaSetDevice, number),
+        (library.cudaMemcpy, ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size_bytes), _ANY_DIRECTION),
+        # Copies within the device, and those out of memory that is not pinned, return before they are done; and ONNX
+        # Runtime's own streams do not wait for this one.
+        (library.cudaStreamSynchronize, None),
+    ):
+        if error := function(*arguments):
+            raise RuntimeError(library.cudaGetErrorString(error).decode(errors="replace"))
+
+
+class CudaBuffer:
+    """A :class:`~tgate_runtime.engines.protocol.Buffer` in device memory: a tensor from ``address`` on, which lies in
+    ``memory``. Whatever copies waits for it."""
+
+    def __init__(
+        self, memory: ort.OrtValue, address: int, shape: tuple[int, ...], dtype: str, device: tuple[str, int]
+    ) -> None:
+        self.address = address
+        self.shape = shape
+        self.dtype = dtype
+        self.size_bytes = math.prod(shape) * storage(dtype).itemsize
+        self._memory = memory
+        self._device = device
+
+    @staticmethod
+    @on_the_gpu
+    def zeros(shape: tuple[int, ...], dtype: str, device: tuple[str, int]) -> CudaBuffer:
+        """A buffer with memory of its own."""
+        with failing(f"ONNX Runtime gives no buffer of {dtype} {list(shape)}"):
+            memory = ort.OrtValue.ortvalue_from_shape_and_type(shape, storage(dtype).type, *device)
+            buffer = CudaBuffer(memory, int(memory.data_ptr()), shape, dtype, device)
+        buffer.write(np.zeros(1, storage(dtype)))
+        return buffer
+
+    def rows(self, first: int, count: int) -> CudaBuffer:
+        shape = row_shape(self.shape, first, count)
+        address = self.address + first * (self.size_bytes // self.shape[0])
+        return CudaBuffer(self._memory, address, shape, self.dtype, self._device)
+
+    @on_the_gpu
+    def write(self, array: NDArray[Any]) -> None:
+        contiguous = np.ascontiguousarray(fitted(array, self.shape, self.dtype))
+        with failing(f"CUDA cannot write a buffer of {self.dtype} {list(self.shape)}"):
+            _move(self.address, contiguous.ctypes.data, self.size_bytes, self._device)
+
+    @on_the_gpu
+    def read(self) -> NDArray[Any]:
+        array = np.empty(self.shape, storage(self.dtype))
+        with failing(f"CUDA cannot read a buffer of {self.dtype} {list(self.shape)}"):
+            _move(array.ctypes.data, self.address, self.size_bytes, self._device)
+        return array
+
+    @on_the_gpu
+    def copy(self, source: Buffer) -> None:
+        address = matched(source, self).address
+        with failing(f"CUDA cannot copy a buffer of {self.dtype} {list(self.shape)}"):
+            _move(self.address, address, self.size_bytes, self._device)

@@ -9,7 +9,7 @@ see :mod:`~tgate_runtime.engines.openvino.timestep`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -180,12 +180,20 @@ class OpenVino:
                 time = self._core.compile_model(time, "CPU", {**settings, "INFERENCE_PRECISION_HINT": ov.Type.f32})
         except Exception as error:  # the engine raises RuntimeError
             raise EngineError(f"OpenVINO {self.version} cannot load {spec.file}: {_short(error)}") from error
-        inputs, outputs = (
-            {port.any_name: _DTYPE_OF.get(kind := port.element_type.get_type_name(), kind) for port in ports}
-            for ports in (compiled.inputs, compiled.outputs)
-        )
-        check_interface(spec, {n: kind for n, kind in inputs.items() if not n.startswith(PREFIX)}, outputs)
+        inputs = [port for port in compiled.inputs if not port.any_name.startswith(PREFIX)]
+        check_interface(spec, _dtypes(inputs, spec.input_names()), _dtypes(compiled.outputs, spec.output_names()))
         return OpenVinoExecutable(compiled, time, spec)
+
+
+def _dtypes(ports: Sequence[Any], names: Collection[str]) -> dict[str, str]:
+    """The ports' dtypes, by name. A port has several names where the engine left out what changes nothing between them;
+    of those, the one in ``names``."""
+    dtypes = {}
+    for port in ports:
+        kind = port.element_type.get_type_name()
+        name = next((name for name in sorted(port.names) if name in names), port.any_name)
+        dtypes[name] = _DTYPE_OF.get(kind, kind)
+    return dtypes
 
 
 def _view(buffer: CpuBuffer) -> Any:

@@ -88,7 +88,7 @@ class CudaBuffer:
         with failing(f"ONNX Runtime gives no buffer of {dtype} {list(shape)}"):
             memory = ort.OrtValue.ortvalue_from_shape_and_type(shape, storage(dtype).type, *device)
             buffer = CudaBuffer(memory, int(memory.data_ptr()), shape, dtype, device)
-        buffer.write(np.zeros(1, storage(dtype)))
+        buffer.write(np.zeros((), storage(dtype)))
         return buffer
 
     def rows(self, first: int, count: int) -> CudaBuffer:

@@ -1,0 +1,29 @@
+"""The engines that run on any machine, and the CUDA engine with a CPU in place of the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from tgate_runtime.engines import open_engine
+from tgate_runtime.engines.ort_cuda import OrtCuda
+from tgate_runtime.engines.protocol import Engine, EngineOptions
+
+
+class OnTheCpu(OrtCuda):
+    """Everything but CUDA itself."""
+
+    provider = "CPUExecutionProvider"
+    kind = "cpu"
+
+    def providers(self, captured: bool) -> list[tuple[str, dict[str, str]]]:
+        return [(self.provider, {})]
+
+
+WAYS: Mapping[str, Callable[[], Engine]] = {
+    "ort-cpu fast": lambda: open_engine("ort-cpu", threads=1, memory="fast"),
+    "ort-cpu shared": lambda: open_engine("ort-cpu", threads=1, memory="shared"),
+    "ort-cuda shared, on the CPU": lambda: OnTheCpu(EngineOptions(memory="shared")),
+    "ort-cuda fast, on the CPU": lambda: OnTheCpu(EngineOptions(memory="fast")),
+    "openvino": lambda: open_engine("openvino", threads=1, precision="f32"),
+    "aoti": lambda: open_engine("aoti", threads=1),
+}

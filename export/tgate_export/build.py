@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,32 +15,28 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import tgate_engine
-from tgate_engine.bundle import Bundle, digests_of, staging
-from tgate_engine.errors import ExportError
-from tgate_engine.manifest import MANIFEST_FILE, Carry, Golden, GraphSpec, Manifest, Tokenizer, dump_manifest
-from tgate_engine.plan import DENOISING_GRAPHS, Plan, build_plan
+from tgate_engine.atomic import staging
+from tgate_engine.bundle import Bundle, digests_of
+from tgate_engine.graph import DENOISE, TEXT, GraphSpec, TensorSpec
+from tgate_engine.manifest import MANIFEST_FILE, Golden, Manifest, Shape, Tokenizer
+from tgate_engine.manifest_json import dump_manifest
 from tgate_engine.report import Reporter
-from tgate_engine.sampler import Sampler
-from tgate_engine.schedule import Schedule
+from tgate_engine.sampler import Fact
+from tgate_engine.sampler_tables import dump_tables
 from tgate_export import goldens, macs, scratch
+from tgate_export.families.base import Size
 from tgate_export.graphs import TracedGraph, store_linears_transposed
-from tgate_export.job import ExportSettings, Job, check_guidance, prepare, schedule_of
+from tgate_export.job import ExportSettings, Job, prepare
 from tgate_export.modules import fake_module
-from tgate_export.sampling import compile_sampler
+from tgate_export.plans import DEFAULT, make_plans
+from tgate_export.sampling import compile_tables
 from tgate_export.tokenizers import export_tokenizers
-from tgate_export.tracing import (
-    DECODER_GRAPH,
-    IMAGE_GRAPH,
-    TEXT_GRAPH,
-    carries_of,
-    trace_decoder,
-    trace_image,
-    trace_step,
-    trace_text,
-)
+from tgate_export.tracing import trace_decoder, trace_image, trace_step, trace_text
 from tgate_export.weights import WEIGHTS_FILE, attach, collect, place_weights, save_graph, write_weights
 
-__all__ = ["ExportSettings", "add_plan", "export"]
+__all__ = ["ExportSettings", "export"]
+
+SAMPLERS_FILE = "samplers.safetensors"
 
 
 def export(settings: ExportSettings, report: Reporter, verify: Callable[[Path], None] | None = None) -> Path:
@@ -61,53 +59,22 @@ def export(settings: ExportSettings, report: Reporter, verify: Callable[[Path], 
     return target
 
 
-def add_plan(
-    path: Path,
-    *,
-    name: str,
-    m: int,
-    k: int,
-    steps: int | None = None,
-    sampler: str | None = None,
-    warm_up: int | None = None,
-    fidelity_interval: int = 1,
-    guidance_scale: float | None = None,
-    force: bool = False,
-) -> Plan:
-    """Give a bundle one more plan over the graphs it has. The manifest is replaced atomically.
+@dataclass(frozen=True)
+class _Traced:
+    """A shape's graphs, by the names that plans use, and the names of their files."""
 
-    ``steps``, ``sampler`` and ``warm_up``: None takes those of the default plan.
-    """
-    bundle = Bundle.open(path)
-    manifest = bundle.manifest
-    default = manifest.plan("default")
-    steps = default.schedule.steps if steps is None else steps
-    warm_up = default.schedule.warm_up if warm_up is None else warm_up
-    if guidance_scale is not None:
-        check_guidance(guidance_scale)
-        if manifest.guidance != "embedded" and (guidance_scale > 1) != manifest.guided:
-            raise ExportError(
-                f"guidance scale {guidance_scale} does not fit a bundle exported "
-                f"{'with' if manifest.guided else 'without'} guidance; export again with --guidance-scale"
-            )
-    compiled = compile_sampler(sampler or default.sampler.name, manifest.scheduler, steps)
-    plan = build_plan(
-        name,
-        schedule=schedule_of(steps, m, k, warm_up, fidelity_interval, compiled.lead_in),
-        sampler=compiled,
-        guidance_scale=manifest.guidance_scale if guidance_scale is None else guidance_scale,
-        graphs=manifest.graphs,
-        carries=manifest.carries,
-    )
-    bundle.with_plan(plan, force=force)
-    return plan
+    size: Size
+    batch: tuple[int, int]
+    graphs: Mapping[str, TracedGraph]
+    files: Mapping[str, str]
 
 
 def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
     family, checkpoint = job.family, job.checkpoint
     tokenizers = export_tokenizers(family, checkpoint, stage) if "text" in job.components else []
-    traced, carries = _trace(job, tokenizers, report)
-    refs = collect(traced)
+    traced = _trace(job, tokenizers, report)
+    distinct = {file: shape.graphs[name] for shape in traced for name, file in shape.files.items()}
+    refs = collect(list(distinct.values()))
     if job.settings.weights == "none":
         placements = place_weights(refs)
     else:
@@ -118,39 +85,40 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
             checkpoint,
             lambda done, total: report.progress(done, total, "streaming weights"),
         )
-    graphs: dict[str, GraphSpec] = {}
-    least, most = job.settings.batch
-    images = least if least == most else 1
-    for graph in traced:
-        graphs[graph.name] = GraphSpec(
-            file=f"{graph.name}.onnx",
+    specs: dict[str, GraphSpec] = {}
+    for file, graph in distinct.items():
+        least, most = graph.batch
+        images = least if least == most else 1
+        specs[file] = GraphSpec(
+            file=file,
+            role=graph.role,
+            batch=graph.batch,
             inputs=graph.inputs,
             outputs=graph.outputs,
-            macs=macs.count(graph.model, frozenset(graph.weights), images if graph.name in DENOISING_GRAPHS else 1),
-            scratch_bytes=scratch.peak_bytes(graph.model) // (images if graph.name in DENOISING_GRAPHS else 1),
+            macs=macs.count(graph.model, frozenset(graph.weights), images),
+            scratch_bytes=scratch.peak_bytes(graph.model) // images,
         )
         attach(graph, placements)
-        save_graph(graph, stage / f"{graph.name}.onnx")
-
-    def plan(name: str, schedule: Schedule, sampler: Sampler) -> Plan:
-        return build_plan(
-            name,
-            schedule=schedule,
-            sampler=sampler,
-            guidance_scale=job.guidance_scale,
-            graphs=graphs,
-            carries=tuple(carries.values()),
-        )
-
-    plans = {"default": plan("default", job.schedule, job.sampler)}
-    if job.guided:
-        plans["guidance_stopped"] = plan("guidance_stopped", job.schedule.guidance_stopped(), job.sampler)
-    plans["ungated"] = plan("ungated", job.schedule.ungated(), job.sampler)
-
+        save_graph(graph, stage / file)
+    shapes = tuple(_shape(job.at(shape.size), shape, specs) for shape in traced)
+    carries: dict[str, dict[str, Fact]] = {
+        name: dict(facts) for variant in job.variants for part in variant.parts for name, facts in part.facts.items()
+    }
+    plans = make_plans(
+        DEFAULT,
+        job.method,
+        job.method_settings,
+        sampler=job.sampler,
+        guidance_scale=job.guidance_scale,
+        guided=job.guided,
+        graphs=shapes[0].graphs,
+        carries=carries,
+    )
+    (stage / SAMPLERS_FILE).write_bytes(dump_tables(compile_tables(job.sampler.name, job.scheduler)))
     recorded: dict[str, Golden] = {}
     if job.settings.verify and job.settings.weights == "checkpoint":
         report.stage("recording goldens in eager PyTorch")
-        recorded = goldens.record(job, stage, tokenizers, plan)
+        recorded = goldens.record(job, stage, tokenizers, shapes[0].graphs, carries)
         for oracle in dict.fromkeys(golden.oracle for golden in recorded.values()):
             report.note(f"{', '.join(n for n, g in recorded.items() if g.oracle == oracle)}: recorded by {oracle}")
     return Manifest(
@@ -158,23 +126,17 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
         family=family.name,
         licence=checkpoint.licence(),
         dtype=job.dtype,
-        height=job.size.height,
-        width=job.size.width,
         frames=job.size.frames,
         fps=family.fps if job.size.frames > 1 else 0,
-        latents=job.latents,
-        batch=job.settings.batch,
         guidance=job.guidance,
         guidance_scale=job.guidance_scale,
         guidance_rescale=job.settings.guidance_rescale,
         clip_skip=job.settings.clip_skip,
         zero_negative=family.zero_negative(checkpoint),
         weights="" if job.settings.weights == "none" else WEIGHTS_FILE,
-        text=TEXT_GRAPH if "text" in job.components else "",
-        image=IMAGE_GRAPH if "image" in job.components else "",
-        decoder=DECODER_GRAPH if "decoder" in job.components else "",
-        graphs=graphs,
-        carries=tuple(carries.values()),
+        samplers=SAMPLERS_FILE,
+        shapes=shapes,
+        carries=carries,
         conditioning=tuple(c.conditioning for c in job.conditioning),
         tokenizers=tuple(tokenizers),
         plans=plans,
@@ -185,32 +147,67 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
     )
 
 
-def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> tuple[list[TracedGraph], dict[str, Carry]]:
-    """Every graph of the bundle, and the carries between them."""
+def _shape(job: Job, traced: _Traced, specs: Mapping[str, GraphSpec]) -> Shape:
+    return Shape(
+        width=job.size.width,
+        height=job.size.height,
+        batch=traced.batch,
+        latents=job.latents,
+        constants={c.conditioning.name: c.value for c in job.conditioning if c.conditioning.source == "constant"},
+        graphs={name: specs[file] for name, file in traced.files.items()},
+    )
+
+
+def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[_Traced]:
+    """Every graph of every shape; those that do not differ between shapes are traced once."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    around: dict[str, Callable[[], TracedGraph]] = {}
-    if "text" in job.components:
-        around[TEXT_GRAPH] = lambda: trace_text(job, mode, tokenizers)
-    if "image" in job.components:
-        around[IMAGE_GRAPH] = lambda: trace_image(job, mode)
-    if "decoder" in job.components:
-        around[DECODER_GRAPH] = lambda: trace_decoder(job, mode)
-    total = len(around) + len(job.variants)
-    traced: list[TracedGraph] = []
-    for name, trace in around.items():
-        report.progress(len(traced), total, f"tracing {name}")
-        traced.append(trace())
+    around = [c for c in job.components if c != "denoiser"]
+    per_size = len([c for c in around if c != "text"]) + len(job.batches) * len(job.variants)
+    total, done = len(job.sizes) * per_size + ("text" in around), 0
+
+    def told(graph: Callable[[], TracedGraph], label: str) -> TracedGraph:
+        nonlocal done
+        report.progress(done, total, f"tracing {label}")
+        traced = graph()
+        done += 1
+        return traced
+
+    text = told(lambda: trace_text(job, mode, tokenizers), "the text encoder") if "text" in around else None
+    image_or_decoder: dict[Size, list[TracedGraph]] = {}
+    for size in job.sizes:
+        sized = job.at(size)
+        image_or_decoder[size] = []
+        if "image" in around:
+            image_or_decoder[size].append(told(partial(trace_image, sized, mode), f"the image encoder, {size}"))
+        if "decoder" in around:
+            image_or_decoder[size].append(told(partial(trace_decoder, sized, mode), f"the decoder, {size}"))
     denoiser = fake_module(mode, job.family, job.checkpoint, job.family.denoiser, getattr(torch, job.dtype))
-    sites = job.sites
     transposed = store_linears_transposed(denoiser)
-    carries: dict[str, Carry] = {}
-    for variant in job.variants:
-        report.progress(len(traced), total, f"tracing {variant.name}")
-        graph = trace_step(job, mode, denoiser, transposed, sites, variant, carries)
-        carries |= {c.name: c for c in carries_of(graph, sites, variant)}
-        traced.append(graph)
+    shapes: list[_Traced] = []
+    for size in job.sizes:
+        for batch in job.batches:
+            sized, graphs, carries = job.at(size), list[TracedGraph](), dict[str, TensorSpec]()
+            for variant in job.variants:
+                graph = told(
+                    partial(trace_step, sized, mode, denoiser, transposed, variant, batch, carries),
+                    f"{variant.name}, {size}",
+                )
+                stored = {name for part in variant.parts for name in part.writes}
+                carries |= {tensor.name: tensor for tensor in graph.outputs if tensor.name in stored}
+                graphs.append(graph)
+            everything = [*([text] if text else []), *image_or_decoder[size], *graphs]
+            files = {g.name: _file(job, g, size, batch) for g in everything}
+            shapes.append(_Traced(size, batch, {g.name: g for g in everything}, files))
     report.progress(total, total, "traced")
-    return traced, carries
+    return shapes
+
+
+def _file(job: Job, graph: TracedGraph, size: Size, batch: tuple[int, int]) -> str:
+    """A graph's file: external data may not lie above it, so all graphs are beside the weights."""
+    of_size = "" if size == job.sizes[0] or graph.role == TEXT else f"-{size}"
+    several = len(job.batches) > 1 and graph.role == DENOISE
+    of_batch = f"-batch-{batch[0]}-{batch[1]}" if several else ""
+    return f"{graph.name}{of_size}{of_batch}.onnx"
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

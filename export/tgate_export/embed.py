@@ -6,13 +6,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import safetensors.torch
+import numpy as np
+import safetensors.numpy
 import torch
 
-from tgate_engine.bundle import write_atomically
+from tgate_engine.atomic import write_atomically
+from tgate_engine.conditioning import halves
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints import open_checkpoint
-from tgate_export.conditioning import encode, halves
+from tgate_export.conditioning import encode
 from tgate_export.families import find_model, location
 from tgate_export.families.base import Size
 from tgate_export.job import check_checkpoint
@@ -66,9 +68,11 @@ def embed(
     with tempfile.TemporaryDirectory() as folder:
         tokenizers = export_tokenizers(family, source, Path(folder))
         texts = dict.fromkeys([*prompts, *([] if nothing is None else [nothing])])
-        encoded = {t: encode(text, names, *token_ids(Path(folder), tokenizers, t).values()) for t in texts}
+        outputs = {t: encode(text, names, *token_ids(Path(folder), tokenizers, t).values()) for t in texts}
+    encoded = {t: {name: value.numpy() for name, value in tensors.items()} for t, tensors in outputs.items()}
     negative = None if nothing is None else encoded[nothing]
-    rows = [halves(inputs, encoded[prompt], negative, guided=guided) for prompt in prompts]
-    tensors = {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}
-    write_atomically(output, safetensors.torch.save(tensors))
+    own = [c.conditioning for c in inputs]
+    rows = [halves(own, {}, encoded[prompt], negative, guided=guided) for prompt in prompts]
+    tensors = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    write_atomically(output, safetensors.numpy.save(tensors))
     return list(tensors)

@@ -7,24 +7,25 @@ while running every graph, in float32: they check tracing, conversion, weights, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from tgate_engine.conditioning import halves
+from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Golden, Tokenizer
-from tgate_engine.plan import Plan
-from tgate_engine.rows import step_row
-from tgate_engine.sampler import HISTORY, Sampler
-from tgate_engine.schedule import Schedule
-from tgate_export.conditioning import halves
+from tgate_engine.plan import Call, Plan, build_plan
+from tgate_engine.sampler import HISTORY
+from tgate_engine.step import LATENTS, NEXT_LATENTS, NOISE, OUTPUT, STEP, past, step_row
 from tgate_export.families.base import Texts
-from tgate_export.gating import GatedStep, Variant
 from tgate_export.job import Job
+from tgate_export.methods.base import Settings, Variant, ungated
 from tgate_export.oracle import Oracle
 from tgate_export.sampling import compile_sampler
+from tgate_export.step import DenoisingStep
 from tgate_export.tracing import DECODER_GRAPH, IMAGE_GRAPH, TEXT_GRAPH
 
 GOLDEN_PROMPT = "a large red circle above a small blue square"
@@ -46,36 +47,59 @@ IMAGE_TOLERANCES = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1.25e-1}
 
 
 def record(
-    job: Job, stage: Path, tokenizers: Sequence[Tokenizer], plan: Callable[[str, Schedule, Sampler], Plan]
+    job: Job,
+    stage: Path,
+    tokenizers: Sequence[Tokenizer],
+    graphs: Mapping[str, GraphSpec],
+    carries: Collection[str],
 ) -> dict[str, Golden]:
-    """Record every golden of a bundle below ``stage``. ``plan`` builds a plan over the bundle's graphs.
+    """Record every golden of a bundle below ``stage``, for one image of each size. ``graphs``: those of any shape.
 
     Raises :class:`ExportError` where diffusers itself cannot run the checkpoint.
     """
-    family, directory = job.family, stage / "golden"
-    oracle, recorded = Oracle(job), dict[str, Golden]()
-    batch, generator = job.settings.batch[0], torch.Generator().manual_seed(GOLDEN_SEED)
-    rows = _conditioning(job, oracle, tokenizers, generator, directory, recorded)
-    conditioning = {name: value.expand(batch, *value.shape[1:]) for name, value in rows.items()}
+    recorded = dict[str, Golden]()
+    for size in job.sizes:
+        own = _record_size(job.at(size), stage / "golden", tokenizers, graphs, carries)
+        suffix = "" if size == job.sizes[0] else f"-{size}"
+        recorded |= {f"{name}{suffix}": golden for name, golden in own.items()}
+    return recorded
+
+
+def _record_size(
+    job: Job,
+    directory: Path,
+    tokenizers: Sequence[Tokenizer],
+    graphs: Mapping[str, GraphSpec],
+    carries: Collection[str],
+) -> dict[str, Golden]:
+    family, oracle, recorded = job.family, Oracle(job), dict[str, Golden]()
+    suffix = "" if job.size == job.sizes[0] else f"-{job.size}"
+    generator = torch.Generator().manual_seed(GOLDEN_SEED)
+    conditioning = _conditioning(job, oracle, tokenizers, generator, directory, recorded)
 
     if not oracle.fits(family.denoiser, *([family.decoder] if "decoder" in job.components else [])):
         return recorded
     denoiser = oracle.module(family.denoiser)
-    shape = (batch, *job.latents)
+    shape = (1, *job.latents)
     noise = torch.randn(shape, generator=generator)
     by_name = {variant.name: variant for variant in job.variants}
-    schedules = _schedules(
-        fidelity_reuse=job.settings.fidelity_interval > 1, guided=job.guided, lead_in=job.sampler.lead_in
-    )
     made: dict[str, tuple[Plan, list[Tensor], dict[int, Tensor]]] = {}
     moved: dict[str, float] = {}  # by trajectory, what SHAKE of its noise moves it; diffusers' is not shaken
     decoded: Tensor | None = None
-    for name, schedule in schedules.items():
-        sampler = compile_sampler(job.sampler.name, job.scheduler, schedule.steps)
-        short = plan(name, schedule, sampler)
+    for name, (steps, program) in _programs(job).items():
+        sampler = compile_sampler(job.sampler.name, job.scheduler, steps)
+        short = build_plan(
+            name,
+            program,
+            sampler=sampler,
+            guidance_scale=job.guidance_scale,
+            graphs=graphs,
+            carries=carries,
+            settings={"n": steps},
+        )
         noises = {i: torch.randn(shape, generator=generator) for i, call in enumerate(sampler.calls) if call.noise}
         if name == UNGATED:
-            trajectory = oracle.trajectory(denoiser, noise, conditioning, schedule.steps, noises)
+            trajectory = oracle.trajectory(denoiser, noise, conditioning, steps, noises)
             latents, decoded = trajectory.latents, trajectory.decoded
         else:
             latents = walk(job, short, denoiser, by_name, noise, conditioning, noises)
@@ -91,17 +115,19 @@ def record(
             **{f"conditioning.{name}": value for name, value in conditioning.items()},
             "guidance_scale": torch.tensor(short.guidance_scale),
         }
-        path = directory / f"{name}.safetensors"
+        path = directory / f"{name}{suffix}.safetensors"
         _save(path, tensors)
         recorded[name] = Golden(
             file=f"golden/{path.name}",
+            size=str(job.size),
             tolerance=max(TOLERANCES[job.dtype], 4 * moved.get(name, max(moved.values()))),
             plan=short,
             oracle=oracle.name if name == UNGATED else f"the method in tgate-engine, over modules of {oracle.name}",
         )
     if decoded is not None:
         recorded["image"] = _record_graph(
-            directory / "image.safetensors",
+            job,
+            directory / f"image{suffix}.safetensors",
             DECODER_GRAPH,
             {"latents": made[UNGATED][1][-1][:1]},
             {"decoded": decoded},
@@ -135,10 +161,9 @@ def walk(
     nothing = torch.zeros_like(noise)
     ramp = family.guidance_ramp(noise.shape[1:])
     for step in plan.steps:
-        gated = GatedStep(
+        gated = DenoisingStep(
             denoiser,
             family.denoise,
-            job.sites,
             variants[step.graph],
             names,
             torch.float32,
@@ -148,16 +173,16 @@ def walk(
         named = {
             **conditioning,
             **carries,
-            "latents": latents[-1],
-            "noise": (step_noise or {}).get(step.index, nothing),
-            "step": torch.from_numpy(step_row(step.call, job.guidance_scale)).to(noise.device).expand(batch, -1),
-            **{f"latents.{j}": latents[-1 - j] if j < len(latents) else nothing for j in range(1, HISTORY + 1)},
-            **{f"output.{j}": outputs[-j] if j <= len(outputs) else nothing for j in range(1, HISTORY + 1)},
+            LATENTS: latents[-1],
+            NOISE: (step_noise or {}).get(step.index, nothing),
+            STEP: torch.from_numpy(step_row(step.call, job.guidance_scale)).to(noise.device).expand(batch, -1),
+            **{past(LATENTS, j): latents[-1 - j] if j < len(latents) else nothing for j in range(1, HISTORY + 1)},
+            **{past(OUTPUT, j): outputs[-j] if j <= len(outputs) else nothing for j in range(1, HISTORY + 1)},
         }
         with torch.no_grad(), gated.attached():
             results = dict(zip(gated.output_names, gated(*(named[n] for n in gated.input_names)), strict=True))
-        latents.append(results["next_latents"])
-        outputs.append(results["output"])
+        latents.append(results[NEXT_LATENTS])
+        outputs.append(results[OUTPUT])
         carries.update({name: results[name] for name in step.writes})
     return latents
 
@@ -173,18 +198,20 @@ def _conditioning(
     """``<name>.<half>`` to [1, ...] of the golden request. Records the graph that makes it, where there is one."""
     positive: Texts = {}
     negative: Texts | None = None
+    suffix = "" if job.size == job.sizes[0] else f"-{job.size}"
     if "text" in job.components and oracle.fits(*job.family.text_components):
         rows, positive, negative = oracle.text(GOLDEN_PROMPT, GOLDEN_NEGATIVE)
-        ids = {spec.input: torch.tensor([row]) for spec, row in zip(tokenizers, rows, strict=True)}
-        recorded["text"] = _record_graph(
-            directory / "text.safetensors", TEXT_GRAPH, ids, positive, TOLERANCES[job.dtype], oracle.name
-        )
+        if job.size == job.sizes[0]:  # the text graph knows no size
+            ids = {spec.input: torch.tensor([row]) for spec, row in zip(tokenizers, rows, strict=True)}
+            path = directory / "text.safetensors"
+            recorded["text"] = _record_graph(job, path, TEXT_GRAPH, ids, positive, TOLERANCES[job.dtype], oracle.name)
     elif "image" in job.components and oracle.fits(*job.family.image_components):
         picture = _picture(job.size.height, job.size.width)
         noise = torch.randn((1, 3, job.size.height, job.size.width), generator=generator)
         positive = oracle.image(picture, noise)
         recorded["conditioning"] = _record_graph(
-            directory / "conditioning.safetensors",
+            job,
+            directory / f"conditioning{suffix}.safetensors",
             IMAGE_GRAPH,
             {"picture": picture, "noise": noise},
             positive,
@@ -197,7 +224,19 @@ def _conditioning(
             shape = (1, *c.shape)
             drawn[c.conditioning.name] = torch.ones(shape) if c.mask else torch.randn(shape, generator=generator)
         positive, negative = drawn, {n: -value if value.min() < 0 else value for n, value in drawn.items()}
-    return halves(job.conditioning, positive, negative, guided=job.guided)
+    return both_halves(job, positive, negative)
+
+
+def both_halves(job: Job, positive: Texts, negative: Texts | None) -> dict[str, Tensor]:
+    """``<name>.<half>`` to [1, ...] of a job's size, as :func:`tgate_engine.conditioning.halves` puts them together."""
+    rows = halves(
+        [c.conditioning for c in job.conditioning],
+        {c.conditioning.name: c.value for c in job.conditioning},
+        {name: value.numpy() for name, value in positive.items()},
+        None if negative is None else {name: value.numpy() for name, value in negative.items()},
+        guided=job.guided,
+    )
+    return {name: torch.from_numpy(values) for name, values in rows.items()}
 
 
 def _picture(height: int, width: int) -> Tensor:
@@ -207,30 +246,31 @@ def _picture(height: int, width: int) -> Tensor:
     return torch.stack([rows, columns, torch.where(disc, 220.0, 30.0)], dim=-1).to(torch.uint8)[None]
 
 
-def _schedules(*, fidelity_reuse: bool, guided: bool, lead_in: int) -> dict[str, Schedule]:
-    """Short schedules that between them run every graph of the bundle; the first is what diffusers does."""
-    steps = 6 if fidelity_reuse else 4
-    gated = Schedule(
-        steps=steps,
-        gate=3,
-        self_interval=3,
-        warm_up=0,
-        fidelity_interval=2 if fidelity_reuse else 1,
-        lead_in=lead_in,
-    )
-    stopped = Schedule(steps=steps, gate=2, warm_up=0, lead_in=lead_in, reuse=False)
-    schedules = {UNGATED: Schedule(steps=UNGATED_STEPS, gate=UNGATED_STEPS, lead_in=lead_in).ungated(), "gated": gated}
-    return {**schedules, "guidance_stopped": stopped} if guided else schedules
+def _programs(job: Job) -> dict[str, tuple[int, tuple[Call, ...]]]:
+    """Short programs, with their steps, that between them run every graph of the bundle; the first is what diffusers
+    does."""
+    lead_in, short = job.sampler.lead_in, job.method.short(job.method_settings)
+    baselines = job.method.baselines(Settings(steps=short.steps, gate=2), lead_in, guided=job.guided)
+    programs = {UNGATED: (UNGATED_STEPS, ungated(UNGATED_STEPS, lead_in))}
+    programs["gated"] = (short.steps, job.method.program(short, lead_in))
+    return programs | {name: (short.steps, own) for name, own in baselines.items() if name not in programs}
 
 
 def _record_graph(
-    path: Path, graph: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], tolerance: float, oracle: str
+    job: Job,
+    path: Path,
+    graph: str,
+    inputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    tolerance: float,
+    oracle: str,
 ) -> Golden:
     """Save one run of a graph."""
     tensors = {f"input.{name}": value for name, value in inputs.items()}
     tensors |= {f"output.{name}": value for name, value in outputs.items()}
     _save(path, tensors)
-    return Golden(file=f"{path.parent.name}/{path.name}", tolerance=tolerance, graph=graph, oracle=oracle)
+    file = f"{path.parent.name}/{path.name}"
+    return Golden(file=file, size=str(job.size), tolerance=tolerance, graph=graph, oracle=oracle)
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tgate_engine.errors import ExportError
-from tgate_engine.manifest import TensorSpec, batches, multiple, resolve
+from tgate_engine.graph import BATCH, Role, TensorSpec
 from tgate_export.passes import simplify
 
 OPSET = 23
@@ -41,11 +41,14 @@ class WeightRef:
 class TracedGraph:
     """An ONNX graph without its weights.
 
-    ``weights`` maps the names of its weight initializers to where their values come from; ``inputs`` and
-    ``outputs`` are what is left of the requested ones after everything unused has been removed.
+    ``name``: what plans call it. ``batch``: least and largest number of images in a call. ``weights`` maps the names of
+    its weight initializers to where their values come from; ``inputs`` and ``outputs`` are what is left of
+    the requested ones after everything unused has been removed.
     """
 
     name: str
+    role: Role
+    batch: tuple[int, int]
     model: ir.Model
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -78,6 +81,7 @@ def store_linears_transposed(module: nn.Module) -> frozenset[str]:
 
 def trace(
     name: str,
+    role: Role,
     module: nn.Module,
     *,
     mode: FakeTensorMode,
@@ -90,7 +94,7 @@ def trace(
     """Trace ``module`` (its parameters fake, of ``mode``) to an opset-23 graph.
 
     ``inputs``: the positional inputs, in order; their first dimension may be symbolic, between ``batch``'s bounds.
-    ``outputs``: the results' names; their first dimensions are multiples of the batch.
+    ``outputs``: the results' names; where the batch may vary, it is their first dimension.
     ``components``: prefixes of parameter names to components of the checkpoint. ``transposed``: parameter names
     whose values are transposed on their way into the weight file. Raises :class:`ExportError` where PyTorch cannot.
     """
@@ -117,6 +121,8 @@ def trace(
     kept = _drop_unused_inputs(graph, {spec.name: spec for spec in inputs}, weights)
     return TracedGraph(
         name=name,
+        role=role,
+        batch=batch,
         model=model,
         inputs=kept,
         outputs=tuple(_spec_of(value, example_batch) for value in graph.outputs),
@@ -125,12 +131,11 @@ def trace(
 
 
 def _example(spec: TensorSpec, batch: int) -> Tensor:
-    return torch.zeros(resolve(spec.shape, batch), dtype=getattr(torch, spec.dtype))
+    return torch.zeros(spec.resolve(batch), dtype=getattr(torch, spec.dtype))
 
 
 def _dynamic(spec: TensorSpec, symbol: Any) -> dict[int, Any]:
-    counts = {i: multiple(d) for i, d in enumerate(spec.shape) if isinstance(d, str)}
-    return {i: symbol if count == 1 else count * symbol for i, count in counts.items()}
+    return {0: symbol} if spec.shape[0] == BATCH else {}
 
 
 def _restore_constants(graph: ir.Graph, buffers: Mapping[str, Tensor]) -> None:
@@ -193,14 +198,15 @@ def _drop_unused_inputs(
 
 
 def _spec_of(value: ir.Value, batch: int) -> TensorSpec:
-    """The spec of a graph output whose first dimension is a multiple of the batch and whose others are fixed."""
-    if value.shape is None or value.dtype is None or not all(isinstance(dim, int) for dim in value.shape[1:]):
-        raise ExportError(f"output {value.name!r} has shape {value.shape}; fixed sizes after the first are wanted")
-    first, rest = value.shape[0], tuple(int(dim) for dim in value.shape[1:] if isinstance(dim, int))
-    count, left = divmod(first, batch) if isinstance(first, int) else (size_for_one(first), 0)
-    if left or count < 1:
-        raise ExportError(f"output {value.name!r} has shape {value.shape} at a batch of {batch}; a multiple is wanted")
-    return TensorSpec(name=str(value.name), dtype=_dtype_name(value.dtype), shape=(batches(count), *rest))
+    """The spec of a graph output, whose first dimension is the batch or, where that is fixed, any size."""
+    shape = value.shape
+    if shape is None or value.dtype is None or not all(isinstance(dim, int) for dim in shape[1:]):
+        raise ExportError(f"output {value.name!r} has shape {shape}; fixed sizes after the first are needed")
+    first, rest = shape[0], tuple(int(dim) for dim in shape[1:] if isinstance(dim, int))
+    if not isinstance(first, int) and size_for_one(first) != 1:
+        raise ExportError(f"output {value.name!r} has shape {shape}; its first dimension must be the batch")
+    dim = first if isinstance(first, int) and first != batch else BATCH
+    return TensorSpec(name=str(value.name), dtype=_dtype_name(value.dtype), shape=(dim, *rest))
 
 
 def size_for_one(dim: int | ir.SymbolicDim) -> int:

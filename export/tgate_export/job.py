@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Guidance
 from tgate_engine.sampler import Sampler
-from tgate_engine.schedule import Schedule
+from tgate_export.attention import AttentionSite, observe
 from tgate_export.checkpoints import WEIGHTS, Checkpoint, open_checkpoint
 from tgate_export.families import Model, find_model, location
 from tgate_export.families.base import ConditioningInput, Family, Size
-from tgate_export.gating import AttentionSite, Variant, observe, variants
 from tgate_export.lora import Lora, fuse_loras
+from tgate_export.methods import find_method
+from tgate_export.methods.base import Method, Network, Settings, Variant
 from tgate_export.modules import fake_module
+from tgate_export.plans import check_guidance
 from tgate_export.sampling import compile_sampler
 from tgate_export.storage import check_tensors
 
@@ -36,15 +38,19 @@ class ExportSettings:
 
     ``weights``: one of :data:`~tgate_export.checkpoints.WEIGHTS`. ``components``: some of :data:`COMPONENTS`; None is
     everything for a checkpoint, and the denoiser alone without one. ``clip_skip``: last layers of CLIP's text encoders
-    to leave out of a prompt's text. ``guidance_rescale``: from 0 to 1, see :class:`~tgate_export.gating.GatedStep`.
+    to leave out of a prompt's text. ``guidance_rescale``: from 0 to 1, see :class:`~tgate_export.step.DenoisingStep`.
+    ``method``: one of :data:`~tgate_export.methods.METHODS`. ``sizes``: (width, height) of each, the default first, or
+    ``height`` and ``width`` of the only one. ``batches``: least and largest number of images in a call, one for each
+    set of graphs.
     """
 
     model: str
+    method: str = "tgate"
     m: int | None = None
     k: int | None = None
     steps: int | None = None
     warm_up: int | None = None
-    fidelity_interval: int = 1
+    fidelity_interval: int | None = None
     sampler: str | None = None
     guidance_scale: float | None = None
     checkpoint: str | None = None
@@ -53,10 +59,11 @@ class ExportSettings:
     loras: Sequence[Lora] = ()
     clip_skip: int = 0
     guidance_rescale: float = 0.0
+    sizes: Sequence[tuple[int, int]] = ()
     height: int | None = None
     width: int | None = None
     frames: int | None = None
-    batch: tuple[int, int] = (1, 1)
+    batches: Sequence[tuple[int, int]] = ()
     dtype: str = "fp32"
     output: Path | None = None
     force: bool = False
@@ -65,17 +72,23 @@ class ExportSettings:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything about an export that is known before the first graph is traced."""
+    """Everything about an export that is known before the first graph is traced.
+
+    ``size``, ``latents`` and ``conditioning`` are those of one of ``sizes``; :meth:`at` gives the job at another.
+    """
 
     settings: ExportSettings
     model: Model
     family: Family
     checkpoint: Checkpoint
     components: tuple[str, ...]
-    schedule: Schedule
+    method: Method
+    method_settings: Settings
     sampler: Sampler
     guidance: Guidance
     guidance_scale: float
+    batches: tuple[tuple[int, int], ...]
+    sizes: tuple[Size, ...]
     size: Size
     latents: tuple[int, ...]
     conditioning: tuple[ConditioningInput, ...]
@@ -93,6 +106,12 @@ class Job:
         """The dtype of a component's weights and arithmetic."""
         return self.decoder_dtype if component == self.family.decoder else self.dtype
 
+    def at(self, size: Size) -> Job:
+        """The job at one of its sizes."""
+        latents = self.family.latents(self.checkpoint, size)
+        conditioning = tuple(self.family.conditioning(self.checkpoint, size))
+        return replace(self, size=size, latents=latents, conditioning=conditioning)
+
     def inputs_from(self, source: str) -> tuple[ConditioningInput, ...]:
         """The conditioning of that source, in the family's order."""
         return tuple(c for c in self.conditioning if c.conditioning.source == source)
@@ -106,14 +125,22 @@ def prepare(settings: ExportSettings) -> Job:
         raise ExportError(f"unknown dtype {settings.dtype!r}; choose one of {', '.join(DTYPES)}")
     if settings.weights not in WEIGHTS:
         raise ExportError(f"unknown weights {settings.weights!r}; choose one of {', '.join(WEIGHTS)}")
-    low, high = settings.batch
-    if not 1 <= low <= high:
-        raise ExportError(f"--batch wants N or LOW:HIGH with 1 <= LOW <= HIGH, got {low}:{high}")
+    batches = tuple(settings.batches) or (model.batch,)
+    for least, most in batches:
+        if not 1 <= least <= most:
+            raise ExportError(f"--batch takes N or LEAST:MOST with 1 <= LEAST <= MOST, got {least}:{most}")
+    if len(set(batches)) < len(batches):
+        raise ExportError(f"--batch names {_repeated(batches)} more than once")
+    method = find_method(settings.method)
     steps = model.steps if settings.steps is None else settings.steps
-    gate = min(model.gate, steps) if settings.m is None else settings.m
-    interval = model.self_interval if settings.k is None else settings.k
-    warm_up = model.warm_up if settings.warm_up is None else settings.warm_up
-    schedule_of(steps, gate, interval, warm_up, settings.fidelity_interval)
+    method_settings = method.settings(
+        steps=steps,
+        gate=min(model.gate, steps) if settings.m is None else settings.m,
+        k=settings.k,
+        w=settings.warm_up,
+        f=settings.fidelity_interval,
+        defaults={"k": model.self_interval, "w": model.warm_up},
+    )
     scale = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     check_guidance(scale)
     components = _components(settings, family)
@@ -123,8 +150,9 @@ def prepare(settings: ExportSettings) -> Job:
     family.check_clip_skip(checkpoint, settings.clip_skip)
     guidance = family.guidance(checkpoint, scale)
     _check_rescale(settings, family, guidance)
-    size = _size(settings, family, checkpoint)
-    latents, conditioning = family.latents(checkpoint, size), tuple(family.conditioning(checkpoint, size))
+    method.check(guided=guidance == "classifier-free")
+    sizes = _sizes(settings, family, checkpoint)
+    latents, conditioning = family.latents(checkpoint, sizes[0]), tuple(family.conditioning(checkpoint, sizes[0]))
     sites = _observe(family, checkpoint, latents, conditioning)
     family.scaling(checkpoint)
     scheduler = family.scheduler_config(checkpoint)
@@ -136,11 +164,14 @@ def prepare(settings: ExportSettings) -> Job:
         family=family,
         checkpoint=checkpoint,
         components=components,
-        schedule=schedule_of(steps, gate, interval, warm_up, settings.fidelity_interval, compiled.lead_in),
+        method=method,
+        method_settings=method_settings,
         sampler=compiled,
         guidance=guidance,
         guidance_scale=scale,
-        size=size,
+        batches=batches,
+        sizes=sizes,
+        size=sizes[0],
         latents=latents,
         conditioning=conditioning,
         sites=sites,
@@ -148,10 +179,8 @@ def prepare(settings: ExportSettings) -> Job:
         dtype=dtype,
         # Some decoders overflow in half precision and say so.
         decoder_dtype="float32" if family.config(checkpoint, family.decoder)["force_upcast"] else dtype,
-        variants=variants(
-            guided=guidance == "classifier-free",
-            fidelity_reuse=settings.fidelity_interval > 1,
-            after_gate=family.after_gate,
+        variants=method.variants(
+            Network(sites=sites, guided=guidance == "classifier-free", after_gate=family.after_gate), method_settings
         ),
     )
 
@@ -219,18 +248,32 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
     return fuse_loras(checkpoint, settings.loras, family.build, components=directories(family, components))
 
 
-def _size(settings: ExportSettings, family: Family, checkpoint: Checkpoint) -> Size:
-    height, width = settings.height, settings.width
-    if height is None or width is None:
-        default = family.default_size(checkpoint)
-        height = default.height if height is None else height
-        width = default.width if width is None else width
+def _sizes(settings: ExportSettings, family: Family, checkpoint: Checkpoint) -> tuple[Size, ...]:
+    """Every size to export, the default first."""
     if settings.frames is not None and family.frames_axis is None:
         raise ExportError(f"--frames is for video models; {settings.model} makes pictures")
     frames = family.default_frames(checkpoint) if settings.frames is None else settings.frames
-    size = Size(height=height, width=width, frames=frames)
-    family.check_size(checkpoint, size)
-    return size
+    height, width = settings.height, settings.width
+    if settings.sizes and (height is not None or width is not None):
+        raise ExportError("give --size, or --height and --width, not both")
+    pairs = list(settings.sizes)
+    if not pairs:
+        if height is None or width is None:
+            default = family.default_size(checkpoint)
+            height = default.height if height is None else height
+            width = default.width if width is None else width
+        pairs = [(width, height)]
+    sizes = tuple(Size(height=height, width=width, frames=frames) for width, height in pairs)
+    for size in sizes:
+        family.check_size(checkpoint, size)
+    if len(set(sizes)) < len(sizes):
+        raise ExportError(f"--size names {_repeated([str(size) for size in sizes])} more than once")
+    return sizes
+
+
+def _repeated(items: Sequence[object]) -> object:
+    """The first item that is there twice."""
+    return next(item for place, item in enumerate(items) if item in items[:place])
 
 
 def _check_rescale(settings: ExportSettings, family: Family, guidance: Guidance) -> None:
@@ -257,12 +300,12 @@ def _observe(
     denoiser = fake_module(mode, family, checkpoint, family.denoiser, torch.float32)
     rows = 2  # as many as guidance has halves
     with mode, torch.no_grad():
-        given = {c.conditioning.name: torch.zeros(rows, *c.shape) for c in conditioning}
+        inputs = {c.conditioning.name: torch.zeros(rows, *c.shape) for c in conditioning}
         noised, numbers = torch.zeros(rows, *latents), torch.ones(rows)
         log = logging.getLogger("torch._subclasses.fake_tensor")  # tells of errors before it raises them
         log.disabled = True
         try:
-            return observe(denoiser, lambda: family.denoise(denoiser, noised, numbers, numbers, given))
+            return observe(denoiser, lambda: family.denoise(denoiser, noised, numbers, numbers, inputs), images=rows)
         except ExportError as error:
             raise ExportError(f"{checkpoint.where}: the {family.denoiser}'s {error}") from None
         except Exception as error:  # PyTorch and diffusers raise many kinds for shapes that do not fit
@@ -273,21 +316,3 @@ def _observe(
             ) from None
         finally:
             log.disabled = False
-
-
-def schedule_of(steps: int, m: int, k: int, warm_up: int, fidelity_interval: int, lead_in: int = 0) -> Schedule:
-    """The schedule of the user's settings, in the order of the command line."""
-    return Schedule(
-        steps=steps,
-        gate=m,
-        self_interval=k,
-        warm_up=warm_up,
-        fidelity_interval=fidelity_interval,
-        lead_in=lead_in,
-    )
-
-
-def check_guidance(scale: float) -> None:
-    """Raises :class:`ExportError` for a guidance scale that means nothing."""
-    if not 0 <= scale < float("inf"):
-        raise ExportError(f"the guidance scale must be a finite number of at least 0, got {scale}")

@@ -11,7 +11,7 @@ import math
 import onnx_ir as ir
 
 from tgate_engine.errors import ExportError
-from tgate_engine.manifest import Macs
+from tgate_engine.graph import Macs
 from tgate_export.graphs import size_for_one
 
 

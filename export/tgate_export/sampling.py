@@ -14,6 +14,8 @@ The result is checked against the scheduler again, on random latents of three ma
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -53,6 +55,11 @@ MAGNITUDES = (0.1, 1.0, 30.0)
 """Scales of the random check: clipping and thresholding act on large values only."""
 
 
+OWN_STEPS = (*range(1, 31), 35, 40, 45, 50)
+OTHER_STEPS = (10, 20, 25, 30, 50)
+"""Numbers of steps that a bundle has tables for, of the model's own sampler and of the others."""
+
+
 def compile_sampler(name: str, base_config: Mapping[str, Any], steps: int) -> Sampler:
     """The sampler ``name`` for ``steps`` inference steps of a checkpoint.
 
@@ -62,6 +69,24 @@ def compile_sampler(name: str, base_config: Mapping[str, Any], steps: int) -> Sa
     or diffusers itself cannot run the scheduler with that many steps.
     """
     return compile_scheduler(make_scheduler(name, base_config), steps, name=name)
+
+
+def compile_tables(own: str, base_config: Mapping[str, Any]) -> tuple[Sampler, ...]:
+    """The samplers that a bundle brings along for plans to come: a model's ``own`` for :data:`OWN_STEPS`, every other
+    one that its configuration allows for :data:`OTHER_STEPS`. Those that cannot be compiled are left out."""
+    return _tables(own, json.dumps(base_config, sort_keys=True, default=str))
+
+
+@functools.lru_cache(maxsize=32)
+def _tables(own: str, config: str) -> tuple[Sampler, ...]:
+    samplers = []
+    for name in (own, *(name for name in SAMPLERS if name != own)):
+        for steps in OWN_STEPS if name == own else OTHER_STEPS:
+            try:
+                samplers.append(compile_sampler(name, json.loads(config), steps))
+            except ExportError:
+                continue
+    return tuple(samplers)
 
 
 def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:

@@ -1,4 +1,7 @@
-"""The graphs of a bundle: text or image, decoder, and one denoising step for each variant of the method."""
+"""The graphs of a bundle: text or image, decoder, and one denoising step for each variant of the method.
+
+A job is of one size here (:meth:`~tgate_export.job.Job.at`).
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tgate_engine.errors import ExportError
-from tgate_engine.manifest import Carry, TensorSpec, Tokenizer
-from tgate_engine.rows import STEP_ROW
-from tgate_export.gating import AttentionSite, GatedStep, Variant, carry_name
+from tgate_engine.graph import BATCH, DECODE, DENOISE, IMAGE, TEXT, TensorSpec
+from tgate_engine.manifest import Tokenizer
+from tgate_engine.step import STEP, STEP_ROW
 from tgate_export.graphs import TracedGraph, store_linears_transposed, trace
 from tgate_export.job import Job
+from tgate_export.methods.base import Variant
 from tgate_export.modules import Decoder, fake_module
+from tgate_export.step import DenoisingStep
 
 TEXT_GRAPH = "text_encoder"
 IMAGE_GRAPH = "image_encoder"
@@ -47,6 +52,7 @@ def trace_decoder(job: Job, mode: FakeTensorMode) -> TracedGraph:
     module = Decoder(vae, scaling, getattr(torch, job.decoder_dtype), family.frames_axis)
     return trace(
         DECODER_GRAPH,
+        DECODE,
         module,
         mode=mode,
         inputs=[TensorSpec(name="latents", dtype="float32", shape=(1, *job.latents))],
@@ -62,16 +68,15 @@ def trace_step(
     mode: FakeTensorMode,
     denoiser: nn.Module,
     transposed: frozenset[str],
-    sites: Sequence[AttentionSite],
     variant: Variant,
-    carries: Mapping[str, Carry],
+    batch: tuple[int, int],
+    carries: Mapping[str, TensorSpec],
 ) -> TracedGraph:
     """One denoising step of ``variant``; ``carries`` are those that the graphs traced before it give."""
     conditioning = {c.conditioning.name: c for c in job.conditioning}
-    step = GatedStep(
+    step = DenoisingStep(
         denoiser,
         job.family.denoise,
-        sites,
         variant,
         tuple(conditioning),
         getattr(torch, job.dtype),
@@ -81,26 +86,27 @@ def trace_step(
 
     def spec(name: str) -> TensorSpec:
         if name in carries:
-            return TensorSpec(name=name, dtype=carries[name].dtype, shape=carries[name].shape)
+            return carries[name]
         stem = name.rpartition(".")[0]
         if stem in conditioning:
             dtype = job.dtype if conditioning[stem].follows_dtype else "float32"
-            return TensorSpec(name=name, dtype=dtype, shape=("batch", *conditioning[stem].shape))
-        tail = (STEP_ROW,) if name == "step" else job.latents
-        return TensorSpec(name=name, dtype="float32", shape=("batch", *tail))
+            return TensorSpec(name=name, dtype=dtype, shape=(BATCH, *conditioning[stem].shape))
+        tail = (STEP_ROW,) if name == STEP else job.latents
+        return TensorSpec(name=name, dtype="float32", shape=(BATCH, *tail))
 
     with step.attached():
         graph = trace(
             variant.name,
+            DENOISE,
             step,
             mode=mode,
             inputs=[spec(name) for name in step.input_names],
             outputs=step.output_names,
-            batch=job.settings.batch,
+            batch=batch,
             components={"denoiser.": job.family.denoiser},
             transposed=frozenset(f"denoiser.{name}" for name in transposed),
         )
-    if ("cross", True) in variant.reuses:
+    if any(part.ends_text for part in variant.parts):
         for name in (t.name for t in graph.inputs):
             stem = name.rpartition(".")[0]
             if stem in conditioning and conditioning[stem].attended:
@@ -111,26 +117,6 @@ def trace_step(
     return graph
 
 
-def carries_of(graph: TracedGraph, sites: Sequence[AttentionSite], variant: Variant) -> list[Carry]:
-    """The carries that a graph stores, with the shapes it gives them in."""
-    outputs = {tensor.name: tensor for tensor in graph.outputs}
-    found = []
-    for kind, mean in variant.stores:
-        for i, site in enumerate(s for s in sites if s.kind == kind):
-            tensor = outputs[carry_name(kind, i, mean)]
-            found.append(
-                Carry(
-                    name=tensor.name,
-                    module=site.module,
-                    attention=kind,
-                    mean=mean,
-                    dtype=tensor.dtype,
-                    shape=tensor.shape,
-                )
-            )
-    return found
-
-
 def _trace_encoder(
     job: Job, mode: FakeTensorMode, name: str, module: nn.Module, inputs: Sequence[TensorSpec], source: str
 ) -> TracedGraph:
@@ -138,6 +124,7 @@ def _trace_encoder(
     components = job.family.text_components if source == "text" else job.family.image_components
     return trace(
         name,
+        TEXT if source == "text" else IMAGE,
         module,
         mode=mode,
         inputs=inputs,

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tgate_engine.bundle import Bundle
+from tgate_engine.dtypes import decode as to_float
+from tgate_engine.dtypes import encode
 from tgate_engine.errors import RequestError
 from tgate_engine.graph import DECODE, IMAGE, TEXT
 from tgate_engine.manifest import Manifest
@@ -130,7 +133,7 @@ class Pipeline:
         was cut. Raises :class:`RequestError` for a request that cannot be served, before any step is taken.
         """
         chosen = self._plan(plan)
-        latents_shape = self.session.shapes(size)[0].latents
+        latents_shape, dtype = self.session.shapes(size)[0].latents, self.session.manifest.dtype
         number = _check_count(num_images)
         check_generator(generator)
         texts = self._prompts(prompt, negative_prompt, image, prompt_embeds)
@@ -141,7 +144,7 @@ class Pipeline:
         rows = self._rows(texts, image, prompt_embeds, seeds, number, size)
 
         def drawn(image: int, draw: int) -> NDArray[np.float32]:
-            return noise(seeds[image], latents_shape, draw=draw, generator=generator, dtype=self.session.manifest.dtype)
+            return _in_dtype(noise(seeds[image], latents_shape, draw=draw, generator=generator), generator, dtype)
 
         if initial_latents is None:
             start = np.stack([drawn(j, 0) for j in range(count)])
@@ -271,13 +274,14 @@ class Pipeline:
         for first, count, batch in batches:
             # A batch that the bundle does not take so small is filled up with its last image.
             images = [first + min(j, count - 1) for j in range(batch)]
-            with self.session.borrow((size, batch, plan), lambda batch=batch: State(self.session, plan, batch, size=size)) as state:
+            new = partial(State, self.session, plan, batch, size=size)
+            with self.session.borrow((size, batch, plan), new) as state:
                 steps = run(
                     state,
                     latents=start[images],
                     conditioning={name: np.concatenate([rows[j][name] for j in images]) for name in rows[first]},
                     guidance_scale=[scales[j] for j in images],
-                    step_noise=lambda row, step, images=images: drawn(images[row], in_step(step)),
+                    step_noise=partial(_step_noise, drawn, images),
                 )
                 with closing(steps):  # whatever on_step raises, the state is free again
                     for step in steps:
@@ -286,6 +290,17 @@ class Pipeline:
                             on_step(Progress(done=done, total=total, step=step))
                 final[first : first + count] = state.latents()[:count]
         return final
+
+
+def _step_noise(
+    drawn: Callable[[int, int], NDArray[np.float32]], images: Sequence[int], row: int, step: int
+) -> NDArray[np.float32]:
+    return drawn(images[row], in_step(step))
+
+
+def _in_dtype(values: NDArray[np.float32], generator: str, dtype: str) -> NDArray[np.float32]:
+    """PyTorch draws in the pipeline's dtype: the numbers of ``torch-cuda`` are rounded to the bundle's."""
+    return to_float(encode(values, dtype), dtype) if generator == "torch-cuda" else values
 
 
 def _batches(count: int, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:

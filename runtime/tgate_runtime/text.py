@@ -33,8 +33,8 @@ class TextEncoder:
     """The bundle's tokenizers and its text graph. Immutable and thread-safe."""
 
     def __init__(self, session: Session) -> None:
-        """Load the tokenizers. Raises :class:`BundleError` for a file that is none, or a bundle without a text graph.
-        """
+        """Load the tokenizers. Raises :class:`BundleError` for a bundle without a text graph, or a file that is no
+        tokenizer."""
         graph = session.graph(TEXT)
         if graph is None:
             raise BundleError(f"{session.bundle.path} has no text encoder (--components); export it with one")
@@ -58,7 +58,9 @@ class TextEncoder:
         Raises :class:`RequestError` for text that is not valid Unicode.
         """
         specs = self._session.manifest.tokenizers
-        tokens = [self._tokenize(tokenizer, spec, prompt) for tokenizer, spec in zip(self._tokenizers, specs, strict=True)]
+        tokens = [
+            self._tokenize(tokenizer, spec, prompt) for tokenizer, spec in zip(self._tokenizers, specs, strict=True)
+        ]
         with GraphCall.borrow(self._session, self._graph) as encoder:
             for spec, (ids, _) in zip(specs, tokens, strict=True):
                 encoder.inputs[spec.input].write(ids)

@@ -27,7 +27,8 @@ class Model:
     """One name of ``--model``: its family, where its weights are, and the settings the paper or its authors use.
 
     ``checkpoint``: a hub id, or :data:`EMBEDDED` for a model inside this package. ``elsewhere``: hub ids of
-    components that lie in repositories of their own. ``licence``: the weights'.
+    components that lie in repositories of their own. ``licence``: the weights'. ``batch``: images in one
+    call, least and most, where the user names no range.
     """
 
     family: Family
@@ -39,6 +40,7 @@ class Model:
     guidance_scale: float
     warm_up: int = 2
     sampler: str = "dpmpp_2m"
+    batch: tuple[int, int] = (1, 1)
     elsewhere: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -51,6 +53,7 @@ MODELS: Mapping[str, Model] = {
         gate=10,
         self_interval=5,
         guidance_scale=5.0,
+        batch=(1, 4),
     ),
     "mini-pixart": Model(
         family=PixArt(),
@@ -60,6 +63,7 @@ MODELS: Mapping[str, Model] = {
         gate=15,
         self_interval=3,
         guidance_scale=4.5,
+        batch=(1, 4),
     ),
     "sd15": Model(
         family=StableDiffusion(),

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning, Guidance
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.gating import Halves
+from tgate_export.methods.base import Halves
 
 Texts = Mapping[str, Tensor]
 """Conditioning of one prompt by name, each [1, ...]."""
@@ -28,7 +28,8 @@ class ConditioningInput:
     """One conditioning tensor of a family, per half: its shape without the batch, and where its value comes from.
 
     ``follows_dtype``: it has the network's dtype; otherwise it is float32. ``mask``: it holds ones and zeros.
-    ``attended``: the network reads it in cross-attention alone, so no graph after the gate may take it.
+    ``attended``: the network reads it in cross-attention alone, so no graph that reuses it may take it. ``value``: the
+    row of one whose source is "constant".
     """
 
     conditioning: Conditioning
@@ -36,6 +37,7 @@ class ConditioningInput:
     follows_dtype: bool = True
     mask: bool = False
     attended: bool = False
+    value: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,9 @@ class Size:
     height: int
     width: int
     frames: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +285,7 @@ class Family(ABC):
         return "classifier-free" if scale > 1 else "none"
 
     def guidance_ramp(self, latents: Sequence[int]) -> Tensor | None:
-        """How guidance grows over the frames; see :class:`~tgate_export.gating.GatedStep`."""
+        """How guidance grows over the frames; see :class:`~tgate_export.step.DenoisingStep`."""
         return None
 
     def text(self, encoders: Sequence[nn.Module], clip_skip: int = 0) -> nn.Module:
@@ -345,11 +350,11 @@ class Family(ABC):
     def check_size(self, checkpoint: Checkpoint, size: Size) -> None:
         """Raises :class:`~tgate_engine.errors.ExportError` for a size that the network cannot make."""
         multiple = self.size_multiple(checkpoint)
-        for name, pixels in (("--height", size.height), ("--width", size.width)):
+        for name, pixels in (("height", size.height), ("width", size.width)):
             if pixels < multiple or pixels % multiple:
                 below = max(multiple, pixels // multiple * multiple)
                 raise ExportError(
-                    f"{name} must be a multiple of {multiple} pixels for this model, got {pixels}; "
+                    f"the {name} must be a multiple of {multiple} pixels for this model, got {pixels}; "
                     f"the nearest are {below} and {below + multiple}"
                 )
         if size.frames < 1:
@@ -381,6 +386,6 @@ def side(checkpoint: Checkpoint, component: str, sample_size: object) -> tuple[i
     if not whole:
         raise ExportError(
             f"{checkpoint.where}: {component}/config.json has sample_size = {sample_size!r}, which names no size of "
-            "latents; give --height and --width"
+            "latents; give --size WIDTHxHEIGHT"
         )
     return pair[0], pair[1]

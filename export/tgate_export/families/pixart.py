@@ -99,7 +99,7 @@ class PixArt(Family):
         return (
             *text,
             *(
-                ConditioningInput(Conditioning(name=name, source="constant", value=row), (len(row),), False)
+                ConditioningInput(Conditioning(name=name, source="constant"), (len(row),), False, value=row)
                 for name, row in rows.items()
             ),
         )

@@ -81,11 +81,11 @@ class Sdxl(TextUNet):
         row = (float(size.height), float(size.width), 0.0, 0.0, float(size.height), float(size.width))
         text = Conditioning(name="prompt_embeds", source="text")
         pooled = Conditioning(name="pooled", source="text")
-        ids = Conditioning(name="time_ids", source="constant", value=row)
+        ids = Conditioning(name="time_ids", source="constant")
         return (
             ConditioningInput(text, (self.token_length(checkpoint, 0), width), attended=True),
             ConditioningInput(pooled, (int(second["projection_dim"]),)),
-            ConditioningInput(ids, (TIME_IDS,), follows_dtype=False),
+            ConditioningInput(ids, (TIME_IDS,), follows_dtype=False, value=row),
         )
 
     def text(self, encoders: Sequence[nn.Module], clip_skip: int = 0) -> nn.Module:

@@ -17,7 +17,7 @@ from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Family, Size, Texts
-from tgate_export.gating import Halves
+from tgate_export.methods.base import Halves
 
 FPS = 7
 MOTION_BUCKET = 127
@@ -105,12 +105,12 @@ class StableVideo(Family):
         embedding = Conditioning(name="image_embeds", source="image", negative="zeros")
         latents = Conditioning(name="image_latents", source="image", negative="zeros")
         row = (float(FPS - 1), float(MOTION_BUCKET), NOISE_STRENGTH)  # trained with one frame a second less
-        ids = Conditioning(name="added_time_ids", source="constant", value=row)
+        ids = Conditioning(name="added_time_ids", source="constant")
         width = int(self.config(checkpoint, "image_encoder")["projection_dim"])
         return (
             ConditioningInput(embedding, (1, width), attended=True),
             ConditioningInput(latents, (channels, size.height // factor, size.width // factor)),
-            ConditioningInput(ids, (len(row),), follows_dtype=False),
+            ConditioningInput(ids, (len(row),), follows_dtype=False, value=row),
         )
 
     def guidance_ramp(self, latents: Sequence[int]) -> Tensor | None:

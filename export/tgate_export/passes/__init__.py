@@ -22,8 +22,8 @@ from tgate_export.passes.masks import widen_masks
 from tgate_export.passes.squeezes import drop_vain_squeezes
 from tgate_export.passes.units import drop_units
 
-_FOLDED_BYTES = 1 << 20
-"""Constants up to this size, in bytes, are computed now; larger ones would swell the graph's file."""
+_FOLDED_ELEMENTS = 1 << 20
+"""Constants of up to this many elements are computed now; larger ones would swell the graph's file."""
 
 
 def simplify(model: ir.Model) -> None:
@@ -34,7 +34,8 @@ def simplify(model: ir.Model) -> None:
     """
     for _ in range(2):  # folding one shape can make another one constant
         with np.errstate(all="ignore"):  # T5 takes the logarithm of zero, and does not use it
-            onnxscript.optimizer.fold_constants(model, input_size_limit=_FOLDED_BYTES, output_size_limit=_FOLDED_BYTES)
+            limits = {"input_size_limit": _FOLDED_ELEMENTS, "output_size_limit": _FOLDED_ELEMENTS}
+            onnxscript.optimizer.fold_constants(model, **limits)
         RemoveUnusedNodesPass()(model)
     drop_units(model.graph)
     drop_vain_squeezes(model.graph)
@@ -42,7 +43,7 @@ def simplify(model: ir.Model) -> None:
     widen_masks(model.graph)
     IdentityEliminationPass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    CommonSubexpressionEliminationPass()(model)
     DeduplicateInitializersPass()(model)
+    CommonSubexpressionEliminationPass()(model)  # nodes are doubles if they read the same constants
     RemoveUnusedNodesPass()(model)
     RemoveUnusedOpsetsPass()(model)

@@ -20,6 +20,7 @@ def slim(model: ir.Model) -> None:
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
+            value.doc_string = None
             if value not in kept:
                 value.name, value.shape, value.type = f"v{count}", None, None
                 count += 1

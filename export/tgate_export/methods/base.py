@@ -1,0 +1,172 @@
+"""What a method is: which graphs it wants, what they carry, and which graph each network call runs.
+
+Nothing here needs torch, so that plans can be made where bundles run. What a method does inside a graph is a
+:class:`~tgate_export.methods.parts.Part`, which needs it, and is imported where graphs are described.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tgate_engine.errors import MethodError
+from tgate_engine.plan import Call
+from tgate_engine.sampler import Fact
+
+Halves = Literal["both", "negative", "positive"]
+
+FULL = "full"
+"""Everything is computed, for both halves of guidance where there are two; what a method stores, this graph gives."""
+UNGUIDED = "unguided"
+"""Everything is computed for the prompt's half alone: guidance stopped, nothing reused."""
+
+PLANNING = "semantics-planning"
+FIDELITY = "fidelity-improving"
+"""The two stretches of a trajectory, in the paper's words: before the gate and after it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The numbers of a method, as the command line has them.
+
+    ``steps``: n, denoising steps, at least 1. ``gate``: m, in 1..n, from which step on the method goes another way;
+    m = n never does. ``self_interval``: k, at least 1: before the gate, self-attention is computed at every k-th step;
+    1 always. ``warm_up``: w, at least 0: steps that reuse nothing. ``fidelity_interval``: f, at least 1, the same
+    interval after the gate.
+
+    Raises :class:`MethodError` naming the value and what it must be.
+    """
+
+    steps: int
+    gate: int
+    self_interval: int = 1
+    warm_up: int = 2
+    fidelity_interval: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "gate", "self_interval", "warm_up", "fidelity_interval"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise MethodError(f"{name} must be a whole number, got {value!r}")
+        if self.steps < 1:
+            raise MethodError(f"steps (n) must be at least 1, got {self.steps}")
+        if not 1 <= self.gate <= self.steps:
+            raise MethodError(
+                f"the gate step m must be between 1 and the number of steps n = {self.steps}, got m = {self.gate}"
+            )
+        if self.self_interval < 1:
+            raise MethodError(
+                "the self-attention interval k must be at least 1 (1 switches its reuse off), "
+                f"got k = {self.self_interval}"
+            )
+        if self.warm_up < 0:
+            raise MethodError(f"the warm-up must be at least 0 steps, got {self.warm_up}")
+        if self.fidelity_interval < 1:
+            raise MethodError(
+                "the fidelity interval f must be at least 1 (1 always computes self-attention after the gate), "
+                f"got f = {self.fidelity_interval}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What a method has to know of a denoiser to say what its graphs are.
+
+    ``sites``: its attention modules (:class:`~tgate_export.attention.AttentionSite`). ``guided``: whether it runs both
+    halves of classifier-free guidance. ``after_gate``: the half that the paper goes on with after the gate.
+    """
+
+    sites: Sequence[Any]
+    guided: bool
+    after_gate: Halves = "negative"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One denoising graph: which halves of guidance it runs, and what a method does inside it."""
+
+    name: str
+    halves: Halves
+    parts: tuple[Any, ...] = field(default=())
+
+
+class Method(ABC):
+    """One way to reuse. Immutable.
+
+    ``takes``: the settings that mean something to it beside n and m, of k, w and f.
+    """
+
+    name: str
+    takes: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def program(self, settings: Settings, lead_in: int = 0) -> tuple[Call, ...]:
+        """The graph of each of ``lead_in + n`` network calls. ``lead_in``: calls that a sampler makes before the rules
+        begin (PNDM: 1), which compute everything."""
+
+    @abstractmethod
+    def variants(self, network: Network, settings: Settings) -> tuple[Variant, ...]:
+        """The graphs that plans of such settings run, :data:`FULL` first. Needs torch."""
+
+    @abstractmethod
+    def short(self, settings: Settings) -> Settings:
+        """Settings of as few steps as run every graph of such a bundle: what goldens walk."""
+
+    def check(self, *, guided: bool) -> None:
+        """Raises :class:`MethodError` where the method means nothing without guidance, and there is none."""
+        del guided
+
+    def baselines(self, settings: Settings, lead_in: int = 0, *, guided: bool) -> dict[str, tuple[Call, ...]]:
+        """Programs that a plan of those settings is to be measured against, the plainest first."""
+        plain = {"ungated": ungated(settings.steps, lead_in)}
+        return plain | ({"guidance_stopped": guidance_stopped(settings, lead_in)} if guided else {})
+
+    def facts(self, settings: Settings) -> dict[str, Fact]:
+        """The settings for a plan's reader, and for :func:`settings_of`."""
+        facts: dict[str, Fact] = {"method": self.name, "n": settings.steps, "m": settings.gate}
+        own = {"k": settings.self_interval, "w": settings.warm_up, "f": settings.fidelity_interval}
+        return facts | {name: value for name, value in own.items() if name in self.takes}
+
+    def settings(
+        self,
+        *,
+        steps: int,
+        gate: int,
+        defaults: Mapping[str, int],
+        k: int | None = None,
+        w: int | None = None,
+        f: int | None = None,
+    ) -> Settings:
+        """Settings from what a user names. None takes ``defaults``, by "k", "w" and "f", where the method knows it.
+
+        Raises :class:`MethodError` for a setting that would change nothing.
+        """
+        named = {"k": k, "w": w, "f": f}
+        idle = {"k": 1, "w": 0, "f": 1}
+        for name, value in named.items():
+            if value is not None and value != idle[name] and name not in self.takes:
+                words = {"k": "--k", "w": "--warm-up", "f": "--fidelity-interval"}
+                raise MethodError(
+                    f"{words[name]} {value} would change nothing: method {self.name} reuses no self-attention; leave "
+                    "it out"
+                )
+        values = {
+            name: (defaults.get(name, idle[name]) if value is None else value) if name in self.takes else idle[name]
+            for name, value in named.items()
+        }
+        return Settings(
+            steps=steps, gate=gate, self_interval=values["k"], warm_up=values["w"], fidelity_interval=values["f"]
+        )
+
+
+def ungated(steps: int, lead_in: int = 0) -> tuple[Call, ...]:
+    """Nothing reused, guidance throughout."""
+    return (Call(PLANNING, FULL),) * (lead_in + steps)
+
+
+def guidance_stopped(settings: Settings, lead_in: int = 0) -> tuple[Call, ...]:
+    """Nothing reused, guidance stopped at m: what remains of a saving without any reuse."""
+    before = (Call(PLANNING, FULL),) * (lead_in + settings.gate)
+    return (*before, *(Call(FIDELITY, UNGUIDED),) * (settings.steps - settings.gate))

@@ -1,12 +1,14 @@
-"""What gating costs in pictures: accuracy on captions that training never saw, drawn by the engine.
+"""What reuse costs in pictures: accuracy on captions that training never saw, drawn by the engine.
 
-    python -m benchmarks.quality BUNDLE --output benchmarks/results/quality.json
+    python -m benchmarks.quality BUNDLE [BUNDLE ...] --output benchmarks/results/quality.json
     python -m benchmarks.quality BUNDLE --samplers euler,ddim,dpmpp_2m --captions 250 \\
         --output benchmarks/results/schedulers.json
 
-The bundle is any embedded model's, with everything around the denoiser. All plans draw the same captions from the same
-noise, and one classifier judges them all (training/evaluate.py). The first command compares the four ways of taking
-the bundle's default plan; the second one the ungated and the gated way under each sampler.
+Bundles are of one embedded model, with everything around the denoiser, each exported for another method. All plans draw
+the same captions from the same noise, and one classifier judges them all (training/evaluate.py). The first command
+compares the first bundle's baselines with every bundle's default plan, and where that reuses self-attention before the
+gate (k above 1) with the same for k = 1; the second one the ungated and the gated way under each sampler. What a file
+of the same settings holds already is not drawn again.
 """
 
 from __future__ import annotations
@@ -23,57 +25,72 @@ from typing import Any
 
 import numpy as np
 
-from tgate_engine.bundle import Bundle, write_atomically
-from tgate_engine.plan import Plan, build_plan
-from tgate_engine.sampler import Sampler
-from tgate_engine.schedule import Schedule
-from tgate_export.sampling import compile_sampler
+from tgate_engine.atomic import write_atomically
+from tgate_engine.bundle import Bundle
+from tgate_engine.plan import Plan
+from tgate_export.methods import find_method
+from tgate_export.methods.base import Settings
+from tgate_export.plans import make_plans, sampler_of
 from tgate_runtime.benchmark import cpu_model
 from tgate_runtime.pipeline import Pipeline
-from tgate_runtime.session import Session
 from training.evaluate import Pictures, evaluation_captions, score_pictures
 
 
-def rows(bundle: Bundle) -> dict[str, Plan]:
-    """The default plan's trajectory in the four ways that are compared; n, m, sampler and guidance are its own."""
+def rows(bundle: Bundle, *, baselines: bool) -> dict[str, Plan]:
+    """The default plan, with k = 1 as well where it has another, and its baselines, by what they are."""
     manifest = bundle.manifest
     default = manifest.plan("default")
-    s = default.schedule
-    schedules = {
-        "ungated": s.ungated(),
-        f"gated m={s.gate}": Schedule(steps=s.steps, gate=s.gate, warm_up=s.warm_up, lead_in=s.lead_in),
-        f"gated m={s.gate} k={s.self_interval}": s,
-        f"guidance stopped at {s.gate}": s.guidance_stopped(),
-    }
-    return {name: _plan(bundle, name, schedule, default.sampler) for name, schedule in schedules.items()}
+    plans = [manifest.plan(name) for name in default.baselines] if baselines else []
+    if int(default.settings.get("k") or 1) > 1:
+        plans.append(_variation(bundle, default.sampler.name, self_interval=1))
+    return {_label(plan): plan for plan in (*plans, default)}
 
 
 def sampler_rows(bundle: Bundle, samplers: Sequence[str]) -> dict[str, Plan]:
-    """The default plan's n, m, k and guidance under other samplers, each ungated and gated."""
-    s = bundle.manifest.plan("default").schedule
+    """The default plan's settings and guidance under other samplers, each ungated and gated."""
     plans: dict[str, Plan] = {}
     for sampler in samplers:
-        compiled = compile_sampler(sampler, bundle.manifest.scheduler, s.steps)
-        gated = replace(s, lead_in=compiled.lead_in)
-        for way, schedule in (("ungated", gated.ungated()), (f"gated m={s.gate} k={s.self_interval}", gated)):
-            name = f"{sampler}, {way}"
-            plans[name] = _plan(bundle, name, schedule, compiled)
+        gated = _variation(bundle, sampler)
+        ungated = _plans(bundle, sampler, _settings(bundle))["other.ungated"]
+        plans |= {f"{sampler}, {_label(plan)}": plan for plan in (ungated, gated)}
     return plans
 
 
-def _plan(bundle: Bundle, name: str, schedule: Schedule, sampler: Sampler) -> Plan:
+def _settings(bundle: Bundle) -> Settings:
+    facts = bundle.manifest.plan("default").settings
+    n, m, k, w, f = (
+        int(facts.get(name) or least) for name, least in (("n", 1), ("m", 1), ("k", 1), ("w", 0), ("f", 1))
+    )
+    return Settings(steps=n, gate=m, self_interval=k, warm_up=w, fidelity_interval=f)
+
+
+def _plans(bundle: Bundle, sampler: str, settings: Settings) -> dict[str, Plan]:
     manifest = bundle.manifest
-    return build_plan(
-        name,
-        schedule=schedule,
-        sampler=sampler,
-        guidance_scale=manifest.plan("default").guidance_scale,
-        graphs=manifest.graphs,
+    default = manifest.plan("default")
+    return make_plans(
+        "other",
+        find_method(str(default.settings["method"])),
+        settings,
+        sampler=sampler_of(bundle, sampler, settings.steps),
+        guidance_scale=default.guidance_scale,
+        guided=manifest.guided,
+        graphs=manifest.shapes[0].graphs,
         carries=manifest.carries,
     )
 
 
-def draw(pipe: Pipeline, plan: str, captions: list[str], seed: int, workers: int) -> Pictures:
+def _variation(bundle: Bundle, sampler: str, **changes: int) -> Plan:
+    return _plans(bundle, sampler, replace(_settings(bundle), **changes))["other"]
+
+
+def _label(plan: Plan) -> str:
+    """``tgate m=10 k=5``: the method and what it was told."""
+    facts = plan.settings
+    numbers = [f"{name}={facts[name]}" for name in ("m", "k") if name in facts and (name, facts[name]) != ("k", 1)]
+    return " ".join([str(facts["method"]), *numbers])
+
+
+def draw(pipe: Pipeline, plan: Plan, captions: list[str], seed: int, workers: int) -> Pictures:
     """One picture of each caption, uint8 [N, H, W, 3]; picture i starts from the noise of seed ``seed + i``."""
 
     def one(i: int) -> Pictures:
@@ -83,75 +100,85 @@ def draw(pipe: Pipeline, plan: str, captions: list[str], seed: int, workers: int
         return np.stack(list(pool.map(one, range(len(captions)))))
 
 
+def settings_of(pipe: Pipeline, plans: Mapping[str, Plan], count: int, seed: int, workers: int) -> dict[str, Any]:
+    """What a measurement holds for."""
+    session = pipe.session
+    manifest = session.manifest
+    default = manifest.plan("default")
+    return {
+        "model": manifest.model,
+        "weights_sha256": manifest.files[manifest.weights].sha256,
+        "dtype": manifest.dtype,
+        "captions": count,
+        "seed": seed,
+        "steps": default.sampler.steps,
+        "samplers": list(dict.fromkeys(plan.sampler.name for plan in plans.values())),
+        "guidance_scale": default.guidance_scale,
+        "cpu": cpu_model(),
+        "workers": workers,
+        "threads": 1,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("numpy", "torch", "diffusers")},
+        "engine": f"{session.engine.name} {session.engine.version}",
+        "precision": session.engine.options.precision,
+    }
+
+
 def measure(
     bundle: Bundle,
     plans: Mapping[str, Plan],
+    output: Path,
     *,
     count: int,
     seed: int,
     workers: int,
     engine: str,
     precision: str | None,
-) -> dict[str, Any]:
-    """Scores by row, with the settings that they hold for."""
+) -> None:
+    """Add the scores of those plans to ``output``, row by row, with the settings that they hold for."""
     captions = evaluation_captions(count)
-    default = bundle.manifest.plan("default")
-    result: dict[str, Any] = {
-        "settings": {
-            "model": bundle.manifest.model,
-            "weights_sha256": bundle.manifest.files[bundle.manifest.weights].sha256,
-            "dtype": bundle.manifest.dtype,
-            "captions": count,
-            "seed": seed,
-            "steps": default.schedule.steps,
-            "samplers": list(dict.fromkeys(plan.sampler.name for plan in plans.values())),
-            "guidance_scale": default.guidance_scale,
-            "cpu": cpu_model(),
-            "workers": workers,
-            "threads": 1,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("numpy", "torch", "diffusers")},
-        },
-        "rows": {},
-    }
-    with Session.open(
-        bundle.with_plans(plans), engine=engine, precision=precision, plans=list(plans), threads=1
-    ) as session:
-        result["settings"]["engine"] = f"{session.backend.name} {session.backend.version}"
-        result["settings"]["precision"] = session.backend.options.precision
-        pipe = Pipeline(session)
-        for name in plans:
-            pictures = draw(pipe, name, captions, seed, workers)
-            result["rows"][name] = asdict(score_pictures(captions, pictures))
+    with Pipeline.open(bundle, engine=engine, precision=precision, plans=[*plans.values()], threads=1) as pipe:
+        settings = settings_of(pipe, plans, count, seed, workers)
+        before = json.loads(output.read_text()) if output.is_file() else {}
+        result = before if before.get("settings") == settings else {"settings": settings, "rows": {}}
+        for name, plan in plans.items():
+            if name not in result["rows"]:
+                pictures = draw(pipe, plan, captions, seed, workers)
+                result["rows"][name] = asdict(score_pictures(captions, pictures))
+                write_atomically(output, (json.dumps(result, indent=1) + "\n").encode())
             print(f"{name}: {result['rows'][name]['first_object']:.1%}", flush=True)
-    return result
 
 
 def main() -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--samplers", metavar="A,B", help="compare these, ungated and gated, in place of the four ways")
+    parser.add_argument("--samplers", metavar="A,B", help="compare these, ungated and gated, in place of methods")
     parser.add_argument("--captions", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--engine", default="ort-cpu")
     parser.add_argument("--precision", help="of the engine; its own choice if left out")
     args = parser.parse_args()
-    bundle = Bundle.open(args.bundle)
-    plans = rows(bundle) if args.samplers is None else sampler_rows(bundle, args.samplers.split(","))
-    result = measure(
-        bundle,
-        plans,
-        count=args.captions,
-        seed=args.seed,
-        workers=args.workers,
-        engine=args.engine,
-        precision=args.precision,
-    )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.output, (json.dumps(result, indent=1) + "\n").encode())
+    for place, path in enumerate(args.bundle):
+        bundle = Bundle.open(path)
+        own = (
+            rows(bundle, baselines=place == 0)
+            if args.samplers is None
+            else sampler_rows(bundle, args.samplers.split(","))
+        )
+        measure(
+            bundle,
+            own,
+            args.output,
+            count=args.captions,
+            seed=args.seed,
+            workers=args.workers,
+            engine=args.engine,
+            precision=args.precision,
+        )
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from tgate_engine.graph import BATCH, GraphSpec
 from tgate_engine.step import GUIDANCE, STEP, STEP_ROW, TIMESTEP
 from tgate_runtime.engines import openvino
 from tgate_runtime.engines.openvino import OpenVino
-from tgate_runtime.engines.openvino.timestep import PREFIX, split_time
+from tgate_runtime.engines.openvino.timestep import part_name, split_time
 from tgate_runtime.engines.protocol import EngineOptions
-
 
 FREQUENCY = 0.5
 
@@ -70,8 +69,8 @@ def test_the_part_ends_before_the_first_product(tmp_path: Path) -> None:
     model = read(tmp_path / "g.onnx")
     part = split_time(model)
     assert [port.any_name for port in part.inputs] == [STEP]
-    assert [port.any_name for port in part.outputs] == [f"{PREFIX}.0"]
-    assert f"{PREFIX}.0" in [port.any_name for port in model.inputs]
+    assert [port.any_name for port in part.outputs] == [part_name(0)]
+    assert part_name(0) in [port.any_name for port in model.inputs]
     assert "Cos" not in [node.get_type_name() for node in model.get_ordered_ops()]
     assert "MatMul" not in [node.get_type_name() for node in part.get_ordered_ops()]
 

@@ -22,7 +22,7 @@ from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import GraphSpec
 from tgate_runtime.engines.host import CpuBuffer
-from tgate_runtime.engines.openvino.timestep import PREFIX, split_time
+from tgate_runtime.engines.openvino.timestep import part_name, split_time
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers, check_interface
 
 _DTYPE_OF = {dtype.short: name for name, dtype in DTYPES.items()}
@@ -39,11 +39,11 @@ class _Request:
         self._infer = compiled.create_infer_request()
         self._time: Any = None
         self._time_inputs: list[str] = []
-        self._time_outputs: list[str] = []
+        self._time_outputs = 0
         if time is not None:
             self._time = time.create_infer_request()
-            self._time_inputs = [port.any_name for port in time.inputs]
-            self._time_outputs = [port.any_name for port in time.outputs]
+            self._time_inputs = [_name(port, spec.input_names()) for port in time.inputs]
+            self._time_outputs = len(time.outputs)
         # What nobody binds is written to the request's own memory; a carry may have been bound there before.
         self._own = {tensor.name: self._infer.get_tensor(tensor.name) for tensor in spec.outputs}
 
@@ -58,8 +58,8 @@ class _Request:
         """Run the graph on what is bound."""
         if self._time is not None:
             self._time.infer()
-            for name in self._time_outputs:  # again each time: where the batch may change, so may their memory
-                self._infer.set_tensor(name, self._time.get_tensor(name))
+            for number in range(self._time_outputs):  # each time: where the batch may change, so may their memory
+                self._infer.set_tensor(part_name(number), self._time.get_output_tensor(number))
         self._infer.infer()
 
 
@@ -180,20 +180,21 @@ class OpenVino:
                 time = self._core.compile_model(time, "CPU", {**settings, "INFERENCE_PRECISION_HINT": ov.Type.f32})
         except Exception as error:  # the engine raises RuntimeError
             raise EngineError(f"OpenVINO {self.version} cannot load {spec.file}: {_short(error)}") from error
-        inputs = [port for port in compiled.inputs if not port.any_name.startswith(PREFIX)]
+        parts = {part_name(number) for number in range(len(time.outputs))} if time is not None else set()
+        inputs = [port for port in compiled.inputs if parts.isdisjoint(port.names)]
         check_interface(spec, _dtypes(inputs, spec.input_names()), _dtypes(compiled.outputs, spec.output_names()))
         return OpenVinoExecutable(compiled, time, spec)
 
 
+def _name(port: Any, names: Collection[str]) -> str:
+    """What a port is called: of several names, which it has where the engine left out what changes nothing between
+    them, the one in ``names``."""
+    return next((name for name in sorted(port.names) if name in names), str(port.any_name))
+
+
 def _dtypes(ports: Sequence[Any], names: Collection[str]) -> dict[str, str]:
-    """The ports' dtypes, by name. A port has several names where the engine left out what changes nothing between them;
-    of those, the one in ``names``."""
-    dtypes = {}
-    for port in ports:
-        kind = port.element_type.get_type_name()
-        name = next((name for name in sorted(port.names) if name in names), port.any_name)
-        dtypes[name] = _DTYPE_OF.get(kind, kind)
-    return dtypes
+    kinds = {_name(port, names): port.element_type.get_type_name() for port in ports}
+    return {name: _DTYPE_OF.get(kind, kind) for name, kind in kinds.items()}
 
 
 def _view(buffer: CpuBuffer) -> Any:

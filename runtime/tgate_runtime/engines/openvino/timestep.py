@@ -13,14 +13,18 @@ from openvino import opset13 as ops
 
 from tgate_engine.step import STEP, TIMESTEP
 
-PREFIX = "of-timestep"
 _PRODUCTS = ("MatMul", "Convolution")
+
+
+def part_name(number: int) -> str:
+    """The name of the input of the rest that takes an output of the part, counted from 0."""
+    return f"of-timestep.{number}"
 
 
 def split_time(model: Any) -> Any:
     """Cut what ``model`` makes of the timestep before its matrix products off it; a model of that part, or None.
 
-    The part's outputs become inputs of ``model``, under names that begin with :data:`PREFIX`.
+    The part's outputs become inputs of ``model``, by the names of :func:`part_name`.
     """
     inside = {column.get_friendly_name() for column in _timestep_columns(model)}
     frontier = []
@@ -41,10 +45,10 @@ def split_time(model: Any) -> Any:
     results = []
     for number, (name, index) in enumerate(frontier):
         output, cut = copies[name].output(index), nodes[name].output(index)
-        output.get_tensor().set_names({f"{PREFIX}.{number}"})
+        output.get_tensor().set_names({part_name(number)})
         results.append(ops.result(output))
         parameter = ops.parameter(cut.get_partial_shape(), cut.get_element_type())
-        parameter.output(0).get_tensor().set_names({f"{PREFIX}.{number}"})
+        parameter.output(0).get_tensor().set_names({part_name(number)})
         for use in cut.get_target_inputs():
             use.replace_source_output(parameter.output(0))
         model.add_parameters([parameter])

@@ -1,0 +1,303 @@
+"""ONNX Runtime on a GPU, as far as a CPU goes: one thread, what is captured, what its log says, copies by address.
+
+That it computes what it should, with the CPU in place of the GPU: test_every_engine.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from tests.runtime.engines.small import Small, assert_close, random_inputs
+from tests.runtime.engines.ways import OnTheCpu
+from tgate_engine.dtypes import storage
+from tgate_engine.errors import EngineError
+from tgate_engine.graph import GraphSpec
+from tgate_runtime.engines.ort_cuda import OrtCuda, memory
+from tgate_runtime.engines.ort_cuda.memory import CudaBuffer
+from tgate_runtime.engines.protocol import EngineOptions
+
+
+def bound(engine: OrtCuda, graph: Any, spec: GraphSpec, batch: int = 1) -> tuple[Any, dict[str, CudaBuffer]]:
+    """A call on buffers of its own, and those by name."""
+    inputs, outputs = (
+        {t.name: engine.allocate(t.resolve(batch), t.dtype) for t in tensors} for tensors in (spec.inputs, spec.outputs)
+    )
+    return graph.bind(inputs, outputs), inputs | outputs
+
+
+# --- one thread ---------------------------------------------------------------------------------
+
+
+def test_one_thread_works_on_the_gpu(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks: ONNX Runtime keeps a CUDA graph with its thread, and other threads' work breaks a capture."""
+    heard: dict[str, set[int]] = {}
+
+    def listen(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+
+        def listening(*args: Any, **settings: Any) -> Any:
+            heard.setdefault(name, set()).add(threading.get_ident())
+            return call(*args, **settings)
+
+        is_static = isinstance(vars(owner).get(name), staticmethod | classmethod)
+        monkeypatch.setattr(owner, name, staticmethod(listening) if is_static else listening)
+
+    for name in ("ortvalue_from_shape_and_type", "update_inplace"):
+        listen(onnxruntime.OrtValue, name)
+    for name in ("__init__", "io_binding", "run_with_iobinding"):
+        listen(onnxruntime.InferenceSession, name)
+    listen(memory, "_move")
+    spec = small.graphs["full"]
+    engine = OnTheCpu(EngineOptions())
+    graph = engine.load(small.bundle, [spec])[spec.file]
+
+    def served(seed: int) -> None:
+        values = random_inputs(spec, 2, seed)
+        call, buffers = bound(engine, graph, spec, 2)
+        for name, array in values.items():
+            buffers[name].rows(0, 2).write(array)
+        call()
+        buffers["latents"].copy(buffers["next_latents"])
+        assert_close(spec, {n: buffers[n].read() for n in spec.output_names()}, small.expected("full", values))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(served, range(8)))
+    assert len(heard) == 6
+    assert len(set().union(*heard.values())) == 1
+    assert threading.get_ident() not in heard["__init__"]
+
+
+# --- capturing ----------------------------------------------------------------------------------
+
+
+def test_only_denoising_graphs_are_captured(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs around the denoiser may hold nodes without CUDA kernels, and a graph that is not captured is not run
+    before it is called."""
+    settings: dict[str, Any] = {}
+    load, runs = onnxruntime.InferenceSession, []
+
+    def on_the_cpu(path: str, options: Any, *, providers: Any, enable_fallback: int) -> Any:
+        assert enable_fallback == 0
+        settings[Path(path).stem] = providers[0][1]
+        return load(path, options, providers=["CPUExecutionProvider"])
+
+    engine = OnTheCpu(EngineOptions())
+    monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
+    monkeypatch.setattr(OnTheCpu, "providers", OrtCuda.providers)
+    monkeypatch.setattr(load, "run_with_iobinding", lambda *args: runs.append(args))
+    executables = engine.load(small.bundle, tuple(small.graphs.values()))
+    assert {name: "enable_cuda_graph" in own for name, own in settings.items()} == {
+        **{"full": True, "reuse": True, "text": False, "decoder": False}
+    }
+    assert {own["use_tf32"] for own in settings.values()} == {"0"}
+    for name, spec in small.graphs.items():
+        before = len(runs)
+        bound(engine, executables[spec.file], spec)
+        assert len(runs) - before == (name in ("full", "reuse"))
+
+
+def test_rows_that_kernels_could_not_take_are_copied(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of ``step`` and of pictures begin at multiples of 48 bytes, all others at ones of 64."""
+    monkeypatch.setattr("tgate_runtime.engines.ort_cuda._ALIGNMENT_BYTES", 64)
+    moves: list[tuple[int, int]] = []
+    move = memory._move
+
+    def moving(to: int, source: int, *how: Any) -> None:
+        moves.append((to, source))
+        move(to, source, *how)
+
+    monkeypatch.setattr(memory, "_move", moving)
+    engine = OnTheCpu(EngineOptions())
+    for name, inputs, outputs in (("full", ["step"], []), ("decoder", [], ["image"])):
+        spec = small.graphs[name]
+        graph = engine.load(small.bundle, [spec])[spec.file]
+        _, buffers = bound(engine, graph, spec, 3)
+        values = random_inputs(spec, 3)
+        for each, array in values.items():
+            buffers[each].write(array)
+        for each in spec.output_names():
+            buffers[each].write(np.zeros((), storage(buffers[each].dtype)))
+        rows = {each: buffer.rows(1, 1) for each, buffer in buffers.items()}
+        call = graph.bind({n: rows[n] for n in spec.input_names()}, {n: rows[n] for n in spec.output_names()})
+        assert call.addresses == {each: buffer.address for each, buffer in rows.items()}
+        moves.clear()
+        call()
+        assert [source for _, source in moves if source in {rows[n].address for n in rows}] == [
+            rows[n].address for n in inputs
+        ]
+        assert [to for to, _ in moves if to in {rows[n].address for n in rows}] == [rows[n].address for n in outputs]
+        got = {n: rows[n].read() for n in spec.output_names()}
+        assert_close(spec, got, small.expected(name, {n: array[1:2] for n, array in values.items()}))
+        for each in spec.output_names():
+            assert not buffers[each].read()[[0, 2]].any()
+
+
+# --- copies -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda_of_host_memory(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A CUDA runtime that copies host memory; what it was asked for, in order."""
+    asked: list[str] = []
+
+    def copy(to: Any, source: Any, size: Any, kind: int) -> int:
+        asked.append(f"cudaMemcpy {size.value} {kind}")
+        ctypes.memmove(to.value, source.value, size.value)
+        return 0
+
+    def done(name: str) -> Callable[[Any], int]:
+        def call(argument: Any) -> int:
+            asked.append(f"{name} {argument}")
+            return 0
+
+        return call
+
+    library = SimpleNamespace(
+        cudaMemcpy=copy, cudaSetDevice=done("cudaSetDevice"), cudaStreamSynchronize=done("cudaStreamSynchronize")
+    )
+    monkeypatch.setattr(memory, "_cuda_runtime", lambda: library)
+    return asked
+
+
+def test_a_copy_is_waited_for(cuda_of_host_memory: list[str]) -> None:
+    """CUDA's own function returns before a copy within the device is done."""
+    source, target = np.arange(4.0), np.zeros(4)
+    memory._move(target.ctypes.data, source.ctypes.data, 32, ("cuda", 1))
+    np.testing.assert_array_equal(target, source)
+    assert cuda_of_host_memory == ["cudaSetDevice 1", "cudaMemcpy 32 4", "cudaStreamSynchronize None"]
+
+
+def test_what_cuda_says_is_raised(cuda_of_host_memory: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    library = memory._cuda_runtime()
+    library.cudaSetDevice = lambda _: 700
+    library.cudaGetErrorString = lambda error: f"error {error}: an illegal memory access".encode()
+    engine = OnTheCpu(EngineOptions())
+    buffer = engine.allocate((2, 3), "float32")
+    buffer._device = ("cuda", 0)
+    other = engine.allocate((2, 3), "float32")
+    for verb, call in (
+        ("write", lambda: buffer.write(np.zeros((2, 3), np.float32))),
+        ("read", buffer.read),
+        ("copy", lambda: buffer.copy(other)),
+    ):
+        with pytest.raises(
+            EngineError, match=rf"^CUDA cannot {verb} a buffer of float32 \[2, 3\]: error 700: an illegal"
+        ):
+            call()
+    assert cuda_of_host_memory == []
+
+
+def test_the_cuda_runtime_is_onnxruntime_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(name: str) -> Any:
+        loaded.append(name)
+        return SimpleNamespace(cudaGetErrorString=SimpleNamespace())
+
+    monkeypatch.setattr(onnxruntime, "cuda_version", "13.0")
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    memory._cuda_runtime.__wrapped__()
+    assert loaded == ["libcudart.so.13"]
+
+
+# --- opening ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (EngineOptions(), "has no CUDAExecutionProvider: pip uninstall onnxruntime"),
+        (EngineOptions(threads=2), "ort-cuda computes on a GPU; leave out --threads"),
+        (EngineOptions(precision="f16"), "computes in the dtype that the bundle was exported with"),
+    ],
+)
+def test_options_it_cannot_follow(options: EngineOptions, says: str) -> None:
+    with pytest.raises(EngineError, match=says):
+        OrtCuda(options)
+
+
+def test_options_are_settled(small: Small) -> None:
+    engine = OnTheCpu(EngineOptions())
+    assert (engine.name, engine.options) == ("ort-cuda", EngineOptions(memory="shared"))
+    assert engine.build(small.bundle, tuple(small.graphs.values())) == {}
+
+
+def test_cuda_is_found_in_any_folder_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel of ONNX Runtime in one folder, CUDA's in another, cuDNN in neither."""
+    folder = tmp_path / "nvidia" / "cu13" / "lib"
+    folder.mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(onnxruntime, "cuda_version", "13.0")
+    asked: list[dict[str, Any]] = []
+
+    def preload(**settings: Any) -> None:
+        asked.append(settings)
+        print("Failed to load libwhat.so: no such file")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
+    monkeypatch.setattr(OnTheCpu, "kind", "cuda")
+    with pytest.raises(EngineError, match=r"^ort-cuda finds no GPU 0 here: .+ \(Failed to load libwhat\.so: no such"):
+        OnTheCpu(EngineOptions())
+    assert asked == [{"cudnn": False, "directory": str(folder)}, {"cuda": False, "directory": None}]
+
+
+# --- what the engine says -----------------------------------------------------------------------
+
+
+def test_a_weight_that_would_be_copied_is_an_error(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine says so in its log alone; here the log is made to say it."""
+    load = onnxruntime.InferenceSession
+
+    def copying(*args: Any, **settings: Any) -> Any:
+        os.write(2, b"[W:onnxruntime:, a.cc:1 F] Cannot use user supplied initializer with name: (w) because the ORT\n")
+        return load(*args, **settings)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", copying)
+    with pytest.raises(EngineError, match=r"copied 1 weights of full\.onnx instead of sharing them"):
+        OnTheCpu(EngineOptions(memory="shared")).load(small.bundle, [small.graphs["full"]])
+
+
+def test_what_the_log_says_is_in_the_error(
+    small: Small, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The engine goes on without its provider, and only its log says why."""
+    load, fails = onnxruntime.InferenceSession, True
+
+    def saying(path: str, options: Any, **_: Any) -> Any:
+        os.write(2, b"\x1b[0;93m2026 [W:onnxruntime:, a.cc:1 F] Removing initializer 'w'.\x1b[m\n")
+        os.write(2, b"\x1b[1;31m2026 [E:onnxruntime:Default, b.cc:2 operator()] /src/c.cc:3 ns::Provider& ns::Get() ")
+        os.write(2, b"[ONNXRuntimeError] : 1 : FAIL : Failed to load library x.so\n\x1b[m\nsaid by another\n")
+        session = load(path, options, providers=["CPUExecutionProvider"])
+        monkeypatch.setattr(session, "get_providers", lambda: [] if fails else ["CPUExecutionProvider"])
+        return session
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", saying)
+    engine, graphs = OnTheCpu(EngineOptions()), [small.graphs["full"]]
+    with pytest.raises(EngineError, match=r"check that CUDA and cuDNN are there \(Failed to load library x\.so\)$"):
+        engine.load(small.bundle, graphs)
+    assert capfd.readouterr() == ("", "said by another\n")
+    fails = False
+    engine.load(small.bundle, graphs)
+    assert [line[:20] for line in capfd.readouterr().err.splitlines()] == ["2026 [E:onnxruntime:", "said by another"]
+
+
+def test_a_buffer_that_there_is_no_room_for_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = OnTheCpu(EngineOptions())
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA failure 2:\nout of memory")
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", fail)
+    with pytest.raises(EngineError, match=r"no buffer of float32 \[2, 3\]: CUDA failure 2: out of memory"):
+        engine.allocate((2, 3), "float32")

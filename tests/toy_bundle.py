@@ -1,6 +1,6 @@
 """Writes a bundle of :mod:`tests.toy_model`: real graphs, real carries, a real tokenizer, in milliseconds.
 
-It stands in for an export where a test is about the contract or run time alone.
+It stands in for an export where a test is about the contract, run time or the command line alone.
 """
 
 from __future__ import annotations
@@ -18,72 +18,82 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from tests import toy_model
-from tests.toy_model import BLOCKS, FEATURES, LATENTS, LENGTH, TIME_IDS, WIDTH, WORDS
-from tgate_engine import plan as names
-from tgate_engine.bundle import digests_of, staging
-from tgate_engine.manifest import (
-    MANIFEST_FILE,
-    Carry,
-    Conditioning,
-    Golden,
-    GraphSpec,
-    Macs,
-    Manifest,
-    TensorSpec,
-    Tokenizer,
-    _content_digest,
-    dump_manifest,
-)
+from tests.toy_model import BLOCKS, FEATURES, LATENTS, LENGTH, WIDTH, WORDS
+from tgate_engine.atomic import staging
+from tgate_engine.bundle import digests_of
+from tgate_engine.dtypes import DTYPES
+from tgate_engine.graph import BATCH, DECODE, DENOISE, TEXT, GraphSpec, Macs, Role, TensorSpec
+from tgate_engine.manifest import MANIFEST_FILE, Conditioning, Golden, Manifest, Shape, Tokenizer
+from tgate_engine.manifest_json import content_digest, dump_manifest
 from tgate_engine.plan import Plan, build_plan
-from tgate_engine.rows import GUIDANCE, INPUT_SCALE, OUTPUTS, STEP_ROW, TIMESTEP
-from tgate_engine.rows import LATENTS as LATENT_COLUMNS
-from tgate_engine.sampler import Sampler, SamplerStep
-from tgate_engine.schedule import Schedule
+from tgate_engine.sampler import Fact, Sampler, SamplerStep
+from tgate_engine.sampler_tables import dump_tables
+from tgate_engine.step import (
+    GUIDANCE,
+    INPUT_SCALE,
+    LATENTS_COLUMNS,
+    NOISE,
+    NOISE_COLUMN,
+    OUTPUT_COLUMNS,
+    STEP,
+    STEP_OUTPUTS,
+    STEP_ROW,
+    TIMESTEP,
+    half,
+    past,
+)
+from tgate_export.methods.base import FULL, UNGUIDED, Settings
+from tgate_export.methods.tgate import REUSE_BOTH, REUSE_CROSS, REUSE_SELF, Tgate
+from tgate_export.plans import make_plans
 
-ONNX_TYPE = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "int64": TensorProto.INT64,
-    "uint8": TensorProto.UINT8,
-}
 WEIGHTS = "weights.safetensors"
+SAMPLERS = "samplers.safetensors"
+TABLE_STEPS = range(1, 13)
+"""Steps of which the bundle has a table of the toy's sampler."""
 MACS = {
-    names.FULL: Macs(paper=2000, all=2600),
-    names.REUSE_SELF: Macs(paper=1600, all=1700),
-    names.REUSE_CROSS: Macs(paper=800, all=1100),
-    names.REUSE_BOTH: Macs(paper=600, all=600),
-    names.UNGUIDED: Macs(paper=1000, all=1300),
+    FULL: Macs(paper=2000, all=2600),
+    REUSE_SELF: Macs(paper=1600, all=1700),
+    REUSE_CROSS: Macs(paper=800, all=1100),
+    REUSE_BOTH: Macs(paper=600, all=600),
+    UNGUIDED: Macs(paper=1000, all=1300),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Toy:
-    """What a toy bundle is like. ``carry_dtype``: of carries; the arithmetic stays float32."""
+    """What a toy bundle is like.
+
+    ``batches``: ranges of images in a call, each with graphs of its own. ``sizes``: (width, height) of each, 16 pixels,
+    the default first. ``carry_dtype``: of carries; the arithmetic stays float32. ``settings``: of each plan by its
+    name; their baselines are stored beside them.
+    """
 
     guided: bool = True
-    batch: tuple[int, int] = (1, 4)
+    batches: Sequence[tuple[int, int]] = ((1, 4),)
+    sizes: Sequence[tuple[int, int]] = ((4, 4),)
     zero_negative: bool = True
     carry_dtype: str = "float32"
     guidance_scale: float = 3.0
-    schedules: Mapping[str, Schedule] = field(
-        default_factory=lambda: {"default": Schedule(steps=8, gate=5, self_interval=2)}
+    settings: Mapping[str, Settings] = field(
+        default_factory=lambda: {"default": Settings(steps=8, gate=5, self_interval=2)}
     )
 
 
-def sampler(steps: int, *, lead_in: int = 0, lag: int = 3, seed: int = 0) -> Sampler:
-    """A stable linear sampler that reads ``lag`` pairs back."""
+def sampler(steps: int, *, lead_in: int = 0, lag: int = 3, seed: int = 0, noise: float = 0.0) -> Sampler:
+    """A stable linear sampler that reads ``lag`` pairs back and adds ``noise`` times its own noise in all steps but the
+    last."""
     rng = np.random.default_rng(seed)
     calls = []
     for i in range(steps + lead_in):
         reach = min(lag, i)
-        past = rng.uniform(-0.1, 0.1, (2, 3)) * (np.arange(3) < reach)
+        earlier = rng.uniform(-0.1, 0.1, (2, 3)) * (np.arange(3) < reach)
         calls.append(
             SamplerStep(
                 timestep=float(999 - 30 * i) + 0.5,
                 input_scale=float(rng.uniform(0.5, 1.0)),
-                latents=(0.8, *map(float, past[0])),
-                outputs=(-0.2, *map(float, past[1])),
+                latents=(0.8, *map(float, earlier[0])),
+                outputs=(-0.2, *map(float, earlier[1])),
+                noise=noise if i < steps + lead_in - 1 else 0.0,
             )
         )
     return Sampler(
@@ -96,61 +106,83 @@ def build(path: Path, toy: Toy | None = None, *, goldens: bool = True) -> Path:
     toy = toy or Toy()
     with staging(path) as stage:
         offsets = _save_weights(stage / WEIGHTS)
-        graphs = {name: _denoiser(stage, offsets, name, toy) for name in _graph_names(toy)}
-        graphs["text"] = _text(stage, offsets)
-        graphs["decoder"] = _decoder(stage, offsets)
+        shapes = tuple(_shape(stage, offsets, toy, size, batch) for size in toy.sizes for batch in toy.batches)
         (stage / "tokenizer").mkdir()
         pads = (0, 2)
         for i in range(2):
             _tokenizer().save(str(stage / "tokenizer" / f"{i}.json"))
+        (stage / SAMPLERS).write_bytes(dump_tables(sampler(steps) for steps in TABLE_STEPS))
         manifest = Manifest(
             model="toy",
             family="toy",
             licence="Apache-2.0",
             dtype="float32",
-            height=LATENTS[1],
-            width=LATENTS[2],
-            latents=LATENTS,
-            batch=toy.batch,
-            guidance="classifier-free" if toy.guided else "none",
             frames=1,
             fps=0,
-            image="",
+            guidance="classifier-free" if toy.guided else "none",
             guidance_scale=toy.guidance_scale,
+            guidance_rescale=0.0,
+            clip_skip=0,
             zero_negative=toy.zero_negative,
             weights=WEIGHTS,
-            text="text",
-            decoder="decoder",
-            graphs=graphs,
-            carries=_carries(toy),
+            samplers=SAMPLERS,
+            shapes=shapes,
+            carries=carries(toy),
             conditioning=(
                 Conditioning(name="text", source="text"),
                 Conditioning(name="pooled", source="text"),
-                Conditioning(name="time_ids", source="constant", value=TIME_IDS),
+                Conditioning(name="time_ids", source="constant"),
             ),
             tokenizers=tuple(
                 Tokenizer(file=f"tokenizer/{i}.json", input=f"ids.{i}", length=LENGTH, pad_id=pads[i]) for i in range(2)
             ),
-            plans={name: make_plan(name, s, toy, graphs) for name, s in toy.schedules.items()},
+            plans=_plans(toy, shapes[0].graphs),
             goldens={},
             files={},
             scheduler={},
         )
-        found = _goldens(stage, manifest) if goldens else {}
-        manifest = replace(manifest, goldens=found, files=digests_of(stage))
+        recorded = _goldens(stage, manifest, toy) if goldens else {}
+        manifest = replace(manifest, goldens=recorded, files=digests_of(stage))
         (stage / MANIFEST_FILE).write_text(dump_manifest(manifest), encoding="utf-8")
     return path
 
 
-def make_plan(name: str, schedule: Schedule, toy: Toy, graphs: Mapping[str, GraphSpec]) -> Plan:
+def make_plan(
+    name: str,
+    settings: Settings,
+    toy: Toy,
+    graphs: Mapping[str, GraphSpec],
+    *,
+    lead_in: int = 0,
+    own_sampler: Sampler | None = None,
+) -> Plan:
+    """The plan of TGATE with those settings, alone; ``own_sampler`` in place of :func:`sampler`."""
     return build_plan(
         name,
-        schedule=schedule,
-        sampler=sampler(schedule.steps, lead_in=schedule.lead_in),
+        Tgate().program(settings, lead_in),
+        sampler=own_sampler or sampler(settings.steps, lead_in=lead_in),
         guidance_scale=toy.guidance_scale,
         graphs=graphs,
-        carries=_carries(toy),
+        carries=carries(toy),
+        settings=Tgate().facts(settings),
     )
+
+
+def _plans(toy: Toy, graphs: Mapping[str, GraphSpec]) -> dict[str, Plan]:
+    plans: dict[str, Plan] = {}
+    for name, settings in toy.settings.items():
+        plans |= make_plans(
+            name,
+            Tgate(),
+            settings,
+            sampler=sampler(settings.steps),
+            guidance_scale=toy.guidance_scale,
+            guided=toy.guided,
+            graphs=graphs,
+            carries=carries(toy),
+            existing=plans,
+        )
+    return plans
 
 
 def edit_manifest(bundle: Path, edit: Any) -> None:
@@ -162,22 +194,57 @@ def edit_manifest(bundle: Path, edit: Any) -> None:
     data = json.loads(file.read_text(encoding="utf-8"))
     del data["digest"]
     edit(data)
-    data["digest"] = _content_digest(data)
+    data["digest"] = content_digest(data)
     file.write_text(json.dumps(data), encoding="utf-8")
 
 
-def random_conditioning(batch: int, *, guided: bool = True, seed: int = 3) -> dict[str, NDArray[np.float32]]:
-    """``<name>.<half>`` to [batch, ...], as the denoising graphs take it."""
+def random_conditioning(
+    batch: int, *, guided: bool = True, seed: int = 3, size: tuple[int, int] = (4, 4)
+) -> dict[str, NDArray[np.float32]]:
+    """``<name>.<half>`` to [batch, ...], as the denoising graphs of a size take it."""
     rng = np.random.default_rng(seed)
-    found: dict[str, NDArray[np.float32]] = {}
-    for half in ("negative", "positive") if guided else ("positive",):
-        found[f"text.{half}"] = rng.standard_normal((batch, LENGTH, WIDTH)).astype(np.float32)
-        found[f"pooled.{half}"] = rng.standard_normal((batch, WIDTH)).astype(np.float32)
-        found[f"time_ids.{half}"] = np.tile(np.array(TIME_IDS, np.float32), (batch, 1))
-    return found
+    tensors: dict[str, NDArray[np.float32]] = {}
+    for which in ("negative", "positive") if guided else ("positive",):
+        tensors[f"text.{which}"] = rng.standard_normal((batch, LENGTH, WIDTH)).astype(np.float32)
+        tensors[f"pooled.{which}"] = rng.standard_normal((batch, WIDTH)).astype(np.float32)
+        tensors[f"time_ids.{which}"] = np.tile(np.array(toy_model.time_ids(*size), np.float32), (batch, 1))
+    return tensors
 
 
 # --- graphs -------------------------------------------------------------------------------------
+
+
+def carries(toy: Toy) -> dict[str, dict[str, Fact]]:
+    """Facts of each carry, by name. Without guidance there is no mean: carries are as they were before the gate."""
+    facts: dict[str, dict[str, Fact]] = {}
+    for block in range(BLOCKS):
+        names = {f"self.{block}": "all", f"cross.{block}": "mean" if toy.guided else "all"}
+        if toy.guided:
+            names[f"self.{block}.mean"] = "mean"
+        for name, of in names.items():
+            attention = name.partition(".")[0]
+            facts[name] = {"keeps": f"{attention}-attention", "of": of, "module": f"blocks.{block}.{attention}"}
+    return facts
+
+
+def _shape(stage: Path, offsets: Mapping[str, Any], toy: Toy, size: tuple[int, int], batch: tuple[int, int]) -> Shape:
+    of_size = "" if size == toy.sizes[0] else "-{}x{}".format(*size)
+    of_batch = f"-batch-{batch[0]}-{batch[1]}" if len(toy.batches) > 1 else ""
+    latents = (LATENTS[0], size[1], size[0])
+    names = (FULL, REUSE_SELF, REUSE_CROSS, REUSE_BOTH, *((UNGUIDED,) if toy.guided else ()))
+    graphs = {
+        name: _denoiser(stage / f"{name}{of_size}{of_batch}.onnx", offsets, name, toy, latents, batch) for name in names
+    }
+    graphs["text"] = _text(stage / "text.onnx", offsets)
+    graphs["decoder"] = _decoder(stage / f"decoder{of_size}.onnx", offsets, latents)
+    return Shape(
+        width=size[0],
+        height=size[1],
+        batch=batch,
+        latents=latents,
+        constants={"time_ids": toy_model.time_ids(*size)},
+        graphs=graphs,
+    )
 
 
 class _Graph:
@@ -209,128 +276,133 @@ class _Graph:
         self.initializers[tensor.name] = tensor
         return tensor.name
 
-    def columns(self, start: int, stop: int) -> str:
-        """Columns of ``step`` [B, 11], as [B, stop - start]."""
-        axis = self.constant([1])
-        return self.add("Slice", "step", self.constant([start]), self.constant([stop]), axis)
+    def reshape(self, value: str, *shape: int, output: str = "") -> str:
+        return self.add("Reshape", value, self.constant(shape), output=output)
 
-    def save(self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], macs: Macs) -> GraphSpec:
+    def interleave(self, values: Sequence[str], *shape: int) -> str:
+        """Halves of [B, shape] each as [halves * B, shape], an image's halves next to each other."""
+        if len(values) == 1:
+            return values[0]
+        pairs = self.add("Concat", *[self.reshape(value, -1, 1, *shape) for value in values], axis=1)
+        return self.reshape(pairs, -1, *shape)
+
+    def split(self, value: str) -> tuple[str, str]:
+        """[2B, 32], interleaved, as the two halves, [B, 32] each."""
+        pairs = self.reshape(value, -1, 2, FEATURES)
+        first, second = (self.add("Gather", pairs, self.constant(which), axis=1) for which in (0, 1))
+        return first, second
+
+    def column(self, index: int, *shape: int) -> str:
+        """One column of ``step`` [B, 12], as [B, 1] or of the shape that is named."""
+        ends = self.constant([index]), self.constant([index + 1])
+        column = self.add("Slice", STEP, *ends, self.constant([1]))
+        return self.reshape(column, *shape) if shape else column
+
+    def save(
+        self,
+        path: Path,
+        role: Role,
+        batch: tuple[int, int],
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        macs: Macs,
+    ) -> GraphSpec:
         def info(spec: TensorSpec) -> Any:
-            return helper.make_tensor_value_info(
-                spec.name, ONNX_TYPE[spec.dtype], [str(d) if isinstance(d, str) else d for d in spec.shape]
-            )
+            return helper.make_tensor_value_info(spec.name, DTYPES[spec.dtype].onnx, list(spec.shape))
 
         graph = helper.make_graph(
             self.nodes, path.stem, [*map(info, inputs)], [*map(info, outputs)], [*self.initializers.values()]
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
         path.write_bytes(model.SerializeToString())
-        return GraphSpec(file=path.name, inputs=tuple(inputs), outputs=tuple(outputs), macs=macs)
+        return GraphSpec(
+            file=path.name, role=role, batch=batch, inputs=tuple(inputs), outputs=tuple(outputs), macs=macs
+        )
 
 
-def _graph_names(toy: Toy) -> tuple[str, ...]:
-    every = (names.FULL, names.REUSE_SELF, names.REUSE_CROSS, names.REUSE_BOTH)
-    return (*every, names.UNGUIDED) if toy.guided else every
-
-
-def _carries(toy: Toy) -> tuple[Carry, ...]:
-    both = "2*batch" if toy.guided else "batch"
-    found = []
-    for block in range(BLOCKS):
-        for name, attention, mean in (
-            (f"self.{block}", "self", False),
-            (f"self.{block}.mean", "self", True),
-            (f"cross.{block}", "cross", True),
-        ):
-            shape = ("batch" if mean else both, FEATURES)
-            module = f"blocks.{block}.{attention}"
-            found.append(
-                Carry(name=name, module=module, attention=attention, mean=mean, dtype=toy.carry_dtype, shape=shape)
-            )
-    return tuple(found)
-
-
-def _denoiser(stage: Path, offsets: Mapping[str, Any], name: str, toy: Toy) -> GraphSpec:
+def _denoiser(
+    path: Path, offsets: Mapping[str, Any], name: str, toy: Toy, latents: tuple[int, ...], batch: tuple[int, int]
+) -> GraphSpec:
     g = _Graph(offsets)
-    both = toy.guided and name in (names.FULL, names.REUSE_SELF)
-    reuses_cross = name in (names.REUSE_CROSS, names.REUSE_BOTH)
-    reuses_self = name in (names.REUSE_SELF, names.REUSE_BOTH)
-    half = "negative" if toy.guided and reuses_cross else "positive"
-    halves = ("negative", "positive") if both else (half,)
-    specs = {carry.name: TensorSpec(name=carry.name, dtype=carry.dtype, shape=carry.shape) for carry in _carries(toy)}
-    image = ("batch", *LATENTS)
-    inputs = [TensorSpec(name="latents", dtype="float32", shape=image)]
-    for lag in (1, 2, 3):
-        inputs.append(TensorSpec(name=f"latents.{lag}", dtype="float32", shape=image))
-        inputs.append(TensorSpec(name=f"output.{lag}", dtype="float32", shape=image))
-    inputs.append(TensorSpec(name="step", dtype="float32", shape=("batch", STEP_ROW)))
-    outputs = [TensorSpec(name=n, dtype="float32", shape=image) for n in ("next_latents", "output")]
+    both = toy.guided and name in (FULL, REUSE_SELF)
+    reuses_cross = name in (REUSE_CROSS, REUSE_BOTH)
+    reuses_self = name in (REUSE_SELF, REUSE_BOTH)
+    alone = "negative" if toy.guided and reuses_cross else "positive"
+    halves = ("negative", "positive") if both else (alone,)
+    mean = ".mean" if toy.guided else ""
+    image = (BATCH, *latents)
+
+    def float32(tensor: str, *shape: int | str) -> TensorSpec:
+        return TensorSpec(name=tensor, dtype="float32", shape=shape)
+
+    names = [past(which, lag) for lag in range(1, 4) for which in ("latents", "output")]
+    inputs = [float32(tensor, *image) for tensor in ("latents", *names, NOISE)]
+    inputs.append(float32(STEP, BATCH, STEP_ROW))
+    outputs = [float32(tensor, *image) for tensor in STEP_OUTPUTS]
 
     def condition(tensor: str, *shape: int) -> str:
-        inputs.extend(TensorSpec(name=f"{tensor}.{h}", dtype="float32", shape=("batch", *shape)) for h in halves)
-        return g.add("Concat", *[f"{tensor}.{h}" for h in halves], axis=0)
+        own = [half(tensor, which) for which in halves]
+        inputs.extend(float32(value, BATCH, *shape) for value in own)
+        return g.interleave(own, *shape)
 
-    def read(carry: str) -> str:
-        inputs.append(specs[carry])
-        return g.add("Cast", carry, to=TensorProto.FLOAT)
+    def carry(tensor: str) -> TensorSpec:
+        pairs = toy.guided and tensor.startswith("self") and not tensor.endswith(".mean")
+        shape = (BATCH, 2, FEATURES) if pairs else (BATCH, FEATURES)
+        return TensorSpec(name=tensor, dtype=toy.carry_dtype, shape=shape)
 
-    def write(value: str, carry: str, *, mean: bool) -> None:
-        outputs.append(specs[carry])
-        if mean and both:
-            first, second = f"{carry}.n", f"{carry}.p"
-            g.nodes.append(helper.make_node("Split", [value], [first, second], axis=0, num_outputs=2))
-            value = g.add("Mul", g.add("Add", first, second), g.constant(0.5, np.float32))
-        g.add("Cast", value, output=carry, to=ONNX_TYPE[toy.carry_dtype])
+    def read(tensor: str) -> str:
+        inputs.append(carry(tensor))
+        return g.reshape(g.add("Cast", tensor, to=TensorProto.FLOAT), -1, FEATURES)
 
-    rows = g.add("Flatten", g.add("Mul", "latents", _cube(g, INPUT_SCALE)), axis=1)
-    time = g.add("Mul", g.columns(TIMESTEP, TIMESTEP + 1), g.constant(1e-3, np.float32))
-    hidden = g.add("Add", rows, time)
+    def write(value: str, tensor: str) -> None:
+        spec = carry(tensor)
+        outputs.append(spec)
+        if both and len(spec.shape) == 2:
+            value = g.add("Mul", g.add("Add", *g.split(value)), g.constant(0.5, np.float32))
+        rows = g.reshape(value, -1, *(dim for dim in spec.shape[1:] if isinstance(dim, int)))
+        g.add("Cast", rows, output=tensor, to=DTYPES[toy.carry_dtype].onnx)
+
+    rows = g.reshape(g.add("Mul", "latents", g.column(INPUT_SCALE, -1, 1, 1, 1)), -1, FEATURES)
+    hidden = g.add("Add", rows, g.add("Mul", g.column(TIMESTEP), g.constant(1e-3, np.float32)))
     if both:
-        hidden = g.add("Concat", hidden, hidden, axis=0)
+        hidden = g.interleave([hidden, hidden], FEATURES)
     text = ""
     if not reuses_cross:
         text = g.add("ReduceMean", condition("text", LENGTH, WIDTH), g.constant([1]), keepdims=0)
     for block in range(BLOCKS):
         if reuses_self:
-            self_ = read(f"self.{block}.mean" if reuses_cross else f"self.{block}")
+            self_ = read(f"self.{block}{mean}" if reuses_cross else f"self.{block}")
         else:
             self_ = g.add("Tanh", g.add("MatMul", hidden, g.weight(f"self.{block}")))
-            if name == names.FULL:
-                write(self_, f"self.{block}", mean=False)
-            if name in (names.FULL, names.REUSE_CROSS):
-                write(self_, f"self.{block}.mean", mean=True)
+            kept = {FULL: dict.fromkeys(["", mean]), REUSE_CROSS: (mean,)}.get(name, ())
+            for suffix in kept:
+                write(self_, f"self.{block}{suffix}")
         hidden = g.add("Add", hidden, self_)
         if reuses_cross:
             cross = read(f"cross.{block}")
         else:
             words = g.add("MatMul", text, g.weight(f"text.{block}"))
             cross = g.add("Tanh", g.add("Add", g.add("MatMul", hidden, g.weight(f"cross.{block}")), words))
-            if name == names.FULL:
-                write(cross, f"cross.{block}", mean=True)
+            if name == FULL:
+                write(cross, f"cross.{block}")
         hidden = g.add("Add", hidden, cross)
     out = g.add("MatMul", hidden, g.weight("out"))
     out = g.add("Add", out, g.add("MatMul", condition("pooled", WIDTH), g.weight("pooled")))
-    out = g.add("Add", out, g.add("MatMul", condition("time_ids", len(TIME_IDS)), g.weight("time")))
+    out = g.add("Add", out, g.add("MatMul", condition("time_ids", len(toy_model.TIME_IDS)), g.weight("time")))
     if both:
-        g.nodes.append(helper.make_node("Split", [out], ["n", "p"], axis=0, num_outputs=2))
-        weight = g.columns(GUIDANCE, GUIDANCE + 1)
-        out = g.add("Add", "n", g.add("Mul", weight, g.add("Sub", "p", "n")))
-    g.add("Reshape", out, g.constant([-1, *LATENTS]), output="output")
-    terms = []
+        negative, positive = g.split(out)
+        difference = g.add("Sub", positive, negative)
+        out = g.add("Add", negative, g.add("Mul", g.column(GUIDANCE), difference))
+    g.reshape(out, -1, *latents, output="output")
+    terms = [g.add("Mul", NOISE, g.column(NOISE_COLUMN, -1, 1, 1, 1))]
     for lag in range(4):
-        suffix = f".{lag}" if lag else ""
-        terms.append(g.add("Mul", f"latents{suffix}", _cube(g, LATENT_COLUMNS.start + lag)))
-        terms.append(g.add("Mul", f"output{suffix}", _cube(g, OUTPUTS.start + lag)))
+        terms.append(g.add("Mul", past("latents", lag), g.column(LATENTS_COLUMNS.start + lag, -1, 1, 1, 1)))
+        terms.append(g.add("Mul", past("output", lag), g.column(OUTPUT_COLUMNS.start + lag, -1, 1, 1, 1)))
     g.add("Sum", *terms, output="next_latents")
-    return g.save(stage / f"{name}.onnx", inputs, outputs, MACS[name])
+    return g.save(path, DENOISE, batch, inputs, outputs, MACS[name])
 
 
-def _cube(g: _Graph, column: int) -> str:
-    """One column of ``step`` as [B, 1, 1, 1]."""
-    return g.add("Reshape", g.columns(column, column + 1), g.constant([-1, 1, 1, 1]))
-
-
-def _text(stage: Path, offsets: Mapping[str, Any]) -> GraphSpec:
+def _text(path: Path, offsets: Mapping[str, Any]) -> GraphSpec:
     g = _Graph(offsets)
     inputs = [TensorSpec(name=f"ids.{i}", dtype="int64", shape=(1, LENGTH)) for i in range(2)]
     outputs = [
@@ -339,18 +411,18 @@ def _text(stage: Path, offsets: Mapping[str, Any]) -> GraphSpec:
     ]
     g.add("Gather", g.weight("embed.0"), "ids.0", output="text")
     g.add("ReduceMean", g.add("Gather", g.weight("embed.1"), "ids.1"), g.constant([1]), output="pooled", keepdims=0)
-    return g.save(stage / "text.onnx", inputs, outputs, Macs(paper=0, all=0))
+    return g.save(path, TEXT, (1, 1), inputs, outputs, Macs(paper=0, all=0))
 
 
-def _decoder(stage: Path, offsets: Mapping[str, Any]) -> GraphSpec:
+def _decoder(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...]) -> GraphSpec:
     g = _Graph(offsets)
-    inputs = [TensorSpec(name="latents", dtype="float32", shape=(1, *LATENTS))]
-    outputs = [TensorSpec(name="image", dtype="uint8", shape=(1, LATENTS[1], LATENTS[2], 3))]
+    inputs = [TensorSpec(name="latents", dtype="float32", shape=(1, *latents))]
+    outputs = [TensorSpec(name="image", dtype="uint8", shape=(1, *latents[1:], 3))]
     colours = g.add("MatMul", g.add("Transpose", "latents", perm=[0, 2, 3, 1]), g.weight("image"))
     scaled = g.add("Add", g.add("Mul", colours, g.constant(60, np.float32)), g.constant(127.5, np.float32))
     clipped = g.add("Clip", scaled, g.constant(0, np.float32), g.constant(255, np.float32))
     g.add("Cast", clipped, output="image", to=TensorProto.UINT8)
-    return g.save(stage / "decoder.onnx", inputs, outputs, Macs(paper=96, all=96))
+    return g.save(path, DECODE, (1, 1), inputs, outputs, Macs(paper=96, all=96))
 
 
 def _save_weights(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -367,57 +439,64 @@ def _save_weights(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def _tokenizer() -> Any:
-    found = tokenizers.Tokenizer(
+    tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
     )
-    found.normalizer = tokenizers.normalizers.Lowercase()
-    found.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    found.post_processor = tokenizers.processors.TemplateProcessing(
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", WORDS.index("<s>")), ("</s>", WORDS.index("</s>"))]
     )
-    return found
+    return tokenizer
 
 
 # --- goldens ------------------------------------------------------------------------------------
 
 
-def _goldens(stage: Path, manifest: Manifest) -> dict[str, Golden]:
-    """The reference's trajectory of the default plan, and its picture."""
-    plan = manifest.plan("default")
-    schedule = plan.schedule
-    noise = np.random.default_rng(11).standard_normal((1, *LATENTS)).astype(np.float32)
-    conditioning = random_conditioning(1, guided=manifest.guided)
+def _goldens(stage: Path, manifest: Manifest, toy: Toy) -> dict[str, Golden]:
+    """The reference's trajectory of the default plan, and its picture, for one image of each size."""
+    plan, settings = manifest.plan("default"), toy.settings["default"]
     weights = toy_model.weights()
-    states = toy_model.trajectory(
-        weights,
-        plan.sampler,
-        noise,
-        conditioning,
-        manifest.guidance_scale,
-        guided=manifest.guided,
-        m=schedule.gate,
-        k=schedule.self_interval,
-        warm_up=schedule.warm_up,
-        f=schedule.fidelity_interval,
-    )
-    tensors: dict[str, NDArray[Any]] = {
-        "latents.0": noise,
-        "guidance_scale": np.array([manifest.guidance_scale], np.float32),
-    }
-    tensors |= {f"conditioning.{name}": value for name, value in conditioning.items()}
-    tensors |= {f"latents.{i}": state.astype(np.float32) for i, state in enumerate(states) if i}
-    image = np.clip(states[-1].transpose(0, 2, 3, 1) @ weights["image"] * 60 + 127.5, 0, 255).astype(np.uint8)
     (stage / "golden").mkdir()
-    save_file(tensors, stage / "golden" / "trajectory.safetensors")
-    save_file(
-        {"input.latents": states[-1].astype(np.float32), "output.image": image}, stage / "golden" / "image.safetensors"
-    )
-    tolerance = 1e-5 if _carries_are_float32(manifest) else 5e-2
-    return {
-        "trajectory": Golden(file="golden/trajectory.safetensors", tolerance=tolerance, plan=plan),
-        "image": Golden(file="golden/image.safetensors", tolerance=0.01, graph="decoder"),
-    }
-
-
-def _carries_are_float32(manifest: Manifest) -> bool:
-    return all(carry.dtype == "float32" for carry in manifest.carries)
+    recorded: dict[str, Golden] = {}
+    for number, size in enumerate(toy.sizes):
+        label = "{}x{}".format(*size)
+        suffix = f"-{label}" if number else ""
+        shape = (1, *manifest.shapes_of(label)[0].latents)
+        noise = np.random.default_rng((11, number) if number else 11).standard_normal(shape).astype(np.float32)
+        conditioning = random_conditioning(1, guided=manifest.guided, size=size)
+        states = toy_model.trajectory(
+            weights,
+            plan.sampler,
+            noise,
+            conditioning,
+            manifest.guidance_scale,
+            guided=manifest.guided,
+            m=settings.gate,
+            k=settings.self_interval,
+            warm_up=settings.warm_up,
+            f=settings.fidelity_interval,
+        )
+        tensors: dict[str, NDArray[Any]] = {
+            "latents.0": noise,
+            "guidance_scale": np.array([manifest.guidance_scale], np.float32),
+        }
+        tensors |= {f"conditioning.{name}": value for name, value in conditioning.items()}
+        tensors |= {f"latents.{i}": state.astype(np.float32) for i, state in enumerate(states) if i}
+        save_file(tensors, stage / "golden" / f"trajectory{suffix}.safetensors")
+        final = states[-1]
+        image = np.clip(final.transpose(0, 2, 3, 1) @ weights["image"] * 60 + 127.5, 0, 255).astype(np.uint8)
+        save_file(
+            {"input.latents": final.astype(np.float32), "output.image": image},
+            stage / "golden" / f"image{suffix}.safetensors",
+        )
+        recorded[f"trajectory{suffix}"] = Golden(
+            file=f"golden/trajectory{suffix}.safetensors",
+            size=label,
+            tolerance=1e-5 if toy.carry_dtype == "float32" else 5e-2,
+            plan=plan,
+        )
+        recorded[f"image{suffix}"] = Golden(
+            file=f"golden/image{suffix}.safetensors", size=label, tolerance=0.01, graph="decoder"
+        )
+    return recorded

@@ -3,12 +3,12 @@
 It follows shared names (guidance halves, self and cross attention, text that enters through cross-attention
 only) so that a bundle of it exercises everything a real one does. :mod:`tests.toy_bundle` writes the same
 arithmetic as ONNX graphs; :func:`trajectory` is the slow reference that they are compared with, which walks
-the rules of :mod:`tests.rules` and shares no code with plans or schedules.
+the rules of :mod:`tests.rules` and shares no code with plans or methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,12 @@ WORDS = ("<pad>", "<s>", "</s>", "<unk>", "red", "blue", "large", "small", "circ
 LENGTH = 8
 WIDTH = 4
 TIME_IDS = (0.25, -0.5)
+"""Of pictures of the first size, 4 by 4."""
+
+
+def time_ids(width: int, height: int) -> tuple[float, float]:
+    """What conditions the toy on the size of its pictures."""
+    return width / 16, -height / 8
 
 
 def weights(seed: int = 0) -> dict[str, NDArray[np.float32]]:
@@ -100,8 +106,10 @@ def trajectory(
     warm_up: int = 2,
     f: int = 1,
     reuse: bool = True,
+    step_noise: Callable[[int], NDArray[Any]] | None = None,
 ) -> list[Array]:
-    """x_0 .. x_N. ``conditioning``: ``<name>.<half>`` to [B, ...]. ``reuse`` False only stops guidance at m."""
+    """x_0 .. x_N. ``conditioning``: ``<name>.<half>`` to [B, ...]. ``reuse`` False only stops guidance at m.
+    ``step_noise``: z_i [B, ...] for call i of a stochastic sampler."""
     latents, outputs = [np.asarray(noise, np.float64) * sampler.initial_scale], []
     stored: Attention | None = None
     for call_index, call in enumerate(sampler.calls):
@@ -138,5 +146,7 @@ def trajectory(
         for lag in range(4):
             if lag < len(outputs):
                 following += call.latents[lag] * latents[-1 - lag] + call.outputs[lag] * outputs[-1 - lag]
+        if call.noise and step_noise is not None:
+            following += call.noise * step_noise(call_index)
         latents.append(following)
     return latents

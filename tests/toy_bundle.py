@@ -22,7 +22,7 @@ from tests.toy_model import BLOCKS, FEATURES, LATENTS, LENGTH, WIDTH, WORDS
 from tgate_engine.atomic import staging
 from tgate_engine.bundle import digests_of
 from tgate_engine.dtypes import DTYPES
-from tgate_engine.graph import BATCH, DECODE, DENOISE, TEXT, GraphSpec, Macs, Role, TensorSpec
+from tgate_engine.graph import BATCH, DECODE, DENOISE, TEXT, Dim, GraphSpec, Macs, Role, TensorSpec
 from tgate_engine.manifest import MANIFEST_FILE, Conditioning, Golden, Manifest, Shape, Tokenizer
 from tgate_engine.manifest_json import content_digest, dump_manifest
 from tgate_engine.plan import Plan, build_plan
@@ -330,9 +330,9 @@ def _denoiser(
     alone = "negative" if toy.guided and reuses_cross else "positive"
     halves = ("negative", "positive") if both else (alone,)
     mean = ".mean" if toy.guided else ""
-    image = (BATCH, *latents)
+    image: tuple[Dim, ...] = (BATCH, *latents)
 
-    def float32(tensor: str, *shape: int | str) -> TensorSpec:
+    def float32(tensor: str, *shape: Dim) -> TensorSpec:
         return TensorSpec(name=tensor, dtype="float32", shape=shape)
 
     names = [past(which, lag) for lag in range(1, 4) for which in ("latents", "output")]
@@ -347,7 +347,7 @@ def _denoiser(
 
     def carry(tensor: str) -> TensorSpec:
         pairs = toy.guided and tensor.startswith("self") and not tensor.endswith(".mean")
-        shape = (BATCH, 2, FEATURES) if pairs else (BATCH, FEATURES)
+        shape: tuple[Dim, ...] = (BATCH, 2, FEATURES) if pairs else (BATCH, FEATURES)
         return TensorSpec(name=tensor, dtype=toy.carry_dtype, shape=shape)
 
     def read(tensor: str) -> str:

@@ -17,6 +17,8 @@ from tests.tiny_families import FAMILY_VARIANTS, make_tiny
 from tests.tiny_models import make_tiny_sdxl, tiny_model
 from tgate_engine.report import Silent
 from tgate_export.build import ExportSettings, export
+from tgate_export.methods import find_method
+from tgate_export.plans import DEFAULT, add_plan
 
 # Small networks on two cores: threads of eager PyTorch would only wait for one another.
 torch.set_num_threads(1)
@@ -39,22 +41,14 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
 
 @pytest.fixture(scope="session")
 def mini_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model, exported as ``tgate-export --model mini-sdxl --m 10 --k 5`` does. Read only."""
+    """The embedded model with every graph there is (``--fidelity-interval 2``), its plans those of ``tgate-export
+    --model mini-sdxl --m 10 --k 5``. Read only."""
 
     def make(folder: Path) -> None:
-        export(ExportSettings(model="mini-sdxl", m=10, k=5, output=folder / "bundle"), Silent())
+        settings = ExportSettings(model="mini-sdxl", m=10, k=5, fidelity_interval=2, output=folder / "bundle")
+        add_plan(export(settings, Silent()), name=DEFAULT, m=10, k=5, force=True)
 
     return once(tmp_path_factory, "mini", make) / "bundle"
-
-
-@pytest.fixture(scope="session")
-def mini_full_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model with every graph there is (``--fidelity-interval 2``). Read only."""
-
-    def make(folder: Path) -> None:
-        export(ExportSettings(model="mini-sdxl", fidelity_interval=2, output=folder / "bundle"), Silent())
-
-    return once(tmp_path_factory, "mini-full", make) / "bundle"
 
 
 @pytest.fixture(scope="session")
@@ -73,20 +67,25 @@ def family_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], t
 
 
 def family_settings(variant: str, checkpoint: Path, output: Path, **more: Any) -> ExportSettings:
-    """How a small model of ``tests/tiny_families.py`` is exported, at its own size."""
+    """How a small model of ``tests/tiny_families.py`` is exported, at its own size, with every graph of its method."""
     tiny = FAMILY_VARIANTS[variant]
     height, width = (size * tiny.vae_factor for size in tiny.latents[-2:])
     frames = {"svd": tiny.latents[0], "opensora": tiny.latents[1]}.get(tiny.model)
     return ExportSettings(
         model=tiny.model,
         checkpoint=str(checkpoint),
-        fidelity_interval=2,
+        fidelity_interval=every_graph(more.get("method", "tgate")),
         height=height,
         width=width,
         frames=frames,
         output=output,
         **more,
     )
+
+
+def every_graph(method: str) -> int | None:
+    """The fidelity interval of an export with every graph that a method has."""
+    return 2 if "f" in find_method(method).takes else None
 
 
 @pytest.fixture(scope="session")
@@ -106,26 +105,37 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 def tiny_bundle(
     tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[str], Path]
 ) -> Callable[..., Path]:
-    """Bundles of those checkpoints, with every graph there is (``--fidelity-interval 2``). Read only."""
+    """Bundles of those checkpoints, with every graph of a method (``--fidelity-interval 2``). Read only.
 
-    def get(variant: str, *, guidance_scale: float = 5.0, batch: tuple[int, int] = (1, 1)) -> Path:
+    ``sizes``: (width, height) of each, the default first; None is the variant's own.
+    """
+
+    def get(
+        variant: str,
+        *,
+        guidance_scale: float = 5.0,
+        batch: tuple[int, int] = (1, 1),
+        method: str = "tgate",
+        sizes: tuple[tuple[int, int], ...] | None = None,
+    ) -> Path:
         model = tiny_model(variant)
         height, width = (size * model.vae_factor for size in model.latent_size)
+        pairs = ((width, height),) if sizes is None else sizes
 
         def make(folder: Path) -> None:
             settings = ExportSettings(
                 model="sdxl",
                 checkpoint=str(tiny_checkpoint(variant)),
-                fidelity_interval=2,
+                method=method,
+                fidelity_interval=every_graph(method),
                 guidance_scale=guidance_scale,
-                height=height,
-                width=width,
-                batch=batch,
+                sizes=pairs,
+                batches=[batch],
                 output=folder / "bundle",
             )
             export(settings, Silent())
 
-        name = f"sdxl-{variant}-{guidance_scale:g}-{batch[0]}-{batch[1]}".replace(".", "_")
-        return once(tmp_path_factory, name, make) / "bundle"
+        words = [variant, f"{guidance_scale:g}", *map(str, batch), method, *(f"{w}x{h}" for w, h in pairs)]
+        return once(tmp_path_factory, f"sdxl-{'-'.join(words)}".replace(".", "_"), make) / "bundle"
 
     return functools.cache(get)

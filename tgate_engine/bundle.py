@@ -109,6 +109,9 @@ class Bundle:
             *(t.file for t in m.tokenizers),
         ]:
             self.file(name)
+        for shape in m.shapes:
+            if missing := [name for name in m.conditioned_by("constant") if not shape.constants.get(name)]:
+                raise BundleError(f"{self.path}: {shape.size} has no constant {missing[0]!r}; export the bundle again")
         for name, golden in m.goldens.items():
             self.file(golden.file)
             graphs = m.shapes_of(golden.size)[0].graphs

@@ -125,16 +125,13 @@ def _graph(r: Reader) -> GraphSpec:
 
 
 def _shape(r: Reader) -> Shape:
-    constants = {
-        name: tuple(r.finite(f"constants.{name}", v) for v in values) if isinstance(values, list) else ()
-        for name, values in r.get("constants", dict).items()
-    }
+    rows = Reader(r.get("constants", dict), f"{r.where}.constants")
     return Shape(
         width=r.whole("width", 1),
         height=r.whole("height", 1),
         batch=_range(r, "batch"),
         latents=r.whole_tuple("latents"),
-        constants=constants,
+        constants={name: tuple(rows.finite(name, v) for v in rows.get(name, list)) for name in rows.data},
         graphs=r.table("graphs", _graph),
     )
 

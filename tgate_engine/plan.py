@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tgate_engine.errors import PlanError
+from tgate_engine.errors import PlanError, TgateError
 from tgate_engine.graph import DENOISE, GraphSpec
 from tgate_engine.sampler import Fact, Sampler, SamplerStep, check_facts
 
@@ -183,7 +183,7 @@ class Plan:
                 ),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise PlanError(f"a plan is malformed ({type(error).__name__}: {error}); export the bundle again") from None
+            raise PlanError(f"a plan is malformed ({type(error).__name__}: {error}). {_AGAIN}") from None
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
@@ -196,7 +196,10 @@ class Plan:
             raise PlanError(f"{os.fspath(path)} is not a plan file ({error}); write one with `tgate plan`") from None
         if not isinstance(data, dict):
             raise PlanError(f"{os.fspath(path)} holds {type(data).__name__}, not a plan; write one with `tgate plan`")
-        return Plan.from_json(data)
+        try:
+            return Plan.from_json(data)
+        except TgateError as error:
+            raise PlanError(f"{os.fspath(path)}: {error}") from None
 
 
 def build_plan(

@@ -43,7 +43,7 @@ def load_tables(path: Path) -> dict[tuple[str, int], Sampler]:
             entries = json.loads(file.metadata()[_METADATA])
             rows = {name: file.get_tensor(name) for name in list(file.keys())}
         return {(entry["name"], entry["steps"]): _sampler(entry, rows) for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, SamplerError) as error:
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError, SamplerError) as error:
         raise BundleError(f"{path} holds no tables of samplers ({error}); export the bundle again") from None
 
 

@@ -26,7 +26,7 @@ from tgate_runtime.image import encode_image
 from tgate_runtime.noise import noise
 from tgate_runtime.runner import run
 from tgate_runtime.session import Session
-from tgate_runtime.state import State
+from tgate_runtime.state import State, shape_for
 from tgate_runtime.text import TextEncoder
 from tgate_runtime.trace import write_trace
 
@@ -84,8 +84,9 @@ def bench(
     chosen = manifest.plan(plan)
     others = chosen.baselines if against is None else against
     plans = {name: manifest.plan(name) for name in dict.fromkeys([plan, *others])}
-    shape = manifest.shapes_of(size)[0]
-    images = shape.batch[0] if batch is None else batch
+    shapes = manifest.shapes_of(size)
+    images = shapes[0].batch[0] if batch is None else batch
+    shape = shape_for(shapes, images)
     opened_s = time.perf_counter()
     with Session.open(
         bundle, engine=engine, plans=[*plans.values()], sizes=[shape.size], on_build=on_build, **options

@@ -31,7 +31,7 @@ from tgate_runtime.image import encode_image, fit_picture
 from tgate_runtime.noise import SEED_LIMIT, check_generator, check_seed, in_step, noise, random_seed
 from tgate_runtime.runner import StepDone, run
 from tgate_runtime.session import Session
-from tgate_runtime.state import State
+from tgate_runtime.state import State, most_at_once
 from tgate_runtime.text import TextEncoder
 
 log = logging.getLogger("tgate")
@@ -133,7 +133,8 @@ class Pipeline:
         was cut. Raises :class:`RequestError` for a request that cannot be served, before any step is taken.
         """
         chosen = self._plan(plan)
-        latents_shape, dtype = self.session.shapes(size)[0].latents, self.session.manifest.dtype
+        shape, dtype = self.session.shapes(size)[0], self.session.manifest.dtype
+        size, latents_shape = shape.size, shape.latents
         number = _check_count(num_images)
         check_generator(generator)
         texts = self._prompts(prompt, negative_prompt, image, prompt_embeds)
@@ -260,7 +261,7 @@ class Pipeline:
     def _denoise(
         self,
         plan: Plan,
-        size: str | None,
+        size: str,
         start: NDArray[np.float32],
         rows: Sequence[Row],
         scales: Sequence[float],
@@ -311,10 +312,9 @@ def _batches(count: int, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[in
     first = 0
     while first < count:
         left = count - first
-        fitting = [min(most, left) for least, most in ranges if least <= left]
-        size = max(fitting) if fitting else left
-        yield first, size, size if fitting else ranges[0][0]
-        first += size
+        fitting = most_at_once(ranges, left)
+        yield first, fitting or left, fitting or ranges[0][0]
+        first += fitting or left
 
 
 def _check_prompts(

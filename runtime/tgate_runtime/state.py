@@ -14,7 +14,7 @@ from tgate_engine.conditioning import half_names
 from tgate_engine.dtypes import encode, storage
 from tgate_engine.errors import RequestError
 from tgate_engine.footprint import buffers
-from tgate_engine.graph import GraphSpec
+from tgate_engine.manifest import Shape
 from tgate_engine.plan import Plan, Step
 from tgate_engine.step import LATENTS, NEXT_LATENTS, NOISE, OUTPUT, STEP, STEP_OUTPUTS, past, step_row
 from tgate_runtime.engines.protocol import Buffer, Call
@@ -36,6 +36,23 @@ class _Image:
     @property
     def step(self) -> Step | None:
         return self.plan.steps[self.position] if self.position < len(self.plan.steps) else None
+
+
+def most_at_once(batches: Iterable[tuple[int, int]], images: int) -> int:
+    """How many of so many images one call may have, at most; 0 where it may not have so few. ``batches``: the ranges
+    that calls may have, as (least, most)."""
+    return max((min(most, images) for least, most in batches if least <= images), default=0)
+
+
+def shape_for(shapes: Sequence[Shape], images: int) -> Shape:
+    """The first of a size's shapes that takes so many images in a call. Raises :class:`RequestError` listing what they
+    take."""
+    for shape in shapes:
+        if shape.batch[0] <= images <= shape.batch[1]:
+            return shape
+    batches = (shape.batch for shape in shapes)
+    ranges = " or ".join(f"{least} to {most}" if least < most else str(least) for least, most in batches)
+    raise RequestError(f"the bundle takes {ranges} images at once, got {images}; export with --batch")
 
 
 class State:
@@ -148,18 +165,18 @@ class State:
 
     def together(self) -> list[range]:
         """Ranges of neighbouring rows whose next steps run the same graph, as long as calls may be."""
-        most = max(most for _, most in self.batches())
         ranges: list[range] = []
-        for row in range(self.rows):
+        row = 0
+        while row < self.rows:
             step = self.step(row)
-            if step is None:
-                continue
-            last = ranges[-1] if ranges else None
-            before = self.step(last[-1]) if last else None
-            if last and before and last.stop == row and before.graph == step.graph and len(last) < most:
-                ranges[-1] = range(last.start, row + 1)
-            else:
-                ranges.append(range(row, row + 1))
+            stop = row + 1
+            while step and stop < self.rows and (other := self.step(stop)) and other.graph == step.graph:
+                stop += 1
+            while step and row < stop:
+                count = most_at_once(self.batches(), stop - row) or stop - row
+                ranges.append(range(row, row + count))
+                row += count
+            row = stop
         return ranges
 
     def take(self, rows: range) -> tuple[Call, tuple[Step, ...]]:
@@ -168,6 +185,8 @@ class State:
         :meth:`turn` has to follow the call. Raises :class:`RequestError` where the rows' next steps do not run one
         graph, or the bundle was not exported for so many images in a call.
         """
+        if rows.step != 1 or not 0 <= rows.start <= rows.stop <= self.rows:
+            raise RequestError(f"the state has rows 0 to {self.rows - 1}, got {rows}")
         images = [image for row in rows if (image := self._images[row]) is not None]
         steps = [image.step for image in images if image.step is not None]
         if not steps or len(steps) < len(rows):
@@ -230,19 +249,12 @@ class State:
     def _call(self, graph: str, writes: frozenset[str], first: int, count: int) -> Call:
         key = (graph, writes, first, count)
         if key not in self._calls:
-            spec = self._spec(graph, count)
+            spec = shape_for(self._shapes, count).graphs[graph]
             own = self._view(first, count)
             inputs = {t.name: own[t.name] for t in spec.inputs}
             outputs = {name: own[name] for name in (*STEP_OUTPUTS, *sorted(writes))}
             self._calls[key] = self._session.executable(spec).bind(inputs, outputs)
         return self._calls[key]
-
-    def _spec(self, graph: str, count: int) -> GraphSpec:
-        for shape in self._shapes:
-            if shape.batch[0] <= count <= shape.batch[1]:
-                return shape.graphs[graph]
-        ranges = " or ".join(f"{least} to {most}" if least < most else str(least) for least, most in self.batches())
-        raise RequestError(f"the bundle takes {ranges} images at once, got {count}; export with --batch")
 
     def _view(self, first: int, count: int) -> dict[str, Buffer]:
         key = (first, count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,11 @@ def prepare(settings: ExportSettings) -> Job:
     for least, most in batches:
         if not 1 <= least <= most:
             raise ExportError(f"--batch takes N or LEAST:MOST with 1 <= LEAST <= MOST, got {least}:{most}")
-    if len(set(batches)) < len(batches):
-        raise ExportError(f"--batch names {_repeated(batches)} more than once")
+    for (_, most), (least, other) in pairwise(sorted(batches)):
+        if least <= most:
+            raise ExportError(
+                f"--batch ranges may not overlap, or one would never be used; got one up to {most} and {least}:{other}"
+            )
     method = find_method(settings.method)
     steps = model.steps if settings.steps is None else settings.steps
     method_settings = method.settings(

@@ -142,13 +142,15 @@ class Small:
 
 
 def random_inputs(spec: GraphSpec, batch: int, seed: int = 1) -> dict[str, NDArray[Any]]:
-    """Words of the vocabulary, and numbers."""
+    """Words of the vocabulary, masks of which some are set, and numbers."""
     rng = np.random.default_rng(seed)
     inputs: dict[str, NDArray[Any]] = {}
     for each in spec.inputs:
         shape = each.resolve(batch)
         if each.dtype == "int64":
             inputs[each.name] = rng.integers(0, WORDS, shape)
+        elif "mask" in each.name:
+            inputs[each.name] = encode(rng.random(shape) < 0.7, each.dtype)
         else:
             inputs[each.name] = encode(rng.standard_normal(shape), each.dtype)
     return inputs

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import family_settings
-from tests.tiny_families import make_tiny
-from tgate_engine.errors import ExportError
-from tgate_export.job import prepare
+from tests.tiny_families import FAMILY_VARIANTS, make_tiny
+from tgate_engine.errors import ExportError, TgateError
+from tgate_export.families import MODELS
+from tgate_export.job import ExportSettings, prepare
 
 VARIANT = "sd15_a"
 
@@ -29,8 +31,9 @@ def copied(whole: Path, tmp_path: Path) -> Path:
 
 
 def refusal(root: Path, **more: Any) -> str:
-    with pytest.raises(ExportError) as caught:
-        prepare(family_settings(VARIANT, root, root.parent / "bundle", **more))
+    settings = replace(family_settings(VARIANT, root, root.parent / "bundle"), fidelity_interval=None, **more)
+    with pytest.raises(TgateError) as caught:
+        prepare(settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -41,17 +44,46 @@ def refusal(root: Path, **more: Any) -> str:
         ({"sampler": ""}, "no sampler ''"),
         ({"components": ("denoiser", "denoiser")}, "each once"),
         ({"components": ()}, "got none"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"weights": "mine"}, "unknown weights 'mine'"),
+        ({"method": "deepcache"}, "unknown method 'deepcache'; choose one of tgate"),
+        ({"method": "guidance_delta", "guidance_scale": 1.0}, "exported without them"),
+        ({"method": "guidance_delta", "k": 2}, "--k 2 would change nothing"),
+        ({"batches": [(0, 2)]}, "got 0:2"),
+        ({"batches": [(4, 1)]}, "got 4:1"),
+        ({"batches": [(1, 4), (8, 8), (4, 6)]}, "--batch ranges may not overlap"),
+        ({"sizes": [(64, 64)]}, "give --size, or --height and --width, not both"),
+        ({"height": None, "width": None, "sizes": [(64, 64), (96, 64), (64, 64)]}, "--size names 64x64 more than once"),
+        ({"height": None, "width": None, "sizes": [(64, 64), (60, 64)]}, "the width must be a multiple of 8"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(whole: Path, settings: dict[str, Any], said: str) -> None:
     assert said in refusal(whole, **settings)
 
 
+def test_what_a_job_is_made_of(whole: Path, tmp_path: Path) -> None:
+    """Settings that are left out are the model's; a further size changes latents, not the network or the plan."""
+    own = FAMILY_VARIANTS[VARIANT]
+    height, width = (side * own.vae_factor for side in own.latents[1:])
+    sizes = [(width, height), (height, width)]
+    job = prepare(ExportSettings(model="sd15", checkpoint=str(whole), sizes=sizes, batches=[(1, 2)]))
+    model = MODELS["sd15"]
+    assert (job.method_settings.steps, job.method_settings.gate) == (model.steps, model.gate)
+    assert (job.sampler.name, job.sampler.steps, job.guidance_scale) == (model.sampler, 25, model.guidance_scale)
+    assert [str(size) for size in job.sizes] == ["96x64", "64x96"]
+    assert job.latents == own.latents == (4, 8, 12)
+    other = job.at(job.sizes[1])
+    assert other.latents == (4, 12, 8)
+    assert (other.sites, other.sampler, other.variants) == (job.sites, job.sampler, job.variants)
+    assert {site.kind for site in job.sites} == {"self", "cross"}
+    assert [v.name for v in job.variants] == ["full", "reuse_self", "reuse_cross", "unguided"]
+    assert job.batches == ((1, 2),)
+
+
 @pytest.mark.parametrize("size", [0, -8])
-def test_a_size_of_nothing_is_refused(whole: Path, tmp_path: Path, size: int) -> None:
-    settings = family_settings(VARIANT, whole, tmp_path / "bundle")
-    with pytest.raises(ExportError, match=r"--width must be a multiple of 8"):
-        prepare(type(settings)(model="sd15", checkpoint=str(whole), width=size))
+def test_a_size_of_nothing_is_refused(whole: Path, size: int) -> None:
+    with pytest.raises(ExportError, match=r"the width must be a multiple of 8"):
+        prepare(ExportSettings(model="sd15", checkpoint=str(whole), width=size))
 
 
 @pytest.mark.parametrize(
@@ -76,8 +108,8 @@ def test_files_that_say_something_odd_are_refused(copied: Path, file: str, chang
     path = copied / file
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
     if changes == {"sample_size": [8]}:  # which only matters where no size is asked for
-        with pytest.raises(ExportError, match="--height and --width"):
-            prepare(type(family_settings(VARIANT, copied, copied))(model="sd15", checkpoint=str(copied)))
+        with pytest.raises(ExportError, match="give --size WIDTHxHEIGHT"):
+            prepare(ExportSettings(model="sd15", checkpoint=str(copied)))
         return
     assert said in refusal(copied)
 

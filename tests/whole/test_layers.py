@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONTRACT, EXPORT, RUN_TIME, CLI = "tgate_engine", "tgate_export", "tgate_runtime", "tgate_cli"
 PACKAGES = {
     CONTRACT: ROOT / "tgate_engine",

@@ -17,7 +17,7 @@ from PIL import Image
 
 import tgate_engine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     "LICENSE",
     "README.md",

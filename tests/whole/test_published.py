@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 from tests.oracle_families import Request, plain_latents
 from tests.shrunken import load_shrunken, shrink, write_shrunken
-from tests.test_hub import cached, hub
+from tests.hub import cached, hub
 from tgate_cli.main import export_main, main
 from tgate_engine.bundle import Bundle
 from tgate_export.checkpoints import published

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.conftest import family_settings
+from tests.hub import cached
 from tests.oracle_families import Request, plain_latents
-from tests.test_hub import cached
 from tests.tiny_families import FAMILY_VARIANTS, latent_noise, load_tiny, make_tiny
 from tests.tiny_models import make_tiny_sdxl
 from tgate_cli.main import export_main
@@ -263,7 +263,7 @@ def test_pixart_as_a_transformer_2d_model(copy: Copy, more: Mapping[str, Any]) -
     assert type(pipe.transformer).__name__ == "PixArtTransformer2DModel"
     same(read(directory, PIXART, "transformer"), pipe.transformer.state_dict())
     made = job(directory, PIXART, height=64, width=128)
-    constants = {c.conditioning.name: c.conditioning.value for c in made.conditioning if c.conditioning.value}
+    constants = {c.conditioning.name: c.value for c in made.conditioning if c.value}
     assert constants == {"resolution": (64.0, 128.0), "aspect_ratio": (0.5,)}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 
-from tests.test_sampler import SDXL, compiled_walk, config, difference, diffusers_walk
+from tests.export.test_sampling import SDXL, compiled_walk, config, difference, diffusers_walk
 from tgate_engine.errors import ExportError
 from tgate_export.sampling import compile_sampler
 from tgate_export.schedulers import (

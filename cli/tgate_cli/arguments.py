@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -45,10 +46,12 @@ def tgate_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--image", type=Path, metavar="IN.png", help="what an image-to-video model starts from")
     p.add_argument("--prompt-embeds", type=Path, metavar="E.safetensors", help="from `tgate embed`, for a prompt")
-    p.add_argument("--seed", type=int, help="from 0; one is drawn, and reported, if left out")
+    p.add_argument("--seed", type=int, metavar="S", help="image j has seed S + j; drawn, and told, if left out")
+    p.add_argument("--generator", default="numpy", metavar="NAME", help="of noise: numpy or, as diffusers, torch-cuda")
     p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
     p.add_argument("--guidance-scale", type=float, metavar="G", help="above 1; the plan's if left out")
-    p.add_argument("--plan", default="default", metavar="NAME")
+    _plan(p, default="default")
+    _size(p)
     p.add_argument("--num-images", type=_count, default=1, metavar="N")
     p.add_argument("--initial-latents", type=Path, metavar="X.npy", help="standard normal noise, in place of a seed's")
     p.add_argument("--save-latents", type=Path, metavar="Y.npy", help="the final latents, before decoding")
@@ -66,37 +69,45 @@ def tgate_parser() -> argparse.ArgumentParser:
     p.add_argument("--half", action="store_true", help="hold the encoder in bfloat16: half the memory")
 
     p = command("inspect", "Show a bundle's plans step by step, their MACs, and sizes.")
+    _size(p)
     p.add_argument("--json", action="store_true", help="as data")
 
     p = command("verify", "Check digests and plans, and replay the recorded goldens.")
     _engine(p)
 
-    p = command("bench", "Measure gated, guidance-stopped and ungated plans in turns.")
+    p = command("bench", "Measure a plan and those it is compared with, in turns.")
     p.add_argument("--json", action="store_true", help="as data")
     p.add_argument("--plan", default="default", metavar="NAME")
+    against = "a plan to compare with; repeatable; the plan's own baselines if left out"
+    p.add_argument("--against", action="append", metavar="NAME", help=against)
+    _size(p)
     p.add_argument("--batch", type=_count, metavar="B", help="images at once")
     p.add_argument("--repeats", type=_count, default=5, metavar="N", help="measured turns")
     p.add_argument("--warm-ups", type=int, default=1, metavar="N", help="turns before that")
-    p.add_argument("--trace", type=Path, metavar="FILE.json", help="a gated run, for Perfetto or chrome://tracing")
-    stopped = "leave out the plan that only stops guidance at m, and the memory of its graph"
-    p.add_argument("--without-stopped", dest="stopped", action="store_false", help=stopped)
+    p.add_argument(
+        "--trace", type=Path, metavar="FILE.json", help="a run of the plan, for Perfetto or chrome://tracing"
+    )
     _engine(p)
 
     p = command("engines", "Show which engines are installed here, and what brings the others.", bundle=False)
     p.add_argument("--json", action="store_true", help="as data")
 
     p = command("build", "Compile a bundle for an engine ahead of time, into the engine cache.")
-    p.add_argument("--plan", metavar="NAME", help="the graphs of this plan alone; of every plan if left out")
+    _plan(p, help="the graphs of this plan alone; of every plan if left out")
+    _size(p, help="the graphs of this size alone; of every size if left out")
     _engine(p)
 
-    p = command("plan", "Add a plan to a bundle, over the graphs it has.")
-    p.add_argument("--name", required=True)
+    p = command("plan", "Add a plan to a bundle, over the graphs it has, with its baselines.")
+    p.add_argument("--name", required=True, type=_name)
     p.add_argument("--m", type=int, required=True, help="the gate step")
-    p.add_argument("--k", type=int, default=1, help="the self-attention interval before the gate; 1: no reuse")
+    p.add_argument("--k", type=int, help="the self-attention interval before the gate; 1, no reuse, if left out")
     p.add_argument("--steps", type=int, metavar="N", help="the default plan's if left out, as the next two")
     p.add_argument("--sampler", metavar="NAME")
     _method(p)
     p.add_argument("--force", action="store_true", help="replace a plan of that name")
+    p.add_argument(
+        "--output", type=_plan_file, metavar="FILE.json", help="write the plan to a file, and leave the bundle as it is"
+    )
     return parser
 
 
@@ -119,6 +130,7 @@ def export_parser(list_models: Callable[[], int]) -> argparse.ArgumentParser:
     add("--components", metavar="A,B", help="of text, image, denoiser, decoder; all, or without weights the denoiser")
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="fuse a LoRA into the weights; repeatable")
     add("--clip-skip", type=int, default=0, metavar="N", help="last layers of CLIP's text encoders to leave out")
+    add("--method", default="tgate", metavar="NAME", help="tgate, guidance_delta or tgate+guidance_delta")
     add("--m", type=int, help="the gate step; the model's own if left out")
     add("--k", type=int, help="the self-attention interval before the gate; 1: no reuse")
     add("--steps", type=int, metavar="N", help="inference steps")
@@ -126,10 +138,13 @@ def export_parser(list_models: Callable[[], int]) -> argparse.ArgumentParser:
     _method(parser)
     rescaled = "bring guided outputs back to the prompt's deviation: 0 not at all, 1 wholly; 0.7 is usual"
     add("--guidance-rescale", type=float, default=0.0, metavar="R", help=rescaled)
-    add("--height", type=int, metavar="PIXELS")
+    sizes = "in pixels, such as 1024x1024; repeatable, the first one is the default"
+    add("--size", type=_pixels, action="append", metavar="WIDTHxHEIGHT", help=sizes)
+    add("--height", type=int, metavar="PIXELS", help="of the only size, as the next one")
     add("--width", type=int, metavar="PIXELS")
     add("--frames", type=int, metavar="F", help="of a video model")
-    add("--batch", type=_batch, default=(1, 1), metavar="B|LEAST:MOST", help="images at once, such as 1 or 1:4")
+    batches = "images at once, such as 1 or 1:4; repeatable; the model's own if left out"
+    add("--batch", type=_batch, action="append", metavar="N|LEAST:MOST", help=batches)
     add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
     add("--output", type=Path, metavar="DIR", help="bundles/<model> if left out")
     add("--force", action="store_true", help="replace a bundle that is there")
@@ -155,8 +170,16 @@ class _ListModels(argparse.Action):
 
 def _method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm-up", type=int, metavar="W", help="steps that reuse nothing")
-    parser.add_argument("--fidelity-interval", type=int, default=1, metavar="F", help="k after the gate")
+    parser.add_argument("--fidelity-interval", type=int, metavar="F", help="k after the gate; 1 if left out")
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="of classifier-free guidance: 1 is without")
+
+
+def _plan(parser: argparse.ArgumentParser, *, default: str | None = None, help: str | None = None) -> None:
+    parser.add_argument("--plan", default=default, metavar="NAME|FILE.json", help=help or "the bundle's, or a file")
+
+
+def _size(parser: argparse.ArgumentParser, *, help: str = "one of the bundle's; its first if left out") -> None:
+    parser.add_argument("--size", type=_size_name, metavar="WIDTHxHEIGHT", help=help)
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +204,31 @@ def _count(text: str) -> int:
         if int(text) >= 1:
             return int(text)
     raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+
+
+def _pixels(text: str) -> tuple[int, int]:
+    """(width, height) of WIDTHxHEIGHT."""
+    match = re.fullmatch("([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, such as 1024x768, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _size_name(text: str) -> str:
+    width, height = _pixels(text)
+    return f"{width}x{height}"
+
+
+def _name(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a plan's name cannot be empty")
+    return text
+
+
+def _plan_file(text: str) -> Path:
+    if not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"a plan file's name ends in .json, by which --plan knows it, got {text!r}")
+    return Path(text)
 
 
 def _batch(text: str) -> tuple[int, int]:

@@ -1,13 +1,19 @@
-"""The commands that need export: they make bundles, and what is brought to one."""
+"""The commands of export: they make bundles, plans, and what is brought to a bundle.
+
+All but ``tgate plan`` need what the extra ``[export]`` brings.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tgate_cli import views
 from tgate_cli.command import EXPORT_ADVICE, RUN_ADVICE, Show, needs
+from tgate_engine.atomic import write_atomically
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError, ExportError
 from tgate_engine.report import Reporter
@@ -20,6 +26,7 @@ def export(args: argparse.Namespace, report: Reporter) -> Show:
         from tgate_export.lora import Lora
     settings = build.ExportSettings(
         model=args.model,
+        method=args.method,
         m=args.m,
         k=args.k,
         steps=args.steps,
@@ -33,31 +40,43 @@ def export(args: argparse.Namespace, report: Reporter) -> Show:
         loras=tuple(Lora.parse(text) for text in args.lora),
         clip_skip=args.clip_skip,
         guidance_rescale=args.guidance_rescale,
+        sizes=args.size or (),
         height=args.height,
         width=args.width,
         frames=args.frames,
-        batch=args.batch,
+        batches=args.batch or (),
         dtype=args.dtype,
         output=args.output,
         force=args.force,
         verify=args.verify,
     )
-    path = build.export(settings, report, _replay(report) if args.verify else None)
+    path = build.export(settings, report, _replay(args, report))
     return lambda: print(path)
 
 
-def _replay(report: Reporter) -> Callable[[Path], None]:
-    """What replays the goldens of a bundle that is about to get its name. Asked for before minutes of work."""
+def _replay(args: argparse.Namespace, report: Reporter) -> Callable[[Path], None] | None:
+    """What replays the goldens of a bundle that is about to get its name; None where it will have none.
+
+    Its engine is asked for here, before minutes of work.
+    """
+    if not args.verify or args.weights != "checkpoint":
+        return None
+    skip = "--no-verify exports without a check"
     with needs("verifying an export", f"{RUN_ADVICE}; or skip it with --no-verify"):
+        from tgate_runtime.engines import open_engine
         from tgate_runtime.verify import verify
+    try:
+        engine = open_engine("ort-cpu")
+    except EngineError as error:
+        raise ExportError(f"{error}, to verify what is exported; {skip}") from error
 
     def check(stage: Path) -> None:
         bundle = Bundle.open(stage, check_digests=False)
         recorders = {name: golden.oracle for name, golden in bundle.manifest.goldens.items()}
         try:
-            checked = verify(bundle, on_golden=report.progress)
+            checked = verify(bundle, engine=engine, on_golden=report.progress)
         except EngineError as error:
-            raise ExportError(f"{error}; nothing was written (--no-verify exports without a check)") from error
+            raise ExportError(f"{error}; nothing was written ({skip})") from error
         for golden in checked:
             if not golden.ok:
                 raise ExportError(
@@ -71,12 +90,13 @@ def _replay(report: Reporter) -> Callable[[Path], None]:
 
 
 def plan(args: argparse.Namespace, report: Reporter) -> Show:
-    """``tgate plan``: a further plan over the graphs of a bundle."""
-    with needs("compiling a sampler", EXPORT_ADVICE):
-        from tgate_export.build import add_plan
+    """``tgate plan``: a further plan over the graphs of a bundle, in it or in a file."""
+    from tgate_export.plans import add_plan
 
-    report.stage("compiling the sampler")
-    added = add_plan(
+    if args.output is not None:
+        _check_place(args.output)
+    report.stage("making the plan")
+    made = add_plan(
         args.bundle,
         name=args.name,
         m=args.m,
@@ -87,8 +107,19 @@ def plan(args: argparse.Namespace, report: Reporter) -> Show:
         sampler=args.sampler,
         guidance_scale=args.guidance_scale,
         force=args.force,
+        save=args.output is None,
     )
-    return lambda: print(f"{args.bundle}: plan {added.name}, {len(added.steps)} steps over {', '.join(added.graphs())}")
+    own = made.pop(args.name)
+    if args.output is not None:
+        # A file is one plan: it may name baselines that the bundle has, not those that would have been made with it.
+        stored = tuple(baseline for baseline in own.baselines if baseline not in made)
+        content = json.dumps(replace(own, baselines=stored).to_json(), indent=1, ensure_ascii=False)
+        write_atomically(args.output, f"{content}\n".encode())
+    where = args.bundle if args.output is None else args.output
+    lines = [f"{where}: plan {own.name}, {len(own.steps)} steps over {', '.join(own.graphs())}"]
+    if args.output is None:
+        lines += [f"{where}: plan {name}, a baseline of {own.name}" for name in made]
+    return lambda: print(*lines, sep="\n")
 
 
 def embed(args: argparse.Namespace, report: Reporter) -> Show:
@@ -96,8 +127,7 @@ def embed(args: argparse.Namespace, report: Reporter) -> Show:
     with needs("encoding prompts", EXPORT_ADVICE):
         from tgate_export.embed import embed as encode
 
-    if not args.output.parent.is_dir():
-        raise ExportError(f"{args.output}: there is no directory {args.output.parent}; make it first")
+    _check_place(args.output)
     report.stage(f"encoding with the text encoder of {args.model}")
     names = encode(
         args.model,
@@ -117,3 +147,11 @@ def list_models() -> int:
         from tgate_export.families import MODELS
     views.models(MODELS)
     return 0
+
+
+def _check_place(path: Path) -> None:
+    """Raises :class:`ExportError` where no file can be, before the work."""
+    if not path.parent.is_dir():
+        raise ExportError(f"{path}: there is no directory {path.parent}; make it first")
+    if path.is_dir():
+        raise ExportError(f"{path} is a directory; name a file in it")

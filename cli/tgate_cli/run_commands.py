@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tgate_cli import views
 from tgate_cli.command import ADVICE, RUN_ADVICE, Show, needs, print_json
 from tgate_cli.inspect import describe
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError
+from tgate_engine.graph import DECODE
+from tgate_engine.plan import Plan
 from tgate_engine.report import Reporter
 
 if TYPE_CHECKING:
-    from tgate_runtime.backends import Backend
-
-ENGINE_OPTIONS = ("engine", "threads", "device", "architecture", "precision", "memory")
+    from tgate_runtime.engines.protocol import Engine
 
 
 def generate(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate generate``: pictures, or a video, into files."""
     with needs("drawing", _advice(args)):
         from tgate_runtime import files
+        from tgate_runtime.noise import check_generator
         from tgate_runtime.pipeline import Pipeline
 
+    check_generator(args.generator)
     initial = None if args.initial_latents is None else files.load_array(args.initial_latents)
     image = None if args.image is None else files.load_picture(args.image)
     embeds = None if args.prompt_embeds is None else files.load_embeddings(args.prompt_embeds)
     if args.save_latents is not None:
         files.check_place(args.save_latents)
-    _backend(args)
+    engine = _engine(args)
     report.stage(f"opening {args.bundle}")
     bundle = Bundle.open(args.bundle)
-    manifest = bundle.manifest
+    manifest, plan = bundle.manifest, _plan(bundle, args.plan)
+    decoded, video = manifest.graph(DECODE, args.size) is not None, manifest.frames > 1
     rows = max([len(t) for t in embeds.values() if t.ndim], default=1) if embeds else 1
-    paths = files.output_paths(
-        args.output, rows * args.num_images, decoded=bool(manifest.decoder), video=manifest.frames > 1
-    )
-    with Pipeline.open(bundle, plans=[args.plan], on_build=report.progress, **_engine_options(args)) as pipe:
+    paths = files.output_paths(args.output, rows * args.num_images, decoded=decoded, video=video)
+    sizes = [args.size or manifest.sizes[0]]
+    with Pipeline.open(bundle, engine=engine, plans=[plan], sizes=sizes, on_build=report.progress) as pipe:
         report.stage("drawing")
         result = pipe(
             args.prompt,
@@ -46,28 +48,30 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
             seed=args.seed,
             negative_prompt=args.negative_prompt,
             guidance_scale=args.guidance_scale,
-            plan=args.plan,
+            plan=plan,
             num_images=args.num_images,
             initial_latents=initial,
+            generator=args.generator,
             on_step=lambda progress: report.progress(progress.done, progress.total, "steps"),
         )
     for i, path in enumerate(paths):
-        if not manifest.decoder:
+        if not decoded:
             files.save_array(result.latents[i : i + 1], path)
-        elif manifest.frames > 1:
+        elif video:
             files.save_video(result.videos[i], path, fps=manifest.fps)
         else:
             files.save_picture(result.images[i], path)
     if args.save_latents is not None:
         files.save_array(result.latents, args.save_latents)
     if args.seed is None:
-        report.note(f"seed {result.seed}")
+        first, last = result.seeds[0], result.seeds[-1]
+        report.note(f"seed {first}" if first == last else f"seeds {first} to {last}")
     return lambda: print(*paths, sep="\n")
 
 
 def inspect(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate inspect``: plans step by step, MACs and sizes."""
-    data = describe(Bundle.open(args.bundle))
+    data = describe(Bundle.open(args.bundle), args.size)
     return lambda: print_json(data) if args.json else views.inspection(data)
 
 
@@ -76,11 +80,11 @@ def verify(args: argparse.Namespace, report: Reporter) -> Show:
     with needs("replaying goldens", _advice(args)):
         from tgate_runtime.verify import verify as replay
 
-    _backend(args)
+    engine = _engine(args)
     report.stage(f"checking {args.bundle}")
     bundle = Bundle.open(args.bundle)
     report.stage("replaying goldens")
-    checked = replay(bundle, on_golden=report.progress, on_build=report.progress, **_engine_options(args))
+    checked = replay(bundle, engine=engine, on_golden=report.progress, on_build=report.progress)
     failed = [golden.name for golden in checked if not golden.ok]
 
     def show() -> None:
@@ -101,27 +105,28 @@ def verify(args: argparse.Namespace, report: Reporter) -> Show:
 
 
 def bench(args: argparse.Namespace, report: Reporter) -> Show:
-    """``tgate bench``: the plan and what it is compared with, measured in turns."""
+    """``tgate bench``: a plan and those it is compared with, measured in turns."""
     with needs("measuring", _advice(args)):
         from tgate_runtime import benchmark, files
 
     if args.trace is not None:
         files.check_place(args.trace)
-    _backend(args)
+    engine = _engine(args)
     report.stage(f"opening {args.bundle}")
     bundle = Bundle.open(args.bundle)
     report.stage("measuring")
     data = benchmark.bench(
         bundle,
         plan=args.plan,
+        against=args.against,
+        size=args.size,
+        engine=engine,
         batch=args.batch,
-        stopped=args.stopped,
         repeats=args.repeats,
         warm_ups=args.warm_ups,
         on_run=report.progress,
         on_build=report.progress,
         trace=args.trace,
-        **_engine_options(args),
     )
     return lambda: print_json(data) if args.json else views.benchmark(data)
 
@@ -129,7 +134,7 @@ def bench(args: argparse.Namespace, report: Reporter) -> Show:
 def engines(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate engines``: what is installed here."""
     with needs("listing engines", RUN_ADVICE):
-        from tgate_runtime.backends import installed
+        from tgate_runtime.engines import installed
 
     entries = installed()
     return lambda: print_json(entries) if args.json else views.engines(entries)
@@ -140,31 +145,42 @@ def build(args: argparse.Namespace, report: Reporter) -> Show:
     with needs("compiling for an engine", _advice(args)):
         from tgate_runtime.session import graphs_of
 
-    loader = _backend(args)
+    engine = _engine(args)
     report.stage(f"opening {args.bundle}")
     bundle = Bundle.open(args.bundle)
-    graphs = graphs_of(bundle, None if args.plan is None else [args.plan])
-    report.stage(f"compiling for {loader.name} {loader.version}")
-    places = loader.build(bundle, graphs, report.progress)
+    plans = None if args.plan is None else [_plan(bundle, args.plan)]
+    graphs = graphs_of(bundle, plans, None if args.size is None else [args.size])
+    report.stage(f"compiling for {engine.name} {engine.version}")
+    places = engine.build(bundle, graphs, report.progress)
     if not places:
-        return lambda: print(f"{loader.name} compiles nothing ahead of time: the bundle is ready")
-    return lambda: print(*(f"{name}: {place}" for name, place in places.items()), sep="\n")
+        return lambda: print(f"{engine.name} compiles nothing ahead of time: the bundle is ready")
+    return lambda: print(*(f"{file}: {place}" for file, place in places.items()), sep="\n")
 
 
-def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says of the engine, as keyword arguments."""
-    return {name: getattr(args, name) for name in ENGINE_OPTIONS}
+def _plan(bundle: Bundle, plan: str) -> Plan:
+    """A plan of the bundle by its name or, where a text that ends in .json is none, the plan of that file."""
+    is_file = plan.endswith(".json") and plan not in bundle.manifest.plans
+    return Plan.load(plan) if is_file else bundle.manifest.plan(plan)
 
 
-def _backend(args: argparse.Namespace) -> Backend:
+def _engine(args: argparse.Namespace) -> Engine:
     """The engine that the command line asks for. Asked for before a bundle is opened, which reads all of it."""
-    from tgate_runtime.backends import backend
+    from tgate_runtime.engines import open_engine
 
-    return backend(**_engine_options(args))
+    return open_engine(
+        args.engine,
+        threads=args.threads,
+        device=args.device,
+        architecture=args.architecture,
+        precision=args.precision,
+        memory=args.memory,
+    )
 
 
 def _advice(args: argparse.Namespace) -> str:
     """What brings all that running on the engine of the command line takes."""
-    from tgate_runtime.backends import ENGINES
-
+    try:
+        from tgate_runtime.engines import ENGINES
+    except ModuleNotFoundError:  # what every engine's extra brings is missing
+        return RUN_ADVICE
     return ADVICE.format(ENGINES[args.engine].extra) if args.engine in ENGINES else RUN_ADVICE

@@ -14,15 +14,13 @@ Row = Sequence[str]
 def inspection(data: Mapping[str, Any], out: TextIO | None = None) -> None:
     """Show what :func:`tgate_cli.inspect.describe` makes."""
     out = out or sys.stdout
-    size, batch = data["bytes"], data["batch"]
-    images = str(batch[0]) if batch[0] == batch[1] else f"{batch[0]} to {batch[1]}"
+    size = data["bytes"]
     guidance = {"classifier-free": "with guidance", "embedded": "with embedded guidance", "none": "without guidance"}
     frames = f"{data['frames']} frames of " if data["frames"] > 1 else ""
     _print(
         out,
-        f"{data['model']} ({data['family']}), {frames}{data['width']}×{data['height']}, {data['dtype']}, "
-        f"{guidance[data['guidance']]}, "
-        f"{images} at once, licence {data['licence']}",
+        f"{data['model']} ({data['family']}), {frames}{_shapes(data['shapes'])}, {data['dtype']}, "
+        f"{guidance[data['guidance']]}, licence {data['licence']}",
     )
     options = {"guidance rescaled by": data["guidance_rescale"], "CLIP layers skipped:": data["clip_skip"]}
     if any(options.values()):
@@ -33,38 +31,58 @@ def inspection(data: Mapping[str, Any], out: TextIO | None = None) -> None:
         names = (name for name, recorder in data["goldens"].items() if recorder == oracle)
         _print(out, f"goldens {', '.join(names)}: recorded by {oracle or 'an unnamed oracle'}")
     for name, plan in data["plans"].items():
-        title = (
-            f"plan {name}: n={plan['steps_n']}, m={plan['gate_m']}, k={plan['self_interval_k']}, "
-            f"warm-up {plan['warm_up']}, fidelity interval {plan['fidelity_interval']}, {plan['sampler']}, "
-            f"guidance {plan['guidance_scale']:g}"
-        )
-        rows = [
-            (
-                str(step["index"]),
-                step["phase"],
-                step["graph"],
-                f"{step['timestep']:.6g}",
-                shortened(step["reads"]),
-                shortened(step["writes"]),
-                _macs(step["macs"]["paper"]),
-                _macs(step["macs"]["all"]),
-            )
-            for step in plan["steps"]
-        ]
-        headers = ("step", "phase", "graph", "timestep", "reads", "writes", "paper MACs", "all MACs")
         _print(out, "")
-        table(title, headers, rows, right=(0, 3, 6, 7), out=out)
-        for what in ("paper", "all"):
-            gated, ungated = plan["macs"][what], plan["macs_ungated"][what]
-            _print(out, f"{what} MACs {_macs(gated)}; ungated {_macs(ungated)}, {_ratio(ungated, gated)} as many")
-        _print(out, f"carries of one request for one image: {_bytes(plan['carry_bytes'])}")
-        need = plan["memory"]
-        _print(
-            out,
-            f"memory, as planned: weights {_bytes(need['weights'])}, buffers of a request {_bytes(need['request'])}, "
-            f"scratch {_bytes(need['scratch'])}; together {_bytes(need['peak'])} where weights are shared, and "
-            f"{_bytes(need['request'] + need['scratch'])} more for each further request at once",
+        _plan(name, plan, "" if len(data["shapes"]) == 1 else f", {data['size']}", out)
+
+
+def _plan(name: str, plan: Mapping[str, Any], size: str, out: TextIO) -> None:
+    title = f"plan {name}: {facts(plan['settings'])}, {plan['sampler']}, guidance {plan['guidance_scale']:g}{size}"
+    rows = [
+        (
+            str(step["index"]),
+            step["phase"],
+            step["graph"],
+            f"{step['timestep']:.6g}",
+            shortened(step["reads"]),
+            shortened(step["writes"]),
+            _macs(step["macs"]["paper"]),
+            _macs(step["macs"]["all"]),
         )
+        for step in plan["steps"]
+    ]
+    headers = ("step", "phase", "graph", "timestep", "reads", "writes", "paper MACs", "all MACs")
+    table(title, headers, rows, right=(0, 3, 6, 7), out=out)
+    for what in ("paper", "all"):
+        own = plan["macs"][what]
+        compared = [
+            f"; {baseline} {_macs(other['macs'][what])}, {_ratio(other['macs'][what], own)} as many"
+            for baseline, other in plan["baselines"].items()
+        ]
+        _print(out, f"{what} MACs {_macs(own)}{''.join(compared)}")
+    _print(out, f"carries of one request for one image: {_bytes(plan['carry_bytes'])}")
+    need = plan["memory"]
+    _print(
+        out,
+        f"memory, as planned: weights {_bytes(need['weights'])}, buffers of a request {_bytes(need['request'])}, "
+        f"scratch {_bytes(need['scratch'])}; together {_bytes(need['peak'])} where weights are shared, and "
+        f"{_bytes(need['request'] + need['scratch'])} more for each further request at once",
+    )
+
+
+def _shapes(shapes: Sequence[Mapping[str, Any]]) -> str:
+    """What was exported: ``1024×1024 (1 or 2 to 4 at once), 832×1216 (1 at once)``."""
+    batches: dict[str, list[str]] = {}
+    for shape in shapes:
+        least, most = shape["batch"]
+        batch = str(least) if least == most else f"{least} to {most}"
+        batches.setdefault(f"{shape['width']}×{shape['height']}", []).append(batch)
+    return ", ".join(f"{size} ({' or '.join(several)} at once)" for size, several in batches.items())
+
+
+def facts(settings: Mapping[str, Any]) -> str:
+    """A plan's settings for a reader: ``tgate, n=25, m=10``. Texts stand alone."""
+    known = {name: value for name, value in settings.items() if value is not None}
+    return ", ".join(value if isinstance(value, str) else f"{name}={value}" for name, value in known.items())
 
 
 def models(known: Mapping[str, Any], out: TextIO | None = None) -> None:
@@ -89,7 +107,7 @@ def models(known: Mapping[str, Any], out: TextIO | None = None) -> None:
 
 
 def engines(entries: Sequence[Mapping[str, str]], out: TextIO | None = None) -> None:
-    """Show what :func:`tgate_runtime.backends.installed` lists."""
+    """Show what :func:`tgate_runtime.engines.installed` lists."""
     rows = [(e["name"], e["runs_on"], e["version"] or "-", e["says"]) for e in entries]
     table("engines", ("engine", "runs on", "version", "here"), rows, out=out or sys.stdout)
 
@@ -102,7 +120,7 @@ def benchmark(data: Mapping[str, Any], out: TextIO | None = None) -> None:
     computes = f" in {s['precision']}" if s["precision"] else ""
     _print(
         out,
-        f"{s['model']}, {s['width']}×{s['height']}, {s['dtype']}, batch {s['batch']}; {s['engine']} "
+        f"{s['model']}, {s['size'].replace('x', '×')}, {s['dtype']}, batch {s['batch']}; {s['engine']} "
         f"{s['engine_version']}{computes}, memory {s['memory']}, {threads} threads, {s['cpu']}; opened in "
         f"{data['open_s']:.1f} s; medians of {s['repeats']}",
     )
@@ -118,25 +136,17 @@ def benchmark(data: Mapping[str, Any], out: TextIO | None = None) -> None:
     table("one call", ("graph", "ms", "all MACs", "GMAC/s"), calls, right=(1, 2, 3), out=out)
     _print(out, f"for comparison, NumPy multiplies float32 matrices at {data['sgemm_gmacs_per_s']:.1f} GMAC/s here")
     _print(out, "")
-    base = data["plans"]["ungated"]
+    base = next((plan for name, plan in data["plans"].items() if name != s["plan"]), None)
     rows: list[Row] = []
     for name, plan in data["plans"].items():
-        if plan["ms"] is None:
-            rows.append((name, "-", "-", "-", "-", "-", "-"))
-            continue
-        macs = _ratio(base["macs"]["all"], plan["macs"]["all"])
-        faster = _ratio(base["ms"], plan["ms"])
+        faster, macs = "-", "-"
+        if base is not None:
+            faster, macs = _ratio(base["ms"], plan["ms"]), _ratio(base["macs"]["all"], plan["macs"]["all"])
         outside = f"{100 * plan['outside_engine']:.1f} %"
         step = f"{plan['step_ms']['p50']:.1f} / {plan['step_ms']['p99']:.1f}"
         rows.append((name, f"{plan['ms']:.1f}", f"{plan['picture_ms']:.1f}", step, faster, macs, outside))
     headers = ("plan", "loop ms", "picture ms", "step ms p50 / p99", "faster", "fewer MACs", "outside the engine")
-    table(
-        f"plan {s['plan']}, n={s['steps_n']}, m={s['gate_m']}, k={s['self_interval_k']}",
-        headers,
-        rows,
-        right=(1, 2, 3, 4, 5, 6),
-        out=out,
-    )
+    table(f"plan {s['plan']}: {facts(s['plan_settings'])}", headers, rows, right=(1, 2, 3, 4, 5, 6), out=out)
 
 
 def table(title: str, headers: Row, rows: Sequence[Row], *, right: Sequence[int] = (), out: TextIO) -> None:

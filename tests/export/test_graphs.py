@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from tgate_engine.manifest import TensorSpec
+from tgate_engine.graph import DENOISE, TensorSpec
 from tgate_export.graphs import TracedGraph, trace
 from tgate_export.macs import count
 from tgate_export.scratch import peak_bytes
@@ -45,6 +45,7 @@ def traced(layer: Layer, batch: tuple[int, int], mask: tuple[int, ...] | None) -
         inputs.append(TensorSpec(name="mask", dtype="float32", shape=("batch", *mask)))
     return trace(
         "layer",
+        DENOISE,
         layer,
         mode=FakeTensorMode(),
         inputs=inputs,
@@ -77,13 +78,6 @@ def test_heads_stay_merged(batch: tuple[int, int], mask: tuple[int, ...] | None)
     graph = traced(Layer(), batch, mask)
     assert set(operators(graph)) <= {"Attention", "Expand", "Mul"}
     assert differs(graph, Layer(), 2) < 1e-6
-
-
-def test_heads_that_are_split_for_a_reason_stay_split() -> None:
-    layer = Layer(turn=lambda q: q * torch.arange(1.0, HEADS + 1).view(HEADS, 1, 1))
-    graph = traced(layer, (2, 2), None)
-    assert "Transpose" in operators(graph)
-    assert differs(graph, layer, 2) < 1e-6
 
 
 def test_what_attention_costs_does_not_depend_on_how_it_is_written() -> None:

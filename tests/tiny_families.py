@@ -7,6 +7,7 @@ and each network's last layer is fitted to remove noise so that every step count
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -323,6 +324,18 @@ def _scheduler(name: str, sigma_max: float) -> Any:
         ),
     }
     return known[name]()
+
+
+def reshape_unet(checkpoint: Path, **changes: Any) -> None:
+    """Replace a checkpoint's U-Net by one with some config keys changed, drawn so that attention matters."""
+    config = json.loads((checkpoint / "unet" / "config.json").read_text("utf-8")) | changes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        unet = diffusers.UNet2DConditionModel.from_config(config).eval()
+        for name, parameter in unet.named_parameters():
+            if name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")):
+                torch.nn.init.normal_(parameter, std=1.3 / math.sqrt(parameter.shape[1]))
+    unet.save_pretrained(checkpoint / "unet")
 
 
 def _redraw(layer: Any, gain: float) -> None:

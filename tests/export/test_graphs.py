@@ -1,4 +1,4 @@
-"""What tracing makes of attention, against the module that was traced, in eager PyTorch."""
+"""What tracing makes of a module, against that module in eager PyTorch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
-from tgate_engine.graph import DENOISE, TensorSpec
-from tgate_export.graphs import TracedGraph, trace
+from tgate_engine.errors import ExportError
+from tgate_engine.graph import BATCH, DENOISE, TensorSpec
+from tgate_export.graphs import TracedGraph, store_linears_transposed, trace
 from tgate_export.macs import count
 from tgate_export.scratch import peak_bytes
 
@@ -38,11 +40,11 @@ class Layer(nn.Module):
 
 def traced(layer: Layer, batch: tuple[int, int], mask: tuple[int, ...] | None) -> TracedGraph:
     inputs = [
-        TensorSpec(name=name, dtype="float32", shape=("batch", length, HEADS * WIDTH))
+        TensorSpec(name=name, dtype="float32", shape=(BATCH, length, HEADS * WIDTH))
         for name, length in (("q", QUERIES), ("k", KEYS), ("v", KEYS))
     ]
     if mask is not None:
-        inputs.append(TensorSpec(name="mask", dtype="float32", shape=("batch", *mask)))
+        inputs.append(TensorSpec(name="mask", dtype="float32", shape=(BATCH, *mask)))
     return trace(
         "layer",
         DENOISE,
@@ -88,3 +90,54 @@ def test_what_attention_costs_does_not_depend_on_how_it_is_written() -> None:
     scores, result = 4 * HEADS * QUERIES * KEYS, 4 * QUERIES * HEADS * WIDTH
     assert peak_bytes(merged.model) == scores + result
     assert peak_bytes(split.model) > scores + result  # and the queries that were turned
+
+
+class Ends(nn.Module):
+    """Reads two of three inputs; one output has the batch first, the other a size of its own."""
+
+    def __init__(self, spoil: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.spoil = spoil
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        a, _, b = inputs
+        joined = torch.cat([a, a]) if self.spoil else a
+        return self.linear(joined), b.sum(dim=0, keepdim=True).expand(7, 4) * 2
+
+
+def traced_ends(batch: tuple[int, int], spoil: bool = False) -> TracedGraph:
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    with mode:
+        module = Ends(spoil)
+        transposed = store_linears_transposed(module)
+    return trace(
+        "ends",
+        DENOISE,
+        module,
+        mode=mode,
+        inputs=[TensorSpec(name=name, dtype="float32", shape=(BATCH, 4)) for name in ("a", "idle", "b")],
+        outputs=["x", "y"],
+        batch=batch,
+        components={"": "network"},
+        transposed=transposed,
+    )
+
+
+@pytest.mark.parametrize("batch", [(1, 4), (2, 2)])
+def test_a_graph_says_what_is_left_of_it(batch: tuple[int, int]) -> None:
+    graph = traced_ends(batch)
+    assert (graph.name, graph.role, graph.batch) == ("ends", DENOISE, batch)
+    assert [(t.name, t.shape) for t in graph.inputs] == [("a", (BATCH, 4)), ("b", (BATCH, 4))]
+    assert [(t.name, t.shape) for t in graph.outputs] == [("x", (BATCH, 3)), ("y", (7, 4))]
+    weights = {name: (ref.component, ref.key, ref.transposed, ref.shape) for name, ref in graph.weights.items()}
+    assert weights == {
+        "linear.weight": ("network", "linear.weight", True, (4, 3)),
+        "linear.bias": ("network", "linear.bias", False, (3,)),
+    }
+
+
+def test_an_output_that_is_not_the_batch_s_is_refused() -> None:
+    """Two rows of an image would not lie in one row of its buffer."""
+    with pytest.raises(ExportError, match="its first dimension must be the batch"):
+        traced_ends((1, 4), spoil=True)

@@ -1,0 +1,102 @@
+"""Settings, what a method takes of them, and the plain programs that it is measured against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tgate_engine.errors import MethodError
+from tgate_export.methods import METHODS, find_method
+from tgate_export.methods.base import Settings, guidance_stopped, ungated
+
+DEFAULTS = {"k": 5, "w": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"steps": 0, "gate": 1}, "steps (n) must be at least 1, got 0"),
+        ({"steps": 25, "gate": 30}, "between 1 and the number of steps n = 25, got m = 30"),
+        ({"steps": 25, "gate": 0}, "got m = 0"),
+        ({"steps": 25, "gate": 5, "self_interval": 0}, "got k = 0"),
+        ({"steps": 25, "gate": 5, "warm_up": -1}, "got -1"),
+        ({"steps": 25, "gate": 5, "fidelity_interval": 0}, "got f = 0"),
+        ({"steps": 25, "gate": True}, "gate must be a whole number, got True"),
+        ({"steps": 25.0, "gate": 5}, "steps must be a whole number, got 25.0"),
+    ],
+)
+def test_settings_that_no_method_has(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(MethodError) as error:
+        Settings(**settings)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_user_who_names_nothing_gets_the_models_defaults_where_they_mean_something(name: str) -> None:
+    settings = find_method(name).settings(steps=25, gate=10, defaults=DEFAULTS)
+    idle = Settings(steps=25, gate=10, self_interval=1, warm_up=0, fidelity_interval=1)
+    taken = Settings(steps=25, gate=10, self_interval=5, warm_up=2, fidelity_interval=1)
+    assert settings == (idle if name == "guidance_delta" else taken)
+
+
+@pytest.mark.parametrize("name", ["tgate", "tgate+guidance_delta"])
+def test_what_a_user_names_comes_before_the_defaults(name: str) -> None:
+    settings = find_method(name).settings(steps=8, gate=4, k=3, w=0, f=2, defaults=DEFAULTS)
+    assert settings == Settings(steps=8, gate=4, self_interval=3, warm_up=0, fidelity_interval=2)
+
+
+@pytest.mark.parametrize(
+    ("named", "option"), [({"k": 2}, "--k 2"), ({"w": 1}, "--warm-up 1"), ({"f": 3}, "--fidelity-interval 3")]
+)
+def test_a_setting_that_would_change_nothing_is_refused(named: dict[str, int], option: str) -> None:
+    with pytest.raises(MethodError, match=f"{option} would change nothing: method guidance_delta"):
+        find_method("guidance_delta").settings(steps=25, gate=10, defaults=DEFAULTS, **named)
+
+
+def test_a_setting_that_says_what_is_so_anyway_is_not_refused() -> None:
+    settings = find_method("guidance_delta").settings(steps=25, gate=10, k=1, w=0, f=1, defaults=DEFAULTS)
+    assert (settings.self_interval, settings.warm_up, settings.fidelity_interval) == (1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("tgate", {"method": "tgate", "n": 25, "m": 10, "k": 5, "w": 2, "f": 1}),
+        ("guidance_delta", {"method": "guidance_delta", "n": 25, "m": 10}),
+        ("tgate+guidance_delta", {"method": "tgate+guidance_delta", "n": 25, "m": 10, "k": 5, "w": 2, "f": 1}),
+    ],
+)
+def test_facts_of_a_plan_name_what_the_method_takes(name: str, facts: dict[str, Any]) -> None:
+    method = find_method(name)
+    assert method.facts(method.settings(steps=25, gate=10, defaults=DEFAULTS)) == facts
+
+
+@st.composite
+def counts(draw: st.DrawFn) -> tuple[int, int, int]:
+    """n, m and a sampler's calls before the first step."""
+    steps = draw(st.integers(1, 60))
+    return steps, draw(st.integers(1, steps)), draw(st.integers(0, 2))
+
+
+@given(counts())
+def test_the_plain_programs(numbers: tuple[int, int, int]) -> None:
+    steps, gate, lead_in = numbers
+    assert [call.graph for call in ungated(steps, lead_in)] == ["full"] * (lead_in + steps)
+    stopped = guidance_stopped(Settings(steps=steps, gate=gate), lead_in)
+    assert [call.graph for call in stopped] == ["full"] * (lead_in + gate) + ["unguided"] * (steps - gate)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@given(numbers=counts())
+def test_every_method_is_measured_against_them_the_plainest_first(name: str, numbers: tuple[int, int, int]) -> None:
+    steps, gate, lead_in = numbers
+    settings = Settings(steps=steps, gate=gate)
+    guided = find_method(name).baselines(settings, lead_in, guided=True)
+    assert list(guided.items()) == [
+        ("ungated", ungated(steps, lead_in)),
+        ("guidance_stopped", guidance_stopped(settings, lead_in)),
+    ]
+    assert list(find_method(name).baselines(settings, lead_in, guided=False)) == ["ungated"]

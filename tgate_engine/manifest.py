@@ -164,8 +164,8 @@ class Manifest:
     def shapes_of(self, size: str | None = None) -> tuple[Shape, ...]:
         """The shapes of a size, None being the default, smallest batches first. Raises :class:`BundleError` listing
         the sizes there are."""
-        wanted = self.sizes[0] if size is None else size
-        shapes = [shape for shape in self.shapes if shape.size == wanted]
+        chosen = self.sizes[0] if size is None else size
+        shapes = [shape for shape in self.shapes if shape.size == chosen]
         if not shapes:
             raise BundleError(
                 f"the bundle has no size {size}; it has {', '.join(self.sizes)}. Export it again with --size {size} as "

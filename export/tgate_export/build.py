@@ -165,22 +165,22 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
     per_size = len([c for c in around if c != "text"]) + len(job.batches) * len(job.variants)
     total, done = len(job.sizes) * per_size + ("text" in around), 0
 
-    def told(graph: Callable[[], TracedGraph], label: str) -> TracedGraph:
+    def trace(graph: Callable[[], TracedGraph], label: str) -> TracedGraph:
         nonlocal done
         report.progress(done, total, f"tracing {label}")
         traced = graph()
         done += 1
         return traced
 
-    text = told(lambda: trace_text(job, mode, tokenizers), "the text encoder") if "text" in around else None
+    text = trace(lambda: trace_text(job, mode, tokenizers), "the text encoder") if "text" in around else None
     image_or_decoder: dict[Size, list[TracedGraph]] = {}
     for size in job.sizes:
         sized = job.at(size)
         image_or_decoder[size] = []
         if "image" in around:
-            image_or_decoder[size].append(told(partial(trace_image, sized, mode), f"the image encoder, {size}"))
+            image_or_decoder[size].append(trace(partial(trace_image, sized, mode), f"the image encoder, {size}"))
         if "decoder" in around:
-            image_or_decoder[size].append(told(partial(trace_decoder, sized, mode), f"the decoder, {size}"))
+            image_or_decoder[size].append(trace(partial(trace_decoder, sized, mode), f"the decoder, {size}"))
     denoiser = fake_module(mode, job.family, job.checkpoint, job.family.denoiser, getattr(torch, job.dtype))
     transposed = store_linears_transposed(denoiser)
     shapes: list[_Traced] = []
@@ -188,7 +188,7 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
         for batch in job.batches:
             sized, graphs, carries = job.at(size), list[TracedGraph](), dict[str, TensorSpec]()
             for variant in job.variants:
-                graph = told(
+                graph = trace(
                     partial(trace_step, sized, mode, denoiser, transposed, variant, batch, carries),
                     f"{variant.name}, {size}",
                 )

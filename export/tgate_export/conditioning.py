@@ -16,8 +16,9 @@ def encode(module: nn.Module, names: Sequence[str], *arguments: Tensor) -> dict[
         with torch.no_grad():
             outputs = module(*arguments)
     except Exception as error:  # PyTorch and transformers raise many kinds for configurations that do not fit
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise ExportError(
-            f"the encoders do not run ({type(error).__name__}: {said:.300}); their configurations do not fit each other"
+            f"the encoders do not run ({type(error).__name__}: {message:.300}); their configurations do not fit each "
+            "other"
         ) from error
     return {name: value.float() for name, value in zip(names, outputs, strict=True)}

@@ -40,8 +40,8 @@ def embed(
     while it runs, which T5 needs half the memory for and costs it little.
     Raises :class:`~tgate_engine.errors.ExportError`.
     """
-    found = find_model(model)
-    family = found.family
+    entry = find_model(model)
+    family = entry.family
     if not family.text_components:
         raise ExportError(f"{model} is conditioned by an image, not by a prompt; there is nothing to embed")
     source = open_checkpoint(
@@ -50,7 +50,7 @@ def embed(
         weights="checkpoint",
         components=(*family.text_components, *family.tokenizers),
         build=family.build,
-        elsewhere={} if checkpoint else found.elsewhere,
+        elsewhere={} if checkpoint else entry.elsewhere,
         prefer_half=half,
     )
     check_checkpoint(family, source, family.text_components)

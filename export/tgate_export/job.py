@@ -204,13 +204,13 @@ def check_checkpoint(
 
 def directories(family: Family, components: Sequence[str]) -> tuple[str, ...]:
     """The checkpoint's directories behind some of :data:`COMPONENTS`, each once."""
-    found = {
+    folders = {
         "text": family.text_components,
         "image": family.image_components,
         "denoiser": (family.denoiser,),
         "decoder": (family.decoder,),
     }
-    return tuple(dict.fromkeys(name for component in components for name in found[component]))
+    return tuple(dict.fromkeys(name for component in components for name in folders[component]))
 
 
 def _components(settings: ExportSettings, family: Family) -> tuple[str, ...]:
@@ -237,12 +237,12 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
         raise ExportError(f"--weights {settings.weights} reads no checkpoint; leave out --checkpoint and --lora")
     family = model.family
     # The configurations of all of them say what the denoiser takes; the weights of those exported are read.
-    wanted = (*directories(family, components), *family.tokenizers)
+    names = (*directories(family, components), *family.tokenizers)
     checkpoint = open_checkpoint(
         settings.model,
         settings.checkpoint or location(settings.model),
         weights=settings.weights,
-        components=wanted,
+        components=names,
         build=family.build,
         elsewhere={} if settings.checkpoint else model.elsewhere,
         prefer_half=settings.dtype != "fp32",
@@ -313,10 +313,10 @@ def _observe(
         except ExportError as error:
             raise ExportError(f"{checkpoint.where}: the {family.denoiser}'s {error}") from None
         except Exception as error:  # PyTorch and diffusers raise many kinds for shapes that do not fit
-            said = " ".join(str(error).split())
+            message = " ".join(str(error).split())
             raise ExportError(
                 f"{checkpoint.where}: the {family.denoiser} does not take what conditions it "
-                f"({type(error).__name__}: {said:.300}); its configuration and those beside it do not fit each other"
+                f"({type(error).__name__}: {message:.300}); its configuration and those beside it do not fit each other"
             ) from None
         finally:
             log.disabled = False

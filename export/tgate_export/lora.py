@@ -81,15 +81,15 @@ class FusedCheckpoint(Checkpoint):
         self.where = checkpoint.where
         self.model_index: Mapping[str, Any] = checkpoint.model_index
         self.loras = tuple(loras)
-        wanted = tuple(components)
+        names = tuple(components)
         files = [read_lora(lora.path, checkpoint) for lora in self.loras]
         for file in files:
-            if not set(file.components) & set(wanted):
+            if not set(file.components) & set(names):
                 raise ExportError(
-                    f"LoRA {file.path} changes {', '.join(file.components)} alone, and only {', '.join(wanted)} will "
+                    f"LoRA {file.path} changes {', '.join(file.components)} alone, and only {', '.join(names)} will "
                     "be exported; export more --components, or leave it out"
                 )
-        self.fused = tuple(name for name in wanted if any(name in file.components for file in files))
+        self.fused = tuple(name for name in names if any(name in file.components for file in files))
         self._added = {name: self._load(name, files, build) for name in self.fused}
         self._tensors: dict[str, Tensors] = {}
 
@@ -219,14 +219,14 @@ def _check(file: LoraFile, change: Change, name: str, layer: nn.Module | None) -
         has = "which this model has not" if layer is None else f"which is a {type(layer).__name__} in this model"
         raise ExportError(f"{where}, {has}; give a LoRA of this model")
     weight: Any = layer.weight  # [outputs, inputs, kernel ...]
-    for what, got, wanted in (
+    for what, got, expected in (
         ("inputs", change.down.shape[1], weight.shape[1]),
         ("outputs", change.up.shape[0], weight.shape[0]),
         ("elements of kernel", change.down[0, 0].numel(), weight[0, 0].numel()),
         ("elements of kernel upwards", change.up[0, 0].numel(), 1),
     ):
-        if got != wanted:
-            raise ExportError(f"{where} with {got} {what}, and this model's has {wanted}; give a LoRA of this model")
+        if got != expected:
+            raise ExportError(f"{where} with {got} {what}, and this model's has {expected}; give a LoRA of this model")
     if change.bias is not None and (layer.bias is None or change.bias.shape != layer.bias.shape):
         had = "none" if layer.bias is None else list(layer.bias.shape)
         raise ExportError(

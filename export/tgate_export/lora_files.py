@@ -82,8 +82,8 @@ class LoraFile:
 
     @property
     def components(self) -> tuple[str, ...]:
-        found = {change.component for change in self.changes}
-        return tuple(name for name in (*DENOISERS, *TEXT_ENCODERS) if name in found)
+        changed = {change.component for change in self.changes}
+        return tuple(name for name in (*DENOISERS, *TEXT_ENCODERS) if name in changed)
 
     def layer(self, change: Change, names: Collection[str]) -> str:
         """The name that a layer has among ``names``, or what comes closest."""
@@ -151,7 +151,7 @@ def read_lora(path: Path, checkpoint: Checkpoint) -> LoraFile:
     parts = {"unet": denoiser, "transformer": denoiser, "te": "text_encoder", "te1": "text_encoder"}
     parts["te2"] = "text_encoder_2"
     bare = _component_of_bare_names(path, tensors, takes)
-    found: dict[tuple[str, str, bool], dict[str, str]] = {}
+    layers: dict[tuple[str, str, bool], dict[str, str]] = {}
     for key in tensors:
         if kohya := _KOHYA.fullmatch(key):
             component, name = parts[kohya["part"]], kohya["name"]
@@ -169,13 +169,13 @@ def read_lora(path: Path, checkpoint: Checkpoint) -> LoraFile:
             raise ExportError(
                 f"LoRA {path} has a tensor {key!r}, which is no part of a LoRA; only a plain LoRA can be fused"
             )
-        parts_of_layer = found.setdefault((component, name, kohya is not None), {})
+        parts_of_layer = layers.setdefault((component, name, kohya is not None), {})
         if part in parts_of_layer:
             raise ExportError(
                 f"LoRA {path} changes one layer twice, in {parts_of_layer[part]!r} and {key!r}; leave one of them out"
             )
         parts_of_layer[part] = key
-    changes = tuple(_change(path, tensors, layer, keys) for layer, keys in found.items())
+    changes = tuple(_change(path, tensors, layer, keys) for layer, keys in layers.items())
     settings = {name: _of_component(header, name) for name in takes}
     if bare and not settings[bare]:
         settings[bare] = _neighbour(path)

@@ -91,15 +91,15 @@ class Oracle:
     def fits(self, *components: str) -> bool:
         """Whether those components fit into free memory in float32; says so where they do not."""
         skeletons = [self._job.family.skeleton(self._job.checkpoint, component) for component in components]
-        wanted, free = sum(4 * p.numel() for s in skeletons for p in s.parameters()), available_bytes()
-        if wanted * SPARE > free:
+        needed, free = sum(4 * p.numel() for s in skeletons for p in s.parameters()), available_bytes()
+        if needed * SPARE > free:
             log.warning(
                 "%s in float32 want %.1f GiB and %.1f GiB are free: no goldens are recorded of them",
                 " and ".join(components),
-                wanted / 2**30,
+                needed / 2**30,
                 free / 2**30,
             )
-        return wanted * SPARE <= free
+        return needed * SPARE <= free
 
     def text(self, prompt: str, negative: str) -> tuple[list[list[int]], Texts, Texts]:
         """Token ids of the prompt, one row for each tokenizer, and the conditioning of prompt and negative prompt."""
@@ -123,17 +123,17 @@ class Oracle:
         job = self._job
         parts: dict[str, Any] = {name: self.module(name) for name in job.family.image_components}
         folder = job.checkpoint.directory("feature_extractor")
-        found = folder is not None and any(folder.glob("*processor_config.json"))
+        configured = folder is not None and any(folder.glob("*processor_config.json"))
         with quiet():
             parts["feature_extractor"] = (
                 transformers.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-                if found
+                if configured
                 else transformers.CLIPImageProcessor()
             )
         pipe = self._pipeline(**parts)
         with torch.no_grad(), quiet():
-            found_texts: Texts = self._run(job.family.encode_image_with, pipe, picture, noise)
-        return found_texts
+            conditioning: Texts = self._run(job.family.encode_image_with, pipe, picture, noise)
+        return conditioning
 
     def trajectory(
         self,
@@ -250,9 +250,9 @@ class Oracle:
             if name in known and not isinstance(value, (list, tuple))
         }
         options |= {"requires_safety_checker": False, "add_watermarker": False}
-        given = {name: None for name, p in known.items() if p.default is inspect.Parameter.empty and name != "self"}
+        required = {name: None for name, p in known.items() if p.default is inspect.Parameter.empty and name != "self"}
         with quiet():
-            pipe = self._class(**{**given, **{k: v for k, v in options.items() if k in known}, **parts})
+            pipe = self._class(**{**required, **{k: v for k, v in options.items() if k in known}, **parts})
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

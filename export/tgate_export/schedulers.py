@@ -311,15 +311,15 @@ def refuse_options(scheduler: Any) -> None:
 def facts(scheduler: Any) -> dict[str, Fact]:
     """Where the coefficients come from: class, version of diffusers, and the options that matter."""
     options = declared(scheduler)
-    found: dict[str, Fact] = {
+    kept: dict[str, Fact] = {
         "scheduler": type(scheduler).__name__,
         "diffusers": str(diffusers.__version__),
     }
     for key in FACTS:
         value = options.get(key)
         if isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
-            found[key] = value
-    return found
+            kept[key] = value
+    return kept
 
 
 def one_line(error: Exception) -> str:

@@ -118,17 +118,17 @@ def _check_form(checkpoint: Checkpoint, component: str, name: str, stored: Store
         raise ExportError(_shapes(checkpoint, component, name, stored.shape, shape))
 
 
-def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+def _fits(stored: tuple[int, ...], own: tuple[int, ...]) -> bool:
     """The same shape, or that of a 1x1 convolution which today's modules hold as a linear layer, or the reverse."""
-    if found == wanted:
+    if stored == own:
         return True
-    short, long = sorted((found, wanted), key=len)
+    short, long = sorted((stored, own), key=len)
     return len(short) == 2 and len(long) in (3, 4) and long[:2] == short and math.prod(long[2:]) == 1
 
 
-def _shapes(checkpoint: Checkpoint, component: str, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+def _shapes(checkpoint: Checkpoint, component: str, name: str, stored: tuple[int, ...], own: tuple[int, ...]) -> str:
     return (
-        f"{checkpoint.where}: {component} tensor {name!r} has shape {list(found)}, the model wants {list(wanted)}; the "
+        f"{checkpoint.where}: {component} tensor {name!r} has shape {list(stored)}, the model wants {list(own)}; the "
         "checkpoint is of another architecture than its config.json says"
     )
 

@@ -66,9 +66,9 @@ def load(family: Family, checkpoint: Checkpoint, index: int) -> Any:
             loaded: Any = family.tokenizer_class.from_pretrained(directory, local_files_only=True)
         assert loaded.backend_tokenizer is not None
     except Exception as error:  # transformers raises many kinds for files that are missing or of another kind
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise ExportError(
-            f"{directory} does not load as a {family.tokenizer_class.__name__} ({type(error).__name__}: {said:.300})"
+            f"{directory} does not load as a {family.tokenizer_class.__name__} ({type(error).__name__}: {message:.300})"
         ) from None
     encoder, largest = family.text_components[index], max(loaded.get_vocab().values())
     known = int(family.config(checkpoint, encoder)["vocab_size"])
@@ -95,35 +95,35 @@ def transformers_ids(family: Family, loaded: Any, length: int, prompt: str) -> t
     with quiet():
         if family.textual_inversions:
             prompt = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, loaded)
-        found = loaded(prompt, padding="max_length", max_length=length, truncation=True, return_attention_mask=True)
-    return list(found["input_ids"]), list(found["attention_mask"])
+        encoded = loaded(prompt, padding="max_length", max_length=length, truncation=True, return_attention_mask=True)
+    return list(encoded["input_ids"]), list(encoded["attention_mask"])
 
 
 def token_ids(root: Path, specs: Sequence[Tokenizer], prompt: str) -> dict[str, Tensor]:
     """``ids.<i>``, int64 [1, T], of a prompt; too long a prompt is cut, with a warning."""
-    found = {}
+    inputs = {}
     for spec in specs:
         ids, whole = _ids(tokenizers.Tokenizer.from_file(str(root / spec.file)), spec, prompt)
         if whole > spec.length:
             log.warning("the prompt has %d tokens, the model takes %d; the end is left out", whole, spec.length)
-        found[spec.input] = torch.tensor([ids])
-    return found
+        inputs[spec.input] = torch.tensor([ids])
+    return inputs
 
 
 def _export(family: Family, checkpoint: Checkpoint, index: int, target: Path) -> Tokenizer:
     loaded = load(family, checkpoint, index)
     length = family.token_length(checkpoint, index)
-    backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    tokenizer = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     # The run time cuts and fills by itself, so that it can say what was cut.
-    backend.no_truncation()
-    backend.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     if family.lower_prompts:
-        backend = _lower_first(backend)
+        tokenizer = _lower_first(tokenizer)
     vectors = _several_vectors(loaded.added_tokens_encoder) if family.textual_inversions else {}
     if vectors:
-        backend = _write_vectors_out(backend, vectors)
+        tokenizer = _write_vectors_out(tokenizer, vectors)
     target.parent.mkdir(parents=True, exist_ok=True)
-    backend.save(str(target))
+    tokenizer.save(str(target))
     for other in sorted(target.parent.iterdir()):
         if other < target and other.read_bytes() == target.read_bytes():
             target.unlink()
@@ -147,14 +147,14 @@ def _ids(tokenizer: tokenizers.Tokenizer, spec: Tokenizer, prompt: str) -> tuple
 
 def _check_class(family: Family, checkpoint: Checkpoint, name: str) -> None:
     """Transformers loads any vocabulary under any class, with a warning at most."""
-    wanted = family.tokenizer_class.__name__
+    expected = family.tokenizer_class.__name__
     named = {"model_index.json": checkpoint.named_class(name)}
     named[f"{name}/tokenizer_config.json"] = (checkpoint.further(f"{name}/tokenizer_config.json") or {}).get(
         "tokenizer_class"
     )
-    for place, found in named.items():
-        if found not in (None, wanted, f"{wanted}Fast"):
-            raise ExportError(f"{checkpoint.where}: {name} is a {found} in {place}; {family.name} wants a {wanted}")
+    for place, kind in named.items():
+        if kind not in (None, expected, f"{expected}Fast"):
+            raise ExportError(f"{checkpoint.where}: {name} is a {kind} in {place}; {family.name} wants a {expected}")
 
 
 def _compare(
@@ -169,13 +169,13 @@ def _compare(
     """Raises :class:`ExportError` where a text becomes other ids than transformers', or the encoder another mask."""
     end = family.end_token(checkpoint, index)
     for text in (*_PROBES, *(f"a {token} b{token}, {token}" for token in vectors)):
-        wanted, mask = transformers_ids(family, loaded, spec.length, text)
+        expected, mask = transformers_ids(family, loaded, spec.length, text)
         ids, _ = _ids(own, spec, text)
-        if ids != wanted:
-            place = next(i for i, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b)
+        if ids != expected:
+            place = next(i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b)
             raise ExportError(
                 f"{checkpoint.where}: {family.tokenizers[index]} cannot be exported: of {text!r:.60} it makes token "
-                f"{ids[place]} at place {place} where transformers makes {wanted[place]}"
+                f"{ids[place]} at place {place} where transformers makes {expected[place]}"
             )
         if end is not None and mask != [int(end in ids[i:]) for i in range(len(ids))]:
             raise ExportError(
@@ -184,16 +184,16 @@ def _compare(
             )
 
 
-def _lower_first(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """``backend`` over prompts that are written in lower case and stripped before anything else is done.
+def _lower_first(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """``tokenizer`` over prompts that are written in lower case and stripped before anything else is done.
 
     Special tokens are usually looked for in a text as it stands; here they have to be found in what it becomes.
     """
-    data = json.loads(backend.to_str())
+    data = json.loads(tokenizer.to_str())
     for token in data["added_tokens"]:
         token["normalized"] = True
     lowered = tokenizers.Tokenizer.from_str(json.dumps(data))
-    own = backend.normalizer
+    own = tokenizer.normalizer
     first = [normalizers.Lowercase(), normalizers.Replace(tokenizers.Regex(_ENDS), "")]
     lowered.normalizer = normalizers.Sequence([*first, *([own] if own else [])])
     return lowered
@@ -204,25 +204,25 @@ def _several_vectors(added: Mapping[str, int]) -> dict[str, list[str]]:
 
     Raises :class:`ExportError` for one whose name is part of another token's: diffusers writes it out in there, too.
     """
-    found = {}
+    vectors = {}
     for token in added:
         parts = [token]
         while f"{token}_{len(parts)}" in added:
             parts.append(f"{token}_{len(parts)}")
         if len(parts) > 1:
-            found[token] = parts
-    for token, parts in found.items():
+            vectors[token] = parts
+    for token, parts in vectors.items():
         for other in added:
             if token in other and other not in parts:
                 raise ExportError(
                     f"the textual inversion {token!r} of several vectors is part of the name of {other!r}, so a prompt "
                     "with the latter would mean both; rename one of them"
                 )
-    return found
+    return vectors
 
 
-def _write_vectors_out(backend: tokenizers.Tokenizer, vectors: Mapping[str, Sequence[str]]) -> tokenizers.Tokenizer:
-    """``backend`` with every token of ``vectors`` written out as all of its vectors before anything else is done.
+def _write_vectors_out(tokenizer: tokenizers.Tokenizer, vectors: Mapping[str, Sequence[str]]) -> tokenizers.Tokenizer:
+    """``tokenizer`` with every token of ``vectors`` written out as all of its vectors before anything else is done.
 
     A token is found in the text as it is after normalisation, so writing it out has to give it another name: the
     vectors are called by characters of Unicode's private use area. What normalisation alone turns into a token, such
@@ -230,10 +230,10 @@ def _write_vectors_out(backend: tokenizers.Tokenizer, vectors: Mapping[str, Sequ
     """
     tokens = list(dict.fromkeys(part for parts in vectors.values() for part in parts))
     names = {token: chr(_PRIVATE_USE + i) for i, token in enumerate(tokens)}
-    data = json.loads(backend.to_str())
+    data = json.loads(tokenizer.to_str())
     for token in data["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
-    own = backend.normalizer
+    own = tokenizer.normalizer
     renamed = tokenizers.Tokenizer.from_str(json.dumps(data))
     longest = sorted(tokens, key=len, reverse=True)
     before = [normalizers.Replace(t, " ".join(names[part] for part in vectors.get(t, [t]))) for t in longest]

@@ -145,9 +145,9 @@ def load_array(path: Path) -> NDArray[Any]:
     if not path.is_file():
         raise RequestError(f"{path}: there is no such file")
     try:
-        found = np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise RequestError(f"{path} is not an array in NumPy's .npy format ({error})") from None
-    if not isinstance(found, np.ndarray):
+    if not isinstance(array, np.ndarray):
         raise RequestError(f"{path} holds several arrays (.npz); save one with numpy.save")
-    return found
+    return array

@@ -31,15 +31,15 @@ TORCH_CUDA_LIMIT = 108 * 2048
 
 def check_seed(seed: object) -> int:
     """``seed`` as an int. Raises :class:`RequestError` for anything but a whole number in 0 .. 2**63 - 1."""
-    wanted = f"a seed is a whole number from 0 to {SEED_LIMIT - 1}"
+    rule = f"a seed is a whole number from 0 to {SEED_LIMIT - 1}"
     if isinstance(seed, (bool, np.bool_)):
-        raise RequestError(f"{wanted}, got {seed!r}")
+        raise RequestError(f"{rule}, got {seed!r}")
     try:
         number = operator.index(seed)  # type: ignore[arg-type]
     except TypeError:
-        raise RequestError(f"{wanted}, got {seed!r}") from None
+        raise RequestError(f"{rule}, got {seed!r}") from None
     if not 0 <= number < SEED_LIMIT:
-        raise RequestError(f"{wanted}, got {number}")
+        raise RequestError(f"{rule}, got {number}")
     return number
 
 

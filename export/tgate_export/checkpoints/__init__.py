@@ -42,7 +42,7 @@ def open_checkpoint(
     path = Path(location).expanduser()
     if path.suffix == ".safetensors" and not path.is_dir():
         return SingleFileCheckpoint(path, model, build)
-    wanted = tuple(components)
-    root = locate(location, [name for name in wanted if name not in elsewhere], prefer_half=prefer_half)
-    parts = {name: locate(part, [""], prefer_half=prefer_half) for name, part in elsewhere.items() if name in wanted}
+    names = tuple(components)
+    root = locate(location, [name for name in names if name not in elsewhere], prefer_half=prefer_half)
+    parts = {name: locate(part, [""], prefer_half=prefer_half) for name, part in elsewhere.items() if name in names}
     return DirectoryCheckpoint(root, prefer_half=prefer_half, elsewhere=parts)

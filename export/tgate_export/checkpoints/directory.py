@@ -197,11 +197,11 @@ def locate(location: str, components: Iterable[str], *, prefer_half: bool = Fals
     import huggingface_hub
 
     folders = [f"{component}/" if component else "" for component in components]
-    wanted = [*_HUB_FILES, *(f"{folder}{pattern}" for folder in folders for pattern in _HUB_PATTERNS)]
+    patterns = [*_HUB_FILES, *(f"{folder}{pattern}" for folder in folders for pattern in _HUB_PATTERNS)]
     ignored = [] if prefer_half else ["*.fp16*.safetensors"]
     try:
-        found = huggingface_hub.snapshot_download(
-            location, allow_patterns=wanted, ignore_patterns=[*ignored, "*.non_ema.safetensors"]
+        snapshot = huggingface_hub.snapshot_download(
+            location, allow_patterns=patterns, ignore_patterns=[*ignored, "*.non_ema.safetensors"]
         )
     except Exception as error:  # the hub's client raises many kinds: no network, no such repository, no permission
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -209,7 +209,7 @@ def locate(location: str, components: Iterable[str], *, prefer_half: bool = Fals
             f"checkpoint {location!r} is no local directory and could not be fetched from the hub ({first}); "
             "give a local diffusers directory with --checkpoint"
         ) from None
-    return Path(found)
+    return Path(snapshot)
 
 
 def _weight_files(directory: Path, prefer_half: bool) -> list[Path]:

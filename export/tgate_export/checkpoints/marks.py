@@ -158,8 +158,8 @@ class _Reader:
             name = "edm_mean" if vae else "edm_vpred.sigma_max"
             statements.append(_Statement(f"tensor {name!r}", PREDICTION, edm["prediction_type"]))
             statements.append(_Statement(f"tensor {name!r}", ZERO_SNR, False))
-        told = self._agreed(statements)
-        prediction, zero_snr = told.get(PREDICTION), told.get(ZERO_SNR)
+        agreed = self._agreed(statements)
+        prediction, zero_snr = agreed.get(PREDICTION), agreed.get(ZERO_SNR)
         self._check_prediction(prediction)
         self._check_resolution(prediction)
         self._check_timesteps()
@@ -192,7 +192,7 @@ class _Reader:
                 "give the checkpoint in float32, float16 or bfloat16",
             )
         for key in _ARCHITECTURES:
-            text = self._said(key)
+            text = self._metadata_value(key)
             if text is not None and self._says_velocity(key, text):
                 yield _Statement(f"its {key}", PREDICTION, "v_prediction")
         second = self._flag("ss_v2")
@@ -203,7 +203,7 @@ class _Reader:
                 f"choose another --model or file, or {CONVERT}",
             )
         for key in ("modelspec.prediction_type", "modelspec.predict_key"):
-            text = self._said(key)
+            text = self._metadata_value(key)
             if text is not None:
                 yield _Statement(f"its {key}", PREDICTION, self._one_of(key, text, _PREDICTIONS))
         velocity = self._flag("ss_v_parameterization")
@@ -215,42 +215,42 @@ class _Reader:
 
     def _says_velocity(self, key: str, text: str) -> bool:
         """Whether the name of an architecture says what its network predicts. Refuses those of other models."""
-        wanted = []
+        names = []
         for pattern, name, models in _ARCHITECTURES[key]:
             if self.model in models:
-                found = re.fullmatch(pattern, text)
-                if found is not None:
-                    return found.groupdict().get("v") is not None
-                wanted.append(name)
+                match = re.fullmatch(pattern, text)
+                if match is not None:
+                    return match.groupdict().get("v") is not None
+                names.append(name)
         raise self._refusal(
-            f"its metadata says {key} = {self.metadata[key]!r}; {self.model} is {' or '.join(wanted)}",
+            f"its metadata says {key} = {self.metadata[key]!r}; {self.model} is {' or '.join(names)}",
             f"choose another --model or file, or {CONVERT}",
         )
 
     def _edm(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The scheduler's whole configuration and what changes of the autoencoder's, where the file is EDM's."""
-        found = [name for name in _EDM if name in self.tensors]
-        if not found:
+        marks = [name for name in _EDM if name in self.tensors]
+        if not marks:
             return {}, {}
         if self.model != _EDM_MODEL:
             raise self._refusal(
-                f"tensor {found[0]!r} marks it as an EDM model, which is known of {_EDM_MODEL} alone", CONVERT
+                f"tensor {marks[0]!r} marks it as an EDM model, which is known of {_EDM_MODEL} alone", CONVERT
             )
-        vpred = "edm_vpred.sigma_max" in found
-        if set(found) not in (
+        vpred = "edm_vpred.sigma_max" in marks
+        if set(marks) not in (
             {"edm_mean", "edm_std"},
             {"edm_vpred.sigma_max"},
             {"edm_vpred.sigma_max", "edm_vpred.sigma_min"},
         ):
             raise self._refusal(
-                f"it has the marks {', '.join(found)}, and wants edm_mean and edm_std (Playground) or "
+                f"it has the marks {', '.join(marks)}, and wants edm_mean and edm_std (Playground) or "
                 "edm_vpred.sigma_max (CosXL), not parts or both of them",
                 f"correct the file, or {CONVERT}",
             )
         if vpred:
             edm = dict(_COSXL)
             for end in ("sigma_max", "sigma_min"):
-                if f"edm_vpred.{end}" in found:
+                if f"edm_vpred.{end}" in marks:
                     edm[end] = self._numbers(f"edm_vpred.{end}", 1, positive=True)[0]
             if edm["sigma_min"] >= edm["sigma_max"]:
                 raise self._refusal(
@@ -286,10 +286,10 @@ class _Reader:
         values = held.double().flatten()
         values = values.sort().values if key == "denoiser.sigmas" else values
         for rescaled in (False, True):
-            wanted = _schedule(self.published, rescaled=rescaled)[key].double()
+            table = _schedule(self.published, rescaled=rescaled)[key].double()
             # At the end of a rescaled schedule noise is infinite, and tools write another large number.
-            end = -1 if rescaled and key == "denoiser.sigmas" else len(wanted)
-            if values.shape == wanted.shape and torch.allclose(values[:end], wanted[:end], rtol=tolerance, atol=1e-6):
+            end = -1 if rescaled and key == "denoiser.sigmas" else len(table)
+            if values.shape == table.shape and torch.allclose(values[:end], table[:end], rtol=tolerance, atol=1e-6):
                 return rescaled
         span = f"{float(values[0]):.4g} to {float(values[-1]):.4g}" if len(values) else "nothing"
         raise self._refusal(
@@ -299,28 +299,29 @@ class _Reader:
         )
 
     def _agreed(self, statements: list[_Statement]) -> dict[str, _Statement]:
-        told: dict[str, _Statement] = {}
-        for said in statements:
-            before = told.setdefault(said.fact, said)
-            if before.value != said.value:
+        agreed: dict[str, _Statement] = {}
+        for statement in statements:
+            before = agreed.setdefault(statement.fact, statement)
+            if before.value != statement.value:
                 raise self._refusal(
-                    f"it contradicts itself: by {before.source} its {said.fact} is {before.value}, by {said.source} "
-                    f"{said.value}",
+                    f"it contradicts itself: by {before.source} its {statement.fact} is {before.value}, by "
+                    f"{statement.source} {statement.value}",
                     f"correct the one that is wrong, or {CONVERT}",
                 )
-        return told
+        return agreed
 
-    def _check_prediction(self, told: _Statement | None) -> None:
+    def _check_prediction(self, prediction: _Statement | None) -> None:
         """Velocity in place of noise is a matter of the sampler; noise in place of velocity is SD 2's base."""
-        if told is not None and told.value == "epsilon" and self.own_prediction != "epsilon":
+        if prediction is not None and prediction.value == "epsilon" and self.own_prediction != "epsilon":
             raise self._refusal(
-                f"by {told.source} it predicts epsilon, as SD 2 base does; {self.model} predicts {self.own_prediction}",
+                f"by {prediction.source} it predicts epsilon, as SD 2 base does; {self.model} predicts "
+                f"{self.own_prediction}",
                 CONVERT,
             )
 
     def _check_resolution(self, prediction: _Statement | None) -> None:
         """The size that a file was trained at tells the two of SD 2 apart where nothing else does."""
-        text = self._said("modelspec.resolution")
+        text = self._metadata_value("modelspec.resolution")
         if text is None or self.model != "sd21" or prediction is not None:
             return
         size = re.fullmatch(r"(\d+)\s*[x,]\s*(\d+)", text)
@@ -333,7 +334,7 @@ class _Reader:
 
     def _check_timesteps(self) -> None:
         """A network for a part of the noise schedule draws nothing by itself."""
-        text = self._said("modelspec.timestep_range")
+        text = self._metadata_value("modelspec.timestep_range")
         if text is None:
             return
         steps = [int(number) for number in re.findall(r"\d+", text)]
@@ -345,31 +346,31 @@ class _Reader:
                 "give a checkpoint for all of them",
             )
 
-    def _check_zero_snr(self, told: _Statement, prediction: str) -> None:
+    def _check_zero_snr(self, zero_snr: _Statement, prediction: str) -> None:
         if prediction != "v_prediction":
             raise self._refusal(
-                f"by {told.source} its terminal SNR is zero, where {prediction} says nothing of the picture; such a "
-                "network predicts velocity, and nothing in the file says so",
+                f"by {zero_snr.source} its terminal SNR is zero, where {prediction} says nothing of the picture; such "
+                "a network predicts velocity, and nothing in the file says so",
                 f"add the tensor 'v_pred' if it does, or {CONVERT}",
             )
 
     def _layers_skipped(self) -> int:
         """SDXL takes its encoders' last layer but one, whatever its trainer was told."""
         key = "modelspec.encoder_layer"
-        text = self._said(key)
+        text = self._metadata_value(key)
         if text is None or self.model not in ("sd15", "sd21"):
             return 0
         if not text.isdigit() or int(text) < 1:
             raise self._refusal(f"its metadata says {key} = {text!r}, and 1 is the last layer", "correct the file")
         return int(text) - 1
 
-    def _said(self, key: str) -> str | None:
+    def _metadata_value(self, key: str) -> str | None:
         """A metadata value in lower case; None where it says nothing."""
         text = self.metadata.get(key, "").strip().lower()
         return None if text in ("", "none", "null") else text
 
     def _flag(self, key: str) -> bool | None:
-        text = self._said(key)
+        text = self._metadata_value(key)
         return None if text is None else self._one_of(key, text, _BOOLEANS)
 
     def _one_of(self, key: str, text: str, table: Mapping[str, _Value]) -> _Value:

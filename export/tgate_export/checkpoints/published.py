@@ -34,10 +34,10 @@ class PublishedCheckpoint(Checkpoint):
 
     def config(self, component: str) -> Mapping[str, Any]:
         try:
-            found: Mapping[str, Any] = self._facts["components"][component]
+            config: Mapping[str, Any] = self._facts["components"][component]
         except KeyError:
             raise ExportError(f"{self.where} has no component {component!r}") from None
-        return found
+        return config
 
     def scheduler_config(self) -> Mapping[str, Any]:
         return self.config("scheduler")
@@ -58,8 +58,8 @@ class PublishedCheckpoint(Checkpoint):
         return None if limit is None else int(limit)
 
     def further(self, file: str) -> Mapping[str, Any] | None:
-        found: Mapping[str, Any] | None = self._facts["components"].get(Path(file).parts[0])
-        return found
+        config: Mapping[str, Any] | None = self._facts["components"].get(Path(file).parts[0])
+        return config
 
     def licence(self) -> str:
         return str(self._facts["licence"])
@@ -70,8 +70,8 @@ def facts(model: str) -> Mapping[str, Any]:
     file = resources.files("tgate_export.families") / "published" / f"{model}.json"
     if not file.is_file():
         raise ExportError(f"no published configuration of {model!r} is carried; use --weights checkpoint")
-    found: Mapping[str, Any] = json.loads(file.read_text("utf-8"))
-    return found
+    content: Mapping[str, Any] = json.loads(file.read_text("utf-8"))
+    return content
 
 
 class _RandomTensors:

@@ -153,8 +153,8 @@ class SingleFileCheckpoint(Checkpoint):
         elif any(key.startswith(("down_blocks.", "encoder.down_blocks.", "text_model.", "conv_in.")) for key in keys):
             what = "is one component of a diffusers checkpoint; give the directory that holds model_index.json"
         else:
-            found = f"its first tensor is {min(keys)!r}" if keys else "it is empty"
-            what = f"is no checkpoint in the original layout: nothing in it begins with {_UNET!r} ({found})"
+            detail = f"its first tensor is {min(keys)!r}" if keys else "it is empty"
+            what = f"is no checkpoint in the original layout: nothing in it begins with {_UNET!r} ({detail})"
         raise ExportError(f"{self.where} {what}")
 
     def _check_model(self) -> None:
@@ -165,19 +165,19 @@ class SingleFileCheckpoint(Checkpoint):
         first = self._file.stored(_FIRST_CONVOLUTION).shape if _FIRST_CONVOLUTION in self._file else ()
         if len(text) != 2 or len(first) != 4:
             raise ExportError(f"{self.where} has no whole U-Net; download it again")
-        found = (
+        held = (
             _SIZE_EMBEDDING in self._file,
             any(key.startswith(_MIDDLE_ATTENTION) for key in self._file),
             text[1],
         )
-        wanted = (
+        expected = (
             config["addition_embed_type"] == "text_time",
             config["mid_block_type"] == "UNetMidBlock2DCrossAttn",
             int(config["cross_attention_dim"]),
         )
-        if found != wanted:
+        if held != expected:
             raise ExportError(
-                f"{self.where} holds {_describe(found)}, and {self._model} is {_describe(wanted)}; "
+                f"{self.where} holds {_describe(held)}, and {self._model} is {_describe(expected)}; "
                 "choose another --model or file"
             )
         channels = first[1]
@@ -327,9 +327,9 @@ class _Converted:
         self._shapes = shapes
         self._tensors: Mapping[str, Tensor | None] = {}
         self._sources = _sources(part, convert)
-        found = convert({key: torch.empty(part.stored(key).shape, device="meta") for key in part})
+        converted = convert({key: torch.empty(part.stored(key).shape, device="meta") for key in part})
         for key, shape in shapes.items():
-            tensor = found[self.find(key)]
+            tensor = converted[self.find(key)]
             held = () if tensor is None else tuple(tensor.shape)
             if _squeezed(held) != _squeezed(shape):  # 1x1 convolutions may be held as linear layers
                 raise ExportError(

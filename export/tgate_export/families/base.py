@@ -109,17 +109,17 @@ class Family(ABC):
 
     def check_pipeline(self, checkpoint: Checkpoint) -> None:
         """Raises :class:`~tgate_engine.errors.ExportError` for a checkpoint of another pipeline."""
-        found = checkpoint.model_index.get("_class_name")
-        if found not in self.pipeline_classes:
-            raise ExportError(f"{checkpoint.where} holds a {found}; wanted is a {' or '.join(self.pipeline_classes)}")
+        name = checkpoint.model_index.get("_class_name")
+        if name not in self.pipeline_classes:
+            raise ExportError(f"{checkpoint.where} holds a {name}; wanted is a {' or '.join(self.pipeline_classes)}")
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises :class:`~tgate_engine.errors.ExportError` where the configs are of another architecture, or ask for
         something that the pipeline would not do."""
-        given, channels = self.config(checkpoint, self.denoiser)["in_channels"], self.latent_channels(checkpoint)
-        if given != channels:
+        inputs, channels = self.config(checkpoint, self.denoiser)["in_channels"], self.latent_channels(checkpoint)
+        if inputs != channels:
             raise ExportError(
-                f"{checkpoint.where}: the {self.denoiser} takes {given} channels, its latents have {channels}; "
+                f"{checkpoint.where}: the {self.denoiser} takes {inputs} channels, its latents have {channels}; "
                 "inpainting and image-to-image checkpoints cannot be exported"
             )
         self.check_decoder(checkpoint)
@@ -152,8 +152,8 @@ class Family(ABC):
     def config(self, checkpoint: Checkpoint, component: str) -> Mapping[str, Any]:
         """A component's configuration as its class reads it: what config.json leaves out has the class's default."""
         config: Any = self.skeleton(checkpoint, component).config
-        found: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else config
-        return found
+        values: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else config
+        return values
 
     def build(self, checkpoint: Checkpoint, component: str) -> nn.Module:
         """A component's module in evaluation mode, its weights uninitialised."""
@@ -162,15 +162,15 @@ class Family(ABC):
             if issubclass(cls, transformers.PreTrainedModel):
                 config = self._own_config(checkpoint, component, config)
                 self._check_class(checkpoint, component, config)
-                wanted = cls.config_class.from_dict(config)
-                if not wanted.return_dict:
+                parsed = cls.config_class.from_dict(config)
+                if not parsed.return_dict:
                     raise ExportError(
                         f"{checkpoint.where}: {component}/config.json has return_dict = false, which pipelines of "
                         "diffusers do not expect; leave it out"
                     )
-                wanted._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"
+                parsed._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"
                 with no_init_weights():
-                    module: nn.Module = cls(wanted)
+                    module: nn.Module = cls(parsed)
             else:
                 self._check_class(checkpoint, component, config)
                 with no_init_weights():
@@ -178,9 +178,9 @@ class Family(ABC):
         except ExportError:
             raise
         except Exception as error:  # diffusers, transformers and PyTorch raise many kinds for values they cannot use
-            said = " ".join(str(error).split())
+            message = " ".join(str(error).split())
             raise ExportError(
-                f"{checkpoint.where}: {component} is no {cls.__name__} ({type(error).__name__}: {said:.300}); the "
+                f"{checkpoint.where}: {component} is no {cls.__name__} ({type(error).__name__}: {message:.300}); the "
                 "checkpoint is of another architecture, or damaged"
             ) from None
         return module.eval()

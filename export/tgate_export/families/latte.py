@@ -42,10 +42,10 @@ class Latte(Family):
     def check(self, checkpoint: Checkpoint) -> None:
         super().check(checkpoint)
         config = self.config(checkpoint, "transformer")
-        channels, given = config["in_channels"], config["out_channels"]
-        if given != 2 * channels:
+        channels, outputs = config["in_channels"], config["out_channels"]
+        if outputs != 2 * channels:
             raise ExportError(
-                f"{checkpoint.where}: the transformer gives {given} channels; {self.pipeline_classes[0]} wants "
+                f"{checkpoint.where}: the transformer gives {outputs} channels; {self.pipeline_classes[0]} wants "
                 f"{2 * channels}, the noise and its variance, and takes the first half"
             )
 
@@ -100,14 +100,14 @@ class Latte(Family):
         return int(self.config(checkpoint, "transformer")["video_length"])
 
     def encode_with(self, pipe: Any, prompt: str, negative: str, clip_skip: int) -> tuple[Texts, Texts]:
-        found = []
+        encoded = []
         for text in (prompt, negative):
             states, _ = pipe.encode_prompt(text, False, device="cpu", clean_caption=False, mask_feature=False)
             mask = pipe.tokenizer(
                 text.lower().strip(), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
             ).attention_mask
-            found.append({"prompt_embeds": states, "prompt_mask": mask.float()})
-        return found[0], found[1]
+            encoded.append({"prompt_embeds": states, "prompt_mask": mask.float()})
+        return encoded[0], encoded[1]
 
     def call(self, pipe: Any, conditioning: Texts, guidance_scale: float, guidance_rescale: float) -> dict[str, Any]:
         end = int(conditioning["prompt_mask.positive"][0].sum())  # where the pipeline cuts both texts

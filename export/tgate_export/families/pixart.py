@@ -50,13 +50,13 @@ class PixArt(Family):
                 "none; this checkpoint is of another architecture"
             )
         config = self.config(checkpoint, "transformer")
-        channels, given = config["in_channels"], config["out_channels"]
-        if given not in (channels, 2 * channels):
+        channels, outputs = config["in_channels"], config["out_channels"]
+        if outputs not in (channels, 2 * channels):
             raise ExportError(
-                f"{checkpoint.where}: the transformer gives {given} channels; samplers take {channels}, or twice as "
+                f"{checkpoint.where}: the transformer gives {outputs} channels; samplers take {channels}, or twice as "
                 "many where it predicts a variance"
             )
-        sized = self._told_size(checkpoint)
+        sized = self._takes_size(checkpoint)
         pipeline = str(checkpoint.model_index["_class_name"])
         if sized and (pipeline != "PixArtAlphaPipeline" or config["sample_size"] != 128):
             raise ExportError(
@@ -65,11 +65,11 @@ class PixArt(Family):
                 "if it was trained without"
             )
 
-    def _told_size(self, checkpoint: Checkpoint) -> bool:
+    def _takes_size(self, checkpoint: Checkpoint) -> bool:
         """Where the config does not say, diffusers goes by the size of the 1024-pixel models."""
         config = self.config(checkpoint, "transformer")
-        told = config["use_additional_conditions"]
-        return bool(config["sample_size"] == 128 if told is None else told)
+        stated = config["use_additional_conditions"]
+        return bool(config["sample_size"] == 128 if stated is None else stated)
 
     def denoise(
         self,
@@ -93,7 +93,7 @@ class PixArt(Family):
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
         """The text and its mask; in the 1024-pixel models also the size and its aspect."""
         text = t5_conditioning(self, checkpoint, self.token_length(checkpoint, 0), negative_mask="own")
-        if not self._told_size(checkpoint):
+        if not self._takes_size(checkpoint):
             return text
         rows = {"resolution": (float(size.height), float(size.width)), "aspect_ratio": (size.height / size.width,)}
         return (
@@ -122,10 +122,10 @@ class PixArt(Family):
 
     def encode_with(self, pipe: Any, prompt: str, negative: str, clip_skip: int) -> tuple[Texts, Texts]:
         length = TOKENS[type(pipe).__name__]
-        found = pipe.encode_prompt(
+        encoded = pipe.encode_prompt(
             prompt, negative_prompt=negative, device="cpu", clean_caption=False, max_sequence_length=length
         )
-        positive, mask, other, other_mask = found
+        positive, mask, other, other_mask = encoded
         return (
             {"prompt_embeds": positive, "prompt_mask": mask.float()},
             {"prompt_embeds": other, "prompt_mask": other_mask.float()},

@@ -144,8 +144,8 @@ class StableVideo(Family):
         """The pipeline encodes a picture itself: what one was made into is put in the place of its encoders."""
 
         def halves(name: str) -> Tensor:
-            found = [conditioning.get(f"{name}.{half}") for half in ("negative", "positive")]
-            return torch.cat([tensor for tensor in found if tensor is not None])
+            tensors = [conditioning.get(f"{name}.{half}") for half in ("negative", "positive")]
+            return torch.cat([tensor for tensor in tensors if tensor is not None])
 
         latents = conditioning["image_latents.positive"]
         pipe._encode_image = lambda *_args, **_options: halves("image_embeds")
@@ -165,7 +165,7 @@ def _normalisation(checkpoint: Checkpoint) -> tuple[list[float], list[float]]:
     The pipeline sets everything else about it."""
     nested = checkpoint.further("feature_extractor/processor_config.json") or {}
     own = nested.get("image_processor") or checkpoint.further("feature_extractor/preprocessor_config.json") or {}
-    found = []
+    numbers = []
     for key, default in (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD)):
         values = own.get(key)
         values = default if values is None else values
@@ -177,8 +177,8 @@ def _normalisation(checkpoint: Checkpoint) -> tuple[list[float], list[float]]:
                 f"{checkpoint.where}: feature_extractor/preprocessor_config.json has {key} = {values!r}; "
                 "three finite numbers are wanted, one for each colour"
             )
-        found.append([float(value) for value in values])
-    return found[0], found[1]
+        numbers.append([float(value) for value in values])
+    return numbers[0], numbers[1]
 
 
 class _Image(nn.Module):

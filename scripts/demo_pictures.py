@@ -9,7 +9,7 @@ import sys
 
 from PIL import Image
 
-from tgate_runtime.pipeline import Pipeline
+from tgate_runtime import Pipeline
 
 PROMPTS = (
     "a large red circle above a small blue square",
@@ -24,11 +24,8 @@ GAP_PX = 4
 
 def main(bundle: str, output: str) -> None:
     """Draw every prompt with both plans and save the sheet as ``output``."""
-    with Pipeline.open(bundle) as pipe:
-        rows = [
-            [pipe(prompt, seed=seed, plan=plan).images[0] for seed, prompt in enumerate(PROMPTS)]
-            for plan in ("ungated", "default")
-        ]
+    with Pipeline.open(bundle, plans=["ungated", "default"]) as pipe:
+        rows = [pipe(PROMPTS, seed=0, plan=plan).images for plan in ("ungated", "default")]
     width, height = rows[0][0].size
     sheet = Image.new("RGB", (len(PROMPTS) * (width + GAP_PX) - GAP_PX, 2 * height + GAP_PX), "white")
     for y, row in enumerate(rows):

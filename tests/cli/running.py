@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 PROMPT = "a large red circle"
 
@@ -21,3 +22,8 @@ def fails(result: tuple[int, str, str], *says: str, status: int = 1) -> None:
         assert text in lines[0]
     assert got == status
     assert out == ""
+
+
+def beside(bundle: Path) -> list[str]:
+    """The names of everything that lies beside a bundle."""
+    return sorted(path.name for path in bundle.parent.iterdir() if path != bundle)

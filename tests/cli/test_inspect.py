@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.toy_bundle import Toy, build
-from tgate_cli.inspect import carry_bytes, describe, guidance_stopped, memory, shortened, ungated
+from tests.toy_bundle import Toy, build, edit_manifest
+from tgate_cli.inspect import describe, shortened
 from tgate_engine.bundle import Bundle
-from tgate_engine.schedule import Schedule
-from tgate_runtime.backends import Buffer
-from tgate_runtime.binding import Binding
-from tgate_runtime.session import Session
+from tgate_engine.errors import BundleError
+from tgate_export.methods.base import Settings
 
-SCHEDULES = {
-    "default": Schedule(steps=8, gate=5, self_interval=2),
-    "fast": Schedule(steps=4, gate=2, fidelity_interval=2),
+SETTINGS = {
+    "default": Settings(steps=8, gate=5, self_interval=2),
+    "fast": Settings(steps=4, gate=2, fidelity_interval=2),
 }
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return Bundle.open(build(tmp_path_factory.mktemp("inspect") / "toy", Toy(schedules=SCHEDULES)))
+    """Two plans with their baselines, two sizes, two ranges of batches. Read only."""
+    toy = Toy(settings=SETTINGS, sizes=((4, 4), (8, 2)), batches=((1, 1), (2, 4)))
+    return Bundle.open(build(tmp_path_factory.mktemp("inspect") / "toy", toy, goldens=False))
 
 
 def test_a_plan_step_by_step(bundle: Bundle) -> None:
     data = json.loads(json.dumps(describe(bundle)))
     plan = data["plans"]["default"]
+    assert plan["settings"] == {"method": "tgate", "n": 8, "m": 5, "k": 2, "w": 2, "f": 1}
     assert [s["graph"] for s in plan["steps"]] == ["full"] * 3 + ["reuse_self", "full"] + ["reuse_cross"] * 3
     assert plan["steps"][3] == {
         "index": 3,
@@ -40,11 +42,37 @@ def test_a_plan_step_by_step(bundle: Bundle) -> None:
         "macs": {"paper": 1600, "all": 1700},
     }
     assert plan["macs"] == {"paper": 4 * 2000 + 1600 + 3 * 800, "all": 4 * 2600 + 1700 + 3 * 1100}
-    assert plan["macs_ungated"] == {"paper": 8 * 2000, "all": 8 * 2600}
     assert all(sum(s["macs"][what] for s in plan["steps"]) == plan["macs"][what] for what in ("paper", "all"))
 
 
-def test_sizes(bundle: Bundle) -> None:
+def test_the_plans_that_it_is_compared_with(bundle: Bundle) -> None:
+    plans = describe(bundle)["plans"]
+    assert plans["default"]["baselines"] == {
+        "ungated": {"macs": {"paper": 8 * 2000, "all": 8 * 2600}},
+        "guidance_stopped": {"macs": {"paper": 5 * 2000 + 3 * 1000, "all": 5 * 2600 + 3 * 1300}},
+    }
+    assert plans["fast"]["baselines"] == {
+        "fast.ungated": {"macs": {"paper": 4 * 2000, "all": 4 * 2600}},
+        "fast.guidance_stopped": {"macs": {"paper": 2 * 2000 + 2 * 1000, "all": 2 * 2600 + 2 * 1300}},
+    }
+    assert plans["ungated"]["baselines"] == {}
+
+
+def test_baselines_are_taken_as_they_are_stored(bundle: Bundle, tmp_path: Path) -> None:
+    """Whatever the method: it is for export to know what a plan is to be measured against."""
+
+    def edit(manifest: dict[str, Any]) -> None:
+        manifest["plans"]["default"]["settings"] = {"method": "another", "rate": 0.5}
+        manifest["plans"]["default"]["baselines"] = ["fast"]
+
+    other = build(tmp_path / "toy", Toy(settings=SETTINGS))
+    edit_manifest(other, edit)
+    plan = describe(Bundle.open(other))["plans"]["default"]
+    assert plan["settings"] == {"method": "another", "rate": 0.5}
+    assert plan["baselines"] == {"fast": {"macs": describe(bundle)["plans"]["fast"]["macs"]}}
+
+
+def test_bytes(bundle: Bundle) -> None:
     data = describe(bundle)
     on_disk = {p.name: p.stat().st_size for p in bundle.path.rglob("*") if p.is_file()}
     assert data["bytes"]["weights"] == on_disk["weights.safetensors"]
@@ -52,18 +80,47 @@ def test_sizes(bundle: Bundle) -> None:
     assert data["bytes"]["total"] == sum(p.stat().st_size for p in bundle.path.rglob("*") if p.is_file())
     # Two self carries for both halves, two cross carries for one, 32 features of 4 bytes.
     assert data["plans"]["default"]["carry_bytes"] == (2 * 2 + 2) * 32 * 4
-    assert carry_bytes(bundle.manifest.plan("default"), bundle.manifest, batch=3) == 3 * (2 * 2 + 2) * 32 * 4
+    assert data["plans"]["ungated"]["carry_bytes"] == 0
 
 
-def test_the_plans_that_it_is_compared_with(bundle: Bundle, tmp_path: Path) -> None:
-    plan = bundle.manifest.plan("default")
-    assert [s.graph for s in ungated(plan, bundle.manifest).steps] == ["full"] * 8
-    stopped = guidance_stopped(plan, bundle.manifest)
-    assert stopped is not None
-    assert [s.graph for s in stopped.steps] == ["full"] * 5 + ["unguided"] * 3
-    stopped.check(bundle.manifest)
-    alone = Bundle.open(build(tmp_path / "toy", Toy(guided=False))).manifest
-    assert guidance_stopped(alone.plan("default"), alone) is None
+def test_every_size_and_range_of_batches(bundle: Bundle) -> None:
+    shapes = describe(bundle)["shapes"]
+    assert [(s["width"], s["height"], s["batch"], s["latents"]) for s in shapes] == [
+        (4, 4, [1, 1], [2, 4, 4]),
+        (4, 4, [2, 4], [2, 4, 4]),
+        (8, 2, [1, 1], [2, 2, 8]),
+        (8, 2, [2, 4], [2, 2, 8]),
+    ]
+    on_disk = {p.name: p.stat().st_size for p in bundle.path.glob("*.onnx")}
+    roles = {"text": "text", "decoder": "decode"}
+    for shape in shapes:
+        for name, graph in shape["graphs"].items():
+            assert (graph["role"], graph["bytes"]) == (roles.get(name, "denoise"), on_disk[graph["file"]])
+    assert shapes[3]["graphs"]["full"] == {
+        "file": "full-8x2-batch-2-4.onnx",
+        "role": "denoise",
+        "bytes": on_disk["full-8x2-batch-2-4.onnx"],
+        "macs": {"paper": 2000, "all": 2600},
+    }
+
+
+def test_plans_are_described_at_the_size_that_is_asked_for(tmp_path: Path) -> None:
+    def edit(manifest: dict[str, Any]) -> None:
+        manifest["shapes"][1]["graphs"]["full"]["macs"] = {"paper": 5, "all": 7}
+
+    path = build(tmp_path / "toy", Toy(sizes=((4, 4), (8, 2))), goldens=False)
+    edit_manifest(path, edit)
+    bundle = Bundle.open(path)
+    ungated = {size: describe(bundle, size)["plans"]["ungated"]["macs"] for size in (None, "4x4", "8x2")}
+    assert ungated == {size: {"paper": 8 * 2000, "all": 8 * 2600} for size in (None, "4x4")} | {
+        "8x2": {"paper": 40, "all": 56}
+    }
+    at = describe(bundle, "8x2")
+    assert (describe(bundle)["size"], at["size"]) == ("4x4", "8x2")
+    assert at["plans"]["default"]["baselines"]["ungated"]["macs"] == {"paper": 40, "all": 56}
+    assert at["plans"]["default"]["steps"][0]["macs"] == {"paper": 5, "all": 7}
+    with pytest.raises(BundleError, match="no size 2x2; it has 4x4, 8x2"):
+        describe(bundle, "2x2")
 
 
 @pytest.mark.parametrize(
@@ -80,32 +137,3 @@ def test_the_plans_that_it_is_compared_with(bundle: Bundle, tmp_path: Path) -> N
 )
 def test_long_lists_of_carries_are_shortened(names: list[str], shown: str) -> None:
     assert shortened(names) == shown
-
-
-@pytest.mark.parametrize("name", list(SCHEDULES))
-def test_a_request_takes_the_memory_that_is_said(bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every buffer that a binding allocates, and nothing else."""
-    with Session.open(bundle, threads=1) as session:
-        plan, taken = bundle.manifest.plan(name), []
-        allocate = session.backend.allocate
-
-        def counting(shape: tuple[int, ...], dtype: str) -> Buffer:
-            buffer = allocate(shape, dtype)
-            taken.append(buffer.read().nbytes)
-            return buffer
-
-        monkeypatch.setattr(session.backend, "allocate", counting)
-        for batch in (1, 2):
-            taken.clear()
-            Binding(session, plan, batch)
-            assert memory(plan, bundle.manifest, batch=batch)["request"] == sum(taken)
-
-
-def test_scratch_is_the_hungriest_step(mini_bundle: Path) -> None:
-    manifest = Bundle.open(mini_bundle).manifest
-    need = {name: memory(manifest.plan(name), manifest) for name in manifest.plans}
-    assert need["ungated"]["request"] < need["default"]["request"]  # it has no carries
-    for name, plan in manifest.plans.items():
-        most = max(manifest.graphs[graph].scratch_bytes for graph in plan.graphs())
-        assert 0 < most <= need[name]["scratch"]
-        assert need[name]["peak"] == sum(need[name][part] for part in ("weights", "request", "scratch"))

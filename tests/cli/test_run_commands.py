@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cli.running import PROMPT, Run, fails
-from tests.test_bundle import FILES, MISCHIEF, left_behind
+from tests.cli.running import PROMPT, Run, beside, fails
 from tests.toy_bundle import Toy, build, edit_manifest
 from tests.toy_model import LATENTS
+from tgate_engine.bundle import Bundle
+from tgate_engine.errors import EngineError
 from tgate_engine.manifest import MANIFEST_FILE
+from tgate_export.methods.base import Settings
+from tgate_runtime.engines import EngineEntry
 from tgate_runtime.noise import noise
 from tgate_runtime.pipeline import Pipeline
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of two sizes and two gated plans. Read only."""
+    settings = {"default": Settings(steps=8, gate=5, self_interval=2), "early": Settings(steps=8, gate=2)}
+    toy = Toy(sizes=((4, 4), (8, 2)), settings=settings)
+    return build(tmp_path_factory.mktemp("sizes") / "toy", toy, goldens=False)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The files of the graphs that commands have loaded when they draw."""
+    files: set[str] = set()
+    draw = Pipeline.__call__
+
+    def drawing(self: Pipeline, *arguments: Any, **options: Any) -> Any:
+        for spec in (spec for shape in self.session.manifest.shapes for spec in shape.graphs.values()):
+            with contextlib.suppress(EngineError):
+                self.session.executable(spec)
+                files.add(spec.file)
+        return draw(self, *arguments, **options)
+
+    monkeypatch.setattr(Pipeline, "__call__", drawing)
+    return files
+
+
+# --- generate -----------------------------------------------------------------------------------
 
 
 def test_generate_equals_the_pipeline(run: Run, good: Path, tmp_path: Path) -> None:
@@ -42,8 +76,66 @@ def test_a_drawn_seed_is_reported_and_draws_the_same_again(run: Run, good: Path,
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_every_image_is_reported_with_its_seed(run: Run, good: Path, tmp_path: Path) -> None:
+    """Image j of seed s is the one image of seed s + j."""
+    _, _, err = run("generate", good, PROMPT, "--num-images", 3, "--output", tmp_path / "a.png")
+    ((first, last),) = ((int(w[1]), int(w[3])) for w in map(str.split, err.splitlines()) if w[0] == "seeds")
+    assert last == first + 2
+    assert f"seeds {first} to {last}" in err.splitlines()
+    run("generate", good, PROMPT, "--output", tmp_path / "b.png", "--seed", last)
+    assert (tmp_path / "a-2.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    _, _, err = run("generate", good, PROMPT, "--num-images", 2, "--seed", 1, "--output", tmp_path / "c.png")
+    assert "seed" not in err
+
+
+def test_a_size_and_a_plan_are_all_that_is_loaded(run: Run, sizes: Path, tmp_path: Path, loaded: set[str]) -> None:
+    drawn = ("generate", sizes, PROMPT, "--seed", 5, "--threads", 1)
+    assert run(*drawn, "--size", "8x2", "--plan", "early", "--output", tmp_path / "a.png")[0] == 0
+    assert loaded == {"text.onnx", "decoder-8x2.onnx", "full-8x2.onnx", "reuse_cross-8x2.onnx"}
+    with Image.open(tmp_path / "a.png") as image, Pipeline.open(sizes, threads=1) as pipe:
+        assert image.size == (8, 2)
+        np.testing.assert_array_equal(
+            np.asarray(image), np.asarray(pipe(PROMPT, seed=5, size="8x2", plan="early").images[0])
+        )
+    loaded.clear()
+    assert run(*drawn, "--output", tmp_path / "b.png")[0] == 0
+    assert loaded == {"text.onnx", "decoder.onnx", "full.onnx", "reuse_self.onnx", "reuse_cross.onnx"}
+    with Image.open(tmp_path / "b.png") as image:
+        assert image.size == (4, 4)
+
+
+def test_a_plan_of_a_file(run: Run, sizes: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps(Bundle.open(sizes).manifest.plan("early").to_json()))
+    for plan, output in (("early", "a.png"), (tmp_path / "p.json", "b.png"), ("default", "c.png")):
+        assert run("generate", sizes, PROMPT, "--seed", 2, "--plan", plan, "--output", tmp_path / output)[0] == 0
+    pictures = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png")]
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_a_plan_of_the_bundle_comes_before_a_file_of_its_name(
+    run: Run, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_manifest(toy, lambda d: d["plans"].update({"p.json": {**d["plans"]["ungated"], "name": "p.json"}}))
+    monkeypatch.chdir(tmp_path)
+    Path("p.json").write_text("not a plan")
+    assert run("generate", toy, PROMPT, "--plan", "p.json", "--output", "x.png")[0] == 0
+
+
+def test_the_noise_of_another_generator(run: Run, good: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", noise(4, LATENTS, generator="torch-cuda")[None])
+    ways: tuple[tuple[object, ...], ...] = (
+        ("--generator", "torch-cuda"),
+        ("--initial-latents", tmp_path / "x.npy"),
+        ("--generator", "numpy"),
+    )
+    for i, way in enumerate(ways):
+        assert run("generate", good, PROMPT, "--seed", 4, *way, "--output", tmp_path / f"{i}.png")[0] == 0
+    pictures = [(tmp_path / f"{i}.png").read_bytes() for i in range(3)]
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
 def test_several_pictures_and_given_latents(run: Run, good: Path, tmp_path: Path) -> None:
-    start = np.stack([noise(9, j, LATENTS) for j in range(2)])
+    start = np.stack([noise(9 + j, LATENTS) for j in range(2)])
     np.save(tmp_path / "x.npy", start)
     start_at = ("--initial-latents", tmp_path / "x.npy")
     status, out, _ = run("generate", good, PROMPT, "--num-images", 2, *start_at, "--output", tmp_path / "a.png")
@@ -74,6 +166,9 @@ def test_a_long_prompt_warns_even_when_quiet(run: Run, good: Path, tmp_path: Pat
     assert line.endswith('left out: "Small blue square"')
 
 
+# --- the others ---------------------------------------------------------------------------------
+
+
 def test_inspect_as_data(run: Run, good: Path) -> None:
     status, out, err = run("inspect", good, "--json")
     assert (status, err) == (0, "")
@@ -88,10 +183,15 @@ def test_inspect_for_people(run: Run, good: Path) -> None:
     assert "fidelity-improving  reuse_cross" in out
 
 
+def test_inspect_at_a_size(run: Run, sizes: Path) -> None:
+    status, out, _ = run("inspect", sizes, "--json", "--size", "8x2")
+    assert (status, json.loads(out)["size"]) == (0, "8x2")
+
+
 def test_verify_prints_the_worst_errors(run: Run, good: Path) -> None:
     status, out, _ = run("verify", good)
     assert status == 0
-    assert "digests: 12 files and the manifest match" in out
+    assert "digests: 13 files and the manifest match" in out
     assert out.count("worst relative error") == 2
 
 
@@ -108,7 +208,7 @@ def test_bench_as_data(run: Run, good: Path) -> None:
     status, out, _ = run("bench", good, "--json", "--repeats", 1, "--threads", 1, "--quiet")
     assert status == 0
     data = json.loads(out)
-    assert set(data["plans"]) == {"gated", "guidance_stopped", "ungated"}
+    assert list(data["plans"]) == ["default", "ungated", "guidance_stopped"]
     assert data["speedup"] > 0
     assert data["mac_ratio"] > 1
 
@@ -116,15 +216,41 @@ def test_bench_as_data(run: Run, good: Path) -> None:
 def test_bench_for_people(run: Run, good: Path) -> None:
     status, out, _ = run("bench", good, "--repeats", 1, "--threads", 1)
     assert status == 0
-    assert "guidance_stopped" in out
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["default", "ungated", "guidance_stopped"]
 
 
-def test_bench_leaves_out_the_plan_between_when_asked(run: Run, good: Path) -> None:
-    status, out, _ = run("bench", good, "--json", "--without-stopped", "--repeats", 1, "--threads", 1, "--quiet")
+def test_bench_against_plans_by_name(run: Run, sizes: Path) -> None:
+    named = ("--plan", "early", "--against", "default", "--against", "ungated", "--size", "8x2")
+    status, out, _ = run("bench", sizes, "--json", *named, "--repeats", 1, "--threads", 1, "--quiet")
     assert status == 0
     data = json.loads(out)
-    assert data["plans"]["guidance_stopped"] == {"ms": None}
+    assert list(data["plans"]) == ["early", "default", "ungated"]
+    assert data["settings"]["size"] == "8x2"
     assert "unguided" not in data["graphs"]
+    # 5 steps of 2600, one of 1700 among them, 3 of 1100; against 2 of 2600 and 6 of 1100
+    assert data["mac_ratio"] == pytest.approx(15400 / 11800)
+
+
+def test_build_compiles_the_graphs_of_a_plan_and_a_size(
+    run: Run, sizes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tgate_runtime.engines import ort
+
+    asked: list[list[str]] = []
+
+    def build(self: object, bundle: Bundle, graphs: Any, on_build: Any = None) -> dict[str, Path]:
+        asked.append([graph.file for graph in graphs])
+        return {"full.onnx": Path("there")} if len(asked) == 1 else {}
+
+    monkeypatch.setattr(ort.OrtCpu, "build", build)
+    (tmp_path / "p.json").write_text(json.dumps(Bundle.open(sizes).manifest.plan("ungated").to_json()))
+    assert run("build", sizes, "--quiet") == (0, "full.onnx: there\n", "")
+    says = "ort-cpu compiles nothing ahead of time: the bundle is ready\n"
+    for plan in ("ungated", tmp_path / "p.json"):
+        assert run("build", sizes, "--quiet", "--plan", plan, "--size", "8x2") == (0, says, "")
+    each = ("full", "reuse_self", "reuse_cross", "unguided", "decoder")
+    assert sorted(asked[0]) == sorted(["text.onnx", *(f"{name}{of}.onnx" for name in each for of in ("", "-8x2"))])
+    assert [sorted(files) for files in asked[1:]] == [["decoder-8x2.onnx", "full-8x2.onnx", "text.onnx"]] * 2
 
 
 def test_engines_as_data(run: Run) -> None:
@@ -151,19 +277,52 @@ def test_what_is_not_installed_is_named(run: Run, good: Path, monkeypatch: pytes
     fails(result, "drawing needs tokenizers", "pip install 'tgate-engine[cpu]'")
 
 
-# --- bundles that are bad -----------------------------------------------------------------------
+# --- engines ------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, tuple[object, ...]] = {
     "generate": (PROMPT, "--seed", 1),
     "inspect": ("--json",),
     "verify": (),
     "bench": ("--repeats", 1, "--json"),
+    "build": (),
 }
+ON_ENGINES = ("generate", "verify", "bench", "build")
 
 
 def command(name: str, bundle: Path) -> list[object]:
     rest = [*COMMANDS[name], *(["--output", bundle.parent / "x.png"] if name == "generate" else [])]
     return [name, bundle, *rest]
+
+
+@pytest.mark.parametrize("name", ON_ENGINES)
+def test_an_engine_is_made_once_with_its_options(
+    run: Run, toy: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    made: list[Any] = []
+    make = EngineEntry.open
+
+    def making(entry: EngineEntry, options: Any) -> Any:
+        made.append((entry.name, options.threads, options.memory))
+        return make(entry, options)
+
+    monkeypatch.setattr(EngineEntry, "open", making)
+    assert run(*command(name, toy), "--threads", 1, "--memory", "shared")[0] == 0
+    assert made == [("ort-cpu", 1, "shared")]
+
+
+@pytest.mark.parametrize("name", ON_ENGINES)
+def test_an_engine_that_is_not_there_is_told_before_the_bundle_is_read(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(Bundle, "open", lambda *_, **__: pytest.fail("the bundle was opened"))
+    asked = command(name, tmp_path / "nothing")
+    fails(run(*asked, "--engine", "other"), "there is no engine 'other'; the engines are ort-cpu, ")
+    fails(run(*asked, "--device", 1), "engine ort-cpu runs on the CPU; leave out --device")
+
+
+# --- bundles that are bad -----------------------------------------------------------------------
+
+FILES = ("full.onnx", "weights.safetensors", "samplers.safetensors", "tokenizer/0.json", MANIFEST_FILE)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -173,7 +332,7 @@ def test_a_flipped_bit(run: Run, toy: Path, name: str, file: str) -> None:
     raw[len(raw) // 2] ^= 1
     (toy / file).write_bytes(raw)
     fails(run(*command(name, toy)), file, "damaged")
-    assert left_behind(toy.parent, "toy") == []
+    assert beside(toy) == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -181,21 +340,46 @@ def test_a_flipped_bit(run: Run, toy: Path, name: str, file: str) -> None:
 def test_a_missing_file(run: Run, toy: Path, name: str, file: str) -> None:
     (toy / file).unlink()
     fails(run(*command(name, toy)), file)
-    assert left_behind(toy.parent, "toy") == []
+    assert beside(toy) == []
+
+
+MISCHIEF: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "an older schema": (lambda d: d.update(schema_version=2), "export it again with tgate-export, from the same"),
+    "a file outside": (lambda d: d.update(weights="/etc/passwd"), "'/etc/passwd' is not a plain name"),
+    "a carry that nothing writes": (
+        lambda d: d["plans"]["default"]["steps"][4].update(writes=[]),
+        "step 5 reads cross.0, which no earlier step writes",
+    ),
+    "a baseline that is not there": (
+        lambda d: d["plans"]["default"].update(baselines=["other"]),
+        "names baseline 'other', which is not there",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", MISCHIEF)
 def test_a_manifest_with(run: Run, toy: Path, what: str) -> None:
     edit, says = MISCHIEF[what]
     edit_manifest(toy, edit)
-    for name in ("generate", "verify"):
+    for name in COMMANDS:
         fails(run(*command(name, toy)), says)
-    assert left_behind(toy.parent, "toy") == []
+    assert beside(toy) == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_bundle(run: Run, tmp_path: Path, name: str) -> None:
     fails(run(*command(name, tmp_path / "nothing")), "there is no such directory")
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "verify"])
+def test_a_size_that_is_not_there(run: Run, sizes: Path, name: str) -> None:
+    fails(run(*command(name, sizes), "--size", "4x8"), "the bundle has no size 4x8; it has 4x4, 8x2")
+    assert beside(sizes) == []
+
+
+@pytest.mark.parametrize("options", [["--plan", "other"], ["--against", "ungated", "--against", "other"]])
+def test_bench_of_a_plan_that_is_not_there(run: Run, good: Path, options: list[str]) -> None:
+    fails(run("bench", good, *options), "no plan 'other'; it has default, guidance_stopped, ungated")
 
 
 # --- requests that are bad ----------------------------------------------------------------------
@@ -212,6 +396,12 @@ def test_no_bundle(run: Run, tmp_path: Path, name: str) -> None:
         (["--output", "x.png", "--save-latents", "/proc/y.npy"], "/proc/y.npy cannot be written ("),
         (["--output", "x.png", "--save-latents", "deep/y.npy"], "there is no directory deep"),
         (["--output", "x.png", "--plan", "other"], "has no plan 'other'; it has default"),
+        (["--output", "x.png", "--plan", "none.json"], "none.json: there is no such plan file"),
+        (["--output", "x.png", "--plan", "text.json"], "text.json is not a plan file"),
+        (["--output", "x.png", "--plan", "list.json"], "list.json holds list, not a plan"),
+        (["--output", "x.png", "--plan", "empty.json"], "empty.json: a plan is malformed"),
+        (["--output", "x.png", "--plan", "other.json"], "runs graph 'elsewhere'; the bundle has full"),
+        (["--output", "x.png", "--generator", "other"], "no generator 'other'; use one of numpy, torch-cuda"),
         (["--output", "x.png", "--seed", "-1"], "a seed is a whole number"),
         (["--output", "x.png", "--seed", str(2**63)], "a seed is a whole number"),
         (["--output", "x.png", "--guidance-scale", "1"], "export with --guidance-scale 1"),
@@ -239,6 +429,11 @@ def test_a_request_that_cannot_be_served(
     np.save("shape.npy", np.zeros((2, 2, 4), np.float32))
     np.save("double.npy", np.zeros((1, *LATENTS)))
     np.save("nan.npy", np.full((1, *LATENTS), np.nan, np.float32))
+    Path("text.json").write_text("not a plan")
+    Path("list.json").write_text("[]")
+    Path("empty.json").write_text("{}")
+    plan = json.dumps(Bundle.open(good).manifest.plan("ungated").to_json())
+    Path("other.json").write_text(plan.replace('"full"', '"elsewhere"'))
     before = sorted(p.name for p in tmp_path.iterdir())
     fails(run("generate", good, PROMPT, *arguments), says)
     assert sorted(p.name for p in tmp_path.iterdir()) == before

@@ -12,11 +12,13 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tgate_engine.errors import PlanError, TgateError
 from tgate_engine.graph import DENOISE, GraphSpec
 from tgate_engine.sampler import Fact, Sampler, SamplerStep, check_facts
+
+T = TypeVar("T")
 
 _SAMPLER_STEP_FIELDS = ("timestep", "input_scale", "latents", "outputs", "noise")
 _AGAIN = "Make the plan again with `tgate plan`."
@@ -168,16 +170,16 @@ class Plan:
                 name=name,
                 sampler=sampler,
                 guidance_scale=float(guidance),
-                settings=check_facts(dict(data["settings"])),
-                baselines=tuple(str(b) for b in data["baselines"]),
+                settings=check_facts(dict(_of(dict, data["settings"]))),
+                baselines=_texts(data["baselines"]),
                 steps=tuple(
                     Step(
-                        index=int(step["index"]),
-                        phase=str(step["phase"]),
-                        graph=str(step["graph"]),
+                        index=_of(int, step["index"]),
+                        phase=_of(str, step["phase"]),
+                        graph=_of(str, step["graph"]),
                         call=call,
-                        reads=tuple(str(r) for r in step["reads"]),
-                        writes=tuple(str(w) for w in step["writes"]),
+                        reads=_texts(step["reads"]),
+                        writes=_texts(step["writes"]),
                     )
                     for step, call in zip(steps, sampler.calls, strict=True)
                 ),
@@ -261,6 +263,17 @@ def _with_writes(steps: Sequence[Step], graphs: Mapping[str, GraphSpec], carries
         live = (live - set(writes)) | set(step.reads)
         kept.append(replace(step, writes=writes))
     return tuple(reversed(kept))
+
+
+def _of(kind: type[T], value: object) -> T:
+    """``value``, seen to be of that kind. Raises :class:`TypeError`."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"expected {kind.__name__}, got {value!r:.60}")
+    return value
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    return tuple(_of(str, value) for value in _of(list, values))
 
 
 def _some(names: Mapping[str, object] | Sequence[str]) -> str:

@@ -1,16 +1,17 @@
-"""A compiled sampler's JSON, and what it refuses to be."""
+"""A compiled sampler: its sum, its JSON, and what it refuses to be."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tgate_engine.errors import SamplerError, TgateError
-from tgate_engine.sampler import HISTORY, Sampler, SamplerStep
+from tgate_engine.sampler import HISTORY, Sampler, SamplerStep, walk
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -104,3 +105,20 @@ def test_a_step_cannot_read_what_does_not_exist_yet() -> None:
     late = SamplerStep(timestep=1.0, input_scale=1.0, latents=(1.0, 0.0, 0.5, 0.0), outputs=(0.0,) * 4)
     with pytest.raises(SamplerError, match="call 0 reads 2 pairs back, but only 0 exist before it"):
         Sampler(name="x", steps=1, initial_scale=1.0, calls=(late,), lead_in=0, prediction_type="epsilon")
+
+
+def test_a_walk_by_hand() -> None:
+    """x' = 2x + 3x_before + 5e + 7e_before + 11z, where e is the scaled latents plus the timestep."""
+    first = SamplerStep(timestep=1.0, input_scale=0.5, latents=(2, 0, 0, 0), outputs=(5, 0, 0, 0), noise=11)
+    second = SamplerStep(timestep=10.0, input_scale=1.0, latents=(2, 3, 0, 0), outputs=(5, 7, 0, 0))
+    sampler = Sampler(name="x", steps=2, initial_scale=4.0, calls=(first, second), lead_in=0, prediction_type="epsilon")
+    assert (sampler.stochastic, sampler.reach, first.lag, second.lag) == (True, 1, 0, 1)
+    noise = np.array([1.0])
+    states = walk(sampler, lambda x, t: x + t, noise, step_noise=lambda i: np.array([100.0 + i]))
+    x0, e0 = 4.0, 4.0 * 0.5 + 1
+    x1 = 2 * x0 + 5 * e0 + 11 * 100
+    e1 = x1 + 10
+    assert [float(state[0]) for state in states] == [x0, x1, 2 * x1 + 3 * x0 + 5 * e1 + 7 * e0]
+    assert noise.tolist() == [1.0]
+    with pytest.raises(SamplerError, match="call 0 needs step_noise"):
+        walk(sampler, lambda x, t: x + t, noise)

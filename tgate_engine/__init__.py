@@ -1,3 +1,3 @@
-"""The contract between export and run time: schedules, plans and bundles."""
+"""The contract between export and run time: the step's interface, plans and bundles."""
 
 __version__ = "0.1.0"

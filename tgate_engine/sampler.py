@@ -123,7 +123,7 @@ class Sampler:
     ``steps``: n, the inference steps the user asked for.
     ``initial_scale``: standard normal noise times this is x_0 (diffusers calls it init_noise_sigma).
     ``calls``: one entry per network call, n of them or, for PNDM, n + 1.
-    ``lead_in``: calls before the gating rules begin, ``len(calls) - steps``.
+    ``lead_in``: calls before the method's rules begin, ``len(calls) - steps``.
     ``prediction_type``: what the network predicts: ``epsilon``, ``v_prediction``, ``sample``, or ``unstated``
     where the scheduler does not say. The coefficients already allow for it; it is kept for the reader.
     ``options``: where the numbers came from (scheduler class, noise schedule, measured residual).

@@ -1,1 +1,1 @@
-"""Build time: turns a diffusion checkpoint and a gating schedule into a bundle."""
+"""Build time: turns a diffusion checkpoint and a method's settings into a bundle."""

@@ -1,7 +1,7 @@
 """The models that can be exported, by name, and the architectures behind them.
 
 A family is one file here. It says how an architecture loads, what conditions it, how diffusers' own pipeline is asked
-for the same, and nothing about gating, graphs or samplers. ``published`` holds the configurations of the models.
+for the same, and nothing about reuse, graphs or samplers. ``published`` holds the configurations of the models.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Family(ABC):
     """One architecture. Modules are built from configs alone, so that their weights may be fake.
 
     A family says how a model loads, what its inputs are, how it is conditioned and how diffusers' own pipeline is
-    asked for the same; nothing about gating itself. Class attributes describe it; methods that most architectures
+    asked for the same; nothing about reuse. Class attributes describe it; methods that most architectures
     share are given here.
     """
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -22,13 +20,13 @@ from tgate_engine.dtypes import decode as to_float
 from tgate_engine.dtypes import encode
 from tgate_engine.errors import RequestError
 from tgate_engine.graph import DECODE, IMAGE, TEXT
-from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Plan
 from tgate_runtime.conditioning import conditioning_of, from_embeddings
 from tgate_runtime.decoder import decode
 from tgate_runtime.engines.protocol import Engine, OnBuild, Options
 from tgate_runtime.image import encode_image, fit_picture
-from tgate_runtime.noise import SEED_LIMIT, check_generator, check_seed, in_step, noise, random_seed
+from tgate_runtime.noise import check_generator, in_step, noise
+from tgate_runtime.request import check_count, check_latents, check_prompts, rows_of, scales_of, seeds_of
 from tgate_runtime.runner import StepDone, run
 from tgate_runtime.session import Session
 from tgate_runtime.state import State, most_at_once
@@ -135,13 +133,13 @@ class Pipeline:
         chosen = self._plan(plan)
         shape, dtype = self.session.shapes(size)[0], self.session.manifest.dtype
         size, latents_shape = shape.size, shape.latents
-        number = _check_count(num_images)
+        number = check_count(num_images)
         check_generator(generator)
         texts = self._prompts(prompt, negative_prompt, image, prompt_embeds)
-        prompts = _rows_of(prompt_embeds) if prompt_embeds is not None else len(texts) or 1
+        prompts = rows_of(prompt_embeds) if prompt_embeds is not None else len(texts) or 1
         count = prompts * number
-        seeds = _seeds(seed, count)
-        scales = _scales(guidance_scale, count, chosen, self.session.manifest)
+        seeds = seeds_of(seed, count)
+        scales = scales_of(guidance_scale, count, chosen, self.session.manifest)
         rows = self._rows(texts, image, prompt_embeds, seeds, number, size)
 
         def drawn(image: int, draw: int) -> NDArray[np.float32]:
@@ -150,7 +148,7 @@ class Pipeline:
         if initial_latents is None:
             start = np.stack([drawn(j, 0) for j in range(count)])
         else:
-            start = _check_latents(initial_latents, (count, *latents_shape))
+            start = check_latents(initial_latents, (count, *latents_shape))
         latents = self._denoise(chosen, size, start, rows, scales, drawn, on_step)
         decoder = self.session.graph(DECODE, size)
         decoded = [decode(self.session, decoder, each) for each in latents] if decoder else []
@@ -204,7 +202,7 @@ class Pipeline:
             raise RequestError("prompt_embeds hold the negative half already; leave out the negative prompt")
         if prompt is None:
             return []
-        prompts, negatives = _check_prompts(prompt, negative_prompt)
+        prompts, negatives = check_prompts(prompt, negative_prompt)
         if not manifest.guided and negative_prompt:
             log.warning("the bundle was exported without guidance: the negative prompt is not used")
         return list(zip(prompts, negatives, strict=True))
@@ -315,89 +313,3 @@ def _batches(count: int, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[in
         fitting = most_at_once(ranges, left)
         yield first, fitting or left, fitting or ranges[0][0]
         first += fitting or left
-
-
-def _check_prompts(
-    prompt: str | Sequence[str] | None, negative: str | Sequence[str | None] | None
-) -> tuple[list[str], list[str | None]]:
-    """Prompts and as many negative prompts."""
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(text, str) for text in prompts):
-        raise RequestError(f"the prompt must be a text or a list of texts, got {prompt!r:.80}")
-    negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else negative
-    if not isinstance(negatives, (list, tuple)) or not all(n is None or isinstance(n, str) for n in negatives):
-        raise RequestError(f"the negative prompt must be a text or a list of texts, got {negative!r:.80}")
-    if len(negatives) != len(prompts):
-        raise RequestError(
-            f"got {len(prompts)} prompts and {len(negatives)} negative prompts; give one for each, or one"
-        )
-    return [*prompts], [*negatives]
-
-
-def _rows_of(embeds: Mapping[str, NDArray[Any]]) -> int:
-    """The prompts that embeddings are for; whether all tensors agree is checked later."""
-    return max([len(values) for values in embeds.values() if np.ndim(values)], default=1)
-
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """One for each image."""
-    if isinstance(seed, (list, tuple)):
-        if len(seed) != count:
-            raise RequestError(f"got {len(seed)} seeds for {count} images; give one for each, or one to count on from")
-        return tuple(check_seed(each) for each in seed)
-    first = random_seed() if seed is None else check_seed(seed)
-    if first + count > SEED_LIMIT:
-        raise RequestError(
-            f"image j of a request has the seed s + j, which must be below {SEED_LIMIT}; got {first} for {count} images"
-        )
-    return tuple(first + j for j in range(count))
-
-
-def _scales(scale: float | Sequence[float] | None, count: int, plan: Plan, manifest: Manifest) -> list[float]:
-    """One for each image."""
-    if isinstance(scale, (list, tuple)):
-        if len(scale) != count:
-            raise RequestError(f"got {len(scale)} guidance scales for {count} images; give one for each, or one")
-        return [_check_guidance(each, plan, manifest) for each in scale]
-    return [_check_guidance(scale, plan, manifest)] * count  # type: ignore[arg-type]
-
-
-def _check_guidance(scale: float | None, plan: Plan, manifest: Manifest) -> float:
-    if scale is None:
-        return plan.guidance_scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
-        raise RequestError(f"the guidance scale must be a number, got {scale!r}")
-    if not math.isfinite(scale) or abs(scale) > float(np.finfo(np.float32).max):
-        raise RequestError(f"the guidance scale must be finite, got {scale}")
-    if manifest.guided and scale <= 1:
-        raise RequestError(
-            f"the bundle was exported with guidance, which takes a scale above 1, got {scale}; "
-            "export with --guidance-scale 1 for a bundle without guidance"
-        )
-    if manifest.guidance == "none" and scale > 1:
-        raise RequestError(
-            f"the bundle was exported without guidance and takes no scale above 1, got {scale}; "
-            "export with a --guidance-scale above 1"
-        )
-    return float(scale)
-
-
-def _check_count(num_images: int) -> int:
-    try:
-        count = operator.index(num_images)
-    except TypeError:
-        count = 0
-    if isinstance(num_images, bool) or count < 1:
-        raise RequestError(f"the number of images must be a whole number of at least 1, got {num_images!r}")
-    return count
-
-
-def _check_latents(latents: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    expected = f"initial latents must be float32 of shape {list(shape)}, standard normal noise"
-    if not isinstance(latents, np.ndarray):
-        raise RequestError(f"{expected}, got {type(latents).__name__}")
-    if latents.shape != shape or latents.dtype != np.float32:
-        raise RequestError(f"{expected}; got {latents.dtype} of shape {list(latents.shape)}")
-    if not np.isfinite(latents).all():
-        raise RequestError(f"{expected}; got values that are not finite")
-    return latents

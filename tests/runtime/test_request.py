@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,7 @@ def test_one_guidance_scale_for_all_or_one_for_each(manifest: Manifest) -> None:
     plan = manifest.plan("default")
     assert scales_of(None, 2, plan, manifest) == [plan.guidance_scale] * 2
     assert scales_of(4, 2, plan, manifest) == [4.0, 4.0]
-    assert scales_of([3, np.float32(7)], 2, plan, manifest) == [3.0, 7.0]
+    assert scales_of([3, 7.0], 2, plan, manifest) == [3.0, 7.0]
 
 
 @pytest.mark.parametrize(

@@ -13,35 +13,32 @@ import numpy as np
 
 from benchmarks.memory import proportional_bytes
 from tgate_engine.bundle import Bundle
-from tgate_engine.manifest import resolve
-from tgate_runtime.backends import backend
-from tgate_runtime.binding import Binding
-from tgate_runtime.runner import run
-from tgate_runtime.session import Session
+from tgate_engine.footprint import buffers
+from tgate_runtime import Session, State, run
+from tgate_runtime.engines import open_engine
 
 
 def main() -> None:
     path, what, *names = sys.argv[1:]
     bundle = Bundle.open(path, check_digests=False)
-    engine = backend("ort-cpu", memory="shared")
+    shape, engine = bundle.manifest.shapes[0], open_engine("ort-cpu", memory="shared")
     before = proportional_bytes()
     if what == "plan":
         plan = bundle.manifest.plan(names[0])
-        with Session.open(bundle, engine="ort-cpu", memory="shared", plans=[plan]) as session:
-            binding = Binding(session, plan, 1)
-            specs = {t.name: t for graph in plan.graphs() for t in bundle.manifest.graphs[graph].inputs}
-            rows = {n: np.zeros(resolve(specs[n].shape, 1), np.float32) for n in binding.conditioning()}
-            start = np.ones((1, *bundle.manifest.latents), np.float32)
-            for _ in run(binding, latents=start, conditioning=rows, guidance_scale=plan.guidance_scale):
+        with Session.open(bundle, engine=engine, plans=[plan]) as session:
+            state, tensors = State(session, plan, 1), buffers(shape.graphs, [plan])
+            conditioning = {n: np.zeros(tensors[n].resolve(1), np.float32) for n in state.conditioning()}
+            start = np.ones((1, *shape.latents), np.float32)
+            for _ in run(state, latents=start, conditioning=conditioning, guidance_scale=plan.guidance_scale):
                 pass
             print(json.dumps({"before": before, "after": proportional_bytes()}))
         return
-    graphs = engine.load(bundle, names)
-    for name, graph in graphs.items():
-        spec = bundle.manifest.graphs[name]
-        inputs = {t.name: engine.allocate(resolve(t.shape, 1), t.dtype) for t in spec.inputs}
-        outputs = {t.name: engine.allocate(resolve(t.shape, 1), t.dtype) for t in spec.outputs[:1]}
-        graph.bind(inputs, outputs)()
+    specs = [shape.graphs[name] for name in names]
+    graphs = engine.load(bundle, specs)
+    for spec in specs:
+        inputs = {t.name: engine.allocate(t.resolve(1), t.dtype) for t in spec.inputs}
+        outputs = {t.name: engine.allocate(t.resolve(1), t.dtype) for t in spec.outputs[:1]}
+        graphs[spec.file].bind(inputs, outputs)()
     print(json.dumps({"before": before, "after": proportional_bytes()}))
 
 

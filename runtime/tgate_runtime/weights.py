@@ -46,6 +46,6 @@ def map_weights(path: Path) -> dict[str, Weight]:
                 raise ValueError(f"{name} has {end - begin} bytes for shape {shape}")
             array = np.frombuffer(mapped, np.uint8, end - begin, 8 + length + begin).view(kind)
             weights[name] = Weight(dtype, array.reshape(shape))
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise BundleError(f"{path} is not a whole weight file ({error}); export the bundle again") from None
     return weights

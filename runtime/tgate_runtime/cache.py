@@ -52,8 +52,8 @@ def find_or_build(key: Mapping[str, Any], build: Callable[[Path], None]) -> Path
         with _lock(root / f"{name}.lock"):
             if _whole(path, key):  # another process was faster
                 return path
-            for left in root.glob(f"{name}.tmp-*"):  # of builders that were killed: the lock is ours
-                _remove(left)
+            for leftover in root.glob(f"{name}.tmp-*"):  # of builders that were killed: the lock is ours
+                _remove(leftover)
             stage = Path(tempfile.mkdtemp(dir=root, prefix=f"{name}.tmp-"))
             try:
                 build(stage)

@@ -74,7 +74,8 @@ from tgate_runtime.pipeline import Pipeline
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def wait(*_, **__):
     print("ready", flush=True)
-    time.sleep(60)
+    for _ in range(600):  # a signal that comes just before a sleep is handled after it
+        time.sleep(0.1)
 Pipeline.__call__ = wait
 sys.exit(main(sys.argv[1:]))
 """

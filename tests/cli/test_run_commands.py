@@ -20,7 +20,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_export.methods.base import Settings
-from tgate_runtime.engines import EngineEntry
+from tgate_runtime.engines import ENGINES, EngineEntry
 from tgate_runtime.noise import noise
 from tgate_runtime.pipeline import Pipeline
 
@@ -275,6 +275,19 @@ def test_what_is_not_installed_is_named(run: Run, good: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     result = run("generate", good, PROMPT, "--output", tmp_path / "x.png")
     fails(result, "drawing needs tokenizers", "pip install 'tgate-engine[cpu]'")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_is_not_installed_comes_with_the_extra_of_the_engine(
+    run: Run, good: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for module in [module for module in sys.modules if module.startswith("tgate_runtime")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    fails(
+        run("bench", good, "--engine", name), "measuring needs ", f"pip install 'tgate-engine[{ENGINES[name].extra}]'"
+    )
 
 
 # --- engines ------------------------------------------------------------------------------------

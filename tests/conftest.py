@@ -52,16 +52,18 @@ def mini_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def family_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """(checkpoint, bundle with every graph there is) of the small models of every family, by variant. Read only."""
+def family_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """(checkpoint, bundle with every graph of a method) of the small models of every family, by variant. Read only."""
 
-    def get(variant: str) -> tuple[Path, Path]:
+    def get(variant: str, *, method: str = "tgate") -> tuple[Path, Path]:
+        def write(folder: Path) -> None:
+            make_tiny(folder / "checkpoint", variant)
+
         def make(folder: Path) -> None:
-            checkpoint = make_tiny(folder / "checkpoint", variant)
-            export(family_settings(variant, checkpoint, folder / "bundle"), Silent())
+            export(family_settings(variant, checkpoint, folder / "bundle", method=method), Silent())
 
-        folder = once(tmp_path_factory, f"family-{variant}", make)
-        return folder / "checkpoint", folder / "bundle"
+        checkpoint = once(tmp_path_factory, f"family-{variant}", write) / "checkpoint"
+        return checkpoint, once(tmp_path_factory, f"family-{variant}-{method}", make) / "bundle"
 
     return functools.cache(get)
 

@@ -1,7 +1,7 @@
 """Every family through the whole product: final latents of the engine against the package and eager references.
 
-As ``tests/test_parity.py`` does for SDXL. The references (:mod:`tests.oracle_families`) are the paper's package where
-it covers the family, the method written out for Latte, and diffusers itself for ungated trajectories.
+As ``tests/whole/test_parity.py`` does for SDXL. The references (:mod:`tests.oracle_families`) are the package where it
+covers the family, the method written out for Latte, and diffusers itself for ungated trajectories.
 """
 
 from __future__ import annotations
@@ -26,18 +26,15 @@ from tests.oracle_families import (
     tgate_latents,
     written_out_latents,
 )
-from tests.tiny_families import FAMILY_VARIANTS, latent_noise, load_tiny
+from tests.tiny_families import FAMILY_VARIANTS, latent_noise, load_tiny, make_tiny, reshape_unet
+from tests.whole.cases import GUIDANCE_STOPPED, NAME, TOLERANCE, UNGATED, plans_of, relative
 from tgate_engine.bundle import Bundle
-from tgate_engine.plan import build_plan
 from tgate_engine.report import Silent
-from tgate_engine.schedule import Schedule
 from tgate_export.build import export
-from tgate_export.sampling import compile_sampler, make_scheduler
+from tgate_export.job import prepare
+from tgate_export.sampling import make_scheduler
 from tgate_runtime.noise import CONDITIONING, in_step, noise
 from tgate_runtime.pipeline import Pipeline
-
-TOLERANCE = 1e-4
-"""Largest absolute difference over largest absolute value, float32."""
 
 SEED = 11
 PROMPT = "a large red circle above a small blue square"
@@ -81,8 +78,8 @@ class Subject:
         self.video = self.tiny.model in ("svd", "opensora")
         self.consistency = self.tiny.model.startswith("lcm")
         self.bundle = Bundle.open(bundle)
-        manifest = self.bundle.manifest
-        self.image = _picture(manifest.height, manifest.width) if self.tiny.model == "svd" else None
+        self.shape = self.bundle.manifest.shapes[0]
+        self.image = _picture(self.shape.height, self.shape.width) if self.tiny.model == "svd" else None
         self.pipe = Pipeline.open(self.bundle, threads=1, plans=["default"])
 
     def own_sampler(self) -> str:
@@ -90,51 +87,32 @@ class Subject:
 
     def request(self, case: Case) -> Request:
         """What every eager reference is asked for."""
-        manifest = self.bundle.manifest
-        shape = manifest.latents
-        augmentation = noise(SEED, 0, (1, 3, manifest.height, manifest.width), draw=CONDITIONING)
+        shape = self.shape.latents
+        augmentation = noise(SEED, (1, 3, self.shape.height, self.shape.width), draw=CONDITIONING)
         return Request(
             prompt=None if self.image is not None else PROMPT,
             negative_prompt=None if self.image is not None or self.consistency else "a photo",
             image=self.image,
             steps=case.n,
-            guidance_scale=manifest.guidance_scale,
+            guidance_scale=self.bundle.manifest.guidance_scale,
             latents=latent_noise(self.variant),
-            step_noise=lambda step: torch.from_numpy(noise(SEED, 0, shape, draw=in_step(step)))[None],
+            step_noise=lambda step: torch.from_numpy(noise(SEED, shape, draw=in_step(step)))[None],
             augmentation=torch.from_numpy(augmentation) if self.image is not None else None,
         )
 
     def scheduler(self, case: Case) -> Any:
         return make_scheduler(self._sampler(case), self.bundle.manifest.scheduler)
 
-    def engine(
-        self, case: Case, change: Callable[[Schedule], Schedule] = lambda schedule: schedule
-    ) -> NDArray[np.float32]:
-        """Final latents of the engine."""
-        manifest = self.bundle.manifest
-        sampler = compile_sampler(self._sampler(case), manifest.scheduler, case.n)
-        schedule = Schedule(
-            steps=case.n,
-            gate=case.m,
-            self_interval=case.k,
-            fidelity_interval=case.f,
-            warm_up=case.w,
-            lead_in=sampler.lead_in,
-        )
-        plan = build_plan(
-            "case",
-            schedule=change(schedule),
-            sampler=sampler,
-            guidance_scale=manifest.guidance_scale,
-            graphs=manifest.graphs,
-            carries=manifest.carries,
-        )
+    def engine(self, case: Case, plan: str = NAME) -> NDArray[np.float32]:
+        """Final latents of the engine, walking the case's plan, or that baseline of it."""
+        own = {"n": case.n, "m": case.m, "k": case.k, "f": case.f, "w": case.w}
+        walked = plans_of(self.bundle, **own, sampler=self._sampler(case))[plan]
         start = latent_noise(self.variant).numpy()
-        with Pipeline.open(self.bundle.with_plans({"case": plan}), threads=1, plans=["case"]) as pipe:
+        with Pipeline.open(self.bundle, threads=1, plans=[walked]) as pipe:
             if self.image is not None:
-                return pipe(image=self.image, plan="case", seed=SEED, initial_latents=start).latents
+                return pipe(image=self.image, plan=walked, seed=SEED, initial_latents=start).latents
             negative = None if self.consistency else "a photo"
-            return pipe(PROMPT, negative_prompt=negative, plan="case", seed=SEED, initial_latents=start).latents
+            return pipe(PROMPT, negative_prompt=negative, plan=walked, seed=SEED, initial_latents=start).latents
 
     def _sampler(self, case: Case) -> str:
         if self.tiny.model == "svd":  # its network is told a quarter of log sigma, which Euler's class alone does
@@ -151,12 +129,6 @@ def _picture(height: int, width: int) -> Image.Image:
     rng = np.random.default_rng(4)
     coarse = Image.fromarray(rng.integers(0, 255, (4, 4, 3), np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def relative(got: NDArray[np.float32], want: torch.Tensor) -> float:
-    wanted = want.numpy().astype(np.float64)
-    assert got.shape == wanted.shape
-    return float(np.abs(got.astype(np.float64) - wanted).max() / np.abs(wanted).max())
 
 
 def _pairs() -> list[Any]:
@@ -185,7 +157,7 @@ def test_ungated_latents_equal_diffusers(subject_of: Callable[[str], Subject], v
     subject = subject_of(variant)
     case = Case(n=5, m=5, sampler="lcm" if subject.consistency else "own")
     want = plain_latents(subject.eager, subject.request(case), subject.scheduler(case))
-    got = subject.engine(case, Schedule.ungated)
+    got = subject.engine(case, UNGATED)
     assert relative(got, want) < TOLERANCE
     gated = subject.engine(Case(n=5, m=2, k=2, w=0, sampler=case.sampler))
     assert relative(gated, want) > 10 * TOLERANCE, "gating changes the trajectory, so the test could fail"
@@ -198,7 +170,7 @@ def test_guidance_stopped_latents_equal_eager(subject_of: Callable[[str], Subjec
         pytest.skip("nothing to stop")
     case = Case(n=6, m=3, sampler="own")
     want = guidance_stopped_latents(subject.eager, subject.request(case), subject.scheduler(case), case.m)
-    assert relative(subject.engine(case, Schedule.guidance_stopped), want) < TOLERANCE
+    assert relative(subject.engine(case, GUIDANCE_STOPPED), want) < TOLERANCE
 
 
 @pytest.mark.slow
@@ -208,7 +180,7 @@ def test_a_symbolic_batch_equals_single_requests(
 ) -> None:
     """Images of one batch do not see each other; carries of videos have many rows for each."""
     checkpoint, single = family_bundle(variant)
-    many = export(family_settings(variant, checkpoint, tmp_path / "many", batch=(1, 3)), Silent())
+    many = export(family_settings(variant, checkpoint, tmp_path / "many", batches=[(1, 3)]), Silent())
     start = latent_noise(variant, batch=2).numpy()
     image = _picture(64, 64) if FAMILY_VARIANTS[variant].model == "svd" else None
     prompts = None if image is not None else PROMPT
@@ -216,20 +188,44 @@ def test_a_symbolic_batch_equals_single_requests(
         got = pipe(prompts, image=image, num_images=2, seed=SEED, initial_latents=start).latents
     with Pipeline.open(single, threads=1) as pipe:
         for i in range(2):
-            want = pipe(prompts, image=image, seed=SEED, initial_latents=start[i : i + 1]).latents
-            assert relative(got[i : i + 1], torch.from_numpy(want)) < 1e-5
+            want = pipe(prompts, image=image, seed=SEED + i, initial_latents=start[i : i + 1]).latents
+            assert relative(got[i : i + 1], want) < 1e-5
 
 
 @pytest.mark.parametrize("variant", _names())
 def test_a_picture_or_a_video_comes_out(subject_of: Callable[[str], Subject], variant: str) -> None:
     """As many frames, and as large, as the manifest says."""
     subject = subject_of(variant)
-    manifest = subject.bundle.manifest
     start = latent_noise(variant).numpy()
     result = subject.pipe(
         None if subject.image is not None else PROMPT, image=subject.image, seed=SEED, initial_latents=start
     )
     frames = result.videos[0] if subject.video else result.images
-    assert len(frames) == manifest.frames
-    assert {frame.size for frame in frames} == {(manifest.width, manifest.height)}
+    assert len(frames) == subject.bundle.manifest.frames
+    assert {frame.size for frame in frames} == {(subject.shape.width, subject.shape.height)}
     assert not (result.images if subject.video else result.videos)
+
+
+def test_only_cross_attention_is_gated_as_the_package_gates_it(tmp_path: Path) -> None:
+    """The module called attn1 attends to the text then: after the gate its mean is reused, and no text is left."""
+    root = make_tiny(tmp_path / "checkpoint", "sd15_a")
+    reshape_unet(root, only_cross_attention=True)
+    pipe = load_tiny(root, "sd15_a")
+    settings = family_settings("sd15_a", root, tmp_path / "bundle", steps=6, m=3, k=2, warm_up=0)
+    job = prepare(settings)
+    attending = {site.module for site in job.sites if site.kind == "cross"}
+    assert any(name.endswith("attn1") for name in attending)
+    bundle = export(settings, Silent())
+    request = Request(
+        prompt=PROMPT,
+        negative_prompt="a photo",
+        steps=6,
+        guidance_scale=job.guidance_scale,
+        latents=latent_noise("sd15_a"),
+    )
+    want = tgate_latents(pipe, request, make_scheduler("dpmpp_2m", job.scheduler), 3, 2, 2, 0)
+    with Pipeline.open(bundle, threads=1) as opened:
+        after = opened.session.shapes()[0].graphs["reuse_cross"]
+        got = opened(PROMPT, negative_prompt="a photo", initial_latents=latent_noise("sd15_a").numpy()).latents
+    assert not [name for name in after.input_names() if name.startswith("prompt_embeds")]
+    assert relative(got, want) < TOLERANCE

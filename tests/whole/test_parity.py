@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,16 @@ from numpy.typing import NDArray
 
 from tests.oracle import guidance_stopped_latents, plain_latents, tgate_latents
 from tests.tiny_models import load_tiny_sdxl
+from tests.whole.cases import GUIDANCE_STOPPED, NAME, TOLERANCE, UNGATED, plans_of, relative
 from tgate_engine.bundle import Bundle
-from tgate_engine.plan import Plan, build_plan
-from tgate_engine.schedule import Schedule
+from tgate_engine.plan import Plan
 from tgate_export.families import location
 from tgate_export.sampling import SAMPLERS as EVERY_SAMPLER
-from tgate_export.sampling import compile_sampler, make_scheduler
+from tgate_export.sampling import make_scheduler
 from tgate_runtime.pipeline import Pipeline
-from tgate_runtime.session import Session
 
 SAMPLERS = tuple(name for name in EVERY_SAMPLER if name not in ("lcm", "euler_a"))
-"""The deterministic ones. Stochastic ones, whose noise must be injected, are in ``tests/test_families.py``."""
-
-TOLERANCE = 1e-4
-"""Largest absolute difference over largest absolute value, float32."""
+"""The deterministic ones. Stochastic ones, whose noise must be injected, are in ``tests/whole/test_families.py``."""
 
 PROMPT = "a large red circle above a small blue square"
 VARIANTS = ("sdxl_like", "conv_projection", "half_on_disk", "sharded")
@@ -90,60 +86,39 @@ class Subject:
 
     def __init__(self, checkpoint: Path, bundle: Path) -> None:
         self.eager: StableDiffusionXLPipeline = load_tiny_sdxl(checkpoint)
-        opened = Bundle.open(bundle)
-        plans = [*opened.manifest.plans.values(), self._every_graph(opened)]
-        self.session = Session.open(opened, plans=plans, threads=1)
-
-    @staticmethod
-    def _every_graph(bundle: Bundle) -> Plan:
-        plan = bundle.manifest.goldens["gated"].plan
-        assert plan is not None
-        return plan
+        self.bundle = Bundle.open(bundle)
+        every_graph = self.plans(Case(n=6, m=3, k=2, f=2, w=0)).values()
+        self.pipe = Pipeline.open(self.bundle, plans=[*every_graph], threads=1)
 
     @property
     def base_scheduler(self) -> dict[str, Any]:
-        return dict(self.session.manifest.scheduler)
+        return dict(self.bundle.manifest.scheduler)
 
-    def noise(self, batch: int = 1) -> NDArray[np.float32]:
-        shape = (batch, *self.session.manifest.latents)
+    def noise(self, batch: int = 1, size: str | None = None) -> NDArray[np.float32]:
+        shape = (batch, *self.bundle.manifest.shapes_of(size)[0].latents)
         return np.random.default_rng(5).standard_normal(shape, dtype=np.float32)
 
+    def plans(self, case: Case) -> dict[str, Plan]:
+        """The plan of a case, and its baselines."""
+        own = {"n": case.n, "m": case.m, "k": case.k, "f": case.f, "w": case.w}
+        return plans_of(self.bundle, **own, sampler=case.sampler, guidance_scale=case.guidance)
+
     def engine(
-        self, plan: Plan, case: Case, *, prompt: str | list[str] = PROMPT, batch: int = 1
+        self, case: Case, *, plan: str = NAME, prompt: str | list[str] = PROMPT, size: str | None = None
     ) -> NDArray[np.float32]:
-        """Final latents of the engine, walking ``plan``."""
-        bundle = self.session.bundle.with_plans({plan.name: plan})
-        session = Session(bundle, self.session.backend, self.session._executables or {})
-        result = Pipeline(session)(
+        """Final latents of the engine, walking the case's plan, or that baseline of it."""
+        return self.pipe(
             prompt,
-            plan=plan.name,
+            plan=self.plans(case)[plan],
+            size=size,
             negative_prompt=case.negative,
-            guidance_scale=case.guidance if bundle.manifest.guided else None,
-            initial_latents=self.noise(batch),
-        )
-        return result.latents
+            guidance_scale=case.guidance if self.bundle.manifest.guided else None,
+            initial_latents=self.noise(1 if isinstance(prompt, str) else len(prompt), size),
+        ).latents
 
-    def plan(self, case: Case, change: Callable[[Schedule], Schedule] = lambda schedule: schedule) -> Plan:
-        manifest = self.session.manifest
-        sampler = compile_sampler(case.sampler, self.base_scheduler, case.n)
-        schedule = Schedule(
-            steps=case.n,
-            gate=case.m,
-            self_interval=case.k,
-            fidelity_interval=case.f,
-            warm_up=case.w,
-            lead_in=sampler.lead_in,
-        )
-        return build_plan(
-            "case",
-            schedule=change(schedule),
-            sampler=sampler,
-            guidance_scale=case.guidance,
-            graphs=manifest.graphs,
-            carries=manifest.carries,
-        )
-
-    def arguments(self, case: Case, *, prompt: str | list[str] = PROMPT, batch: int = 1) -> dict[str, Any]:
+    def arguments(
+        self, case: Case, *, prompt: str | list[str] = PROMPT, latents: NDArray[np.float32] | None = None
+    ) -> dict[str, Any]:
         """What every eager reference takes."""
         negative: Any = case.negative
         if isinstance(prompt, list) and case.negative is not None:
@@ -153,62 +128,57 @@ class Subject:
             "negative_prompt": negative,
             "steps": case.n,
             "guidance_scale": case.guidance,
-            "latents": torch.from_numpy(self.noise(batch)),
+            "latents": torch.from_numpy(self.noise() if latents is None else latents),
             "scheduler": make_scheduler(case.sampler, self.base_scheduler),
         }
+
+    def package(self, case: Case, **more: Any) -> torch.Tensor:
+        """Final latents of the paper's package."""
+        return tgate_latents(self.eager, **self.arguments(case, **more), m=case.m, k=case.k, f=case.f, w=case.w)
 
 
 @pytest.fixture(scope="module", params=("mini-sdxl", *VARIANTS))
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     if request.param == "mini-sdxl":
-        yield Subject(Path(location("mini-sdxl")), request.getfixturevalue("mini_full_bundle"))
+        yield Subject(Path(location("mini-sdxl")), request.getfixturevalue("mini_bundle"))
     else:
         checkpoint = request.getfixturevalue("tiny_checkpoint")(request.param)
         yield Subject(checkpoint, request.getfixturevalue("tiny_bundle")(request.param))
 
 
-def relative(got: NDArray[np.float32], want: torch.Tensor) -> float:
-    wanted = want.numpy().astype(np.float64)
-    return float(np.abs(got.astype(np.float64) - wanted).max() / np.abs(wanted).max())
-
-
 @pytest.mark.parametrize("case", sample(9, seed=1), ids=str)
 def test_gated_latents_equal_the_package(subject: Subject, case: Case) -> None:
-    want = tgate_latents(subject.eager, **subject.arguments(case), m=case.m, k=case.k, f=case.f, w=case.w)
-    assert relative(subject.engine(subject.plan(case), case), want) < TOLERANCE
+    assert relative(subject.engine(case), subject.package(case)) < TOLERANCE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", sample(150, seed=2), ids=str)
 def test_gated_latents_equal_the_package_on_more_of_the_grid(subject: Subject, case: Case) -> None:
-    want = tgate_latents(subject.eager, **subject.arguments(case), m=case.m, k=case.k, f=case.f, w=case.w)
-    assert relative(subject.engine(subject.plan(case), case), want) < TOLERANCE
+    assert relative(subject.engine(case), subject.package(case)) < TOLERANCE
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_ungated_latents_equal_diffusers(subject: Subject, sampler: str) -> None:
     case = Case(n=6, m=6, sampler=sampler, negative="a small blue photo")
     want = plain_latents(subject.eager, **subject.arguments(case))
-    assert relative(subject.engine(subject.plan(case, Schedule.ungated), case), want) < TOLERANCE
+    assert relative(subject.engine(case, plan=UNGATED), want) < TOLERANCE
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "pndm"])
 def test_guidance_stopped_latents_equal_eager(subject: Subject, sampler: str) -> None:
     case = Case(n=6, m=3, sampler=sampler)
     want = guidance_stopped_latents(subject.eager, **subject.arguments(case), m=case.m)
-    assert relative(subject.engine(subject.plan(case, Schedule.guidance_stopped), case), want) < TOLERANCE
+    assert relative(subject.engine(case, plan=GUIDANCE_STOPPED), want) < TOLERANCE
 
 
 def test_the_paper_settings_equal_the_package(subject: Subject) -> None:
     """n=25, m=10, k=5 on DPM-Solver++: what the product runs by default."""
     case = Case(n=25, m=10, k=5)
-    want = tgate_latents(subject.eager, **subject.arguments(case), m=10, k=5, f=1, w=2)
-    got = subject.engine(subject.plan(case), case)
-    assert relative(got, want) < TOLERANCE
+    got = subject.engine(case)
+    assert relative(got, subject.package(case)) < TOLERANCE
     # The test could fail: the ungated trajectory is another one, and so is that of a neighbouring gate.
     assert relative(got, plain_latents(subject.eager, **subject.arguments(case))) > 10 * TOLERANCE
-    other = tgate_latents(subject.eager, **subject.arguments(case), m=9, k=5, f=1, w=2)
-    assert relative(got, other) > 10 * TOLERANCE
+    assert relative(got, subject.package(replace(case, m=9))) > 10 * TOLERANCE
 
 
 def test_without_guidance_equal_the_package(
@@ -218,17 +188,45 @@ def test_without_guidance_equal_the_package(
     variant = "conv_projection"
     subject = Subject(tiny_checkpoint(variant), tiny_bundle(variant, guidance_scale=1.0))
     for case in (Case(n=8, m=4, k=2, f=2, w=0, guidance=1.0), Case(n=4, m=1, w=0, guidance=1.0, sampler="euler")):
-        want = tgate_latents(subject.eager, **subject.arguments(case), m=case.m, k=case.k, f=case.f, w=case.w)
-        assert relative(subject.engine(subject.plan(case), case), want) < TOLERANCE
+        assert relative(subject.engine(case), subject.package(case)) < TOLERANCE
 
 
 def test_a_dynamic_batch_equals_the_package(
     tiny_checkpoint: Callable[[str], Path], tiny_bundle: Callable[..., Path]
 ) -> None:
+    """Its own batch, and each image alone: an image's rows lie together, which the package's do not."""
     variant = "conv_projection"
     subject = Subject(tiny_checkpoint(variant), tiny_bundle(variant, batch=(1, 4)))
-    prompts = [PROMPT, "a small blue photo", "red"]
     case = Case(n=8, m=4, k=2, f=2, w=0, negative="large")
-    arguments = subject.arguments(case, prompt=prompts, batch=3)
-    want = tgate_latents(subject.eager, **arguments, m=4, k=2, f=2, w=0)
-    assert relative(subject.engine(subject.plan(case), case, prompt=prompts, batch=3), want) < TOLERANCE
+    for prompts in ([PROMPT, "a small blue photo", "red"], ["red", PROMPT]):
+        start = subject.noise(len(prompts))
+        got = subject.engine(case, prompt=prompts)
+        assert relative(got, subject.package(case, prompt=prompts, latents=start)) < TOLERANCE
+        for j, prompt in enumerate(prompts):
+            alone = subject.package(case, prompt=prompt, latents=start[j : j + 1])
+            assert relative(got[j : j + 1], alone) < TOLERANCE
+
+
+def test_every_size_of_a_bundle_equals_the_package(
+    tiny_checkpoint: Callable[[str], Path], tiny_bundle: Callable[..., Path]
+) -> None:
+    """Wider, and higher than wide; a further size costs its graphs and no weights."""
+    variant = "conv_projection"
+    bundle = tiny_bundle(variant, sizes=((64, 64), (96, 64), (64, 128)))
+    subject = Subject(tiny_checkpoint(variant), bundle)
+    manifest = subject.bundle.manifest
+    assert manifest.sizes == ("64x64", "96x64", "64x128")
+    case = Case(n=7, m=4, k=2, f=2, w=0, sampler="euler")
+    for size, latents in (("64x64", (8, 8)), ("96x64", (8, 12)), ("64x128", (16, 8))):
+        got = subject.engine(case, size=size)
+        assert got.shape[-2:] == latents
+        assert relative(got, subject.package(case, latents=subject.noise(size=size))) < TOLERANCE
+
+    single = Bundle.open(tiny_bundle(variant)).manifest
+    assert manifest.files[manifest.weights] == single.files[single.weights]
+    own = {size: {graph.file for graph in manifest.shapes_of(size)[0].graphs.values()} for size in manifest.sizes}
+    further = (own["96x64"] | own["64x128"]) - own["64x64"]
+    assert len(further) == 2 * len(own["64x64"]) - 2  # all but the text encoder's
+    assert sum(manifest.files[file].bytes for file in further) < 4 * 2**20
+    assert not [file for file in manifest.files if file.endswith((".onnx", ".bin", ".data")) and file not in
+                set().union(*own.values())]  # fmt: skip

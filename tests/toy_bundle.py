@@ -368,7 +368,10 @@ def _denoiser(
         hidden = g.interleave([hidden, hidden], FEATURES)
     text = ""
     if not reuses_cross:
-        text = g.add("ReduceMean", condition("text", LENGTH, WIDTH), g.constant([1]), keepdims=0)
+        # The mean of the tokens as a product: ONNX Runtime sums a middle axis in another order where there is one row.
+        tokens = g.reshape(condition("text", LENGTH, WIDTH), -1, LENGTH * WIDTH)
+        mean_of_tokens = np.tile(np.eye(WIDTH) / LENGTH, (LENGTH, 1))
+        text = g.add("MatMul", tokens, g.constant(mean_of_tokens, np.float32))
     for block in range(BLOCKS):
         if reuses_self:
             self_ = read(f"self.{block}{mean}" if reuses_cross else f"self.{block}")

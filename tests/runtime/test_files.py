@@ -1,0 +1,202 @@
+"""What goes to disk and comes from it: checked before the work, whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+from safetensors.numpy import save_file
+
+from tgate_engine.errors import RequestError
+from tgate_runtime import files
+from tgate_runtime.files import (
+    FORMATS,
+    check_place,
+    load_array,
+    load_embeddings,
+    load_picture,
+    output_paths,
+    save_array,
+    save_picture,
+    save_video,
+)
+
+
+def picture(colour: int = 0, size: tuple[int, int] = (6, 4)) -> Image.Image:
+    pixels = np.random.default_rng(colour).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+# --- where results go ---------------------------------------------------------------------------
+
+
+def test_several_results_are_numbered(tmp_path: Path) -> None:
+    assert output_paths(tmp_path / "a.png", 1) == [tmp_path / "a.png"]
+    assert output_paths(tmp_path / "a.b.PNG", 3) == [tmp_path / f"a.b-{i}.PNG" for i in range(3)]
+    assert output_paths(tmp_path / "a.npy", 2, decoded=False) == [tmp_path / "a-0.npy", tmp_path / "a-1.npy"]
+    assert output_paths(tmp_path / "a.gif", 1, video=True) == [tmp_path / "a.gif"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "says"),
+    [
+        ("a.txt", {}, r"the suffix '\.txt' is no picture format; use one of \.png, \.jpg"),
+        ("a", {}, r"the suffix '' is no picture format"),
+        ("a.gif", {}, r"the suffix '\.gif' is no picture format"),
+        ("a.png", {"video": True}, r"the suffix '\.png' is no video format; use one of \.mp4, \.gif"),
+        ("a.png", {"decoded": False}, r"is no latents format; use one of \.npy: the bundle has no decoder"),
+    ],
+)
+def test_a_suffix_of_another_kind(tmp_path: Path, name: str, more: dict[str, bool], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        output_paths(tmp_path / name, 1, **more)
+
+
+def test_places_where_nothing_can_be_written(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"there is no directory .*nowhere; make it first"):
+        output_paths(tmp_path / "nowhere" / "a.png", 1)
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(RequestError, match="is a directory; name a file in it"):
+        check_place(tmp_path / "a.png")
+    with pytest.raises(RequestError, match=r"^/proc/x\.json cannot be written \(.*\); name another place$"):
+        check_place(Path("/proc/x.json"))
+    check_place(tmp_path / "b.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+# --- pictures and videos ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_picture_there_and_back(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    smooth = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
+    save_picture(smooth, path)
+    again = load_picture(path)
+    assert (again.mode, again.size) == ("RGB", (16, 16))
+    allowed = 24 if suffix in (".jpg", ".jpeg", ".webp") else 0
+    assert np.abs(np.asarray(again, int) - np.asarray(smooth, int)).max() <= allowed
+    with Image.open(path) as stored:
+        assert stored.format == FORMATS[suffix]
+
+
+def test_a_failed_write_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_picture(picture(1), tmp_path / "a.png")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "cannot rename")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="cannot rename"):
+        save_picture(picture(2), tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(load_picture(tmp_path / "a.png")), np.asarray(picture(1)))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("fps", [5, 8, 25])
+def test_a_gif_holds_every_frame_in_its_time(tmp_path: Path, fps: int) -> None:
+    frames = [Image.new("RGB", (8, 6), (40 * i, 0, 0)) for i in range(4)]
+    save_video(frames, tmp_path / "a.gif", fps=fps)
+    with Image.open(tmp_path / "a.gif") as stored:
+        shown = [
+            (frame.info["duration"], frame.convert("RGB").getpixel((0, 0))) for frame in ImageSequence.Iterator(stored)
+        ]
+        assert stored.info["loop"] == 0
+    assert shown == [(10 * round(100 / fps), (40 * i, 0, 0)) for i in range(4)]
+
+
+def test_an_mp4_needs_its_encoder_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(RequestError, match=r"needs imageio-ffmpeg, not installed: .*\[video\]'; or write \.gif"):
+        output_paths(tmp_path / "a.mp4", 1, video=True)
+
+
+class Encoder:
+    """Stands for imageio-ffmpeg: writes the frames' bytes one after the other, or fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.fps = 0.0
+
+    def write_frames(self, path: str, size: tuple[int, int], *, fps: int, **_: Any) -> Any:
+        self.fps = fps
+        with open(path, "wb") as file:
+            yield
+            try:
+                while True:
+                    frame = yield
+                    if self.error:
+                        raise self.error
+                    file.write(frame)
+            except GeneratorExit:
+                return
+
+
+def test_an_mp4_is_encoded_and_then_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder()
+    monkeypatch.setattr(files, "_ffmpeg", lambda: encoder)
+    frames = [picture(i) for i in range(3)]
+    save_video(frames, tmp_path / "a.mp4", fps=7)
+    assert (tmp_path / "a.mp4").stat().st_size > 0
+    assert encoder.fps == 7
+    monkeypatch.setattr(files, "_ffmpeg", lambda: Encoder(RuntimeError("no codec\nand more")))
+    with pytest.raises(RequestError, match=r"b\.mp4: the video could not be encoded \(no codec\); write a \.gif"):
+        save_video(frames, tmp_path / "b.mp4", fps=7)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
+def test_files_that_are_no_picture(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "a.png").write_bytes(content)
+    says = "there is no such file" if content is None else "is not a picture that can be read"
+    with pytest.raises(RequestError, match=says):
+        load_picture(tmp_path / "a.png")
+
+
+# --- tensors ------------------------------------------------------------------------------------
+
+
+def test_latents_there_and_back(tmp_path: Path) -> None:
+    latents = np.random.default_rng(0).standard_normal((2, 4, 4)).astype(np.float32)
+    save_array(latents, tmp_path / "a.npy")
+    again = load_array(tmp_path / "a.npy")
+    np.testing.assert_array_equal(again, latents)
+    assert again.dtype == np.float32
+
+
+def test_files_that_are_no_array(tmp_path: Path) -> None:
+    (tmp_path / "text.npy").write_text("no array")
+    np.save(tmp_path / "pickled.npy", np.array([{}], object), allow_pickle=True)
+    np.savez(tmp_path / "several.npz", a=np.zeros(1))
+    for name, says in (
+        ("missing.npy", "there is no such file"),
+        ("text.npy", "is not an array in NumPy's .npy format"),
+        ("pickled.npy", "is not an array"),
+        ("several.npz", "holds several arrays"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            load_array(tmp_path / name)
+
+
+def test_embeddings_there_and_back(tmp_path: Path) -> None:
+    tensors = {"text.positive": np.arange(6, dtype=np.float32).reshape(1, 2, 3)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    again = load_embeddings(tmp_path / "a.safetensors")
+    assert list(again) == ["text.positive"]
+    np.testing.assert_array_equal(again["text.positive"], tensors["text.positive"])
+
+
+def test_files_that_are_no_embeddings(tmp_path: Path) -> None:
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    with pytest.raises(RequestError, match="is not a safetensors file of numbers NumPy has"):
+        load_embeddings(tmp_path / "text.safetensors")
+    with pytest.raises(RequestError, match="there is no such file"):
+        load_embeddings(tmp_path / "missing.safetensors")

@@ -25,7 +25,7 @@ from tgate_engine.plan import Plan
 from tgate_export.methods.base import Settings
 from tgate_runtime import pipeline
 from tgate_runtime.engines.ort import OrtCpu, OrtExecutable, _OrtCall
-from tgate_runtime.noise import in_step, noise
+from tgate_runtime.generators import in_step, noise
 from tgate_runtime.pipeline import Pipeline, Progress
 from tgate_runtime.state import State
 from tgate_runtime.text import EncodedText, TextEncoder
@@ -182,6 +182,17 @@ def test_two_prompts_with_all_of_their_own_are_as_if_asked_for_alone(pipe: Pipel
         np.asarray(image).tolist() for image in (*first.images, *second.images)
     ]
     assert not same(both.latents[:1], pipe("red", seed=1, guidance_scale=7.0, negative_prompt="small").latents)
+
+
+def test_the_embedded_model_draws_in_a_batch_what_it_draws_alone(mini_bundle: Path) -> None:
+    """A real network; bit for bit, as ONNX Runtime computes every row alike with its own copies of the weights."""
+    prompts, seeds, scales = ["a red circle", "a large blue square above a small red circle"], [1, 2], [3.0, 7.0]
+    with Pipeline.open(mini_bundle, threads=1, memory="fast", plans=["default"]) as pipe:
+        both = pipe(prompts, seed=seeds, guidance_scale=scales)
+        for j in range(2):
+            alone = pipe(prompts[j], seed=seeds[j], guidance_scale=scales[j])
+            assert same(both.latents[j : j + 1], alone.latents)
+            assert both.images[j].tobytes() == alone.images[0].tobytes()
 
 
 def test_image_j_of_seed_s_is_that_of_seed_s_plus_j(pipe: Pipeline) -> None:

@@ -136,6 +136,25 @@ def test_images_that_come_and_go_equal_those_that_were_alone(
             assert state.latents(row).tobytes() == alone(session, running.pop(row))
 
 
+def test_the_embedded_models_images_share_calls(mini_bundle: Path) -> None:
+    """A real network: two requests of its gated plan two steps apart, beside an ungated one, bit for bit as alone."""
+    with Session.open(mini_bundle, threads=1, memory="fast", plans=["default", "ungated"]) as session:
+        gated, ungated = session.manifest.plan("default"), session.manifest.plan("ungated")
+        pictures = [Picture(gated, 1, 5.0), Picture(gated, 2, 3.0), Picture(ungated, 3, 7.5)]
+        state = State(session, [gated, ungated], 3)
+        pictures[0].begin(session, state, 0)
+        for _ in range(2):
+            advance(state, range(1))
+        for row in (1, 2):
+            pictures[row].begin(session, state, row)
+        shared = [done for done in walk(state) if len(done.rows) > 1]
+        assert {done.step.graph for done in shared} == {"full", "reuse_self", "reuse_cross"}
+        assert any(done.steps[0].index != done.steps[-1].index for done in shared)
+        assert any(set(done.steps[0].writes) != set(done.steps[-1].writes) for done in shared)
+        for row, picture in enumerate(pictures):
+            np.testing.assert_array_equal(state.latents(row), picture.alone(session))
+
+
 def test_an_image_joins_in_a_free_row(session: Session, plans: dict[str, Plan]) -> None:
     """Where another one has ended, which leaves it nothing; its neighbour goes on."""
     plan = plans["gated"]

@@ -9,7 +9,7 @@ paper, and one that does not is refused.
 Two samplers keep more than the recurrence may read: UniPC its corrected latents, and PNDM, once, the
 first output of all. On a real trajectory X_j is what call j-1 returned; that identity removes the excess.
 
-The result is checked against the scheduler again, on random latents of three magnitudes.
+The result is checked against the scheduler at the same time, on random latents of three magnitudes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import functools
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,8 @@ MAX_WEIGHT = 100.0
 MAGNITUDES = (0.1, 1.0, 30.0)
 """Scales of the random check: clipping and thresholding act on large values only."""
 
+LEAST_NUMBERS = 64
+"""Of each random latents."""
 
 OWN_STEPS = (*range(1, 31), 35, 40, 45, 50)
 OTHER_STEPS = (10, 20, 25, 30, 50)
@@ -81,11 +83,11 @@ def compile_tables(own: str, base_config: Mapping[str, Any]) -> tuple[Sampler, .
 def _tables(own: str, config: str) -> tuple[Sampler, ...]:
     samplers = []
     for name in (own, *(name for name in SAMPLERS if name != own)):
-        for steps in OWN_STEPS if name == own else OTHER_STEPS:
-            try:
-                samplers.append(compile_sampler(name, json.loads(config), steps))
-            except ExportError:
-                continue
+        with suppress(ExportError):
+            scheduler = make_scheduler(name, json.loads(config))
+            for steps in OWN_STEPS if name == own else OTHER_STEPS:
+                with suppress(ExportError):
+                    samplers.append(compile_scheduler(scheduler, steps, name=name))
     return tuple(samplers)
 
 
@@ -113,9 +115,8 @@ def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
             f"{kind} calls the network {len(run.timesteps)} times for {steps} steps, and the gating rules "
             f"would not know which calls to count. {other}{ADVICE}"
         )
-    calls = _coefficients(run, kind)
     initial_scale = float(getattr(run.scheduler, "init_noise_sigma", 1.0))
-    residual = _residual(_Run(scheduler, steps), calls, initial_scale)
+    calls, residual = _coefficients(run, kind, initial_scale)
     # A comparison with nan is false, so this also refuses a residual that is not a number.
     if not residual < MAX_RESIDUAL:
         raise ExportError(
@@ -203,18 +204,23 @@ def _array(tensor: Any) -> Array:
     return array
 
 
-def _coefficients(run: _Run, kind: str) -> tuple[SamplerStep, ...]:
-    """Every call's formula, read off unit vectors: coordinate j is X_j, calls + j is E_j, 2 calls + j is Z_j."""
+def _coefficients(run: _Run, kind: str, initial_scale: float) -> tuple[tuple[SamplerStep, ...], float]:
+    """Every call's formula, read off unit vectors, and how far the scheduler's own steps on random latents are from it.
+
+    Both are rows of one trajectory, since a scheduler's steps take the time. Row 0 holds the unit vectors: coordinate j
+    is X_j, calls + j is E_j, 2 calls + j is Z_j. The others are :class:`_Random`.
+    """
     calls = len(run.timesteps)
+    random = _Random(max(3 * calls, LEAST_NUMBERS), initial_scale)
     formulas: Array = np.zeros((calls, 2, calls))  # [call, X or E, index]
     steps = []
     for i in range(calls):
-        latents, output, drawn = np.zeros((3, 1, 3 * calls))
+        latents, output, drawn = random.begin()
         latents[0, i] = output[0, calls + i] = drawn[0, 2 * calls + i] = 1.0
         seen, following = run.step(i, latents, output, drawn)
         formulas[i] = following[0, : 2 * calls].reshape(2, calls)
-        noises = following[0, 2 * calls :]
-        if not (np.isfinite(following).all() and np.isfinite(seen).all()):
+        noises = following[0, 2 * calls : 3 * calls]
+        if not (np.isfinite(following[0]).all() and np.isfinite(seen[0]).all()):
             raise ExportError(
                 f"diffusers gives values that are not finite in call {i} of {calls} when {kind} runs with "
                 f"{run.steps} steps. Change the number of steps or the scheduler's options. {ADVICE}"
@@ -236,7 +242,8 @@ def _coefficients(run: _Run, kind: str) -> tuple[SamplerStep, ...]:
                 noise=float(noises[i]),
             )
         )
-    return tuple(steps)
+        random.end(steps[i], seen[1:], following[1:])
+    return tuple(steps), random.worst
 
 
 def _window(formulas: Array, i: int) -> Array | None:
@@ -269,31 +276,43 @@ def _window(formulas: Array, i: int) -> Array | None:
     return None
 
 
-def _residual(run: _Run, calls: tuple[SamplerStep, ...], initial_scale: float) -> float:
-    """Largest difference between the scheduler's steps and the compiled ones, on random trajectories.
+class _Random:
+    """Random trajectories, one at each of :data:`MAGNITUDES`; ``worst``: how far their steps are from compiled ones.
 
-    Each step is compared by itself, on the scheduler's own latents, relative to the largest of its terms:
-    float32 rounding inside the scheduler is of that size. 64 numbers at each of MAGNITUDES.
+    Each step is compared by itself, on the scheduler's own latents, relative to the largest of its terms: float32
+    rounding inside the scheduler is of that size.
     """
-    rng = np.random.default_rng(0)
-    magnitudes = np.array(MAGNITUDES)[:, None]
-    shape = (len(MAGNITUDES), 64)
-    latents = [initial_scale * magnitudes * rng.standard_normal(shape)]
-    outputs: list[Array] = []
-    worst = 0.0
-    for i, call in enumerate(calls):
-        outputs.append(magnitudes * rng.standard_normal(shape))
-        drawn = magnitudes * rng.standard_normal(shape)
-        seen, following = run.step(i, latents[i], outputs[i], drawn)
-        expected = call.input_scale * latents[i]
-        terms = [c * latents[i - j] for j, c in enumerate(call.latents) if c]
-        terms += [c * outputs[i - j] for j, c in enumerate(call.outputs) if c]
-        terms.append(call.noise * drawn)
+
+    def __init__(self, size: int, initial_scale: float) -> None:
+        self._rng = np.random.default_rng(0)
+        self._magnitudes = np.array(MAGNITUDES)[:, None]
+        self._shape = (len(MAGNITUDES), size)
+        self._latents = [initial_scale * self._normal()]
+        self._outputs: list[Array] = []
+        self._drawn: Array = np.zeros(self._shape)
+        self.worst = 0.0
+
+    def _normal(self) -> Array:
+        return self._magnitudes * self._rng.standard_normal(self._shape)
+
+    def begin(self) -> tuple[Array, Array, Array]:
+        """The next step's latents, output and noise, [1 + magnitudes, size], with a row of zeros before them."""
+        self._outputs.append(self._normal())
+        self._drawn = self._normal()
+        zeros = np.zeros((1, self._shape[1]))
+        latents, output, drawn = (np.vstack([zeros, x]) for x in (self._latents[-1], self._outputs[-1], self._drawn))
+        return latents, output, drawn
+
+    def end(self, call: SamplerStep, seen: Array, following: Array) -> None:
+        """What the scheduler made of it, which ``call`` says too."""
+        expected = call.input_scale * self._latents[-1]
+        terms = [c * x for c, x in zip(call.latents, reversed(self._latents), strict=False) if c]
+        terms += [c * e for c, e in zip(call.outputs, reversed(self._outputs), strict=False) if c]
+        terms.append(call.noise * self._drawn)
         size = np.abs([following, *terms]).max(axis=(0, 2))
         differences = [
             np.abs(seen - expected).max(axis=1) / np.abs(expected).max(axis=1),
             np.abs(following - sum(terms)).max(axis=1) / size,
         ]
-        worst = float(np.maximum(worst, np.max(differences)))  # keeps a nan, where max() may lose it
-        latents.append(following)
-    return worst
+        self.worst = float(np.maximum(self.worst, np.max(differences)))  # keeps a nan, where max() may lose it
+        self._latents.append(following)

@@ -18,7 +18,10 @@ from tgate_engine.manifest import MANIFEST_FILE
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside ``path`` and rename over it: a reader sees the old file or the new one, whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:  # it would name the file beside it
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         with _a_full_disk_is_named(path.parent), os.fdopen(handle, "wb") as file:
             file.write(content)

@@ -11,7 +11,6 @@ from tgate_cli.inspect import describe
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError
 from tgate_engine.graph import DECODE
-from tgate_engine.plan import Plan
 from tgate_engine.report import Reporter
 
 if TYPE_CHECKING:
@@ -22,8 +21,9 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate generate``: pictures, or a video, into files."""
     with needs("drawing", _advice(args)):
         from tgate_runtime import files
-        from tgate_runtime.noise import check_generator
+        from tgate_runtime.generators import check_generator
         from tgate_runtime.pipeline import Pipeline
+        from tgate_runtime.session import plan_of
 
     check_generator(args.generator)
     initial = None if args.initial_latents is None else files.load_array(args.initial_latents)
@@ -34,7 +34,7 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     engine = _engine(args)
     report.stage(f"opening {args.bundle}")
     bundle = Bundle.open(args.bundle)
-    manifest, plan = bundle.manifest, _plan(bundle, args.plan)
+    manifest, plan = bundle.manifest, plan_of(bundle.manifest, args.plan)
     decoded, video = manifest.graph(DECODE, args.size) is not None, manifest.frames > 1
     rows = max([len(t) for t in embeds.values() if t.ndim], default=1) if embeds else 1
     paths = files.output_paths(args.output, rows * args.num_images, decoded=decoded, video=video)
@@ -148,19 +148,13 @@ def build(args: argparse.Namespace, report: Reporter) -> Show:
     engine = _engine(args)
     report.stage(f"opening {args.bundle}")
     bundle = Bundle.open(args.bundle)
-    plans = None if args.plan is None else [_plan(bundle, args.plan)]
+    plans = None if args.plan is None else [args.plan]
     graphs = graphs_of(bundle, plans, None if args.size is None else [args.size])
     report.stage(f"compiling for {engine.name} {engine.version}")
     places = engine.build(bundle, graphs, report.progress)
     if not places:
         return lambda: print(f"{engine.name} compiles nothing ahead of time: the bundle is ready")
     return lambda: print(*(f"{file}: {place}" for file, place in places.items()), sep="\n")
-
-
-def _plan(bundle: Bundle, plan: str) -> Plan:
-    """A plan of the bundle by its name or, where a text that ends in .json is none, the plan of that file."""
-    is_file = plan.endswith(".json") and plan not in bundle.manifest.plans
-    return Plan.load(plan) if is_file else bundle.manifest.plan(plan)
 
 
 def _engine(args: argparse.Namespace) -> Engine:

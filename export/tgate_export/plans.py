@@ -36,7 +36,8 @@ def make_plans(
     """The plan of those settings, and its baselines, by name.
 
     A baseline that one of ``existing`` already is, whatever its name, is not made again. The default plan's are called
-    as the method calls them, those of others ``<name>.<baseline>``. Raises :class:`PlanError` where graphs are missing.
+    as the method calls them, where that is free, those of others ``<name>.<baseline>``. Raises :class:`PlanError` where
+    graphs are missing.
     """
 
     def build(label: str, program: Any, facts: Any, baselines: tuple[str, ...] = ()) -> Plan:
@@ -54,7 +55,7 @@ def make_plans(
     plans: dict[str, Plan] = {}
     baselines: list[str] = []
     for baseline, program in method.baselines(settings, sampler.lead_in, guided=guided).items():
-        label = baseline if name == DEFAULT else f"{name}.{baseline}"
+        label = baseline if name == DEFAULT and baseline not in (existing or {}) else f"{name}.{baseline}"
         facts = {"method": baseline, "n": settings.steps}
         plan = build(label, program, facts if baseline == "ungated" else {**facts, "m": settings.gate})
         same = next((old.name for old in (existing or {}).values() if old.same_program(plan)), None)
@@ -92,6 +93,9 @@ def add_plan(
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     default = manifest.plan(DEFAULT)
+    users = [label for label, plan in manifest.plans.items() if name in plan.baselines]
+    if users:
+        raise PlanError(f"plan {name!r} is what {', '.join(users)} is measured against; use another --name")
     method = _method_of(default)
     n = int(default.settings["n"] or 0) if steps is None else steps
     settings = method.settings(

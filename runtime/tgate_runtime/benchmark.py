@@ -22,8 +22,8 @@ from tgate_runtime.conditioning import conditioning_inputs, conditioning_of, fro
 from tgate_runtime.decoder import decode
 from tgate_runtime.engines.protocol import Engine, OnBuild, Options
 from tgate_runtime.files import check_place
+from tgate_runtime.generators import noise
 from tgate_runtime.image import encode_image
-from tgate_runtime.noise import noise
 from tgate_runtime.runner import run
 from tgate_runtime.session import Session
 from tgate_runtime.state import State, shape_for

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tgate_engine.graph import GraphSpec
+from tgate_runtime.generators import CONDITIONING, noise
 from tgate_runtime.graph_call import GraphCall
-from tgate_runtime.noise import CONDITIONING, noise
 from tgate_runtime.session import Session
 from tgate_runtime.signatures import PICTURE, PICTURE_NOISE
 

@@ -24,11 +24,11 @@ from tgate_engine.plan import Plan
 from tgate_runtime.conditioning import conditioning_of, from_embeddings
 from tgate_runtime.decoder import decode
 from tgate_runtime.engines.protocol import Engine, OnBuild, Options
+from tgate_runtime.generators import check_generator, in_step, noise
 from tgate_runtime.image import encode_image, fit_picture
-from tgate_runtime.noise import check_generator, in_step, noise
 from tgate_runtime.request import check_count, check_latents, check_prompts, rows_of, scales_of, seeds_of
 from tgate_runtime.runner import StepDone, run
-from tgate_runtime.session import Session
+from tgate_runtime.session import PlanLike, Session, plan_of
 from tgate_runtime.state import State, most_at_once
 from tgate_runtime.text import TextEncoder
 
@@ -78,7 +78,7 @@ class Pipeline:
         source: str | os.PathLike[str] | Bundle,
         *,
         engine: str | Engine = "ort-cpu",
-        plans: Sequence[str | Plan] | None = None,
+        plans: Sequence[PlanLike] | None = None,
         sizes: Sequence[str] | None = None,
         check_digests: bool = True,
         on_build: OnBuild | None = None,
@@ -105,7 +105,7 @@ class Pipeline:
         seed: int | Sequence[int] | None = None,
         negative_prompt: str | Sequence[str | None] | None = None,
         guidance_scale: float | Sequence[float] | None = None,
-        plan: str | os.PathLike[str] | Plan = "default",
+        plan: PlanLike = "default",
         size: str | None = None,
         num_images: int = 1,
         initial_latents: NDArray[Any] | None = None,
@@ -124,13 +124,13 @@ class Pipeline:
         text that ends in .json). ``size``: one of the session's, such as ``"832x1216"``; None is its default.
         ``initial_latents``: float32 [N, ...], standard normal noise in place of the seeds', for videos also with
         frames; stochastic samplers still draw their steps' noise from the seeds. ``generator``: what draws the noise,
-        one of :data:`tgate_runtime.noise.GENERATORS`. ``on_step`` is called after each step in the calling thread; an
-        exception from it stops the request and comes out here.
+        one of :data:`tgate_runtime.generators.GENERATORS`. ``on_step`` is called after each step in the calling thread;
+        an exception from it stops the request and comes out here.
 
         A prompt longer than the tokenizer takes is cut, with a warning in the log ``tgate`` that quotes what
         was cut. Raises :class:`RequestError` for a request that cannot be served, before any step is taken.
         """
-        chosen = self._plan(plan)
+        chosen = plan_of(self.session.manifest, plan)
         shape, dtype = self.session.shapes(size)[0], self.session.manifest.dtype
         size, latents_shape = shape.size, shape.latents
         number = check_count(num_images)
@@ -171,13 +171,6 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _plan(self, plan: str | os.PathLike[str] | Plan) -> Plan:
-        if isinstance(plan, Plan):
-            return plan
-        manifest = self.session.manifest
-        is_name = isinstance(plan, str) and (plan in manifest.plans or not plan.endswith(".json"))
-        return manifest.plan(str(plan)) if is_name else Plan.load(plan)
 
     def _prompts(
         self,

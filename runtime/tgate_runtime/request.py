@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tgate_engine.errors import RequestError
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Plan
-from tgate_runtime.noise import SEED_LIMIT, check_seed, random_seed
+from tgate_runtime.generators import SEED_LIMIT, check_seed, random_seed
 
 
 def check_prompts(

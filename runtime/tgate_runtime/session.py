@@ -45,7 +45,7 @@ class Session:
         source: str | os.PathLike[str] | Bundle,
         *,
         engine: str | Engine = "ort-cpu",
-        plans: Sequence[str | Plan] | None = None,
+        plans: Sequence[PlanLike] | None = None,
         sizes: Sequence[str] | None = None,
         check_digests: bool = True,
         on_build: OnBuild | None = None,
@@ -58,8 +58,8 @@ class Session:
         :class:`~tgate_runtime.engines.protocol.EngineOptions`, such as ``threads=1``; or an engine that
         :func:`~tgate_runtime.engines.open_engine` gave. ``on_build(done, total, graph)`` hears of graphs that an
         engine has to compile first.
-        ``plans``: load the graphs of these plans alone (names, or plans that the bundle does not list), with those
-        around the denoiser; None takes every plan of the bundle. ``sizes``: those that requests may name, such as
+        ``plans``: load the graphs of these plans alone (names, plans, or plan files), with those around the denoiser;
+        None takes every plan of the bundle. ``sizes``: those that requests may name, such as
         ``"832x1216"``; None takes every size.
 
         Raises :class:`~tgate_engine.errors.BundleError`, ``PlanError`` or :class:`EngineError`.
@@ -150,6 +150,20 @@ class Session:
         self.close()
 
 
+PlanLike = str | os.PathLike[str] | Plan
+"""A plan's name, a :class:`Plan`, or a file that ``tgate plan --output`` wrote: a path, or a text that ends in .json
+and is no plan's name."""
+
+
+def plan_of(manifest: Manifest, plan: PlanLike) -> Plan:
+    """The plan that is meant. Raises :class:`BundleError` for a name that is not there, ``PlanError`` for a file that
+    holds no plan."""
+    if isinstance(plan, Plan):
+        return plan
+    is_name = isinstance(plan, str) and (plan in manifest.plans or not plan.endswith(".json"))
+    return manifest.plan(str(plan)) if is_name else Plan.load(plan)
+
+
 def shapes_of(bundle: Bundle, sizes: Sequence[str] | None = None) -> tuple[Shape, ...]:
     """The bundle's shapes of those sizes, all where None. Raises :class:`BundleError` for a size that is not there."""
     manifest = bundle.manifest
@@ -158,14 +172,12 @@ def shapes_of(bundle: Bundle, sizes: Sequence[str] | None = None) -> tuple[Shape
 
 
 def graphs_of(
-    bundle: Bundle, plans: Sequence[str | Plan] | None = None, sizes: Sequence[str] | None = None
+    bundle: Bundle, plans: Sequence[PlanLike] | None = None, sizes: Sequence[str] | None = None
 ) -> tuple[GraphSpec, ...]:
     """The graphs that such a session loads, each once and checked: see :meth:`Session.open`, which raises as this
     does."""
     manifest = bundle.manifest
-    chosen = list(manifest.plans.values()) if plans is None else []
-    for plan in plans or ():
-        chosen.append(manifest.plan(plan) if isinstance(plan, str) else plan)
+    chosen = list(manifest.plans.values()) if plans is None else [plan_of(manifest, plan) for plan in plans]
     if not manifest.weights:
         raise BundleError(
             f"{bundle.path} was exported with --weights none: it can be inspected, not run; export it with weights"

@@ -21,7 +21,7 @@ from tgate_engine.errors import EngineError
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_export.methods.base import Settings
 from tgate_runtime.engines import ENGINES, EngineEntry
-from tgate_runtime.noise import noise
+from tgate_runtime.generators import noise
 from tgate_runtime.pipeline import Pipeline
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tgate_engine.errors import RequestError
-from tgate_runtime.noise import (
+from tgate_runtime.generators import (
     CONDITIONING,
     GENERATORS,
     INITIAL,

@@ -3,7 +3,7 @@
 Image j of a request with seed s has seed s + j of its own, so that it can be drawn alone: a seed means the same noise
 whatever else is in the batch, however a request is cut into batches, and on every machine. A seed has many draws: one
 for the initial latents, one for each step of a stochastic sampler, one for a conditioning picture. ``docs/bundle.md``
-defines both generators to the last operation; ``tests/runtime/test_noise.py`` draws from that text again and pins
+defines both generators to the last operation; ``tests/runtime/test_generators.py`` draws from that text again and pins
 values.
 """
 

@@ -31,7 +31,7 @@ from tgate_runtime.verify import relative_error, verify
 
 TOY = Toy(batches=((1, 4),))
 GUIDANCE = 3.0
-SIX = ("sd15_b", "sd21_v", "pixart_sigma_a", "lcm_sdxl_a", "svd_a", "opensora_a")
+SIX = ("sd15_b", "sd21_v", "pixart_sigma_a", "lcm_sdxl", "svd_a", "latte_a")
 """One small model of each architecture; the others of their families go through the same code of an engine."""
 
 

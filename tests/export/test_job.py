@@ -119,3 +119,24 @@ def test_weights_twice_over_are_refused(copied: Path) -> None:
     index = {"weight_map": {"conv_in.weight": "diffusion_pytorch_model-00001-of-00001.safetensors"}}
     (copied / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     assert "remove what is left over" in refusal(copied)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "said"),
+    [
+        ("sd15_a", {"clip_skip": 2}, r"--clip-skip must be from 1 to 1"),
+        ("sd15_a", {"clip_skip": -1}, r"--clip-skip must be from 1 to 1"),
+        ("sd15_a", {"guidance_rescale": 1.5}, r"--guidance-rescale must be from 0 to 1"),
+        ("sd15_a", {"guidance_rescale": float("nan")}, r"--guidance-rescale must be from 0 to 1"),
+        ("sd15_a", {"guidance_rescale": 0.5, "guidance_scale": 1.0}, r"would change nothing"),
+        ("lcm_sdxl", {"guidance_rescale": 0.5}, r"would change nothing"),
+        ("pixart_alpha_a", {"clip_skip": 1}, r"--clip-skip is for models with CLIP"),
+        ("pixart_alpha_a", {"guidance_rescale": 0.5}, r"does not rescale guidance"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    tmp_path: Path, variant: str, options: dict[str, Any], said: str
+) -> None:
+    root = make_tiny(tmp_path / "checkpoint", variant)
+    with pytest.raises(ExportError, match=said):
+        prepare(family_settings(variant, root, tmp_path / "bundle", **options))

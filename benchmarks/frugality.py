@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from tgate_engine.bundle import write_atomically
+from tgate_engine.atomic import write_atomically
 
 MODELS: Mapping[str, Sequence[str]] = {"sdxl": ("--m", "10", "--k", "5"), "pixart-alpha": (), "svd": ()}
 """What is exported, with its method settings; the models' own where there are none."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import sys
 import time
@@ -26,14 +25,17 @@ from numpy.typing import NDArray
 
 from benchmarks.frugality import GIB, machine, product, watched
 from benchmarks.memory import proportional_bytes
-from tgate_engine.bundle import Bundle, write_atomically
-from tgate_engine.manifest import resolve
-from tgate_engine.plan import FULL, REUSE_CROSS, REUSE_SELF, Plan, build_plan
-from tgate_engine.rows import step_row
-from tgate_engine.schedule import Schedule
+from tgate_engine.atomic import write_atomically
+from tgate_engine.bundle import Bundle
+from tgate_engine.footprint import carry_bytes
+from tgate_engine.plan import Plan, build_plan
+from tgate_engine.step import LATENTS, STEP, step_row
+from tgate_export.methods import find_method
+from tgate_export.methods.base import FULL, Settings
+from tgate_export.methods.tgate import REUSE_CROSS, REUSE_SELF
 
 SEED = 2404
-SCHEDULE = Schedule(steps=4, gate=3, self_interval=2, warm_up=0)
+SETTINGS = Settings(steps=4, gate=3, self_interval=2, warm_up=0)
 """full, reuse_self, full (the gate step), reuse_cross: the shortest that runs all three graphs."""
 
 GRAPHS = (FULL, REUSE_SELF, REUSE_CROSS)
@@ -89,7 +91,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {"models": {}}
-    found["settings"] = {**machine(), "seed": SEED, "schedule": asdict(SCHEDULE), "weights": "random"}
+    found["settings"] = {**machine(), "seed": SEED, "schedule": asdict(SETTINGS), "weights": "random"}
     for model in args.models.split(","):
         parts = found["models"][model] = {"pixels": CASES[model].pixels, "dtype": CASES[model].dtype}
 
@@ -148,7 +150,7 @@ def request(model: str, work: Path, result: Path, way: str) -> None:
     """Draws the request that eager PyTorch and the engine are both given, and makes the plan."""
     import torch
 
-    from tgate_export.conditioning import halves
+    from tgate_export.goldens import both_halves
     from tgate_export.sampling import compile_sampler
 
     job, manifest = _job(model), Bundle.open(work / model, check_digests=False).manifest
@@ -160,15 +162,16 @@ def request(model: str, work: Path, result: Path, way: str) -> None:
         }
         for _ in range(2)
     )
-    rows = halves(job.conditioning, positive, negative, guided=job.guided)
+    rows = both_halves(job, positive, negative)
     noise = torch.randn((1, *job.latents), generator=generator)
     plan = build_plan(
         "short",
-        schedule=SCHEDULE,
-        sampler=compile_sampler("dpmpp_2m", manifest.scheduler, SCHEDULE.steps),
+        find_method("tgate").program(SETTINGS),
+        sampler=compile_sampler("dpmpp_2m", manifest.scheduler, SETTINGS.steps),
         guidance_scale=job.guidance_scale,
-        graphs=manifest.graphs,
+        graphs=manifest.shapes[0].graphs,
         carries=manifest.carries,
+        settings=find_method("tgate").facts(SETTINGS),
     )
     np.savez(work / f"{model}-request.npz", noise=noise.numpy(), **{name: row.numpy() for name, row in rows.items()})
     (work / f"{model}-plan.json").write_text(json.dumps(plan.to_json()))
@@ -205,21 +208,21 @@ def eager(model: str, work: Path, result: Path, way: str) -> None:
 
 def engine(model: str, work: Path, result: Path, way: str) -> None:
     """The engine's latents after every step, and how far they are from PyTorch's."""
-    from tgate_runtime.binding import Binding
     from tgate_runtime.runner import run
     from tgate_runtime.session import Session
+    from tgate_runtime.state import State
     from tgate_runtime.verify import relative_error
 
     plan, noise, rows = _request(model, work)
     begin = time.perf_counter()
     steps: list[dict[str, Any]] = []
     with Session.open(work / model, plans=[plan], check_digests=False) as session:
-        binding = Binding(session, plan, batch=1)
+        state = State(session, plan)
         load_s = time.perf_counter() - begin
         with np.load(work / f"{model}-eager.npz") as wanted:
             begin_cpu = time.process_time()
-            for done in run(binding, latents=noise, conditioning=rows, guidance_scale=plan.guidance_scale):
-                cpu_s, latents = time.process_time() - begin_cpu, binding.latents()
+            for done in run(state, latents=noise, conditioning=rows, guidance_scale=plan.guidance_scale):
+                cpu_s, latents = time.process_time() - begin_cpu, state.latents()
                 steps.append(
                     {
                         "graph": done.step.graph,
@@ -231,24 +234,24 @@ def engine(model: str, work: Path, result: Path, way: str) -> None:
                 )
                 begin_cpu = time.process_time()
         settings = {
-            "engine": f"{session.backend.name} {session.backend.version}",
-            "threads": session.backend.options.threads,
+            "engine": f"{session.engine.name} {session.engine.version}",
+            "threads": session.engine.options.threads,
         }
     _write(result, {**settings, "load_s": round(load_s, 2), "steps": steps})
 
 
 def graphs(model: str, work: Path, result: Path, way: str) -> None:
     """One step of each graph, the later ones on what the first one stored. Writes what it has after each."""
-    from tgate_runtime.backends import backend
-    from tgate_runtime.backends.host import CpuBuffer
-    from tgate_runtime.dtypes import decode, encode
+    from tgate_engine.dtypes import decode, encode
+    from tgate_runtime.engines import open_engine
+    from tgate_runtime.engines.protocol import Buffer
 
     bundle = Bundle.open(work / model, check_digests=False)
     plan, noise, rows = _request(model, work)
-    given = {**rows, "latents": noise * np.float32(plan.sampler.initial_scale)}
-    given["step"] = step_row(plan.steps[0].call, plan.guidance_scale)[None]
-    loader = backend("ort-cpu", memory="shared" if way == "shared" else "fast")
-    buffers: dict[str, CpuBuffer] = {}
+    values_of = {**rows, LATENTS: noise * np.float32(plan.sampler.initial_scale)}
+    values_of[STEP] = step_row(plan.steps[0].call, plan.guidance_scale)[None]
+    loader = open_engine("ort-cpu", memory="shared" if way == "shared" else "fast")
+    buffers: dict[str, Buffer] = {}
     found: dict[str, Any] = {
         "engine": f"{loader.name} {loader.version}",
         "threads": loader.options.threads,
@@ -258,16 +261,17 @@ def graphs(model: str, work: Path, result: Path, way: str) -> None:
         opened: dict[str, Any] = {}
         for name in group:
             begin = time.perf_counter()
-            opened |= loader.load(bundle, [name])
+            spec = bundle.manifest.shapes[0].graphs[name]
+            opened[name] = loader.load(bundle, [spec])[spec.file]
             found["graphs"][name] = {"load_s": round(time.perf_counter() - begin, 2), "loaded": _resident()}
             _write(result, found)
         for name, executable in opened.items():
-            spec = bundle.manifest.graphs[name]
+            spec = bundle.manifest.shapes[0].graphs[name]
             for tensor in (*spec.inputs, *spec.outputs):
                 if tensor.name not in buffers:
-                    buffers[tensor.name] = CpuBuffer(resolve(tensor.shape, 1), tensor.dtype)
-                    if tensor.name in given:
-                        buffers[tensor.name].write(encode(given[tensor.name], tensor.dtype))
+                    buffers[tensor.name] = loader.allocate(tensor.resolve(1), tensor.dtype)
+                    if tensor.name in values_of:
+                        buffers[tensor.name].write(encode(values_of[tensor.name], tensor.dtype))
             outputs = {t.name: buffers[t.name] for t in spec.outputs}
             call = executable.bind({t.name: buffers[t.name] for t in spec.inputs}, outputs)
             begin, begin_cpu = time.perf_counter(), time.process_time()
@@ -284,7 +288,7 @@ def graphs(model: str, work: Path, result: Path, way: str) -> None:
             _write(result, found)
             del call
         del opened, executable
-    carried = sum(math.prod(buffers[c.name].shape) * buffers[c.name].array.itemsize for c in bundle.manifest.carries)
+    carried = carry_bytes(plan, bundle.manifest.shapes[0].graphs, batch=1)
     _write(result, {**found, "carries_bytes": carried})
 
 
@@ -301,10 +305,10 @@ def _job(model: str) -> Any:
     return prepare(
         ExportSettings(
             model=model,
-            m=SCHEDULE.gate,
-            k=SCHEDULE.self_interval,
-            steps=SCHEDULE.steps,
-            warm_up=SCHEDULE.warm_up,
+            m=SETTINGS.gate,
+            k=SETTINGS.self_interval,
+            steps=SETTINGS.steps,
+            warm_up=SETTINGS.warm_up,
             height=case.pixels,
             width=case.pixels,
             weights=case.weights,

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tgate_cli.inspect import guidance_stopped, ungated
+from tgate_engine.conditioning import half_names
 from tgate_engine.errors import TgateError
+from tgate_engine.graph import DENOISE
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Plan
-from tgate_runtime.binding import Binding
-from tgate_runtime.conditioning import given, inputs_of
-from tgate_runtime.noise import noise
+from tgate_runtime.generators import noise
+from tgate_runtime.state import State
 
 
 class Clock:
@@ -50,33 +50,46 @@ class Clock:
 
 
 def plans_of(manifest: Manifest) -> dict[str, Plan]:
-    """The bundle's own plan, and the two derived from it."""
+    """The bundle's own plan, and those that it is measured against, the plainest last."""
     chosen = manifest.plan("default")
-    found = {"gated": chosen, "guidance_stopped": guidance_stopped(chosen, manifest)}
-    return {name: plan for name, plan in found.items() if plan is not None} | {"ungated": ungated(chosen, manifest)}
+    return {"gated": chosen} | {name: manifest.plan(name) for name in reversed(chosen.baselines)}
 
 
 def request(manifest: Manifest, seed: int) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
     """Noise, and conditioning of noise: a GPU clocks higher on constants."""
-    rows = {}
-    for i, (name, spec) in enumerate(inputs_of(manifest).items()):
-        shape = (1, *(int(side) for side in spec.shape[1:]))
-        rows[name] = np.ones(shape, np.float32) if "mask" in name else noise(seed, i + 1, shape)
-    return noise(seed, 0, manifest.latents)[None], given(manifest, rows)
+    shape = manifest.shapes[0]
+    names = half_names(manifest.conditioning)
+    specs = {t.name: t for g in shape.graphs.values() if g.role == DENOISE for t in g.inputs if t.name in names}
+    rows: dict[str, NDArray[Any]] = {}
+    for draw, (name, spec) in enumerate(specs.items(), start=1):
+        stem = name.rpartition(".")[0]
+        if stem in shape.constants:
+            rows[name] = np.array([shape.constants[stem]], np.float32)
+        else:
+            one = spec.resolve(1)
+            rows[name] = np.ones(one, np.float32) if "mask" in name else noise(seed, one, draw=draw)
+    return noise(seed, shape.latents)[None], rows
 
 
 def take(
-    binding: Binding, start: NDArray[np.float32], rows: Mapping[str, NDArray[Any]], clock: Clock
+    state: State, start: NDArray[np.float32], rows: Mapping[str, NDArray[Any]], clock: Clock
 ) -> tuple[float, list[tuple[str, float]]]:
-    """One loop: its milliseconds, and those of each step's graph."""
-    plan, marks = binding.plan, []
+    """One loop of a state's one image: its milliseconds, and those of each step's graph."""
+    (plan,), image, marks = state.plans, range(1), []
     begin = clock.mark()
-    binding.begin(start * np.float32(plan.sampler.initial_scale), rows)
-    for step in plan.steps:
-        call = binding.set_step(step, plan.guidance_scale)
+    state.begin(
+        0,
+        start[0],
+        {name: row[0] for name, row in rows.items()},
+        guidance_scale=plan.guidance_scale,
+        step_noise=lambda _: start[0],
+    )
+    while state.step(0) is not None:
+        call, (step,) = state.take(image)
         before = clock.mark()
         call()
         marks.append((step.graph, before, clock.mark()))
+        state.turn(image)
     return clock.ms(begin, marks[-1][2]), [(graph, clock.ms(before, after)) for graph, before, after in marks]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tgate_engine.bundle import write_atomically
+from tgate_engine.atomic import write_atomically
 
 TABLES = Path(__file__).parents[1] / "tests" / "data" / "paper_tables.json"
 MODELS: Mapping[str, Sequence[str]] = {
@@ -56,7 +56,7 @@ def counted(row: Mapping[str, Any], work: Path) -> dict[str, Any]:
     """``row`` with the engine's count, in tera-MACs, and its distance from the paper's."""
     bundle = exported(row["model"], work)
     if "graph" in row:
-        macs = inspected(bundle)["graphs"][row["graph"]]["macs"]
+        macs = inspected(bundle)["shapes"][0]["graphs"][row["graph"]]["macs"]
     else:
         name = planned(row, bundle)
         macs = inspected(bundle)["plans"][name]["macs"]
@@ -83,14 +83,13 @@ def planned(row: Mapping[str, Any], bundle: Path) -> str:
     plans = inspected(bundle)["plans"]
     if row["m"] is None or row["model"].endswith("guidance stopped"):
         name = "ungated" if row["m"] is None else "guidance_stopped"
-        assert (plans[name]["steps_n"], plans[name]["gate_m"]) == (row["n"], row["m"] or row["n"]), row
+        told = plans[name]["settings"]
+        assert (told["n"], told.get("m")) == (row["n"], row["m"]), row
         return name
     name = f"m{row['m']}-k{row['k']}"
     if name not in plans:
-        default = plans["default"]
-        schedule = ("--m", str(row["m"]), "--k", str(row["k"]), "--steps", str(row["n"]))
-        how = ("--warm-up", str(default["warm_up"]), "--sampler", default["sampler"])
-        _run("main", "plan", str(bundle), "--name", name, *schedule, *how, "--quiet")
+        settings = ("--m", str(row["m"]), "--k", str(row["k"]), "--steps", str(row["n"]))
+        _run("main", "plan", str(bundle), "--name", name, *settings, "--quiet")
     return name
 
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from benchmarks.loops import Clock, one_line, plans_of, request, take
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Plan
-from tgate_runtime.binding import Binding
 from tgate_runtime.session import Session
+from tgate_runtime.state import State
 from tgate_runtime.verify import relative_error
 
 OPENVINO_ALONE = "OpenVINO, the network alone"
@@ -53,10 +53,10 @@ def compare(
     loop: dict[str, Callable[[], object]] = {}
     ours: dict[str, NDArray[np.float32]] = {}
     for name in ("gated", "ungated"):
-        binding = Binding(session, plans[name], 1)
-        loop[f"{engine} {name}"] = lambda binding=binding: take(binding, start, rows, Clock("cpu"))  # type: ignore[misc]
+        state = State(session, plans[name])
+        loop[f"{engine} {name}"] = lambda state=state: take(state, start, rows, Clock("cpu"))  # type: ignore[misc]
         loop[f"{engine} {name}"]()
-        ours[name] = binding.latents()
+        ours[name] = state.latents()
     plan = plans["gated"]
     job = prepare(settings)
     network = real_module(job.family, job.checkpoint, job.family.denoiser, getattr(torch, manifest.dtype)).to(device)
@@ -158,13 +158,12 @@ def _in_openvino(network: Any, precision: str) -> Any:
 
 
 def _gating(pipe: Any, family: str, plan: Plan) -> Callable[..., Any]:
-    """The pipeline as the ``tgate`` package changes it, by the plan's schedule."""
+    """The pipeline as the ``tgate`` package changes it, by the plan's settings."""
     import tgate
 
     loaders: Any = tgate
-    schedule = plan.schedule
-    method = {"gate_step": schedule.gate, "sp_interval": schedule.self_interval}
-    method |= {"fi_interval": schedule.fidelity_interval, "warm_up": schedule.warm_up}
+    named = {"gate_step": "m", "sp_interval": "k", "fi_interval": "f", "warm_up": "w"}
+    method = {theirs: plan.settings[ours] for theirs, ours in named.items()}
     loader = {"sd": loaders.TgateSDLoader, "sdxl": loaders.TgateSDXLLoader, "pixart": loaders.TgatePixArtAlphaLoader}
     return functools.partial(loader[family](pipe).tgate, **method)
 
@@ -175,10 +174,11 @@ def _asked(
     """The same request, as a pipeline's arguments."""
     import torch
 
+    shape = manifest.shapes[0]
     tensors = {name: torch.from_numpy(np.array(row)).to(like) for name, row in {**rows, "latents": start}.items()}
     asked = {
         **{"latents": tensors["latents"], "num_inference_steps": len(plan.steps), "output_type": "latent"},
-        **{"guidance_scale": plan.guidance_scale, "height": manifest.height, "width": manifest.width},
+        **{"guidance_scale": plan.guidance_scale, "height": shape.height, "width": shape.width},
         "prompt_embeds": tensors["prompt_embeds.positive"],
         "negative_prompt_embeds": tensors["prompt_embeds.negative"],
     }

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory import proportional_bytes
-from tgate_cli.inspect import ungated
-from tgate_engine.bundle import Bundle, write_atomically
-from tgate_engine.manifest import resolve
+from tgate_engine.atomic import write_atomically
+from tgate_engine.bundle import Bundle
 from tgate_runtime.benchmark import cpu_model
 from tgate_runtime.session import Session
 
@@ -130,18 +129,18 @@ def machine() -> dict[str, Any]:
 
 def memory(bundle_path: Path, engine_name: str) -> dict[str, Any]:
     """The proportional set size of this process, in bytes, before a graph is open and after each has run once."""
-    from tgate_runtime.backends import backend
+    from tgate_runtime.engines import open_engine
 
     bundle = Bundle.open(bundle_path, check_digests=False)
     options = _options(engine_name)
-    engine = backend(options.pop("engine"), **options)
+    engine = open_engine(options.pop("engine"), **options)
     held = {"before": proportional_bytes()}
     kept = []
     for name in three(bundle):
-        executable = engine.load(bundle, [name])[name]
-        spec = bundle.manifest.graphs[name]
-        inputs = {t.name: engine.allocate(resolve(t.shape, 1), t.dtype) for t in spec.inputs}
-        outputs = {t.name: engine.allocate(resolve(t.shape, 1), t.dtype) for t in spec.outputs}
+        spec = bundle.manifest.shapes[0].graphs[name]
+        executable = engine.load(bundle, [spec])[spec.file]
+        inputs = {t.name: engine.allocate(t.resolve(1), t.dtype) for t in spec.inputs}
+        outputs = {t.name: engine.allocate(t.resolve(1), t.dtype) for t in spec.outputs}
         call = executable.bind(inputs, outputs)
         call()
         kept.append((executable, call))
@@ -161,18 +160,17 @@ def peers(bundle_path: Path, case: Case) -> dict[str, Any]:
     from tgate_export.job import ExportSettings
 
     bundle = Bundle.open(bundle_path, check_digests=False)
-    manifest, plan = bundle.manifest, bundle.manifest.plan("default")
-    options = _options(case.peers_of)
-    session = Session.open(bundle, plans=[plan, ungated(plan, manifest)], **options)
+    manifest, shape = bundle.manifest, bundle.manifest.shapes[0]
+    session = Session.open(bundle, plans=["default", "ungated"], **_options(case.peers_of))
     settings = ExportSettings(
         model=manifest.model,
         weights="random" if "random" in case.export else "checkpoint",
         components=("denoiser",),
-        height=manifest.height,
-        width=manifest.width,
+        height=shape.height,
+        width=shape.width,
     )
     found = compare(session, case.peers_of, settings, openvino=case.alone, repeats=case.peer_turns)
-    return {**found, "engine_version": session.backend.version}
+    return {**found, "engine_version": session.engine.version}
 
 
 def _options(engine: str) -> dict[str, Any]:

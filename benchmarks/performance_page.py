@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import OPENVINO_ALONE
-from tgate_engine.bundle import write_atomically
+from tgate_engine.atomic import write_atomically
 
 ROOT = Path(__file__).parents[1]
-PLANS = {"gated": "gated", "guidance_stopped": "guidance stopped at m", "ungated": "ungated"}
+PLANS = {"default": "gated", "guidance_stopped": "guidance stopped at m", "ungated": "ungated"}
 GRAPHS = ("full", "reuse_self", "reuse_cross", "unguided")
 INTRODUCTION = """# Performance
 
@@ -61,8 +61,8 @@ def page(found: Mapping[str, Any]) -> str:
         if first is None:
             continue
         s, on = first["settings"], first["taken_on"]
-        rules = f"n={s['steps_n']}, m={s['gate_m']}, k={s['self_interval_k']}"
-        lines.append(f"## {s['model']}, {s['width']}×{s['height']}, {rules}\n")
+        rules = ", ".join(f"{name}={s['plan_settings'][name]}" for name in ("n", "m", "k"))
+        lines.append(f"## {s['model']}, {s['size'].replace('x', '×')}, {rules}\n")
         isa = f" ({', '.join(on['isa'])})" if on.get("isa") else ""
         lines.append(
             f"`tgate-export {parts['export']}`, on {on['cores']} cores of {on['cpu']}{isa}; batch {s['batch']}.\n"
@@ -81,9 +81,9 @@ def table(engines: Mapping[str, Any]) -> list[str]:
     for name, data in engines.items():
         base = data["plans"]["ungated"]
         for plan, title in PLANS.items():
-            p = data["plans"][plan]
-            if p["ms"] is None:
+            if plan not in data["plans"]:
                 continue
+            p = data["plans"][plan]
             faster, fewer = base["ms"] / p["ms"], base["macs"]["all"] / p["macs"]["all"]
             steps = f"{p['step_ms']['p50']:.1f} / {p['step_ms']['p99']:.1f}"
             ratios = f"{faster:.2f}× | {fewer:.2f}× | {100 * faster / fewer:.0f} %"

@@ -1,6 +1,6 @@
 """What reuse costs in pictures: accuracy on captions that training never saw, drawn by the engine.
 
-    python -m benchmarks.quality BUNDLE [BUNDLE ...] --output benchmarks/results/quality.json
+    python -m benchmarks.quality BUNDLE [BUNDLE ...] --output benchmarks/results/quality-mini-sdxl.json
     python -m benchmarks.quality BUNDLE --samplers euler,ddim,dpmpp_2m --captions 250 \\
         --output benchmarks/results/schedulers.json
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.gpu.setting import CASES, Setting, session_of
 from tgate_engine.plan import Plan, build_plan
-from tgate_runtime.binding import Binding
+from tgate_runtime.state import State
 from tgate_runtime.verify import relative_error
 
 TOLERANCES = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1, "f16": 3e-2, "bf16": 2e-1}
@@ -23,23 +23,24 @@ def reference(setting: Setting) -> dict[str, Any]:
         return {"file": str(setting.reference_file), "brought": True}
     import torch
 
-    from tgate_export.conditioning import halves
-    from tgate_export.goldens import walk
+    from tgate_export.goldens import both_halves, walk
     from tgate_export.job import prepare
     from tgate_export.modules import real_module
 
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     manifest, device = setting.open().manifest, torch.device(setting.device)
-    size = {"height": manifest.height, "width": manifest.width}
+    shape = manifest.shapes[0]
+    size = {"height": shape.height, "width": shape.width}
     job = prepare(CASES[setting.model].settings(setting.model, steps=4, m=3, k=2, warm_up=0, **size))
     plan = build_plan(
         "short",
-        schedule=job.schedule,
+        job.method.program(job.method_settings, job.sampler.lead_in),
         sampler=job.sampler,
         guidance_scale=job.guidance_scale,
-        graphs=manifest.graphs,
+        graphs=shape.graphs,
         carries=manifest.carries,
+        settings=job.method.facts(job.method_settings),
     )
     generator = torch.Generator().manual_seed(setting.seed)
     positive, negative = (
@@ -49,7 +50,7 @@ def reference(setting: Setting) -> dict[str, Any]:
         }
         for _ in range(2)
     )
-    rows = halves(job.conditioning, positive, negative, guided=job.guided)
+    rows = both_halves(job, positive, negative)
     start = torch.randn((1, *job.latents), generator=generator)
     # Rounded as the bundle's weights are, so that what is compared is arithmetic alone.
     denoiser = real_module(job.family, job.checkpoint, job.family.denoiser, getattr(torch, manifest.dtype))
@@ -75,18 +76,22 @@ def check(setting: Setting) -> dict[str, Any]:
     wanted = [tensors[f"latents.{i}"] for i in range(len(plan.steps) + 1)]
     rows = {name.removeprefix("conditioning."): t for name, t in tensors.items() if name.startswith("conditioning.")}
     with session_of(setting, opened, {"short": plan}) as session:
-        binding = Binding(session, plan, 1)
+        state, image = State(session, plan), range(1)
         steps: list[dict[str, Any]] = []
-        binding.begin(wanted[0], rows)
+        conditioning = {name: row[0] for name, row in rows.items()}
+        state.begin(0, wanted[0][0], conditioning, guidance_scale=plan.guidance_scale)
+        state.replace_latents(0, wanted[0][0])  # which the sampler's scale is in already
         for step in plan.steps:
-            binding.set_step(step, plan.guidance_scale)()
-            got, before, after = binding.latents(), wanted[step.index], wanted[step.index + 1]
+            call, _ = state.take(image)
+            call()
+            state.turn(image)
+            got, before, after = state.latents(), wanted[step.index], wanted[step.index + 1]
             errors = (relative_error(got, after), relative_error(got - before, after - before))
             # Not finite: null, since JSON has no NaN.
             error, change_error = errors if np.isfinite(got).all() else (None, None)
             steps.append({"graph": step.graph, "error": error, "change_error": change_error})
-            binding.replace_latents(after)
-        options = session.backend.options
+            state.replace_latents(0, after[0])
+        options = session.engine.options
     tolerance = max(TOLERANCES[opened.manifest.dtype], TOLERANCES.get(options.precision or "", 0.0))
     errors_there = [step["error"] for step in steps if step["error"] is not None]
     worst = max(errors_there) if len(errors_there) == len(steps) else None

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PATHS = [str(ROOT), str(ROOT / "export"), str(ROOT / "runtime")]
+PATHS = [str(ROOT), str(ROOT / "export"), str(ROOT / "runtime"), str(ROOT / "cli")]
 sys.path += [path for path in PATHS if path not in sys.path]  # nothing need be installed but engines
 
 from benchmarks.gpu.sections import SECTIONS  # noqa: E402
 from benchmarks.gpu.setting import CASES, Setting  # noqa: E402
 from benchmarks.loops import one_line  # noqa: E402
-from tgate_engine.bundle import write_atomically  # noqa: E402
+from tgate_engine.atomic import write_atomically  # noqa: E402
 
 MODELS = {False: "sdxl,pixart-alpha", True: "mini-sdxl,mini-pixart"}
 ENGINES = {"cuda": "ort-cuda,ort-cuda+no-graphs,aoti,tensorrt", "cpu": "ort-cpu,openvino,aoti"}

@@ -18,10 +18,9 @@ from benchmarks.gpu.correctness import check, reference
 from benchmarks.gpu.setting import CASES, Setting, engine_of, held_bytes, nvidia_smi, session_of
 from benchmarks.loops import Clock, plans_of, request, take
 from benchmarks.peers import compare
-from tgate_engine.manifest import resolve
 from tgate_runtime.benchmark import cpu_model
-from tgate_runtime.binding import Binding
-from tgate_runtime.session import Session, graphs_of
+from tgate_runtime.session import Session
+from tgate_runtime.state import State
 
 PACKAGES = (
     *("torch", "triton", "diffusers", "transformers", "tgate", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino"),
@@ -58,13 +57,12 @@ def bundle(setting: Setting) -> dict[str, Any]:
 
         export(CASES[setting.model].settings(setting.model, output=path), Lines())
     manifest = setting.open().manifest
-    plan = manifest.plan("default")
+    plan, shape = manifest.plan("default"), manifest.shapes[0]
     return {
         **{"brought": brought, "export_s": None if brought else time.perf_counter() - begin, "dtype": manifest.dtype},
-        **{"height": manifest.height, "width": manifest.width, "sampler": plan.sampler.name},
-        **{"n": plan.schedule.steps, "m": plan.schedule.gate, "k": plan.schedule.self_interval},
-        **{"warm_up": plan.schedule.warm_up, "guidance_scale": plan.guidance_scale, "batch": 1},
-        "macs": {name: chosen.macs(manifest.graphs)[1] for name, chosen in plans_of(manifest).items()},
+        **{"size": shape.size, "sampler": plan.sampler.name, "guidance_scale": plan.guidance_scale, "batch": 1},
+        "plan_settings": dict(plan.settings),
+        "macs": {name: chosen.macs(shape.graphs)[1] for name, chosen in plans_of(manifest).items()},
         "tools": dict(manifest.tools),
     }
 
@@ -75,12 +73,12 @@ def opening(setting: Setting) -> dict[str, Any]:
     engine = engine_of(setting.engine, setting.device)
     engine_s, opened = time.perf_counter() - begin, setting.open()
     plans = plans_of(opened.manifest)
-    loaded = Session(opened, engine, engine.load(opened, graphs_of(opened, [*plans.values()])))
+    loaded = Session.open(opened, engine=engine, plans=[*plans.values()])
     open_s = time.perf_counter() - begin - engine_s
-    bindings = [Binding(loaded, plan, 1) for plan in plans.values()]
+    states = [State(loaded, plan) for plan in plans.values()]
     bind_s = time.perf_counter() - begin - engine_s - open_s
     start, rows = request(opened.manifest, setting.seed)
-    take(bindings[0], start, rows, Clock("cpu"))
+    take(states[0], start, rows, Clock("cpu"))
     first_loop_s = time.perf_counter() - begin - engine_s - open_s - bind_s
     times = {"engine_s": engine_s, "open_s": open_s, "bind_s": bind_s, "first_gated_loop_s": first_loop_s}
     return {**times, "cache_entries": {"before": cached, "after": _cached()}}
@@ -97,24 +95,24 @@ def loops(setting: Setting) -> dict[str, Any]:
     steps: dict[str, list[float]] = {name: [] for name in plans}
     graphs: dict[str, list[float]] = {}
     with session_of(setting, opened, plans) as session:
-        bindings = {name: Binding(session, plan, 1) for name, plan in plans.items()}
+        states = {name: State(session, plan) for name, plan in plans.items()}
         for turn in range(setting.warm_ups + setting.repeats):
-            for name, binding in bindings.items():
+            for name, state in states.items():
                 begin = time.perf_counter()
-                loop_ms, taken = take(binding, start, rows, clock)
+                loop_ms, taken = take(state, start, rows, clock)
                 if turn >= setting.warm_ups:
                     wall[name].append((time.perf_counter() - begin) * 1e3)
                     whole[name].append(loop_ms)
                     steps[name] += [ms for _, ms in taken]
                     for graph, ms in taken:
                         graphs.setdefault(graph, []).append(ms)
-        finite = all(bool(np.isfinite(binding.latents()).all()) for binding in bindings.values())
-        options = session.backend.options
+        finite = all(bool(np.isfinite(state.latents()).all()) for state in states.values())
+        options = session.engine.options
     medians = {name: statistics.median(ms) for name, ms in graphs.items()}
     return {
         "clock": clock.name,
         "graphs": {
-            name: {"ms": ms, "tflop_per_s": 2 * manifest.graphs[name].macs.all / ms / 1e9}
+            name: {"ms": ms, "tflop_per_s": 2 * manifest.shapes[0].graphs[name].macs.all / ms / 1e9}
             for name, ms in medians.items()
         },
         "plans": {
@@ -142,11 +140,13 @@ def memory(setting: Setting) -> dict[str, Any]:
     names = names[:1] if setting.graphs == "one" else names
     buffers: dict[str, Any] = {}  # tensors of one name share one, as they do in a request
     kept = []
-    for name, executable in engine.load(opened, names).items():
-        spec = opened.manifest.graphs[name]
+    specs = [opened.manifest.shapes[0].graphs[name] for name in names]
+    loaded = engine.load(opened, specs)
+    for spec in specs:
+        executable = loaded[spec.file]
         for tensor in (*spec.inputs, *spec.outputs):
             if tensor.name not in buffers:
-                buffers[tensor.name] = engine.allocate(resolve(tensor.shape, 1), tensor.dtype)
+                buffers[tensor.name] = engine.allocate(tensor.resolve(1), tensor.dtype)
         inputs, outputs = ({t.name: buffers[t.name] for t in some} for some in (spec.inputs, spec.outputs))
         call = executable.bind(inputs, outputs)
         call()
@@ -159,12 +159,12 @@ def memory(setting: Setting) -> dict[str, Any]:
 def peers(setting: Setting) -> dict[str, Any]:
     """Whole loops of the engine, gated and ungated, and of what users would otherwise take, in turns."""
     opened = setting.open()
-    manifest, plans = opened.manifest, plans_of(opened.manifest)
+    shape, plans = opened.manifest.shapes[0], plans_of(opened.manifest)
     session = session_of(setting, opened, {name: plans[name] for name in ("gated", "ungated")})
     return compare(
         session,
         setting.engine,
-        CASES[setting.model].settings(setting.model, height=manifest.height, width=manifest.width),
+        CASES[setting.model].settings(setting.model, height=shape.height, width=shape.width),
         device=setting.device,
         compile_mode=setting.compile_mode,
         repeats=setting.repeats,

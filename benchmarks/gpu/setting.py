@@ -17,8 +17,9 @@ from benchmarks.memory import proportional_bytes
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
 from tgate_engine.plan import Plan
-from tgate_runtime.backends import MEMORIES, PRECISIONS, Backend, EngineOptions, Options, backend
-from tgate_runtime.session import Session, graphs_of
+from tgate_runtime.engines import open_engine
+from tgate_runtime.engines.protocol import MEMORIES, PRECISIONS, Engine, EngineOptions, Options
+from tgate_runtime.session import Session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class Setting:
         return Bundle.open(Path(self.bundles) / self.model, check_digests=False)
 
 
-def engine_of(name: str, device: str) -> Backend:
+def engine_of(name: str, device: str) -> Engine:
     """The engine of a :class:`Setting`'s name. Raises :class:`EngineError` where it is missing here."""
     base, *ways = name.split("+")
     options: Options = {}
@@ -80,14 +81,14 @@ def engine_of(name: str, device: str) -> Backend:
             options["memory"] = way
         elif (base, way) != ("ort-cuda", "no-graphs"):
             raise EngineError(f"engine {base} has no way {way!r}")
-    found = backend(base, **options)
+    found = open_engine(base, **options)
     if base == "aoti" and device == "cuda" and "cuda" not in str(getattr(found, "device", "")):
         raise EngineError("engine aoti would run on the CPU: the PyTorch installed here sees no GPU")
     return _without_cuda_graphs(options) if "no-graphs" in ways else found
 
 
-def _without_cuda_graphs(options: Options) -> Backend:
-    from tgate_runtime.backends.ort_cuda import OrtCuda
+def _without_cuda_graphs(options: Options) -> Engine:
+    from tgate_runtime.engines.ort_cuda import OrtCuda
 
     class WithoutCudaGraphs(OrtCuda):
         captured = ()
@@ -104,8 +105,7 @@ def held_bytes(device: str) -> int:
 
 def session_of(setting: Setting, opened: Bundle, plans: Mapping[str, Plan]) -> Session:
     """The setting's engine with the graphs of those plans."""
-    engine = engine_of(setting.engine, setting.device)
-    return Session(opened, engine, engine.load(opened, graphs_of(opened, [*plans.values()])))
+    return Session.open(opened, engine=engine_of(setting.engine, setting.device), plans=[*plans.values()])
 
 
 def nvidia_smi(query: str) -> str:

@@ -17,11 +17,11 @@ from benchmarks.loops import plans_of, request
 from tests.toy_bundle import Toy, build
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
-from tgate_runtime.backends.ort import OrtCpu
-from tgate_runtime.backends.ort_cuda import OrtCuda
-from tgate_runtime.binding import Binding
+from tgate_runtime.engines.ort import OrtCpu
+from tgate_runtime.engines.ort_cuda import OrtCuda
 from tgate_runtime.runner import run
 from tgate_runtime.session import Session
+from tgate_runtime.state import State
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     plan = plans_of(opened.manifest)["gated"]
     start, rows = request(opened.manifest, seed=1)
     with Session.open(opened, threads=1) as session:
-        binding = Binding(session, plan, 1)
-        steps = run(binding, latents=start, conditioning=rows, guidance_scale=plan.guidance_scale)
-        latents = [start * np.float32(plan.sampler.initial_scale), *(binding.latents() for _ in steps)]
+        state = State(session, plan)
+        steps = run(state, latents=start, conditioning=rows, guidance_scale=plan.guidance_scale)
+        latents = [start * np.float32(plan.sampler.initial_scale), *(state.latents() for _ in steps)]
     tensors = {f"latents.{i}": x for i, x in enumerate(latents)}
     tensors |= {f"conditioning.{name}": row for name, row in rows.items()}
     setting = Setting(model="mini-sdxl", device="cpu", bundles=str(tmp_path / "bundles"))
@@ -127,13 +127,13 @@ def test_an_engine_is_refused_ways_that_it_has_not() -> None:
 
 
 def test_cuda_graphs_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU in place of the GPU, as in tests/test_engines.py."""
+    """The CPU in place of the GPU, as in tests/runtime/engines/test_ort_cuda.py."""
     monkeypatch.setattr(OrtCuda, "provider", "CPUExecutionProvider")
     monkeypatch.setattr(OrtCuda, "kind", "cpu")
     for name, captured in (("ort-cuda", True), ("ort-cuda+no-graphs", False)):
         engine = engine_of(name, "cuda")
         assert isinstance(engine, OrtCuda)
-        assert ("full" in engine.captured) == captured
+        assert ("denoise" in engine.captured) == captured
 
 
 def test_what_an_empty_engine_takes_is_no_weights(monkeypatch: pytest.MonkeyPatch, bundles: Path) -> None:

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The Python of docs/usage.md runs as it stands, and README stays short."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "usage.md").read_text("utf-8"), re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
@@ -23,3 +24,16 @@ def test_a_block_of_python_runs(block: str, mini_bundle: Path, tmp_path: Path) -
 
 def test_there_are_blocks() -> None:
     assert len(BLOCKS) == 2
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_bytes()) < 4_000
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    file = ROOT / page
+    broken = [link for link in LINK.findall(file.read_text("utf-8")) if not (file.parent / link).exists()]
+    assert broken == []

@@ -22,7 +22,7 @@ from tests.toy_model import BLOCKS, FEATURES, LATENTS, LENGTH, WIDTH, WORDS
 from tgate_engine.atomic import staging
 from tgate_engine.bundle import digests_of
 from tgate_engine.dtypes import DTYPES
-from tgate_engine.graph import BATCH, DECODE, DENOISE, TEXT, Dim, GraphSpec, Macs, Role, TensorSpec
+from tgate_engine.graph import BATCH, DECODE, DENOISE, IMAGE, TEXT, Dim, GraphSpec, Macs, Role, TensorSpec
 from tgate_engine.manifest import MANIFEST_FILE, Conditioning, Golden, Manifest, Shape, Tokenizer
 from tgate_engine.manifest_json import content_digest, dump_manifest
 from tgate_engine.plan import Plan, build_plan
@@ -65,10 +65,11 @@ class Toy:
 
     ``batches``: ranges of images in a call, each with graphs of its own. ``sizes``: (width, height) of each, 16 pixels,
     the default first. ``carry_dtype``: of carries; the arithmetic stays float32. ``settings``: of each plan by its
-    name; their baselines are stored beside them.
+    name; their baselines are stored beside them. ``pictured``: conditioned by a picture instead of a text.
     """
 
     guided: bool = True
+    pictured: bool = False
     batches: Sequence[tuple[int, int]] = ((1, 4),)
     sizes: Sequence[tuple[int, int]] = ((4, 4),)
     zero_negative: bool = True
@@ -107,10 +108,7 @@ def build(path: Path, toy: Toy | None = None, *, goldens: bool = True) -> Path:
     with staging(path) as stage:
         offsets = _save_weights(stage / WEIGHTS)
         shapes = tuple(_shape(stage, offsets, toy, size, batch) for size in toy.sizes for batch in toy.batches)
-        (stage / "tokenizer").mkdir()
-        pads = (0, 2)
-        for i in range(2):
-            _tokenizer().save(str(stage / "tokenizer" / f"{i}.json"))
+        source, negative = ("image", "zeros") if toy.pictured else ("text", "own")
         (stage / SAMPLERS).write_bytes(dump_tables(sampler(steps) for steps in TABLE_STEPS))
         manifest = Manifest(
             model="toy",
@@ -129,13 +127,11 @@ def build(path: Path, toy: Toy | None = None, *, goldens: bool = True) -> Path:
             shapes=shapes,
             carries=carries(toy),
             conditioning=(
-                Conditioning(name="text", source="text"),
-                Conditioning(name="pooled", source="text"),
+                Conditioning(name="text", source=source, negative=negative),
+                Conditioning(name="pooled", source=source, negative=negative),
                 Conditioning(name="time_ids", source="constant"),
             ),
-            tokenizers=tuple(
-                Tokenizer(file=f"tokenizer/{i}.json", input=f"ids.{i}", length=LENGTH, pad_id=pads[i]) for i in range(2)
-            ),
+            tokenizers=() if toy.pictured else _save_tokenizers(stage),
             plans=_plans(toy, shapes[0].graphs),
             goldens={},
             files={},
@@ -235,7 +231,10 @@ def _shape(stage: Path, offsets: Mapping[str, Any], toy: Toy, size: tuple[int, i
     graphs = {
         name: _denoiser(stage / f"{name}{of_size}{of_batch}.onnx", offsets, name, toy, latents, batch) for name in names
     }
-    graphs["text"] = _text(stage / "text.onnx", offsets)
+    if toy.pictured:
+        graphs["image"] = _image(stage / f"image{of_size}.onnx", offsets, latents)
+    else:
+        graphs["text"] = _text(stage / "text.onnx", offsets)
     graphs["decoder"] = _decoder(stage / f"decoder{of_size}.onnx", offsets, latents)
     return Shape(
         width=size[0],
@@ -417,6 +416,29 @@ def _text(path: Path, offsets: Mapping[str, Any]) -> GraphSpec:
     return g.save(path, TEXT, (1, 1), inputs, outputs, Macs(paper=0, all=0))
 
 
+def _image(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...]) -> GraphSpec:
+    """Of the numbers of a picture, from 0 to 1, and a tenth of the noise, 3 * 16 one after the other: the first 32 as
+    the text, the last 4 pooled."""
+    g = _Graph(offsets)
+    height, width = latents[1:]
+    inputs = [
+        TensorSpec(name="picture", dtype="uint8", shape=(1, height, width, 3)),
+        TensorSpec(name="noise", dtype="float32", shape=(1, 3, height, width)),
+    ]
+    outputs = [
+        TensorSpec(name="text", dtype="float32", shape=(1, LENGTH, WIDTH)),
+        TensorSpec(name="pooled", dtype="float32", shape=(1, WIDTH)),
+    ]
+    planes = g.add("Transpose", g.add("Cast", "picture", to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
+    little = g.add("Mul", "noise", g.constant(0.1, np.float32))
+    numbers = g.reshape(g.add("Add", g.add("Div", planes, g.constant(255, np.float32)), little), 1, -1)
+    ends = {"text": (0, LENGTH * WIDTH), "pooled": (3 * 16 - WIDTH, 3 * 16)}
+    for name, (start, stop) in ends.items():
+        own = g.add("Slice", numbers, g.constant([start]), g.constant([stop]), g.constant([1]))
+        g.reshape(own, 1, *((LENGTH,) if name == "text" else ()), WIDTH, output=name)
+    return g.save(path, IMAGE, (1, 1), inputs, outputs, Macs(paper=0, all=0))
+
+
 def _decoder(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...]) -> GraphSpec:
     g = _Graph(offsets)
     inputs = [TensorSpec(name="latents", dtype="float32", shape=(1, *latents))]
@@ -439,6 +461,17 @@ def _save_weights(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
+
+
+def _save_tokenizers(stage: Path) -> tuple[Tokenizer, ...]:
+    """Two, which differ in what they fill up with."""
+    (stage / "tokenizer").mkdir()
+    for i in range(2):
+        _tokenizer().save(str(stage / "tokenizer" / f"{i}.json"))
+    return tuple(
+        Tokenizer(file=f"tokenizer/{i}.json", input=f"ids.{i}", length=LENGTH, pad_id=pad)
+        for i, pad in enumerate((0, 2))
+    )
 
 
 def _tokenizer() -> Any:

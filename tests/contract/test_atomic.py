@@ -66,6 +66,13 @@ def test_a_written_file_is_whole_and_readable_by_others(tmp_path: Path) -> None:
     assert left_behind(tmp_path, "x") == []
 
 
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
+    """The file itself, not the one beside it that would become it."""
+    with pytest.raises(FileNotFoundError) as error:
+        write_atomically(tmp_path / "nowhere" / "x", b"new")
+    assert error.value.filename == str(tmp_path / "nowhere" / "x")
+
+
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(Failed):
         fail_in_the_block(tmp_path / "bundle")

@@ -17,8 +17,8 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.graph import IMAGE, GraphSpec
 from tgate_runtime.engines import open_engine
 from tgate_runtime.engines.ort import OrtCpu
+from tgate_runtime.generators import CONDITIONING, noise
 from tgate_runtime.image import encode_image, fit_picture
-from tgate_runtime.noise import CONDITIONING, noise
 from tgate_runtime.session import Session
 
 HEIGHT, WIDTH = 4, 6

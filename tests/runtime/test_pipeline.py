@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests import toy_model
-from tests.toy_bundle import Toy, build, make_plan, sampler
+from tests.toy_bundle import Toy, build, edit_manifest, make_plan, sampler
 from tests.toy_model import LATENTS, LENGTH, TIME_IDS, WORDS
 from tgate_engine.errors import BundleError, EngineError, PlanError, RequestError
 from tgate_engine.plan import Plan
 from tgate_export.methods.base import Settings
 from tgate_runtime import pipeline
 from tgate_runtime.engines.ort import OrtCpu, OrtExecutable, _OrtCall
-from tgate_runtime.generators import in_step, noise
+from tgate_runtime.generators import CONDITIONING, in_step, noise
 from tgate_runtime.pipeline import Pipeline, Progress
 from tgate_runtime.state import State
 from tgate_runtime.text import EncodedText, TextEncoder
@@ -591,6 +591,44 @@ def test_requests_that_cannot_be_served(pipe: Pipeline, arguments: dict[str, Any
     with pytest.raises(RequestError, match=says):
         pipe(**{"prompt": PROMPT, "on_step": steps.append, **arguments})
     assert steps == []
+
+
+# --- models that a picture conditions, and videos ------------------------------------------------
+
+
+def test_a_picture_conditions_each_image_with_noise_of_its_seed(tmp_path: Path) -> None:
+    """The reference's, from the picture's numbers to the last step; and an image of a batch is what it is alone."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    with Pipeline.open(build(tmp_path / "toy", Toy(pictured=True)), threads=1, memory="fast") as pipe:
+        result = pipe(image=Image.fromarray(pixels), seed=[5, 8], num_images=2)
+        assert result.seeds == (5, 8)
+        plan = pipe.session.manifest.plan("default")
+        for j, seed in enumerate((5, 8)):
+            added = noise(seed, (1, 3, 4, 4), draw=CONDITIONING)[0]
+            numbers = (pixels.transpose(2, 0, 1) / 255 + 0.1 * added).ravel()
+            own = {"text": numbers[:32].reshape(1, 8, 4), "pooled": numbers[-4:][np.newaxis]}
+            rows = {f"{name}.positive": values for name, values in own.items()}
+            rows |= {f"{name}.negative": np.zeros_like(values) for name, values in own.items()}
+            rows |= {f"time_ids.{half}": np.array([TIME_IDS]) for half in ("positive", "negative")}
+            start = noise(seed, LATENTS)[np.newaxis]
+            states = toy_model.trajectory(toy_model.weights(), plan.sampler, start, rows, 3.0, m=5, k=2)
+            assert close(result.latents[j], states[-1][0])
+            assert same(result.latents[j : j + 1], pipe(image=Image.fromarray(pixels), seed=seed).latents)
+        wrong: list[dict[str, Any]] = [{"prompt": PROMPT}, {}, {"image": Image.fromarray(pixels), "prompt": PROMPT}]
+        for arguments in wrong:
+            with pytest.raises(RequestError, match="is conditioned by an image: give image, or prompt_embeds, and"):
+                pipe(**arguments)
+        with pytest.raises(RequestError, match="conditioned by an image and takes no negative prompt"):
+            pipe(image=Image.fromarray(pixels), negative_prompt="blue")
+
+
+def test_videos_are_lists_of_frames(tmp_path: Path) -> None:
+    path = build(tmp_path / "toy")
+    edit_manifest(path, lambda d: d.update(frames=2, fps=8))
+    with Pipeline.open(path, threads=1) as pipe:
+        result = pipe(PROMPT, seed=1, num_images=2)
+    assert result.images == []
+    assert [[frame.size for frame in video] for video in result.videos] == [[(4, 4)], [(4, 4)]]
 
 
 def test_a_picture_is_for_models_that_take_one(pipe: Pipeline) -> None:

@@ -12,7 +12,7 @@ from tests.toy_bundle import Toy, build
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import RequestError
 from tgate_engine.manifest import Manifest
-from tgate_runtime.noise import SEED_LIMIT
+from tgate_runtime.generators import SEED_LIMIT
 from tgate_runtime.request import check_count, check_latents, check_prompts, rows_of, scales_of, seeds_of
 
 

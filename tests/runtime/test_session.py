@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from tgate_engine.graph import DECODE, IMAGE, TEXT, GraphSpec
 from tgate_export.methods.base import Settings
 from tgate_runtime.engines import open_engine
 from tgate_runtime.engines.ort import OrtCpu, OrtExecutable
-from tgate_runtime.session import Session, graphs_of, shapes_of
+from tgate_runtime.session import Session, graphs_of, plan_of, shapes_of
 
 SIZES = Toy(
     sizes=((4, 4), (8, 2)),
@@ -123,6 +124,22 @@ def test_a_plan_that_the_bundle_does_not_list(own: Session) -> None:
         Session.open(own.bundle, plans=[broken])
     with pytest.raises(BundleError, match="has no plan 'slow'"):
         Session.open(own.bundle, plans=["slow"])
+
+
+def test_a_plan_by_its_name_itself_or_a_file(own: Session, tmp_path: Path) -> None:
+    manifest, plan = own.manifest, planned(own, name="own", steps=4, gate=2)
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(plan.to_json()))
+    assert plan_of(manifest, plan) is plan
+    assert plan_of(manifest, file) == plan_of(manifest, str(file)) == plan
+    assert plan_of(manifest, "ungated") is manifest.plan("ungated")
+    named = replace(manifest, plans={**manifest.plans, "x.json": plan})
+    assert plan_of(named, "x.json") is plan, "a plan's name comes first"
+    with pytest.raises(BundleError, match="has no plan 'own'"):
+        plan_of(manifest, "own")
+    with pytest.raises(PlanError, match=r"x\.json: there is no such plan file"):
+        plan_of(manifest, str(tmp_path / "x.json"))
+    assert files(graphs_of(own.bundle, [file])) == files(graphs_of(own.bundle, [plan]))
 
 
 def test_what_is_not_loaded_says_how_to(own: Session) -> None:

@@ -173,6 +173,24 @@ def test_an_image_joins_in_a_free_row(session: Session, plans: dict[str, Plan]) 
     np.testing.assert_array_equal(state.latents(1), neighbour.alone(session))
 
 
+def test_an_image_that_is_not_finite_leaves_nothing_behind(session: Session, plans: dict[str, Plan]) -> None:
+    """To none that runs beside it, and to none that comes after it in its row: what has the coefficient 0 is read."""
+    state = State(session, [plans["noisy"], plans["gated"]], 2)
+    last, neighbour = Picture(plans["gated"], 1), Picture(plans["gated"], 2)
+    nothing = np.full((2, 4, 4), np.nan, np.float32)
+    broken = Picture(plans["noisy"], 3)
+    state.begin(
+        0, nothing, broken.conditioning(session), guidance_scale=3.0, plan=broken.plan, step_noise=lambda _: nothing
+    )
+    neighbour.begin(session, state, 1)
+    walk(state)
+    assert not np.isfinite(state.latents(0)).any()
+    np.testing.assert_array_equal(state.latents(1), neighbour.alone(session))
+    last.begin(session, state, 0)
+    walk(state)
+    np.testing.assert_array_equal(state.latents(0), last.alone(session))
+
+
 def test_rows_outside_a_call_are_untouched(session: Session, plans: dict[str, Plan]) -> None:
     """Of every buffer there is, byte for byte."""
     state = State(session, [plans["gated"], plans["noisy"]], 4)

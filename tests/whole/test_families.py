@@ -33,7 +33,7 @@ from tgate_engine.report import Silent
 from tgate_export.build import export
 from tgate_export.job import prepare
 from tgate_export.sampling import make_scheduler
-from tgate_runtime.noise import CONDITIONING, in_step, noise
+from tgate_runtime.generators import CONDITIONING, in_step, noise
 from tgate_runtime.pipeline import Pipeline
 
 SEED = 11

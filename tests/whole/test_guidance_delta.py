@@ -29,7 +29,7 @@ from tgate_export.build import ExportSettings, export
 from tgate_export.methods import METHODS
 from tgate_export.methods.base import FIDELITY, PLANNING, Network, Settings
 from tgate_export.sampling import make_scheduler
-from tgate_runtime.noise import in_step, noise
+from tgate_runtime.generators import in_step, noise
 from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.verify import verify
 

@@ -60,7 +60,7 @@ def test_playground_draws_what_diffusers_draws(copied: Path) -> None:
     bundle = export(settings(copied, guidance_scale=3.0), Silent())
     assert all(golden.ok for golden in verify(Bundle.open(bundle), threads=1))
     with Pipeline.open(bundle, threads=1) as opened:
-        noise = torch.randn(1, *opened.session.manifest.latents, generator=torch.Generator().manual_seed(2))
+        noise = torch.randn(1, *opened.session.shapes()[0].latents, generator=torch.Generator().manual_seed(2))
         drawn = opened(PROMPT, negative_prompt="a photo", plan="ungated", initial_latents=noise.numpy())
     pipe = load_tiny_sdxl(copied)
     assert type(pipe.scheduler) is type(own)

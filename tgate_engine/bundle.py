@@ -122,6 +122,8 @@ class Bundle:
 
     def _check_plans(self, plans: Mapping[str, Plan]) -> None:
         for name, plan in plans.items():
+            if plan.name != name:
+                raise PlanError(f"plan {plan.name!r} is listed as {name!r}. Make it again with `tgate plan`.")
             for shape in self.manifest.shapes:
                 plan.check(shape.graphs, self.manifest.carries)
             missing = [b for b in plan.baselines if b not in self.manifest.plans]

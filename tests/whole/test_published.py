@@ -22,16 +22,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
 
-from tests.oracle_families import Request, plain_latents
-from tests.shrunken import load_shrunken, shrink, write_shrunken
 from tests.hub import cached, hub
+from tests.oracle_families import Request, plain_latents
+from tests.plain import plain
+from tests.shrunken import load_shrunken, shrink, write_shrunken
 from tgate_cli.main import export_main, main
 from tgate_engine.bundle import Bundle
+from tgate_engine.manifest import Manifest, Shape
 from tgate_export.checkpoints import published
 from tgate_export.checkpoints.directory import DirectoryCheckpoint
 from tgate_export.families import EMBEDDED, MODELS, find_model
 from tgate_export.modules import real_module
-from tgate_runtime.noise import CONDITIONING, in_step, noise
+from tgate_runtime.generators import CONDITIONING, in_step, noise
 from tgate_runtime.pipeline import Pipeline
 
 __all__ = ["hub"]  # a fixture
@@ -43,8 +45,10 @@ SEED, STEPS = 7, 4
 FIRST, SECOND = "a large red circle above a small blue square", "a photo of a green square"
 
 PUBLISHED = tuple(name for name, model in MODELS.items() if model.checkpoint != EMBEDDED)
-DEFAULT = ("sd15", "sdxl", "pixart-alpha", "opensora")
-"""One of each architecture in every run of the tests, but for Stable Video Diffusion, which takes a minute."""
+DEFAULT = {"sd15": "plain", "sdxl": "plain", "pixart-alpha": "tgate", "opensora": "plain"}
+"""Exported in every run of the tests, and by which method: one of each architecture, but for Stable Video Diffusion,
+which takes a minute. Gating of each architecture has tests of its own (``tests/whole/test_families.py``); all of these
+models are gated in the slow tests."""
 
 SIZES: Mapping[str, tuple[int, int]] = {"svd": (64, 128), "opensora": (16, 32)}
 """Height and width in pixels. Elsewhere:"""
@@ -61,8 +65,14 @@ SCHEDULERS: Mapping[str, str] = {
 SCHEDULER = "DPMSolverMultistepScheduler"
 
 
-def _models(default: tuple[str, ...]) -> list[Any]:
-    return [pytest.param(name, marks=[] if name in default else [pytest.mark.slow]) for name in PUBLISHED]
+CASES = [
+    *(pytest.param(model, method, id=f"{model}-{method}") for model, method in DEFAULT.items()),
+    *(
+        pytest.param(model, "tgate", id=f"{model}-tgate", marks=pytest.mark.slow)
+        for model in PUBLISHED
+        if DEFAULT.get(model) != "tgate"
+    ),
+]
 
 
 # --- as they are published, and narrow ----------------------------------------------------------
@@ -116,15 +126,20 @@ class Subject:
     bundle: Bundle
     pipe: Pipeline
 
+    @property
+    def shape(self) -> Shape:
+        (shape,) = self.bundle.manifest.shapes
+        return shape
+
     def request(self, second: bool) -> dict[str, Any]:
         """What one of two requests is about, in the words of the engine's pipeline."""
         if self.model == "svd":
-            return {"image": _picture(self.bundle.manifest.height, self.bundle.manifest.width, int(second))}
+            return {"image": _picture(self.shape.height, self.shape.width, int(second))}
         guided = self.bundle.manifest.guided
         return {"prompt": SECOND if second else FIRST, "negative_prompt": "a circle" if second and guided else None}
 
     def start(self) -> torch.Tensor:
-        return torch.randn(1, *self.bundle.manifest.latents, generator=torch.Generator().manual_seed(SEED))
+        return torch.randn(1, *self.shape.latents, generator=torch.Generator().manual_seed(SEED))
 
     def drawn(self, plan: str, second: bool = False) -> Any:
         return self.pipe(**self.request(second), plan=plan, seed=SEED, initial_latents=self.start().numpy())
@@ -132,13 +147,13 @@ class Subject:
     def wanted(self, second: bool) -> torch.Tensor:
         """Final latents of diffusers' pipeline."""
         manifest = self.bundle.manifest
-        augmentation = noise(SEED, 0, (1, 3, manifest.height, manifest.width), draw=CONDITIONING)
+        augmentation = noise(SEED, (1, 3, self.shape.height, self.shape.width), draw=CONDITIONING)
         request = Request(
             **self.request(second),
             steps=STEPS,
             guidance_scale=manifest.guidance_scale,
             latents=self.start(),
-            step_noise=lambda step: torch.from_numpy(noise(SEED, 0, manifest.latents, draw=in_step(step)))[None],
+            step_noise=lambda step: torch.from_numpy(noise(SEED, self.shape.latents, draw=in_step(step)))[None],
             augmentation=torch.from_numpy(augmentation) if self.model == "svd" else None,
         )
         cls = getattr(diffusers, SCHEDULERS.get(self.model, SCHEDULER))
@@ -170,24 +185,25 @@ def _settings(model: str) -> list[str]:
 @pytest.fixture(scope="module")
 def subject_of(
     tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Callable[[str], Path]
-) -> Callable[[str], Subject]:
+) -> Callable[[str, str], Subject]:
     """Exported as a user does it: every component, and checked against eager PyTorch before it gets its name."""
 
     @functools.cache
-    def make(model: str) -> Subject:
+    def make(model: str, method: str) -> Subject:
         directory, target = checkpoint_of(model), tmp_path_factory.mktemp(model) / "bundle"
-        arguments = ["--model", model, "--checkpoint", str(directory), "--output", str(target)]
-        assert export_main([*arguments, *_settings(model)]) == 0
+        arguments = ["--model", model, "--method", method, "--checkpoint", str(directory), "--output", str(target)]
+        with plain():
+            assert export_main([*arguments, *_settings(model)]) == 0
         bundle = Bundle.open(target)
         return Subject(model, load_shrunken(directory), bundle, Pipeline.open(bundle, threads=1))
 
     return make
 
 
-@pytest.mark.parametrize("model", _models(DEFAULT))
-def test_every_component_is_exported(subject_of: Callable[[str], Subject], model: str) -> None:
-    manifest, family = subject_of(model).bundle.manifest, find_model(model).family
-    assert (bool(manifest.text), bool(manifest.image), bool(manifest.decoder)) == (model != "svd", model == "svd", True)
+@pytest.mark.parametrize(("model", "method"), CASES)
+def test_every_component_is_exported(subject_of: Callable[[str, str], Subject], model: str, method: str) -> None:
+    manifest, family = subject_of(model, method).bundle.manifest, find_model(model).family
+    assert _roles(manifest) == ({"image"} if model == "svd" else {"text"}) | {"denoise", "decode"}
     assert len(manifest.tokenizers) == len(family.tokenizers)
     assert manifest.guidance == {"lcm-sdxl": "embedded", "lcm-pixart": "none"}.get(model, "classifier-free")
     assert {"ungated", "default"} <= manifest.plans.keys()
@@ -195,21 +211,24 @@ def test_every_component_is_exported(subject_of: Callable[[str], Subject], model
     assert manifest.scheduler == published.facts(model)["components"]["scheduler"]
 
 
-@pytest.mark.parametrize("model", _models(DEFAULT))
-def test_ungated_latents_are_those_of_diffusers(subject_of: Callable[[str], Subject], model: str) -> None:
-    subject = subject_of(model)
+@pytest.mark.parametrize(("model", "method"), CASES)
+def test_ungated_latents_are_those_of_diffusers(
+    subject_of: Callable[[str, str], Subject], model: str, method: str
+) -> None:
+    subject = subject_of(model, method)
     got = [subject.drawn("ungated", second).latents for second in (False, True)]
     for second in (False, True):
         assert _relative(got[second], subject.wanted(second)) < TOLERANCE
     assert _relative(got[0], torch.from_numpy(got[1])) > 50 * TOLERANCE, "what conditions it matters"
-    gated = subject.drawn("default").latents
-    assert _relative(gated, torch.from_numpy(got[0])) > TOLERANCE, "so does gating"
+    if method == "tgate":
+        gated = subject.drawn("default").latents
+        assert _relative(gated, torch.from_numpy(got[0])) > TOLERANCE, "so does gating"
 
 
-@pytest.mark.parametrize("model", _models(DEFAULT))
-def test_a_picture_or_a_video_is_drawn(subject_of: Callable[[str], Subject], model: str) -> None:
-    """The gated plan's, as large and long as it is to be, and what diffusers' autoencoder makes of its latents."""
-    subject = subject_of(model)
+@pytest.mark.parametrize(("model", "method"), CASES)
+def test_a_picture_or_a_video_is_drawn(subject_of: Callable[[str, str], Subject], model: str, method: str) -> None:
+    """The default plan's, as large and long as it is to be, and what diffusers' autoencoder makes of its latents."""
+    subject = subject_of(model, method)
     result = subject.drawn("default")
     pictures = result.videos[0] if model in FRAMES else result.images
     assert len(pictures) == FRAMES.get(model, 1)
@@ -307,14 +326,18 @@ def test_full_size_with_random_weights(model: str, tmp_path: Path, capsys: pytes
         manifest = Bundle.open(target, check_digests=False).manifest
     finally:
         shutil.rmtree(target, ignore_errors=True)
-    assert tuple(found["latents"]) == full.latents
-    assert (found["frames"], found["height"], found["width"]) == full.size
+    (shape,) = found["shapes"]
+    assert tuple(shape["latents"]) == full.latents
+    assert (found["frames"], shape["height"], shape["width"]) == full.size
     assert found["dtype"] == "float16"
-    assert bool(manifest.image) is ("image" in full.components)
-    assert (bool(manifest.text), bool(manifest.decoder)) == (False, True)
-    assert found["graphs"].keys() >= {"full", "reuse_cross", "reuse_self"}
+    assert _roles(manifest) == {"denoise", "decode"} | ({"image"} if "image" in full.components else set())
+    assert shape["graphs"].keys() >= {"full", "reuse_cross", "reuse_self"}
     expected = 2 * full.denoiser + full.decoder_bytes + full.further_bytes
     # Beside parameters there are tables that are computed, such as places; equal tensors are written once.
     assert found["bytes"]["weights"] == pytest.approx(expected, rel=0.01)
-    schedule = manifest.plan("default").schedule
-    assert (schedule.steps, schedule.gate) == (MODELS[model].steps, MODELS[model].gate)
+    settings = manifest.plan("default").settings
+    assert (settings["n"], settings["m"]) == (MODELS[model].steps, MODELS[model].gate)
+
+
+def _roles(manifest: Manifest) -> set[str]:
+    return {graph.role for graph in manifest.shapes[0].graphs.values()}

@@ -1,6 +1,6 @@
 """The table of docs/models.md that says what becomes of every key, made from what the sweep tries.
 
-``python -m tests.config_page`` writes it anew; ``tests/test_config_sweep.py`` fails where it is out of date.
+``python -m tests.config_page`` writes it anew; ``tests/whole/test_config_sweep.py`` fails where it is out of date.
 """
 
 from __future__ import annotations

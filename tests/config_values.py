@@ -1,8 +1,8 @@
 """Every key of every configuration that diffusers or transformers reads in our families, and values to try for it.
 
 One table a class, shared by the families that have it. ``keys`` are all that the class itself reads, a completeness
-that ``tests/test_config_sweep.py`` checks, and ``more`` what pipelines and loaders read of the same file beside them.
-Each value stands with what is expected of an export; where that depends on the checkpoint, ``but`` says so.
+that ``tests/whole/test_config_sweep.py`` checks, and ``more`` what pipelines and loaders read of the same file beside
+them. Each value stands with what is expected of an export; where that depends on the checkpoint, ``but`` says so.
 """
 
 from __future__ import annotations

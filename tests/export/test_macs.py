@@ -25,7 +25,7 @@ def test_the_full_graph_counts_what_pytorch_counts(
     variant = "sdxl_like"
     model = tiny_model(variant)
     unet = load_tiny_sdxl(tiny_checkpoint(variant)).unet
-    graphs = Bundle.open(tiny_bundle(variant)).manifest.graphs
+    graphs = Bundle.open(tiny_bundle(variant)).manifest.shapes[0].graphs
 
     def flops(batch: int) -> int:
         height, width = model.latent_size
@@ -49,8 +49,8 @@ def test_the_full_graph_counts_what_pytorch_counts(
 
 
 def test_a_symbolic_batch_counts_one_image(tiny_bundle: Callable[..., Path]) -> None:
-    one = Bundle.open(tiny_bundle("conv_projection")).manifest.graphs
-    many = Bundle.open(tiny_bundle("conv_projection", batch=(1, 4))).manifest.graphs
+    one = Bundle.open(tiny_bundle("conv_projection")).manifest.shapes[0].graphs
+    many = Bundle.open(tiny_bundle("conv_projection", batch=(1, 4))).manifest.shapes[0].graphs
     assert {name: graph.macs for name, graph in one.items()} == {name: graph.macs for name, graph in many.items()}
 
 

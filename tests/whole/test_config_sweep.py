@@ -37,14 +37,14 @@ from tests.pipeline_reference import (
 from tests.tiny_families import FAMILY_VARIANTS, make_tiny
 from tests.tiny_models import make_tiny_sdxl
 from tgate_engine.errors import TgateError
-from tgate_engine.plan import FULL, Plan, Step
+from tgate_engine.plan import Plan, Step
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.conditioning import encode, halves
+from tgate_export.conditioning import encode
 from tgate_export.families import MODELS
 from tgate_export.families.base import Family, Texts
-from tgate_export.gating import Variant
-from tgate_export.goldens import walk
+from tgate_export.goldens import both_halves, walk
 from tgate_export.job import ExportSettings, Job, prepare
+from tgate_export.methods.base import FULL, Variant, ungated
 from tgate_export.modules import Decoder, real_module
 from tgate_export.tokenizers import export_tokenizers, token_ids
 
@@ -149,18 +149,12 @@ class Subject:
         family, checkpoint = job.family, job.checkpoint
         conditioning = self._conditioning(job, request, picture)
         assert tuple(request.latents.shape[1:]) == tuple(job.latents)
-        actions = job.schedule.ungated().actions()
+        program = ungated(STEPS, job.sampler.lead_in)
         steps = tuple(
-            Step(index=i, phase=action.phase, graph=FULL, call=call, reads=(), writes=())
-            for i, (action, call) in enumerate(zip(actions, job.sampler.calls, strict=True))
+            Step(index=i, phase=phase, graph=graph, call=call, reads=(), writes=())
+            for i, ((phase, graph), call) in enumerate(zip(program, job.sampler.calls, strict=True))
         )
-        plan = Plan(
-            name="ungated",
-            schedule=job.schedule.ungated(),
-            sampler=job.sampler,
-            guidance_scale=job.guidance_scale,
-            steps=steps,
-        )
+        plan = Plan(name="ungated", sampler=job.sampler, guidance_scale=job.guidance_scale, steps=steps)
         whole = Variant(name=FULL, halves="both" if job.guided else "positive")
         denoiser = self._module(family, checkpoint, family.denoiser)
         latents = walk(job, plan, denoiser, {FULL: whole}, request.latents, conditioning)[-1]
@@ -185,7 +179,7 @@ class Subject:
             if request.negative_prompt is not None or not family.zero_negative(checkpoint):
                 ids = token_ids(folder, tokenizers, request.negative_prompt or "")
                 negative = encode(text, names, *ids.values())
-        return halves(job.conditioning, positive, negative, guided=job.guided)
+        return both_halves(job, positive, negative)
 
     def _module(self, family: Family, checkpoint: Checkpoint, component: str) -> torch.nn.Module:
         """A component with its weights. One that a case leaves alone, as hard links tell, is loaded once."""

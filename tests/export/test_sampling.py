@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 from tgate_engine.errors import ExportError
 from tgate_engine.sampler import Sampler, walk
 from tgate_export import sampling
-from tgate_export.sampling import SAMPLERS, compile_sampler, compile_scheduler, make_scheduler
+from tgate_export.sampling import (
+    OTHER_STEPS,
+    OWN_STEPS,
+    SAMPLERS,
+    compile_sampler,
+    compile_scheduler,
+    compile_tables,
+    make_scheduler,
+)
 
 Array = NDArray[np.float64]
 
@@ -394,3 +402,19 @@ def test_compiled_samplers_survive_json() -> None:
     for name in ("unipc", "pndm"):
         sampler = compiled(name, 10)
         assert Sampler.from_json(json.loads(json.dumps(sampler.to_json(), allow_nan=False))) == sampler
+
+
+def test_tables_are_what_compiling_each_gives() -> None:
+    tables = {(sampler.name, sampler.steps): sampler for sampler in compile_tables("ddim", SDXL)}
+    assert {steps for name, steps in tables if name == "ddim"} == set(OWN_STEPS)
+    for name in SAMPLERS:
+        steps = [n for own, n in tables if own == name]
+        assert set(steps) >= set(OTHER_STEPS), name
+        assert tables[name, 20] == compile_sampler(name, SDXL, 20)
+
+
+def test_tables_leave_out_what_cannot_be_compiled() -> None:
+    """PNDM knows no network that predicts the sample; LMS does."""
+    names = {sampler.name for sampler in compile_tables("euler", config(prediction_type="sample"))}
+    assert "pndm" not in names
+    assert {"euler", "lms"} <= names

@@ -22,11 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tgate_engine.errors import ExportError
 from tgate_engine.graph import BATCH, Role, TensorSpec
 from tgate_export.passes import simplify
-
-try:
-    from torch.onnx._internal.exporter import _registration as torch_exporter
-except ImportError:  # another version of PyTorch
-    torch_exporter = None
+from tgate_export.quick import quick
 
 OPSET = 23
 
@@ -106,7 +102,7 @@ def trace(
     example_batch = batch[0] if batch[0] == batch[1] else max(2, batch[0])
     symbol = torch.export.Dim("batch", min=batch[0], max=batch[1]) if batch[0] != batch[1] else None
     dynamic = tuple(_dynamic(spec, symbol) for spec in inputs) if symbol is not None else None
-    with mode, torch.no_grad(), _quiet(), _translations_kept():
+    with mode, torch.no_grad(), _quiet(), quick():
         args = tuple(_example(spec, example_batch) for spec in inputs)
         try:
             program = torch.export.export(module, args, dynamic_shapes=(dynamic,) if dynamic else None, strict=False)
@@ -224,33 +220,6 @@ def size_for_one(dim: int | ir.SymbolicDim) -> int:
 
 def _dtype_name(dtype: ir.DataType) -> str:
     return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())
-
-
-_translations: dict[str, Any] = {}
-
-
-@contextmanager
-def _translations_kept() -> Iterator[None]:
-    """PyTorch reads its table of translations to ONNX anew for every graph, which takes most of a second: while open,
-    it is given what it read first. A version of PyTorch that keeps it elsewhere goes on as it did."""
-    table: Any = getattr(torch_exporter, "ONNXRegistry", None)
-    read = getattr(table, "from_torchlib", None)
-    if read is None:
-        yield
-        return
-    own = vars(table)["from_torchlib"]
-
-    def kept(_table: Any, /, **options: Any) -> Any:
-        key = repr(options)
-        if key not in _translations:
-            _translations[key] = read(**options)
-        return _translations[key]
-
-    table.from_torchlib = classmethod(kept)
-    try:
-        yield
-    finally:
-        table.from_torchlib = own
 
 
 @contextmanager

@@ -1,0 +1,73 @@
+"""Graphs are the same without what is left out, and PyTorch is as it was afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+from tgate_engine.graph import DENOISE, TensorSpec
+from tgate_export import graphs, quick
+from tgate_export.passes.slim import slim
+
+
+class Layer(nn.Module):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        halves = x.chunk(2, dim=1)
+        return torch.softmax(halves[0] @ halves[1].transpose(1, 2), -1).std(dim=(1, 2), keepdim=True) * x
+
+
+def traced() -> bytes:
+    graph = graphs.trace(
+        "g",
+        DENOISE,
+        Layer(),
+        mode=FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()),
+        inputs=[TensorSpec(name="x", dtype="float32", shape=("batch", 4, 6))],
+        outputs=["y"],
+        batch=(1, 4),
+        components={},
+        transposed=frozenset(),
+    )
+    slim(graph.model)
+    content: bytes = ir.to_proto(graph.model).SerializeToString()
+    return content
+
+
+def test_a_graph_is_the_same_without_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    quickly = traced()
+    monkeypatch.setattr(graphs, "quick", contextlib.nullcontext)
+    assert traced() == quickly
+
+
+def test_translations_are_read_once_and_pytorch_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = ONNXRegistry.from_torchlib
+
+    def counted(_table: type, /, **options: int) -> object:
+        calls.append(options)
+        return real(**options)
+
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", classmethod(counted))
+    monkeypatch.setattr(quick, "_read", {})
+    own = vars(ONNXRegistry)["from_torchlib"]
+    for _ in range(2):
+        traced()
+    assert len(calls) == 1
+    assert vars(ONNXRegistry)["from_torchlib"] is own
+    assert torch.fx.config.do_not_emit_stack_traces is False
+
+
+def test_a_pytorch_that_has_none_of_it_exports_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = traced()
+    monkeypatch.setattr(quick, "lazily", None)
+    monkeypatch.setattr(quick, "Translations", None)
+    monkeypatch.delattr(torch.fx.config, "do_not_emit_stack_traces")
+    assert traced() == before

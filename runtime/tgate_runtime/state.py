@@ -32,6 +32,7 @@ class _Image:
     position: int
     guidance_scale: float
     step_noise: StepNoise | None
+    reach: int  # how far back the plan's sampler looks
 
     @property
     def step(self) -> Step | None:
@@ -139,7 +140,7 @@ class State:
         self._write(own[LATENTS], start, "the initial latents")
         for name in self._halves:
             self._write(own[name], conditioning[name], f"conditioning {name}")
-        self._images[row] = _Image(chosen, 0, float(guidance_scale), step_noise)
+        self._images[row] = _Image(chosen, 0, float(guidance_scale), step_noise, chosen.sampler.reach)
 
     def step(self, row: int) -> Step | None:
         """The next step of the image in a row; None where its plan is at its end, or there is no image."""
@@ -211,7 +212,7 @@ class State:
         for row in rows:
             image = self._images[row]
             assert image is not None  # take() has seen it
-            reach = max(reach, image.plan.sampler.reach)
+            reach = max(reach, image.reach)
             self._images[row] = replace(image, position=image.position + 1)
         for lag in range(reach, 0, -1):
             for name in (LATENTS, OUTPUT):

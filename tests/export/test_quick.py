@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -24,11 +28,33 @@ class Layer(nn.Module):
         return torch.softmax(halves[0] @ halves[1].transpose(1, 2), -1).std(dim=(1, 2), keepdim=True) * x
 
 
-def traced() -> bytes:
+class Views(nn.Module):
+    """Operators without a translation to ONNX, and such as leave sizes to be inferred."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        first, second = x.reshape(x.shape[0], -1, 3).chunk(2, -2)
+        both = (first.flatten(1) + second.reshape(-1, 12)).view(-1, 2, 6)
+        return (
+            nn.functional.dropout(both.to(torch.float16).to(x.device), training=False)
+            .flatten(0, 1)
+            .float()
+            .reshape(-1, 12)
+        )
+
+
+class InPlace(nn.Module):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        y = inputs[0].clone()
+        y[:, 1].mul_(2)
+        return y
+
+
+def traced(module: nn.Module | None = None) -> bytes:
     graph = graphs.trace(
         "g",
         DENOISE,
-        Layer(),
+        module or Layer(),
         mode=FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()),
         inputs=[TensorSpec(name="x", dtype="float32", shape=("batch", 4, 6))],
         outputs=["y"],
@@ -45,6 +71,26 @@ def test_a_graph_is_the_same_without_what_is_left_out(monkeypatch: pytest.Monkey
     quickly = traced()
     monkeypatch.setattr(graphs, "quick", contextlib.nullcontext)
     assert traced() == quickly
+
+
+@pytest.mark.parametrize(("module", "times"), [(Views(), 0), (InPlace(), 1)], ids=["views", "in_place"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_is_traced_once_computes_what_pytorch_computes(
+    module: nn.Module, times: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced again only where operators change tensors in place; then by PyTorch's own rules."""
+    again = []
+    real = ExportedProgram.run_decompositions
+
+    def counted(program: ExportedProgram, *arguments: Any) -> ExportedProgram:
+        again.append(program)
+        return real(program, *arguments)
+
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", counted)
+    session = ort.InferenceSession(traced(module))
+    assert len(again) == times
+    x = torch.randn(batch, 4, 6, generator=torch.Generator().manual_seed(1))
+    np.testing.assert_array_equal(session.run(None, {"x": x.numpy()})[0], module(x).numpy())
 
 
 def test_translations_are_read_once_and_pytorch_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,5 +115,6 @@ def test_a_pytorch_that_has_none_of_it_exports_all_the_same(monkeypatch: pytest.
     before = traced()
     monkeypatch.setattr(quick, "lazily", None)
     monkeypatch.setattr(quick, "Translations", None)
+    monkeypatch.setattr(quick, "passes", None)
     monkeypatch.delattr(torch.fx.config, "do_not_emit_stack_traces")
     assert traced() == before

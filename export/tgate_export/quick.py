@@ -134,5 +134,6 @@ _REWRITES: dict[Any, Callable[[fx.Node], Rewrite | None]] = {
     torch.ops.aten.reshape.default: _view,
     torch.ops.aten.to.device: _cast,
     torch.ops.aten.to.dtype: _cast,
+    torch.ops.aten.to.dtype_layout: _cast,
     torch.ops.aten.view.default: _view,
 }

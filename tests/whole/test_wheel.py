@@ -86,7 +86,7 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> Non
     }
     assert files <= held
     assert {f"{package}/py.typed" for package in roots} <= held
-    assert any(name.startswith("tgate_export/models/") and name.endswith(".safetensors") for name in held)
+    assert any(name.startswith("tgate_engine/models/") and name.endswith(".safetensors") for name in held)
     assert {name.partition("/")[0] for name in held - files} == {f"tgate_engine-{tgate_engine.__version__}.dist-info"}
 
 

@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 from tgate_engine.bundle import Bundle
-from tgate_engine.manifest import MANIFEST_FILE
 from tgate_runtime.mini import HEAD_FILE, MINI, MODELS, assemble
 
 

@@ -1,7 +1,7 @@
 """``mini``, the bundle that ships with the package, by its name.
 
-All of it ships but the numbers of its weights: in float32 they are twice what ``mini-pixart``, the checkpoint beside it,
-holds in float16. Of their file only the head ships, a safetensors header whose every name says which tensor of the
+All of it ships but the numbers of its weights: in float32 they are twice what ``mini-pixart``, the checkpoint beside
+it, holds in float16. Of their file only the head ships, a safetensors header whose every name says which tensor of the
 checkpoint it is: ``<component>.<key>``, with ``^T`` where it is laid out transposed. Whoever asks first has the bundle
 made whole in the cache directory, and every digest of its manifest checked there.
 """

@@ -109,10 +109,10 @@ def test_processes_that_ask_at_once_get_one_whole_bundle(cache: Path) -> None:
     assert [str(path) for path in cache.iterdir()] == [place]
 
 
-@pytest.mark.parametrize("when", ["before it is begun", "while it is made"])
-def test_who_is_slower_takes_what_is_there(cache: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+@pytest.mark.parametrize("moment", ["staging", "assemble"])
+def test_who_is_slower_takes_what_is_there(cache: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """Somebody else is faster, and has a plan in the bundle already, which is not lost."""
-    real = {"before it is begun": mini.staging, "while it is made": mini.assemble}[when]
+    real = getattr(mini, moment)
 
     def meanwhile(*arguments: Any) -> Any:
         (cache / place).mkdir(parents=True)
@@ -122,7 +122,7 @@ def test_who_is_slower_takes_what_is_there(cache: Path, monkeypatch: pytest.Monk
 
     place = place_of(MINI).name
     shutil.rmtree(cache)
-    monkeypatch.setattr(mini, real.__name__, meanwhile)
+    monkeypatch.setattr(mini, moment, meanwhile)
     assert "mine" in Bundle.open(place_of(MINI)).manifest.plans
     assert [path.name for path in cache.iterdir()] == [place]
 

@@ -22,7 +22,7 @@ def facts(shipped: Path) -> Any:
     data = json.loads((shipped / MANIFEST_FILE).read_text("utf-8"))
     for name in ("digest", "tools"):
         del data[name]
-    data["files"] = [name for name in data["files"]]
+    data["files"] = list(data["files"])
     for plan in data["plans"].values():
         del plan["sampler"]["options"]["residual"]
     return data

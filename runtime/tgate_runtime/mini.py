@@ -62,6 +62,7 @@ def place_of(source: str | os.PathLike[str]) -> Path:
 def _make(place: Path) -> None:
     """Make the bundle there, unless somebody else is faster."""
     try:
+        place.parent.mkdir(0o700, parents=True, exist_ok=True)  # as the engine cache, which lies there too
         with staging(place) as stage:
             assemble(MODELS / MINI, stage)
     except BundleError:

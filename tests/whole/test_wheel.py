@@ -97,7 +97,8 @@ def test_a_bare_environment_draws_mini(bare: Path, tmp_path: Path, monkeypatch: 
     installed = {package["name"].lower() for package in listed}
     assert "tgate-engine" in installed
     assert not installed & BUILD_LIBRARIES
-    assert run(bare / "python", "-c", "import importlib.util as u; print(u.find_spec('torch'))", cwd=tmp_path) == "None\n"
+    look = "import importlib.util; print(importlib.util.find_spec('torch'))"
+    assert run(bare / "python", "-c", look, cwd=tmp_path) == "None\n"
 
     command = ["generate", "mini", PROMPT, "--seed", "7"]
     for name in ("bare", "here"):

@@ -1,1 +1,1 @@
-"""Trains and scores the small models that ship inside tgate_export: `mini-sdxl` and `mini-pixart`."""
+"""Trains and scores the small models that ship inside tgate_engine: `mini-sdxl` and `mini-pixart`."""

@@ -19,7 +19,7 @@ from training.render import render
 from training.settings import SETTINGS, Settings
 from training.train_vae import to_model
 
-MINI_SDXL = Path(__file__).parents[1] / "export/tgate_export/models/mini-sdxl"
+MINI_SDXL = Path(__file__).parents[1] / "tgate_engine/models/mini-sdxl"
 
 
 def pool_scene(index: int, seed: int) -> Scene:

@@ -35,15 +35,14 @@ def tgate_parser() -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
         added.set_defaults(parser=added)  # whose --help an error points to
         if bundle:
-            added.add_argument("bundle", metavar="BUNDLE", type=Path, help="the bundle's directory")
+            added.add_argument("bundle", metavar="BUNDLE", help="the bundle's directory; mini is the one that ships")
         _common(added)
         return added
 
     p = command("generate", "Draw pictures, or a video, from a prompt or an image.")
     p.add_argument("prompt", metavar="PROMPT", nargs="?", help="left out with --image or --prompt-embeds")
-    p.add_argument(
-        "--output", required=True, type=Path, metavar="OUT.png", help="several become OUT-0.png, …; videos: .mp4, .gif"
-    )
+    several = "several become OUT-0.png, …; videos: .mp4, .gif; BUNDLE-0001.png, the next that is free, if left out"
+    p.add_argument("--output", type=Path, metavar="OUT.png", help=several)
     p.add_argument("--image", type=Path, metavar="IN.png", help="what an image-to-video model starts from")
     p.add_argument("--prompt-embeds", type=Path, metavar="E.safetensors", help="from `tgate embed`, for a prompt")
     p.add_argument("--seed", type=int, metavar="S", help="image j has seed S + j; drawn, and told, if left out")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tgate_engine.errors import EngineError
@@ -26,6 +28,13 @@ def needs(work: str, advice: str) -> Iterator[None]:
         if (error.name or "").partition(".")[0] in OWN_PACKAGES:
             raise
         raise EngineError(f"{work} needs {error.name}; {advice}") from None
+
+
+def bundle_place(args: argparse.Namespace) -> Path:
+    """The directory that BUNDLE names; `mini` is made ready where it names that. Needs what the contract needs."""
+    from tgate_runtime.mini import place_of
+
+    return place_of(args.bundle)
 
 
 def print_json(data: Any) -> None:

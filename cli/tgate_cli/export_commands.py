@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tgate_cli import views
-from tgate_cli.command import EXPORT_ADVICE, RUN_ADVICE, Show, needs
+from tgate_cli.command import EXPORT_ADVICE, RUN_ADVICE, Show, bundle_place, needs
 from tgate_engine.atomic import write_atomically
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError, ExportError
@@ -97,7 +97,7 @@ def plan(args: argparse.Namespace, report: Reporter) -> Show:
         _check_place(args.output)
     report.stage("making the plan")
     made = add_plan(
-        args.bundle,
+        bundle_place(args),
         name=args.name,
         m=args.m,
         k=args.k,

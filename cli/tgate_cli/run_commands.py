@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tgate_cli import views
-from tgate_cli.command import ADVICE, RUN_ADVICE, Show, needs, print_json
+from tgate_cli.command import ADVICE, RUN_ADVICE, Show, bundle_place, needs, print_json
 from tgate_cli.inspect import describe
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError
@@ -33,11 +35,13 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
         files.check_place(args.save_latents)
     engine = _engine(args)
     report.stage(f"opening {args.bundle}")
-    bundle = Bundle.open(args.bundle)
+    bundle = Bundle.open(bundle_place(args))
     manifest, plan = bundle.manifest, plan_of(bundle.manifest, args.plan)
     decoded, video = manifest.graph(DECODE, args.size) is not None, manifest.frames > 1
     rows = max([len(t) for t in embeds.values() if t.ndim], default=1) if embeds else 1
-    paths = files.output_paths(args.output, rows * args.num_images, decoded=decoded, video=video)
+    count, suffix = rows * args.num_images, ".npy" if not decoded else ".mp4" if video else ".png"
+    stem = Path(args.bundle).resolve().name
+    named = files.output_paths(args.output or Path(f"{stem}-0001{suffix}"), count, decoded=decoded, video=video)
     sizes = [args.size or manifest.sizes[0]]
     with Pipeline.open(bundle, engine=engine, plans=[plan], sizes=sizes, on_build=report.progress) as pipe:
         report.stage("drawing")
@@ -54,13 +58,14 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
             generator=args.generator,
             on_step=lambda progress: report.progress(progress.done, progress.total, "steps"),
         )
-    for i, path in enumerate(paths):
-        if not decoded:
-            files.save_array(result.latents[i : i + 1], path)
-        elif video:
-            files.save_video(result.videos[i], path, fps=manifest.fps)
-        else:
-            files.save_picture(result.images[i], path)
+    with nullcontext(named) if args.output else files.new_files(stem, suffix, count) as paths:
+        for i, path in enumerate(paths):
+            if not decoded:
+                files.save_array(result.latents[i : i + 1], path)
+            elif video:
+                files.save_video(result.videos[i], path, fps=manifest.fps)
+            else:
+                files.save_picture(result.images[i], path)
     if args.save_latents is not None:
         files.save_array(result.latents, args.save_latents)
     if args.seed is None:
@@ -71,7 +76,7 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
 
 def inspect(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate inspect``: plans step by step, MACs and sizes."""
-    data = describe(Bundle.open(args.bundle), args.size)
+    data = describe(Bundle.open(bundle_place(args)), args.size)
     return lambda: print_json(data) if args.json else views.inspection(data)
 
 
@@ -82,7 +87,7 @@ def verify(args: argparse.Namespace, report: Reporter) -> Show:
 
     engine = _engine(args)
     report.stage(f"checking {args.bundle}")
-    bundle = Bundle.open(args.bundle)
+    bundle = Bundle.open(bundle_place(args))
     report.stage("replaying goldens")
     checked = replay(bundle, engine=engine, on_golden=report.progress, on_build=report.progress)
     failed = [golden.name for golden in checked if not golden.ok]
@@ -113,7 +118,7 @@ def bench(args: argparse.Namespace, report: Reporter) -> Show:
         files.check_place(args.trace)
     engine = _engine(args)
     report.stage(f"opening {args.bundle}")
-    bundle = Bundle.open(args.bundle)
+    bundle = Bundle.open(bundle_place(args))
     report.stage("measuring")
     data = benchmark.bench(
         bundle,
@@ -147,7 +152,7 @@ def build(args: argparse.Namespace, report: Reporter) -> Show:
 
     engine = _engine(args)
     report.stage(f"opening {args.bundle}")
-    bundle = Bundle.open(args.bundle)
+    bundle = Bundle.open(bundle_place(args))
     plans = None if args.plan is None else [args.plan]
     graphs = graphs_of(bundle, plans, None if args.size is None else [args.size])
     report.stage(f"compiling for {engine.name} {engine.version}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,27 @@ def output_paths(output: Path, count: int, *, decoded: bool = True, video: bool 
     if count == 1:
         return [output]
     return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+
+
+@contextmanager
+def new_files(stem: str, suffix: str, count: int) -> Iterator[list[Path]]:
+    """``count`` files in the working directory that were not there, ``<stem>-0001<suffix>`` or the next numbers.
+
+    They are made at once, empty, so that nobody else takes their names; an exception in the block removes them.
+    """
+    paths: list[Path] = []
+    numbers = itertools.count(1)
+    try:
+        while len(paths) < count:
+            path = Path(f"{stem}-{next(numbers):04}{suffix}")
+            with suppress(FileExistsError):
+                path.touch(exist_ok=False)
+                paths.append(path)
+        yield paths
+    except BaseException:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def check_place(path: Path) -> None:

@@ -16,6 +16,7 @@ from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plan import Plan
 from tgate_runtime.engines import open_engine
 from tgate_runtime.engines.protocol import Engine, Executable, OnBuild, Options
+from tgate_runtime.mini import place_of
 from tgate_runtime.signatures import check_signatures
 
 T = TypeVar("T")
@@ -53,7 +54,8 @@ class Session:
     ) -> Session:
         """Check a bundle and load its graphs, so that what can fail fails here and not at the first step.
 
-        ``source``: a bundle's directory, or a Bundle opened (and checked) before. ``engine``: one of
+        ``source``: a bundle's directory, ``"mini"`` (:func:`~tgate_runtime.mini.place_of`), or a Bundle opened (and
+        checked) before. ``engine``: one of
         :data:`tgate_runtime.engines.ENGINES`, with ``options``, the fields of its
         :class:`~tgate_runtime.engines.protocol.EngineOptions`, such as ``threads=1``; or an engine that
         :func:`~tgate_runtime.engines.open_engine` gave. ``on_build(done, total, graph)`` hears of graphs that an
@@ -65,7 +67,7 @@ class Session:
         Raises :class:`~tgate_engine.errors.BundleError`, ``PlanError`` or :class:`EngineError`.
         """
         loader = open_engine(engine, **options) if isinstance(engine, str) else engine
-        bundle = source if isinstance(source, Bundle) else Bundle.open(source, check_digests=check_digests)
+        bundle = source if isinstance(source, Bundle) else Bundle.open(place_of(source), check_digests=check_digests)
         shapes = shapes_of(bundle, sizes)
         return Session(bundle, loader, loader.load(bundle, graphs_of(bundle, plans, sizes), on_build), shapes)
 

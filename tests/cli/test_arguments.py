@@ -22,7 +22,6 @@ def test_version(run: Run) -> None:
         [],
         ["paint"],
         ["generate"],
-        ["generate", "b", "p"],
         ["generate", "b", "p", "--output", "x.png", "--seed", "seven"],
         ["generate", "b", "p", "--output", "x.png", "--num-images", "0"],
         ["generate", "b", "p", "--output", "x.png", "--threads", "-1"],

@@ -76,6 +76,39 @@ def test_a_drawn_seed_is_reported_and_draws_the_same_again(run: Run, good: Path,
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_without_output_the_next_free_numbers_are_taken(
+    run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("toy-0002.png").write_text("mine")
+    for count, names in ((1, ["toy-0001.png"]), (2, ["toy-0003.png", "toy-0004.png"])):
+        status, out, _ = run("generate", good, PROMPT, "--seed", 3, "--num-images", count)
+        assert (status, out.splitlines()) == (0, names)
+    assert Path("toy-0001.png").read_bytes() == Path("toy-0003.png").read_bytes() != Path("toy-0004.png").read_bytes()
+    assert Path("toy-0002.png").read_text() == "mine"
+
+
+def test_every_command_takes_mini_and_a_path_of_that_name_is_a_path(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TGATE_CACHE", str(tmp_path / "cache"))
+    commands: list[tuple[object, ...]] = [
+        ("plan", "mini", "--name", "short", "--m", 3, "--steps", 4),
+        ("generate", "mini", "a red circle", "--plan", "short", "--seed", 0),
+        ("bench", "mini", "--plan", "short", "--against", "short", "--repeats", 1, "--warm-ups", 0, "--json"),
+        ("build", "mini"),
+        ("inspect", "mini", "--json"),
+    ]
+    for command in commands:
+        status, out, err = run(*command, "--quiet")
+        assert (status, err) == (0, "")
+    assert "short" in json.loads(out)["plans"]
+    assert Path("mini-0001.png").is_file()
+    for command in commands:
+        fails(run(command[0], "./mini", *command[2:], "--quiet"), "mini is not a bundle", "no such directory")
+
+
 def test_every_image_is_reported_with_its_seed(run: Run, good: Path, tmp_path: Path) -> None:
     """Image j of seed s is the one image of seed s + j."""
     _, _, err = run("generate", good, PROMPT, "--num-images", 3, "--output", tmp_path / "a.png")

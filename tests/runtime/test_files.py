@@ -21,6 +21,7 @@ from tgate_runtime.files import (
     load_array,
     load_embeddings,
     load_picture,
+    new_files,
     output_paths,
     save_array,
     save_picture,
@@ -34,6 +35,26 @@ def picture(colour: int = 0, size: tuple[int, int] = (6, 4)) -> Image.Image:
 
 
 # --- where results go ---------------------------------------------------------------------------
+
+
+def test_new_files_take_free_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file, a directory, a link that leads nowhere and what another request takes meanwhile: none is touched."""
+    monkeypatch.chdir(tmp_path)
+    Path("a-0001.png").write_text("mine")
+    Path("a-0003.png").symlink_to("nowhere")
+    Path("a-0004.png").mkdir()
+    with new_files("a", ".png", 2) as first, new_files("a", ".png", 1) as second:
+        assert [str(path) for path in (*first, *second)] == ["a-0002.png", "a-0005.png", "a-0006.png"]
+    assert Path("a-0001.png").read_text() == "mine"
+    assert all(path.is_file() for path in (*first, *second))
+
+
+def test_new_files_go_where_the_work_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a-0001.png").write_text("mine")
+    with pytest.raises(KeyboardInterrupt), new_files("a", ".png", 2):
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["a-0001.png"]
 
 
 def test_several_results_are_numbered(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The wheel stands alone: built, installed with `[cpu]` in a bare environment, it draws the same picture."""
+"""The wheel stands alone: built, installed with `[cpu]` in a bare environment, it draws at once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import tgate_engine
+from tgate_cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
@@ -86,25 +87,31 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> Non
     }
     assert files <= held
     assert {f"{package}/py.typed" for package in roots} <= held
-    assert any(name.startswith("tgate_export/models/") and name.endswith(".safetensors") for name in held)
+    assert any(name.startswith("tgate_engine/models/") and name.endswith(".safetensors") for name in held)
     assert {name.partition("/")[0] for name in held - files} == {f"tgate_engine-{tgate_engine.__version__}.dist-info"}
 
 
-def test_a_bare_environment_draws_the_same_picture(bare: Path, mini_bundle: Path, tmp_path: Path) -> None:
+def test_a_bare_environment_draws_mini(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a newcomer types after `pip install 'tgate-engine[cpu]'`; the picture is the one that is drawn here."""
     listed = json.loads(pip(bare / "python", "list", "--format=json"))
     installed = {package["name"].lower() for package in listed}
     assert "tgate-engine" in installed
     assert not installed & BUILD_LIBRARIES
+    look = "import importlib.util; print(importlib.util.find_spec('torch'))"
+    assert run(bare / "python", "-c", look, cwd=tmp_path) == "None\n"
 
-    pictures = []
-    for name, bin_dir in (("bare", bare), ("here", Path(sys.executable).parent)):
-        picture = tmp_path / f"{name}.png"
-        command = ("generate", mini_bundle, PROMPT, "--seed", "7", "--output", picture)
-        run(bin_dir / "tgate", *command, cwd=tmp_path)
-        pictures.append(picture)
+    command = ["generate", "mini", PROMPT, "--seed", "7"]
+    for name in ("bare", "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("TGATE_CACHE", str(tmp_path / "bare" / "cache"))
+    assert run(bare / "tgate", *command, cwd=tmp_path / "bare") == "mini-0001.png\n"
+    monkeypatch.setenv("TGATE_CACHE", str(tmp_path / "here" / "cache"))
+    monkeypatch.chdir(tmp_path / "here")
+    assert main([*command, "--quiet"]) == 0
 
-    with Image.open(pictures[0]) as image:
+    with Image.open(tmp_path / "bare" / "mini-0001.png") as image:
         assert image.format == "PNG"
         assert image.size == (128, 128)
         assert np.asarray(image).std() > 0, "one flat colour"
-    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    pictures = [(tmp_path / name / "mini-0001.png").read_bytes() for name in ("bare", "here")]
+    assert pictures[0] == pictures[1]

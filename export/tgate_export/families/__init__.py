@@ -26,7 +26,7 @@ EMBEDDED = "embedded"
 class Model:
     """One name of ``--model``: its family, where its weights are, and the settings the paper or its authors use.
 
-    ``checkpoint``: a hub id, or :data:`EMBEDDED` for a model inside this package. ``elsewhere``: hub ids of
+    ``checkpoint``: a hub id, or :data:`EMBEDDED` for one in `tgate_engine/models`. ``elsewhere``: hub ids of
     components that lie in repositories of their own. ``licence``: the weights'. ``batch``: images in one
     call, least and most, where the user names no range.
     """
@@ -178,4 +178,4 @@ def location(name: str) -> str:
     checkpoint = find_model(name).checkpoint
     if checkpoint != EMBEDDED:
         return checkpoint
-    return str(resources.files("tgate_export") / "models" / name)
+    return str(resources.files("tgate_engine") / "models" / name)

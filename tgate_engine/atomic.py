@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tgate_engine.errors import BundleError
 from tgate_engine.manifest import MANIFEST_FILE
+from tgate_engine.underway import unfinished
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -23,7 +24,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:  # it would name the file beside it
         raise OSError(error.errno, error.strerror, str(path)) from None
     try:
-        with _a_full_disk_is_named(path.parent), os.fdopen(handle, "wb") as file:
+        with unfinished(Path(name)), _a_full_disk_is_named(path.parent), os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -52,7 +53,7 @@ def staging(target: Path, *, force: bool = False) -> Iterator[Path]:
     stage, lock = _locked_directory(target.parent, prefix)
     try:
         os.chmod(stage, 0o755)
-        with _a_full_disk_is_named(target.parent):
+        with unfinished(stage), _a_full_disk_is_named(target.parent):
             yield stage
             _sync(stage)
         _check_target(target, force)

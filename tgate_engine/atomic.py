@@ -48,7 +48,7 @@ def staging(target: Path, *, force: bool = False) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}.staging-"
     _recover(target)
-    _check_target(target, force)
+    check_target(target, force)
     _remove_abandoned(target.parent, prefix)
     stage, lock = _locked_directory(target.parent, prefix)
     try:
@@ -56,7 +56,7 @@ def staging(target: Path, *, force: bool = False) -> Iterator[Path]:
         with unfinished(stage), _a_full_disk_is_named(target.parent):
             yield stage
             _sync(stage)
-        _check_target(target, force)
+        check_target(target, force)
         _commit(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -78,7 +78,8 @@ def _a_full_disk_is_named(directory: Path) -> Iterator[None]:
         raise
 
 
-def _check_target(target: Path, force: bool) -> None:
+def check_target(target: Path, force: bool) -> None:
+    """What :func:`staging` will find in its way, known before the work. Raises :class:`BundleError`."""
     if not os.path.lexists(target):
         return
     if not target.is_dir() or target.is_symlink():

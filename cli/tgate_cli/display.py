@@ -8,11 +8,9 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from tgate_cli.command import LONGEST
 from tgate_engine.errors import shown
 from tgate_engine.report import Reporter, Silent
-
-_LONGEST = 1000
-"""Characters of a line: texts of strangers are quoted in some."""
 
 
 class Lines:
@@ -109,9 +107,9 @@ def _escaped(text: str) -> str:
     """A text for rich, whose square brackets are no markup."""
     from rich.markup import escape
 
-    return escape(shown(text, _LONGEST))
+    return escape(shown(text, LONGEST))
 
 
 def _line(stream: TextIO, text: str) -> None:
-    stream.write(f"{shown(text, _LONGEST)}\n")
+    stream.write(f"{shown(text, LONGEST)}\n")
     stream.flush()

@@ -4,7 +4,8 @@ Export and run time are imported inside the commands that need them, so that a p
 build host no engine. Results go to stdout, everything else to stderr.
 
 Exit status: 0 done; 1 the work failed; 2 the command line is wrong; 70 a fault of the program itself;
-130 interrupted; 143 terminated. A failure is one line on stderr that begins ``tgate: error:``.
+130 interrupted; 143 terminated. A failure is one line on stderr that begins ``tgate: error:`` or
+``tgate-export: error:``.
 """
 
 from __future__ import annotations
@@ -19,15 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tgate_cli import export_commands, run_commands
 from tgate_cli.arguments import FAILED, export_parser, tgate_parser
-from tgate_cli.command import Show
+from tgate_cli.command import LONGEST, Show
 from tgate_cli.display import reporter
 from tgate_cli.signals import Signals
 from tgate_engine.errors import TgateError, shown
 from tgate_engine.report import Reporter
 
 FAULT = 70
-_LONGEST = 4000
-"""Characters of an error: what a library says may be a page."""
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Reporter], Show]] = {
     "generate": run_commands.generate,
@@ -58,7 +57,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     if left and not left[0].startswith("-") and getattr(args, "prompt", "") is None:
         args.prompt = left.pop(0)
     if left:
-        args.parser.error(f"unrecognized arguments: {' '.join(left)}")
+        args.parser.unknown(left)
     return args
 
 
@@ -78,8 +77,9 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
     except BaseException as error:
         text, status = _ending(error, signals, args)
         if args.traceback:
-            traceback.print_exc()
-        print(f"{parser.prog}: error: {shown(text, _LONGEST)}", file=sys.stderr)
+            for line in traceback.format_exc().splitlines():
+                print(shown(line, LONGEST), file=sys.stderr)
+        print(f"{parser.prog}: error: {shown(text, LONGEST)}", file=sys.stderr)
         return status
     return 0
 

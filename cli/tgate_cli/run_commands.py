@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from tgate_cli import views
-from tgate_cli.command import ADVICE, RUN_ADVICE, Show, needs, print_json
+from tgate_cli.command import ADVICE, RUN_ADVICE, Show, needs, print_json, print_lines
 from tgate_cli.inspect import describe
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 def generate(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate generate``: pictures, or a video, into files."""
+    there = Bundle.open(args.bundle, check_digests=False)
+    report.stage(f"loading {args.engine}")
     with needs("drawing", _advice(args)):
         from tgate_runtime import files
         from tgate_runtime.generators import check_generator
@@ -26,6 +28,8 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
         from tgate_runtime.session import plan_of
 
     check_generator(args.generator)
+    plan_of(there.manifest, args.plan)
+    there.manifest.shapes_of(args.size)
     initial = None if args.initial_latents is None else files.load_array(args.initial_latents)
     image = None if args.image is None else files.load_picture(args.image)
     embeds = None if args.prompt_embeds is None else files.load_embeddings(args.prompt_embeds)
@@ -66,7 +70,14 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     if args.seed is None:
         first, last = result.seeds[0], result.seeds[-1]
         report.note(f"seed {first}" if first == last else f"seeds {first} to {last}")
-    return lambda: print(*paths, sep="\n")
+    facts = {
+        "outputs": [str(path) for path in paths],
+        "seeds": result.seeds,
+        "plan": plan.name,
+        "size": sizes[0],
+        "latents": None if args.save_latents is None else str(args.save_latents),
+    }
+    return lambda: print_json(facts) if args.json else print_lines(paths)
 
 
 def inspect(args: argparse.Namespace, report: Reporter) -> Show:
@@ -77,6 +88,8 @@ def inspect(args: argparse.Namespace, report: Reporter) -> Show:
 
 def verify(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate verify``: digests and plans checked, goldens replayed."""
+    Bundle.open(args.bundle, check_digests=False)
+    report.stage(f"loading {args.engine}")
     with needs("replaying goldens", _advice(args)):
         from tgate_runtime.verify import verify as replay
 
@@ -89,12 +102,31 @@ def verify(args: argparse.Namespace, report: Reporter) -> Show:
 
     def show() -> None:
         manifest = bundle.manifest
-        print(f"digests: {len(manifest.files)} files and the manifest match")
-        print(f"plans: {', '.join(manifest.plans)}; every carry is written before it is read")
-        for golden in checked:
-            print(f"golden {golden.name}: worst relative error {golden.error:.2e}, tolerance {golden.tolerance:.0e}")
-        if not checked:
-            print("goldens: none to replay")
+        if args.json:
+            print_json(
+                {
+                    "bundle": str(bundle.path),
+                    "files": len(manifest.files),
+                    "plans": list(manifest.plans),
+                    "goldens": {
+                        golden.name: {"error": golden.error, "tolerance": golden.tolerance, "ok": golden.ok}
+                        for golden in checked
+                    },
+                    "ok": not failed,
+                }
+            )
+        else:
+            goldens = (
+                f"golden {golden.name}: worst relative error {golden.error:.2e}, tolerance {golden.tolerance:.0e}"
+                for golden in checked
+            )
+            print_lines(
+                [
+                    f"digests: {len(manifest.files)} files and the manifest match",
+                    f"plans: {', '.join(manifest.plans)}; every carry is written before it is read",
+                    *(goldens if checked else ["goldens: none to replay"]),
+                ]
+            )
         if failed:
             raise BundleError(
                 f"{bundle.path}: {', '.join(failed)} not reproduced within tolerance by this engine on this "
@@ -106,6 +138,8 @@ def verify(args: argparse.Namespace, report: Reporter) -> Show:
 
 def bench(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate bench``: a plan and those it is compared with, measured in turns."""
+    Bundle.open(args.bundle, check_digests=False)
+    report.stage(f"loading {args.engine}")
     with needs("measuring", _advice(args)):
         from tgate_runtime import benchmark, files
 
@@ -142,6 +176,8 @@ def engines(args: argparse.Namespace, report: Reporter) -> Show:
 
 def build(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate build``: the graphs compiled into the engine cache."""
+    Bundle.open(args.bundle, check_digests=False)
+    report.stage(f"loading {args.engine}")
     with needs("compiling for an engine", _advice(args)):
         from tgate_runtime.session import graphs_of
 
@@ -152,9 +188,12 @@ def build(args: argparse.Namespace, report: Reporter) -> Show:
     graphs = graphs_of(bundle, plans, None if args.size is None else [args.size])
     report.stage(f"compiling for {engine.name} {engine.version}")
     places = engine.build(bundle, graphs, report.progress)
+    if args.json:
+        entries = {file: str(place) for file, place in places.items()}
+        return lambda: print_json({"engine": engine.name, "version": engine.version, "entries": entries})
     if not places:
         return lambda: print(f"{engine.name} compiles nothing ahead of time: the bundle is ready")
-    return lambda: print(*(f"{file}: {place}" for file, place in places.items()), sep="\n")
+    return lambda: print_lines(f"{file}: {place}" for file, place in places.items())
 
 
 def _engine(args: argparse.Namespace) -> Engine:

@@ -16,7 +16,7 @@ from tgate_engine.errors import ExportError
 from tgate_engine.underway import unfinished
 from tgate_export.checkpoints import open_checkpoint
 from tgate_export.conditioning import encode
-from tgate_export.families import find_model, location
+from tgate_export.families import find_text_model, location
 from tgate_export.families.base import Size
 from tgate_export.job import check_checkpoint
 from tgate_export.modules import real_module
@@ -41,10 +41,8 @@ def embed(
     while it runs, which T5 needs half the memory for and costs it little.
     Raises :class:`~tgate_engine.errors.ExportError`.
     """
-    entry = find_model(model)
+    entry = find_text_model(model)
     family = entry.family
-    if not family.text_components:
-        raise ExportError(f"{model} is conditioned by an image, not by a prompt; there is nothing to embed")
     source = open_checkpoint(
         model,
         checkpoint or location(model),

@@ -61,8 +61,8 @@ class _Request:
             self._time.infer()
             for number in range(self._time_outputs):  # each time: where the batch may change, so may their memory
                 self._infer.set_tensor(part_name(number), self._time.get_output_tensor(number))
-        # With one thread OpenVINO looks for this in asynchronous calls alone, which cost 15 µs more and could outlive an
-        # exception; what runs on then is ended with the process.
+        # With one thread OpenVINO looks for this in asynchronous calls alone, which cost 15 µs more and may outlive an
+        # exception; such a call ends with the process.
         with Cancellable(self._infer.cancel):
             self._infer.infer()
 

@@ -33,12 +33,28 @@ STATUS = (
 )
 
 
+_FILES = {
+    "bash": "_shtab_compgen_files",
+    "zsh": "_files",
+    "fish": "(__fish_complete_path (commandline -ct))",
+    "tcsh": "f",
+    "powershell": "_shtab_powershell_compgen_files",
+}
+"""What shtab, which writes completions of these parsers for shells, reads of an argument that is a path."""
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line, and takes whole names of options alone: an abbreviation
     would mean something else as soon as another option is added."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False, epilog=STATUS)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        action = super().add_argument(*names, **options)
+        if options.get("type") in (Path, _plan_file):
+            action.complete = _FILES  # type: ignore[attr-defined]
+        return action
 
     def error(self, message: str) -> NoReturn:
         program = self.prog.partition(" ")[0]
@@ -141,15 +157,15 @@ def tgate_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def export_parser(list_models: Callable[[], int]) -> argparse.ArgumentParser:
+def export_parser(list_models: Callable[[], int] = lambda: 0) -> argparse.ArgumentParser:
     """The parser of ``tgate-export``, whose ``command`` is "export"; ``list_models`` shows them for --list-models."""
     parser = _Parser(prog="tgate-export", description="Compile a diffusion model into a bundle, ahead of time.")
     parser.add_argument("--version", action="version", version=f"tgate-export {__version__}")
     parser.set_defaults(command="export", parser=parser)
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="mini-sdxl (embedded), or another of --list-models")
-    shown = "show the models and their settings, and stop"
-    parser.add_argument("--list-models", action=_ListModels, const=list_models, help=shown)
+    what = "show the models and their settings, and stop"
+    parser.add_argument("--list-models", action=_ListModels, const=list_models, help=what)
     add("--checkpoint", metavar="FROM", help="a diffusers directory, a .safetensors file, or a hub id")
     add(
         "--weights",

@@ -55,5 +55,5 @@ def test_what_is_named_instead_is_an_argument() -> None:
 
 
 def test_a_generator_object_points_to_seeds() -> None:
-    with pytest.raises(RequestError, match=r"got a Random; seed=S, or a list of seeds"):
+    with pytest.raises(RequestError, match=r"use one of numpy, torch-cuda; seed=S, or a list of seeds"):
         check_generator(random.Random(0))

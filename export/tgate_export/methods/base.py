@@ -34,10 +34,10 @@ FIDELITY = "fidelity-improving"
 class Settings:
     """The numbers of a method, as the command line has them.
 
-    ``steps``: n, denoising steps, from 1 to :data:`MOST_STEPS`. ``gate``: m, in 1..n, from which step on the method goes another way;
-    m = n never does. ``self_interval``: k, at least 1: before the gate, self-attention is computed at every k-th step;
-    1 always. ``warm_up``: w, at least 0: steps that reuse nothing. ``fidelity_interval``: f, at least 1, the same
-    interval after the gate.
+    ``steps``: n, denoising steps, from 1 to :data:`MOST_STEPS`. ``gate``: m, in 1..n, from which step on the method
+    goes another way; m = n never does. ``self_interval``: k, at least 1: before the gate, self-attention is computed at
+    every k-th step; 1 always. ``warm_up``: w, at least 0: steps that reuse nothing. ``fidelity_interval``: f, at least
+    1, the same interval after the gate.
 
     Raises :class:`MethodError` naming the value and what it must be.
     """
@@ -57,7 +57,8 @@ class Settings:
             raise MethodError(f"steps (n) must be from 1 to {MOST_STEPS}, got {shown(self.steps)}")
         if not 1 <= self.gate <= self.steps:
             raise MethodError(
-                f"the gate step m must be between 1 and the number of steps n = {self.steps}, got m = {shown(self.gate)}"
+                f"the gate step m must be between 1 and the number of steps n = {self.steps}, got m = "
+                f"{shown(self.gate)}"
             )
         if self.self_interval < 1:
             raise MethodError(

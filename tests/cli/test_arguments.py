@@ -160,6 +160,6 @@ def test_bash_completes(tmp_path: Path) -> None:
     shtab = pytest.importorskip("shtab")
     (tmp_path / "tgate").write_text(shtab.complete(tgate_parser(), shell="bash"))
     typed = "COMP_WORDS=(tgate generate --neg); COMP_CWORD=2"
-    ask = f"source {tmp_path}/tgate; {typed}; _shtab_tgate_cli; echo ${{COMPREPLY[@]}}"
+    ask = f"source {tmp_path}/tgate; {typed}; _shtab_tgate; echo ${{COMPREPLY[@]}}"
     done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True, timeout=30)
     assert done.stdout.split() == ["--negative-prompt"]

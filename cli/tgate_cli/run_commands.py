@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tgate_cli import views
@@ -11,6 +12,7 @@ from tgate_cli.inspect import describe
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError
 from tgate_engine.graph import DECODE
+from tgate_engine.manifest import MANIFEST_FILE
 from tgate_engine.report import Reporter
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 def generate(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate generate``: pictures, or a video, into files."""
-    there = Bundle.open(args.bundle, check_digests=False)
+    _check_there(args.bundle)
     report.stage(f"loading {args.engine}")
     with needs("drawing", _advice(args)):
         from tgate_runtime import files
@@ -28,8 +30,6 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
         from tgate_runtime.session import plan_of
 
     check_generator(args.generator)
-    plan_of(there.manifest, args.plan)
-    there.manifest.shapes_of(args.size)
     initial = None if args.initial_latents is None else files.load_array(args.initial_latents)
     image = None if args.image is None else files.load_picture(args.image)
     embeds = None if args.prompt_embeds is None else files.load_embeddings(args.prompt_embeds)
@@ -88,7 +88,7 @@ def inspect(args: argparse.Namespace, report: Reporter) -> Show:
 
 def verify(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate verify``: digests and plans checked, goldens replayed."""
-    Bundle.open(args.bundle, check_digests=False)
+    _check_there(args.bundle)
     report.stage(f"loading {args.engine}")
     with needs("replaying goldens", _advice(args)):
         from tgate_runtime.verify import verify as replay
@@ -138,7 +138,7 @@ def verify(args: argparse.Namespace, report: Reporter) -> Show:
 
 def bench(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate bench``: a plan and those it is compared with, measured in turns."""
-    Bundle.open(args.bundle, check_digests=False)
+    _check_there(args.bundle)
     report.stage(f"loading {args.engine}")
     with needs("measuring", _advice(args)):
         from tgate_runtime import benchmark, files
@@ -176,7 +176,7 @@ def engines(args: argparse.Namespace, report: Reporter) -> Show:
 
 def build(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate build``: the graphs compiled into the engine cache."""
-    Bundle.open(args.bundle, check_digests=False)
+    _check_there(args.bundle)
     report.stage(f"loading {args.engine}")
     with needs("compiling for an engine", _advice(args)):
         from tgate_runtime.session import graphs_of
@@ -194,6 +194,12 @@ def build(args: argparse.Namespace, report: Reporter) -> Show:
     if not places:
         return lambda: print(f"{engine.name} compiles nothing ahead of time: the bundle is ready")
     return lambda: print_lines(f"{file}: {place}" for file, place in places.items())
+
+
+def _check_there(bundle: Path) -> None:
+    """Raises :class:`BundleError` where there is no bundle at all, before an engine is loaded."""
+    if not (bundle / MANIFEST_FILE).exists():
+        Bundle.open(bundle)  # which says what is missing
 
 
 def _engine(args: argparse.Namespace) -> Engine:

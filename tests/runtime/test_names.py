@@ -32,7 +32,7 @@ def draw(prompt: str, *, size: str | None = None) -> tuple[str, str | None]:
 )
 def test_a_name_of_diffusers_says_what_to_give_instead(name: str, says: str) -> None:
     with pytest.raises(TypeError, match=rf"^a pipeline takes no {name}; ") as error:
-        draw("a", **{name: 1})
+        draw("a", **{name: "1"})
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 

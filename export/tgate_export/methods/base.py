@@ -130,7 +130,7 @@ class Method(ABC):
     def idle(self, settings: Settings, lead_in: int = 0) -> str:
         """What of k and f asks for reuse and brings none, as a sentence; empty where there is nothing to tell.
 
-        A short stretch before the gate may be warm-up and steps that compute alone.
+        A short stretch may hold nothing but warm-up and steps that compute their self-attention anyway.
         """
         own, said = self.program(settings, lead_in), []
         for letter, name in (("k", "self_interval"), ("f", "fidelity_interval")):
@@ -138,7 +138,7 @@ class Method(ABC):
             if letter in self.takes and value > 1 and self.program(replace(settings, **{name: 1}), lead_in) == own:
                 said.append(f"{letter} = {value} reuses nothing")
         numbers = f"n = {settings.steps}, m = {settings.gate}, w = {settings.warm_up}"
-        return f"{' and '.join(said)} at {numbers}: every step computes its self-attention" if said else ""
+        return f"{' and '.join(said)} at {numbers}" if said else ""
 
     def facts(self, settings: Settings) -> dict[str, Fact]:
         """The settings for a plan's reader, and for :func:`settings_of`."""

@@ -80,6 +80,10 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
             for line in traceback.format_exc().splitlines():
                 print(shown(line, LONGEST), file=sys.stderr)
         print(f"{parser.prog}: error: {shown(text, LONGEST)}", file=sys.stderr)
+        if signals.number is not None and arguments is None:  # the process is ours, and everything is cleaned up
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            os._exit(status)  # taking PyTorch apart would take another five seconds
         return status
     return 0
 

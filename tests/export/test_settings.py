@@ -58,4 +58,4 @@ def test_what_no_checkpoint_could_mend(options: dict[str, Any], says: str) -> No
 def test_options_that_a_model_does_not_have() -> None:
     for options in ({"clip_skip": 1}, {"guidance_rescale": 0.5}):
         with pytest.raises(ExportError, match="pixart-alpha"):
-            check_settings(ExportSettings(model="pixart-alpha", **options))  # type: ignore[arg-type]
+            check_settings(ExportSettings(model="pixart-alpha", **options))

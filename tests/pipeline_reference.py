@@ -34,7 +34,7 @@ from torch import Tensor
 from tests.oracle_families import FPS, MIN_GUIDANCE, MOTION_BUCKET, NOISE_AUGMENTATION
 from tests.tiny_families import FAMILY_VARIANTS
 from tests.tiny_models import tiny_model
-from tgate_export.schedulers import SAMPLERS
+from tgate_export.recipes import SAMPLERS
 
 Pipeline = Any
 

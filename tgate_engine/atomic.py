@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tgate_engine.errors import BundleError
 from tgate_engine.manifest import MANIFEST_FILE
+from tgate_engine.underway import unfinished
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -23,7 +24,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:  # it would name the file beside it
         raise OSError(error.errno, error.strerror, str(path)) from None
     try:
-        with _a_full_disk_is_named(path.parent), os.fdopen(handle, "wb") as file:
+        with unfinished(Path(name)), _a_full_disk_is_named(path.parent), os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -47,15 +48,15 @@ def staging(target: Path, *, force: bool = False) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}.staging-"
     _recover(target)
-    _check_target(target, force)
+    check_target(target, force)
     _remove_abandoned(target.parent, prefix)
     stage, lock = _locked_directory(target.parent, prefix)
     try:
         os.chmod(stage, 0o755)
-        with _a_full_disk_is_named(target.parent):
+        with unfinished(stage), _a_full_disk_is_named(target.parent):
             yield stage
             _sync(stage)
-        _check_target(target, force)
+        check_target(target, force)
         _commit(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -77,7 +78,8 @@ def _a_full_disk_is_named(directory: Path) -> Iterator[None]:
         raise
 
 
-def _check_target(target: Path, force: bool) -> None:
+def check_target(target: Path, force: bool) -> None:
+    """What :func:`staging` will find in its way, known before the work. Raises :class:`BundleError`."""
     if not os.path.lexists(target):
         return
     if not target.is_dir() or target.is_symlink():

@@ -5,6 +5,11 @@ from __future__ import annotations
 import sys
 from typing import Protocol, TextIO
 
+from tgate_engine.errors import shown
+
+_LONGEST = 1000
+"""Characters of a warning: texts of strangers are quoted in some."""
+
 
 class Reporter(Protocol):
     """Hears what a long piece of work is doing. Not thread-safe. All texts are single lines."""
@@ -23,10 +28,11 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """``--quiet``: warnings only."""
+    """``--quiet``: warnings only, of ``program``."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, *, program: str = "tgate") -> None:
         self._stream = stream or sys.stderr
+        self._program = program
 
     def stage(self, text: str) -> None:
         """Says nothing."""
@@ -38,5 +44,5 @@ class Silent:
         """Says nothing."""
 
     def warn(self, text: str) -> None:
-        self._stream.write(f"tgate: warning: {text}\n")
+        self._stream.write(f"{self._program}: warning: {shown(text, _LONGEST)}\n")
         self._stream.flush()

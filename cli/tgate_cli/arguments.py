@@ -7,22 +7,64 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from tgate_cli.command import LONGEST
+from tgate_cli.hints import hint
 from tgate_engine import __version__
-from tgate_engine.errors import TgateError
+from tgate_engine.errors import TgateError, shown
 
 FAILED, USAGE = 1, 2
 
 
+MOST = 10_000
+"""Images, steps, frames, turns: more is a slip of the finger, and would be counted out in memory."""
+MOST_PIXELS = 16_384
+SEED_LIMIT = 2**63
+"""As at run time, which is not imported for it."""
+
+STATUS = (
+    "exit status: 0 done; 1 the work failed; 2 the command line is wrong; 70 a fault of the program itself; "
+    "130 interrupted; 143 terminated"
+)
+
+
+_FILES = {
+    "bash": "_shtab_compgen_files",
+    "zsh": "_files",
+    "fish": "(__fish_complete_path (commandline -ct))",
+    "tcsh": "f",
+    "powershell": "_shtab_powershell_compgen_files",
+}
+"""What shtab, which writes completions of these parsers for shells, reads of an argument that is a path."""
+
+
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line."""
+    """An argument parser that says what is wrong in one line, and takes whole names of options alone: an abbreviation
+    would mean something else as soon as another option is added."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False, epilog=STATUS)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        action = super().add_argument(*names, **options)
+        if options.get("type") in (Path, _plan_file):
+            action.complete = _FILES  # type: ignore[attr-defined]
+        return action
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"tgate: error: {message} (see {self.prog} --help)\n")
+        program = self.prog.partition(" ")[0]
+        self.exit(USAGE, f"{program}: error: {shown(message, LONGEST)} (see {self.prog} --help)\n")
+
+    def unknown(self, arguments: Sequence[str]) -> NoReturn:
+        """End for arguments that no option takes, with what to type instead."""
+        known = [option for action in self._actions for option in action.option_strings]
+        text = hint(arguments, known=known, exports=self.prog == "tgate-export")
+        self.error(f"unrecognized arguments: {shown(' '.join(arguments))}{'; ' if text else ''}{text}")
 
 
 def tgate_parser() -> argparse.ArgumentParser:
@@ -45,14 +87,15 @@ def tgate_parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, metavar="OUT.png", help=several)
     p.add_argument("--image", type=Path, metavar="IN.png", help="what an image-to-video model starts from")
     p.add_argument("--prompt-embeds", type=Path, metavar="E.safetensors", help="from `tgate embed`, for a prompt")
-    p.add_argument("--seed", type=int, metavar="S", help="image j has seed S + j; drawn, and told, if left out")
+    p.add_argument("--seed", type=_seed, metavar="S", help="image j has seed S + j; drawn, and told, if left out")
     p.add_argument("--generator", default="numpy", metavar="NAME", help="of noise: numpy or, as diffusers, torch-cuda")
     p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
-    p.add_argument("--guidance-scale", type=float, metavar="G", help="above 1; the plan's if left out")
+    p.add_argument("--guidance-scale", type=_number, metavar="G", help="above 1; the plan's if left out")
     _plan(p, default="default")
     _size(p)
     p.add_argument("--num-images", type=_count, default=1, metavar="N")
     p.add_argument("--initial-latents", type=Path, metavar="X.npy", help="standard normal noise, in place of a seed's")
+    _json(p)
     p.add_argument("--save-latents", type=Path, metavar="Y.npy", help="the final latents, before decoding")
     _engine(p)
 
@@ -64,61 +107,64 @@ def tgate_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output", required=True, type=Path, metavar="E.safetensors")
     p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
-    p.add_argument("--clip-skip", type=int, default=0, metavar="N", help="as the bundle was exported with")
+    p.add_argument("--clip-skip", type=_count_or_none, default=0, metavar="N", help="as the bundle was exported with")
     p.add_argument("--half", action="store_true", help="hold the encoder in bfloat16: half the memory")
 
     p = command("inspect", "Show a bundle's plans step by step, their MACs, and sizes.")
     _size(p)
-    p.add_argument("--json", action="store_true", help="as data")
+    _json(p)
 
     p = command("verify", "Check digests and plans, and replay the recorded goldens.")
+    _json(p)
     _engine(p)
 
     p = command("bench", "Measure a plan and those it is compared with, in turns.")
-    p.add_argument("--json", action="store_true", help="as data")
+    _json(p)
     p.add_argument("--plan", default="default", metavar="NAME")
     against = "a plan to compare with; repeatable; the plan's own baselines if left out"
     p.add_argument("--against", action="append", metavar="NAME", help=against)
     _size(p)
     p.add_argument("--batch", type=_count, metavar="B", help="images at once")
     p.add_argument("--repeats", type=_count, default=5, metavar="N", help="measured turns")
-    p.add_argument("--warm-ups", type=int, default=1, metavar="N", help="turns before that")
+    p.add_argument("--warm-ups", type=_count_or_none, default=1, metavar="N", help="turns before that")
     p.add_argument(
         "--trace", type=Path, metavar="FILE.json", help="a run of the plan, for Perfetto or chrome://tracing"
     )
     _engine(p)
 
     p = command("engines", "Show which engines are installed here, and what brings the others.", bundle=False)
-    p.add_argument("--json", action="store_true", help="as data")
+    _json(p)
 
     p = command("build", "Compile a bundle for an engine ahead of time, into the engine cache.")
+    _json(p)
     _plan(p, help="the graphs of this plan alone; of every plan if left out")
     _size(p, help="the graphs of this size alone; of every size if left out")
     _engine(p)
 
     p = command("plan", "Add a plan to a bundle, over the graphs it has, with its baselines.")
     p.add_argument("--name", required=True, type=_name)
-    p.add_argument("--m", type=int, required=True, help="the gate step")
-    p.add_argument("--k", type=int, help="the self-attention interval before the gate; 1, no reuse, if left out")
-    p.add_argument("--steps", type=int, metavar="N", help="the default plan's if left out, as the next two")
+    p.add_argument("--m", type=_count, required=True, help="the gate step")
+    p.add_argument("--k", type=_count, help="the self-attention interval before the gate; 1, no reuse, if left out")
+    p.add_argument("--steps", type=_count, metavar="N", help="the default plan's if left out, as the next two")
     p.add_argument("--sampler", metavar="NAME")
     _method(p)
     p.add_argument("--force", action="store_true", help="replace a plan of that name")
+    _json(p)
     p.add_argument(
         "--output", type=_plan_file, metavar="FILE.json", help="write the plan to a file, and leave the bundle as it is"
     )
     return parser
 
 
-def export_parser(list_models: Callable[[], int]) -> argparse.ArgumentParser:
+def export_parser(list_models: Callable[[], int] = lambda: 0) -> argparse.ArgumentParser:
     """The parser of ``tgate-export``, whose ``command`` is "export"; ``list_models`` shows them for --list-models."""
     parser = _Parser(prog="tgate-export", description="Compile a diffusion model into a bundle, ahead of time.")
     parser.add_argument("--version", action="version", version=f"tgate-export {__version__}")
     parser.set_defaults(command="export", parser=parser)
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="mini-sdxl (embedded), or another of --list-models")
-    shown = "show the models and their settings, and stop"
-    parser.add_argument("--list-models", action=_ListModels, const=list_models, help=shown)
+    what = "show the models and their settings, and stop"
+    parser.add_argument("--list-models", action=_ListModels, const=list_models, help=what)
     add("--checkpoint", metavar="FROM", help="a diffusers directory, a .safetensors file, or a hub id")
     add(
         "--weights",
@@ -128,25 +174,32 @@ def export_parser(list_models: Callable[[], int]) -> argparse.ArgumentParser:
     )
     add("--components", metavar="A,B", help="of text, image, denoiser, decoder; all, or without weights the denoiser")
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="fuse a LoRA into the weights; repeatable")
-    add("--clip-skip", type=int, default=0, metavar="N", help="last layers of CLIP's text encoders to leave out")
+    add(
+        "--clip-skip",
+        type=_count_or_none,
+        default=0,
+        metavar="N",
+        help="last layers of CLIP's text encoders to leave out",
+    )
     add("--method", default="tgate", metavar="NAME", help="tgate, guidance_delta or tgate+guidance_delta")
-    add("--m", type=int, help="the gate step; the model's own if left out")
-    add("--k", type=int, help="the self-attention interval before the gate; 1: no reuse")
-    add("--steps", type=int, metavar="N", help="inference steps")
+    add("--m", type=_count, help="the gate step; the model's own if left out")
+    add("--k", type=_count, help="the self-attention interval before the gate; 1: no reuse")
+    add("--steps", type=_count, metavar="N", help="inference steps")
     add("--sampler", metavar="NAME", help="dpmpp_2m, ddim, euler, …")
     _method(parser)
     rescaled = "bring guided outputs back to the prompt's deviation: 0 not at all, 1 wholly; 0.7 is usual"
-    add("--guidance-rescale", type=float, default=0.0, metavar="R", help=rescaled)
+    add("--guidance-rescale", type=_number, default=0.0, metavar="R", help=rescaled)
     sizes = "in pixels, such as 1024x1024; repeatable, the first one is the default"
     add("--size", type=_pixels, action="append", metavar="WIDTHxHEIGHT", help=sizes)
-    add("--height", type=int, metavar="PIXELS", help="of the only size, as the next one")
-    add("--width", type=int, metavar="PIXELS")
-    add("--frames", type=int, metavar="F", help="of a video model")
+    add("--height", type=_side, metavar="PIXELS", help="of the only size, as the next one")
+    add("--width", type=_side, metavar="PIXELS")
+    add("--frames", type=_count, metavar="F", help="of a video model")
     batches = "images at once, such as 1 or 1:4; repeatable; the model's own if left out"
     add("--batch", type=_batch, action="append", metavar="N|LEAST:MOST", help=batches)
     add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
     add("--output", type=Path, metavar="DIR", help="bundles/<model> if left out")
     add("--force", action="store_true", help="replace a bundle that is there")
+    _json(parser)
     add("--no-verify", dest="verify", action="store_false", help="record no goldens, and replay none before finishing")
     _common(parser)
     return parser
@@ -164,13 +217,13 @@ class _ListModels(argparse.Action):
         try:
             parser.exit(self.const())
         except TgateError as error:
-            parser.exit(FAILED, f"tgate: error: {error}\n")
+            parser.exit(FAILED, f"{parser.prog}: error: {error}\n")
 
 
 def _method(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--warm-up", type=int, metavar="W", help="steps that reuse nothing")
-    parser.add_argument("--fidelity-interval", type=int, metavar="F", help="k after the gate; 1 if left out")
-    parser.add_argument("--guidance-scale", type=float, metavar="G", help="of classifier-free guidance: 1 is without")
+    parser.add_argument("--warm-up", type=_count_or_none, metavar="W", help="steps that reuse nothing")
+    parser.add_argument("--fidelity-interval", type=_count, metavar="F", help="k after the gate; 1 if left out")
+    parser.add_argument("--guidance-scale", type=_number, metavar="G", help="of classifier-free guidance: 1 is without")
 
 
 def _plan(parser: argparse.ArgumentParser, *, default: str | None = None, help: str | None = None) -> None:
@@ -179,6 +232,10 @@ def _plan(parser: argparse.ArgumentParser, *, default: str | None = None, help: 
 
 def _size(parser: argparse.ArgumentParser, *, help: str = "one of the bundle's; its first if left out") -> None:
     parser.add_argument("--size", type=_size_name, metavar="WIDTHxHEIGHT", help=help)
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as data")
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -190,7 +247,7 @@ def _engine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--engine", default="ort-cpu", metavar="NAME", help="one of `tgate engines`; ort-cpu if left out")
     add("--threads", type=_count, metavar="N", help="of one graph; the engine's choice if left out")
-    add("--device", type=int, default=0, metavar="N", help="the GPU's number")
+    add("--device", type=_count_or_none, default=0, metavar="N", help="the GPU's number")
     add("--architecture", metavar="sm_NN", help="the GPU to compile for, where there is none")
     add("--precision", choices=("f32", "bf16", "f16"), help="what the engine computes in; its choice if left out")
     layouts = "one copy of the weights, or private ones in faster layouts"
@@ -198,19 +255,42 @@ def _engine(parser: argparse.ArgumentParser) -> None:
     add("--memory", choices=("shared", "fast"), help=f"{layouts}; if left out {defaults}")
 
 
+def _whole(text: str, least: int, most: int) -> int:
+    """A number of the digits 0 to 9 alone, which int() is not so strict about."""
+    if re.fullmatch("[0-9]{1,19}", text) and least <= int(text) <= most:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got '{shown(text, 40)}'")
+
+
 def _count(text: str) -> int:
+    return _whole(text, 1, MOST)
+
+
+def _count_or_none(text: str) -> int:
+    return _whole(text, 0, MOST)
+
+
+def _side(text: str) -> int:
+    return _whole(text, 1, MOST_PIXELS)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0, SEED_LIMIT - 1)
+
+
+def _number(text: str) -> float:
     with contextlib.suppress(ValueError):
-        if int(text) >= 1:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+        if math.isfinite(float(text)):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a finite number, got '{shown(text, 40)}'")
 
 
 def _pixels(text: str) -> tuple[int, int]:
     """(width, height) of WIDTHxHEIGHT."""
     match = re.fullmatch("([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, such as 1024x768, got {text!r}")
-    return int(match[1]), int(match[2])
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, such as 1024x768, got '{shown(text, 40)}'")
+    return _side(match[1]), _side(match[2])
 
 
 def _size_name(text: str) -> str:
@@ -226,7 +306,9 @@ def _name(text: str) -> str:
 
 def _plan_file(text: str) -> Path:
     if not text.endswith(".json"):
-        raise argparse.ArgumentTypeError(f"a plan file's name ends in .json, by which --plan knows it, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"a plan file's name ends in .json, by which --plan knows it, got '{shown(text)}'"
+        )
     return Path(text)
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tgate_engine.errors import EngineError
+from tgate_engine.bundle import Bundle
+from tgate_engine.errors import EngineError, shown
+from tgate_engine.manifest import MANIFEST_FILE
 
 Show = Callable[[], None]
 """Prints a command's results on stdout, once the reporter has let go of the terminal."""
+
+LONGEST = 4000
+"""Characters of a line: what a library says may be a page."""
 
 OWN_PACKAGES = ("tgate_engine", "tgate_export", "tgate_runtime", "tgate_cli")
 ADVICE = "it is not installed: pip install 'tgate-engine[{}]'"
@@ -31,12 +36,25 @@ def needs(work: str, advice: str) -> Iterator[None]:
 
 
 def bundle_place(args: argparse.Namespace) -> Path:
-    """The directory that BUNDLE names; `mini` is made ready where it names that. Needs what the contract needs."""
+    """The directory that BUNDLE names; ``mini`` is made ready where it names that.
+
+    Needs what the contract needs, and raises :class:`BundleError` where there is no bundle, before an engine is loaded.
+    """
     from tgate_runtime.mini import place_of
 
-    return place_of(args.bundle)
+    place = place_of(args.bundle)
+    if not (place / MANIFEST_FILE).exists():
+        Bundle.open(place)  # which says what is missing
+    return place
+
+
+def print_lines(lines: Iterable[object]) -> None:
+    """Prints results for people, a line each: what a terminal would obey is shown."""
+    for line in lines:
+        print(shown(line, LONGEST))
 
 
 def print_json(data: Any) -> None:
-    """Prints what ``--json`` asks for."""
-    print(json.dumps(data, indent=1, ensure_ascii=False))
+    """Prints what ``--json`` asks for. Letters stay letters; what a terminal would obey is escaped as JSON has it."""
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    print("".join(c if c.isprintable() or c in " \n" else json.dumps(c)[1:-1] for c in text))

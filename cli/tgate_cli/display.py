@@ -8,14 +8,17 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from tgate_cli.command import LONGEST
+from tgate_engine.errors import shown
 from tgate_engine.report import Reporter, Silent
 
 
 class Lines:
     """For a log or a pipe: one plain line for each stage and note, and progress at most every few seconds."""
 
-    def __init__(self, stream: TextIO | None = None, *, interval_s: float = 5.0) -> None:
+    def __init__(self, stream: TextIO | None = None, *, program: str = "tgate", interval_s: float = 5.0) -> None:
         self._stream = stream or sys.stderr
+        self._program = program
         self._interval_s = interval_s
         self._last_s = time.monotonic()
 
@@ -33,14 +36,15 @@ class Lines:
         _line(self._stream, text)
 
     def warn(self, text: str) -> None:
-        _line(self._stream, f"tgate: warning: {text}")
+        _line(self._stream, f"{self._program}: warning: {text}")
 
 
 class Display:
-    """For a person at a terminal: a live line with the stage, a bar and the time, drawn by rich."""
+    """For a person at a terminal: a live line with the stage, a bar, what is at work and the time, drawn by rich."""
 
-    def __init__(self, bar: Any) -> None:
+    def __init__(self, bar: Any, *, program: str = "tgate") -> None:
         self._bar = bar
+        self._program = program
         self._task: Any = None
 
     def stage(self, text: str) -> None:
@@ -51,13 +55,13 @@ class Display:
     def progress(self, done: int, total: int, text: str = "") -> None:
         if self._task is None:
             self.stage(text)
-        self._bar.update(self._task, completed=done, total=total, count=f"{done}/{total}")
+        self._bar.update(self._task, completed=done, total=total, count=_escaped(f"{done}/{total} {text}".rstrip()))
 
     def note(self, text: str) -> None:
         self._bar.console.print(_escaped(text), highlight=False)
 
     def warn(self, text: str) -> None:
-        self._bar.console.print(f"[yellow]tgate: warning:[/] {_escaped(text)}", highlight=False)
+        self._bar.console.print(f"[yellow]{self._program}: warning:[/] {_escaped(text)}", highlight=False)
 
     def _finish(self) -> None:
         if self._task is not None:
@@ -66,22 +70,23 @@ class Display:
 
 
 @contextlib.contextmanager
-def reporter(*, quiet: bool = False) -> Iterator[Reporter]:
-    """The reporter that suits stderr: silent, live (a terminal, with rich installed) or plain lines.
+def reporter(program: str = "tgate", *, quiet: bool = False) -> Iterator[Reporter]:
+    """The reporter that suits stderr: silent, live (a terminal, with rich installed) or plain lines. ``program`` is who
+    warns.
 
     Print nothing on stdout before it is closed: a live display owns the terminal until then.
     """
     if quiet:
-        yield Silent()
+        yield Silent(program=program)
         return
     bar = _bar() if sys.stderr.isatty() else None
     if bar is None:
-        yield Lines()
+        yield Lines(program=program)
         return
     try:
-        shown = Display(bar)
-        yield shown
-        shown._finish()
+        display = Display(bar, program=program)
+        yield display
+        display._finish()
     finally:
         bar.stop()
 
@@ -99,11 +104,12 @@ def _bar() -> Any:
 
 
 def _escaped(text: str) -> str:
+    """A text for rich, whose square brackets are no markup."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(shown(text, LONGEST))
 
 
 def _line(stream: TextIO, text: str) -> None:
-    stream.write(f"{text}\n")
+    stream.write(f"{shown(text, LONGEST)}\n")
     stream.flush()

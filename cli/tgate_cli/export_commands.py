@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tgate_cli import views
-from tgate_cli.command import EXPORT_ADVICE, RUN_ADVICE, Show, bundle_place, needs
-from tgate_engine.atomic import write_atomically
+from tgate_cli.command import EXPORT_ADVICE, RUN_ADVICE, Show, bundle_place, needs, print_json, print_lines
+from tgate_engine.atomic import check_target, write_atomically
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError, ExportError
 from tgate_engine.report import Reporter
@@ -21,10 +21,9 @@ from tgate_engine.report import Reporter
 
 def export(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate-export``: a bundle."""
-    with needs("export", EXPORT_ADVICE):
-        from tgate_export import build
-        from tgate_export.lora import Lora
-    settings = build.ExportSettings(
+    from tgate_export.settings import ExportSettings, Lora, check_settings
+
+    settings = ExportSettings(
         model=args.model,
         method=args.method,
         m=args.m,
@@ -50,12 +49,20 @@ def export(args: argparse.Namespace, report: Reporter) -> Show:
         force=args.force,
         verify=args.verify,
     )
-    path = build.export(settings, report, _replay(args, report))
-    return lambda: print(path)
+    check_settings(settings)
+    check_target(settings.target, settings.force)
+    report.stage("loading PyTorch and diffusers")
+    with needs("export", EXPORT_ADVICE):
+        from tgate_export import build
+    errors: dict[str, float] = {}
+    path = build.export(settings, report, _replay(args, report, errors))
+    facts = {"bundle": str(path), "model": args.model, "goldens": errors}
+    return lambda: print_json(facts) if args.json else print_lines([path])
 
 
-def _replay(args: argparse.Namespace, report: Reporter) -> Callable[[Path], None] | None:
-    """What replays the goldens of a bundle that is about to get its name; None where it will have none.
+def _replay(args: argparse.Namespace, report: Reporter, errors: dict[str, float]) -> Callable[[Path], None] | None:
+    """What replays the goldens of a bundle that is about to get its name; None where it will have none. ``errors``: for
+    the relative error of each.
 
     Its engine is asked for here, before minutes of work.
     """
@@ -78,6 +85,7 @@ def _replay(args: argparse.Namespace, report: Reporter) -> Callable[[Path], None
         except EngineError as error:
             raise ExportError(f"{error}; nothing was written ({skip})") from error
         for golden in checked:
+            errors[golden.name] = golden.error
             if not golden.ok:
                 raise ExportError(
                     f"golden {golden.name} has a relative error of {golden.error:.2e}, tolerance "
@@ -116,18 +124,24 @@ def plan(args: argparse.Namespace, report: Reporter) -> Show:
         content = json.dumps(replace(own, baselines=stored).to_json(), indent=1, ensure_ascii=False)
         write_atomically(args.output, f"{content}\n".encode())
     where = args.bundle if args.output is None else args.output
+    added = [] if args.output is not None else list(made)
+    if args.json:
+        facts = {"name": own.name, "settings": dict(own.settings), "steps": len(own.steps), "graphs": own.graphs()}
+        return lambda: print_json({"written": str(where), **facts, "baselines": own.baselines, "added": added})
     lines = [f"{where}: plan {own.name}, {len(own.steps)} steps over {', '.join(own.graphs())}"]
-    if args.output is None:
-        lines += [f"{where}: plan {name}, a baseline of {own.name}" for name in made]
-    return lambda: print(*lines, sep="\n")
+    lines += [f"{where}: plan {name}, a baseline of {own.name}" for name in added]
+    return lambda: print_lines(lines)
 
 
 def embed(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate embed``: prompts encoded into a file."""
+    from tgate_export.families import find_text_model
+
+    find_text_model(args.model)
+    _check_place(args.output)
+    report.stage("loading PyTorch and transformers")
     with needs("encoding prompts", EXPORT_ADVICE):
         from tgate_export.embed import embed as encode
-
-    _check_place(args.output)
     report.stage(f"encoding with the text encoder of {args.model}")
     names = encode(
         args.model,
@@ -138,13 +152,13 @@ def embed(args: argparse.Namespace, report: Reporter) -> Show:
         clip_skip=args.clip_skip,
         half=args.half,
     )
-    return lambda: print(f"{args.output}: {', '.join(names)} for {len(args.prompt)} prompts")
+    return lambda: print_lines([f"{args.output}: {', '.join(names)} for {len(args.prompt)} prompts"])
 
 
 def list_models() -> int:
     """``tgate-export --list-models``. Returns the exit status."""
-    with needs("listing models", EXPORT_ADVICE):
-        from tgate_export.families import MODELS
+    from tgate_export.families import MODELS
+
     views.models(MODELS)
     return 0
 

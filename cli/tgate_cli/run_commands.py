@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tgate_cli import views
-from tgate_cli.command import ADVICE, RUN_ADVICE, Show, bundle_place, needs, print_json
+from tgate_cli.command import ADVICE, RUN_ADVICE, Show, bundle_place, needs, print_json, print_lines
 from tgate_cli.inspect import describe
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 def generate(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate generate``: pictures, or a video, into files."""
+    place = bundle_place(args)
+    report.stage(f"loading {args.engine}")
     with needs("drawing", _advice(args)):
         from tgate_runtime import files
         from tgate_runtime.generators import check_generator
@@ -35,7 +37,7 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
         files.check_place(args.save_latents)
     engine = _engine(args)
     report.stage(f"opening {args.bundle}")
-    bundle = Bundle.open(bundle_place(args))
+    bundle = Bundle.open(place)
     manifest, plan = bundle.manifest, plan_of(bundle.manifest, args.plan)
     decoded, video = manifest.graph(DECODE, args.size) is not None, manifest.frames > 1
     rows = max([len(t) for t in embeds.values() if t.ndim], default=1) if embeds else 1
@@ -71,7 +73,14 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     if args.seed is None:
         first, last = result.seeds[0], result.seeds[-1]
         report.note(f"seed {first}" if first == last else f"seeds {first} to {last}")
-    return lambda: print(*paths, sep="\n")
+    facts = {
+        "outputs": [str(path) for path in paths],
+        "seeds": result.seeds,
+        "plan": plan.name,
+        "size": sizes[0],
+        "latents": None if args.save_latents is None else str(args.save_latents),
+    }
+    return lambda: print_json(facts) if args.json else print_lines(paths)
 
 
 def inspect(args: argparse.Namespace, report: Reporter) -> Show:
@@ -82,24 +91,45 @@ def inspect(args: argparse.Namespace, report: Reporter) -> Show:
 
 def verify(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate verify``: digests and plans checked, goldens replayed."""
+    place = bundle_place(args)
+    report.stage(f"loading {args.engine}")
     with needs("replaying goldens", _advice(args)):
         from tgate_runtime.verify import verify as replay
 
     engine = _engine(args)
     report.stage(f"checking {args.bundle}")
-    bundle = Bundle.open(bundle_place(args))
+    bundle = Bundle.open(place)
     report.stage("replaying goldens")
     checked = replay(bundle, engine=engine, on_golden=report.progress, on_build=report.progress)
     failed = [golden.name for golden in checked if not golden.ok]
 
     def show() -> None:
         manifest = bundle.manifest
-        print(f"digests: {len(manifest.files)} files and the manifest match")
-        print(f"plans: {', '.join(manifest.plans)}; every carry is written before it is read")
-        for golden in checked:
-            print(f"golden {golden.name}: worst relative error {golden.error:.2e}, tolerance {golden.tolerance:.0e}")
-        if not checked:
-            print("goldens: none to replay")
+        if args.json:
+            print_json(
+                {
+                    "bundle": str(bundle.path),
+                    "files": len(manifest.files),
+                    "plans": list(manifest.plans),
+                    "goldens": {
+                        golden.name: {"error": golden.error, "tolerance": golden.tolerance, "ok": golden.ok}
+                        for golden in checked
+                    },
+                    "ok": not failed,
+                }
+            )
+        else:
+            goldens = (
+                f"golden {golden.name}: worst relative error {golden.error:.2e}, tolerance {golden.tolerance:.0e}"
+                for golden in checked
+            )
+            print_lines(
+                [
+                    f"digests: {len(manifest.files)} files and the manifest match",
+                    f"plans: {', '.join(manifest.plans)}; every carry is written before it is read",
+                    *(goldens if checked else ["goldens: none to replay"]),
+                ]
+            )
         if failed:
             raise BundleError(
                 f"{bundle.path}: {', '.join(failed)} not reproduced within tolerance by this engine on this "
@@ -111,6 +141,8 @@ def verify(args: argparse.Namespace, report: Reporter) -> Show:
 
 def bench(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate bench``: a plan and those it is compared with, measured in turns."""
+    place = bundle_place(args)
+    report.stage(f"loading {args.engine}")
     with needs("measuring", _advice(args)):
         from tgate_runtime import benchmark, files
 
@@ -118,7 +150,7 @@ def bench(args: argparse.Namespace, report: Reporter) -> Show:
         files.check_place(args.trace)
     engine = _engine(args)
     report.stage(f"opening {args.bundle}")
-    bundle = Bundle.open(bundle_place(args))
+    bundle = Bundle.open(place)
     report.stage("measuring")
     data = benchmark.bench(
         bundle,
@@ -147,19 +179,24 @@ def engines(args: argparse.Namespace, report: Reporter) -> Show:
 
 def build(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate build``: the graphs compiled into the engine cache."""
+    place = bundle_place(args)
+    report.stage(f"loading {args.engine}")
     with needs("compiling for an engine", _advice(args)):
         from tgate_runtime.session import graphs_of
 
     engine = _engine(args)
     report.stage(f"opening {args.bundle}")
-    bundle = Bundle.open(bundle_place(args))
+    bundle = Bundle.open(place)
     plans = None if args.plan is None else [args.plan]
     graphs = graphs_of(bundle, plans, None if args.size is None else [args.size])
     report.stage(f"compiling for {engine.name} {engine.version}")
     places = engine.build(bundle, graphs, report.progress)
+    if args.json:
+        entries = {file: str(place) for file, place in places.items()}
+        return lambda: print_json({"engine": engine.name, "version": engine.version, "entries": entries})
     if not places:
         return lambda: print(f"{engine.name} compiles nothing ahead of time: the bundle is ready")
-    return lambda: print(*(f"{file}: {place}" for file, place in places.items()), sep="\n")
+    return lambda: print_lines(f"{file}: {place}" for file, place in places.items())
 
 
 def _engine(args: argparse.Namespace) -> Engine:

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+from tgate_cli.command import LONGEST
 from tgate_cli.inspect import shortened
+from tgate_engine.errors import shown
 
 Row = Sequence[str]
 
@@ -90,7 +92,7 @@ def models(known: Mapping[str, Any], out: TextIO | None = None) -> None:
     rows = [
         (
             name,
-            model.family.name,
+            model.facts.name,
             str(model.steps),
             str(model.gate),
             str(model.self_interval),
@@ -154,7 +156,8 @@ def table(title: str, headers: Row, rows: Sequence[Row], *, right: Sequence[int]
 
     ``right``: columns that hold numbers.
     """
-    if out.isatty() and _rich_table(title, headers, rows, right, out):
+    headers, *rows = [[shown(cell, LONGEST) for cell in row] for row in (headers, *rows)]
+    if out.isatty() and _rich_table(shown(title, LONGEST), headers, rows, right, out):
         return
     widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
     _print(out, title)
@@ -191,7 +194,7 @@ def _rich_table(title: str, headers: Row, rows: Sequence[Row], right: Sequence[i
 
 
 def _print(out: TextIO, text: str) -> None:
-    out.write(f"{text}\n")
+    out.write(f"{shown(text, LONGEST)}\n")
 
 
 def _macs(count: float) -> str:

@@ -46,17 +46,17 @@ def export(settings: ExportSettings, report: Reporter, verify: Callable[[Path], 
     export. Raises a :class:`~tgate_engine.errors.TgateError` for anything the user can mend; whatever happens, the
     target directory is either the whole new bundle or what it was before.
     """
-    target = settings.output or Path("bundles") / settings.model
     report.stage(f"reading {settings.model}")
     job = prepare(settings)
-    with staging(target, force=settings.force) as stage:
+    with staging(settings.target, force=settings.force) as stage:
         manifest = _build(job, stage, report)
         (stage / MANIFEST_FILE).write_text(dump_manifest(manifest), "utf-8")
+        report.stage("checking the bundle")
         Bundle.open(stage)
         if settings.verify and verify is not None and manifest.goldens:
             report.stage("replaying goldens")
             verify(stage)
-    return target
+    return settings.target
 
 
 @dataclass(frozen=True)
@@ -72,21 +72,24 @@ class _Traced:
 def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
     family, checkpoint = job.family, job.checkpoint
     tokenizers = export_tokenizers(family, checkpoint, stage) if "text" in job.components else []
+    report.stage("tracing")
     traced = _trace(job, tokenizers, report)
     distinct = {file: shape.graphs[name] for shape in traced for name, file in shape.files.items()}
     refs = collect(list(distinct.values()))
     if job.settings.weights == "none":
         placements = place_weights(refs)
     else:
-        report.stage("streaming weights")
+        report.stage("writing weights")
         placements = write_weights(
             stage / WEIGHTS_FILE,
             refs,
             checkpoint,
-            lambda done, total: report.progress(done, total, "streaming weights"),
+            lambda done, total: report.progress(done >> 20, total >> 20, "MiB"),
         )
+    report.stage("writing graphs")
     specs: dict[str, GraphSpec] = {}
-    for file, graph in distinct.items():
+    for done, (file, graph) in enumerate(distinct.items()):
+        report.progress(done, len(distinct), graph.name)
         least, most = graph.batch
         images = least if least == most else 1
         specs[file] = GraphSpec(
@@ -117,10 +120,17 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
     (stage / SAMPLERS_FILE).write_bytes(dump_tables(compile_tables(job.sampler.name, job.scheduler)))
     recorded: dict[str, Golden] = {}
     if job.settings.verify and job.settings.weights == "checkpoint":
-        report.stage("recording goldens in eager PyTorch")
-        recorded = goldens.record(job, stage, tokenizers, shapes[0].graphs, carries)
+        recorded = goldens.record(
+            job,
+            stage,
+            tokenizers,
+            shapes[0].graphs,
+            carries,
+            on_golden=lambda name: report.stage(f"recording goldens in eager PyTorch: {name}"),
+        )
         for oracle in dict.fromkeys(golden.oracle for golden in recorded.values()):
             report.note(f"{', '.join(n for n, g in recorded.items() if g.oracle == oracle)}: recorded by {oracle}")
+    report.stage("computing digests")
     return Manifest(
         model=job.settings.model,
         family=family.name,
@@ -167,7 +177,7 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
 
     def trace(graph: Callable[[], TracedGraph], label: str) -> TracedGraph:
         nonlocal done
-        report.progress(done, total, f"tracing {label}")
+        report.progress(done, total, label)
         traced = graph()
         done += 1
         return traced
@@ -198,7 +208,7 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
             everything = [*([text] if text else []), *image_or_decoder[size], *graphs]
             files = {g.name: _file(job, g, size, batch) for g in everything}
             shapes.append(_Traced(size, batch, {g.name: g for g in everything}, files))
-    report.progress(total, total, "traced")
+    report.progress(total, total)
     return shapes
 
 

@@ -13,9 +13,10 @@ import torch
 from tgate_engine.atomic import write_atomically
 from tgate_engine.conditioning import halves
 from tgate_engine.errors import ExportError
+from tgate_engine.underway import unfinished
 from tgate_export.checkpoints import open_checkpoint
 from tgate_export.conditioning import encode
-from tgate_export.families import find_model, location
+from tgate_export.families import find_text_model, location
 from tgate_export.families.base import Size
 from tgate_export.job import check_checkpoint
 from tgate_export.modules import real_module
@@ -40,10 +41,8 @@ def embed(
     while it runs, which T5 needs half the memory for and costs it little.
     Raises :class:`~tgate_engine.errors.ExportError`.
     """
-    entry = find_model(model)
+    entry = find_text_model(model)
     family = entry.family
-    if not family.text_components:
-        raise ExportError(f"{model} is conditioned by an image, not by a prompt; there is nothing to embed")
     source = open_checkpoint(
         model,
         checkpoint or location(model),
@@ -65,7 +64,7 @@ def embed(
     if negative_prompt is not None and not guided:
         raise ExportError(f"{model} has no negative half of guidance; leave out the negative prompt")
     nothing = None if negative_prompt is None and family.zero_negative(source) else negative_prompt or ""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, unfinished(Path(folder)):
         tokenizers = export_tokenizers(family, source, Path(folder))
         texts = dict.fromkeys([*prompts, *([] if nothing is None else [nothing])])
         outputs = {t: encode(text, names, *token_ids(Path(folder), tokenizers, t).values()) for t in texts}

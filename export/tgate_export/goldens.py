@@ -7,7 +7,7 @@ while running every graph, in float32: they check tracing, conversion, weights, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -52,14 +52,17 @@ def record(
     tokenizers: Sequence[Tokenizer],
     graphs: Mapping[str, GraphSpec],
     carries: Collection[str],
+    *,
+    on_golden: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Golden]:
     """Record every golden of a bundle below ``stage``, for one image of each size. ``graphs``: those of any shape.
+    ``on_golden`` hears of each before it is recorded.
 
     Raises :class:`ExportError` where diffusers itself cannot run the checkpoint.
     """
     recorded = dict[str, Golden]()
     for size in job.sizes:
-        own = _record_size(job.at(size), stage / "golden", tokenizers, graphs, carries)
+        own = _record_size(job.at(size), stage / "golden", tokenizers, graphs, carries, on_golden)
         suffix = "" if size == job.sizes[0] else f"-{size}"
         recorded |= {f"{name}{suffix}": golden for name, golden in own.items()}
     return recorded
@@ -71,10 +74,12 @@ def _record_size(
     tokenizers: Sequence[Tokenizer],
     graphs: Mapping[str, GraphSpec],
     carries: Collection[str],
+    on_golden: Callable[[str], None],
 ) -> dict[str, Golden]:
     family, oracle, recorded = job.family, Oracle(job), dict[str, Golden]()
     suffix = "" if job.size == job.sizes[0] else f"-{job.size}"
     generator = torch.Generator().manual_seed(GOLDEN_SEED)
+    on_golden(f"conditioning, {job.size}")
     conditioning = _conditioning(job, oracle, tokenizers, generator, directory, recorded)
 
     if not oracle.fits(family.denoiser, *([family.decoder] if "decoder" in job.components else [])):
@@ -87,6 +92,7 @@ def _record_size(
     moved: dict[str, float] = {}  # by trajectory, what SHAKE of its noise moves it; diffusers' is not shaken
     decoded: Tensor | None = None
     for name, (steps, program) in _programs(job).items():
+        on_golden(f"{name}, {job.size}")
         sampler = compile_sampler(job.sampler.name, job.scheduler, steps)
         short = build_plan(
             name,

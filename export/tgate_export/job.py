@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,58 +15,17 @@ from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Guidance
 from tgate_engine.sampler import Sampler
 from tgate_export.attention import AttentionSite, observe
-from tgate_export.checkpoints import WEIGHTS, Checkpoint, open_checkpoint
-from tgate_export.families import Model, find_model, location
+from tgate_export.checkpoints import Checkpoint, open_checkpoint
+from tgate_export.families import Model, location
 from tgate_export.families.base import ConditioningInput, Family, Size
-from tgate_export.lora import Lora, fuse_loras
-from tgate_export.methods import find_method
+from tgate_export.lora import fuse_loras
 from tgate_export.methods.base import Method, Network, Settings, Variant
 from tgate_export.modules import fake_module
-from tgate_export.plans import check_guidance
 from tgate_export.sampling import compile_sampler
+from tgate_export.settings import DTYPES, ExportSettings, check_settings
 from tgate_export.storage import check_tensors
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-COMPONENTS = ("text", "image", "denoiser", "decoder")
-"""Values of ``--components``. A model is conditioned by text or by an image."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportSettings:
-    """What the user asks for. None stands for the model's own default; sizes are in pixels.
-
-    ``weights``: one of :data:`~tgate_export.checkpoints.WEIGHTS`. ``components``: some of :data:`COMPONENTS`; None is
-    everything for a checkpoint, and the denoiser alone without one. ``clip_skip``: last layers of CLIP's text encoders
-    to leave out of a prompt's text. ``guidance_rescale``: from 0 to 1, see :class:`~tgate_export.step.DenoisingStep`.
-    ``method``: one of :data:`~tgate_export.methods.METHODS`. ``sizes``: (width, height) of each, the default first, or
-    ``height`` and ``width`` of the only one. ``batches``: least and largest number of images in a call, one for each
-    set of graphs.
-    """
-
-    model: str
-    method: str = "tgate"
-    m: int | None = None
-    k: int | None = None
-    steps: int | None = None
-    warm_up: int | None = None
-    fidelity_interval: int | None = None
-    sampler: str | None = None
-    guidance_scale: float | None = None
-    checkpoint: str | None = None
-    weights: str = "checkpoint"
-    components: Sequence[str] | None = None
-    loras: Sequence[Lora] = ()
-    clip_skip: int = 0
-    guidance_rescale: float = 0.0
-    sizes: Sequence[tuple[int, int]] = ()
-    height: int | None = None
-    width: int | None = None
-    frames: int | None = None
-    batches: Sequence[tuple[int, int]] = ()
-    dtype: str = "fp32"
-    output: Path | None = None
-    force: bool = False
-    verify: bool = True
+__all__ = ["ExportSettings", "Job", "check_checkpoint", "directories", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -120,47 +77,21 @@ class Job:
 
 def prepare(settings: ExportSettings) -> Job:
     """Check everything that can be checked before work starts. Raises a TgateError for what the user can mend."""
-    model = find_model(settings.model)
+    asked = check_settings(settings)
+    model, method, components = asked.model, asked.method, asked.components
     family = model.family
-    if settings.dtype not in DTYPES:
-        raise ExportError(f"unknown dtype {settings.dtype!r}; choose one of {', '.join(DTYPES)}")
-    if settings.weights not in WEIGHTS:
-        raise ExportError(f"unknown weights {settings.weights!r}; choose one of {', '.join(WEIGHTS)}")
-    batches = tuple(settings.batches) or (model.batch,)
-    for least, most in batches:
-        if not 1 <= least <= most:
-            raise ExportError(f"--batch takes N or LEAST:MOST with 1 <= LEAST <= MOST, got {least}:{most}")
-    for (_, most), (least, other) in pairwise(sorted(batches)):
-        if least <= most:
-            raise ExportError(
-                f"--batch ranges may not overlap, or one would never be used; got one up to {most} and {least}:{other}"
-            )
-    method = find_method(settings.method)
-    steps = model.steps if settings.steps is None else settings.steps
-    method_settings = method.settings(
-        steps=steps,
-        gate=min(model.gate, steps) if settings.m is None else settings.m,
-        k=settings.k,
-        w=settings.warm_up,
-        f=settings.fidelity_interval,
-        defaults={"k": model.self_interval, "w": model.warm_up},
-    )
-    scale = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-    check_guidance(scale)
-    components = _components(settings, family)
-
     checkpoint = _open(settings, model, components)
     check_checkpoint(family, checkpoint, directories(family, components), weights=settings.weights != "none")
     family.check_clip_skip(checkpoint, settings.clip_skip)
-    guidance = family.guidance(checkpoint, scale)
-    _check_rescale(settings, family, guidance)
+    guidance = family.guidance(checkpoint, asked.guidance_scale)
+    _check_rescale(settings, guidance)
     method.check(guided=guidance == "classifier-free")
     sizes = _sizes(settings, family, checkpoint)
     latents, conditioning = family.latents(checkpoint, sizes[0]), tuple(family.conditioning(checkpoint, sizes[0]))
     sites = _observe(family, checkpoint, latents, conditioning)
     family.scaling(checkpoint)
     scheduler = family.scheduler_config(checkpoint)
-    compiled = compile_sampler(model.sampler if settings.sampler is None else settings.sampler, scheduler, steps)
+    compiled = compile_sampler(asked.sampler, scheduler, asked.method_settings.steps)
     dtype = DTYPES[settings.dtype]
     return Job(
         settings=settings,
@@ -169,11 +100,11 @@ def prepare(settings: ExportSettings) -> Job:
         checkpoint=checkpoint,
         components=components,
         method=method,
-        method_settings=method_settings,
+        method_settings=asked.method_settings,
         sampler=compiled,
         guidance=guidance,
-        guidance_scale=scale,
-        batches=batches,
+        guidance_scale=asked.guidance_scale,
+        batches=asked.batches,
         sizes=sizes,
         size=sizes[0],
         latents=latents,
@@ -184,7 +115,8 @@ def prepare(settings: ExportSettings) -> Job:
         # Some decoders overflow in half precision and say so.
         decoder_dtype="float32" if family.config(checkpoint, family.decoder)["force_upcast"] else dtype,
         variants=method.variants(
-            Network(sites=sites, guided=guidance == "classifier-free", after_gate=family.after_gate), method_settings
+            Network(sites=sites, guided=guidance == "classifier-free", after_gate=family.after_gate),
+            asked.method_settings,
         ),
     )
 
@@ -203,7 +135,7 @@ def check_checkpoint(
 
 
 def directories(family: Family, components: Sequence[str]) -> tuple[str, ...]:
-    """The checkpoint's directories behind some of :data:`COMPONENTS`, each once."""
+    """The checkpoint's directories behind some of :data:`~tgate_export.settings.COMPONENTS`, each once."""
     folders = {
         "text": family.text_components,
         "image": family.image_components,
@@ -213,28 +145,7 @@ def directories(family: Family, components: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for component in components for name in folders[component]))
 
 
-def _components(settings: ExportSettings, family: Family) -> tuple[str, ...]:
-    """The components to export, in their order."""
-    source = "image" if family.image_components else "text"
-    possible = tuple(c for c in COMPONENTS if c in (source, "denoiser", "decoder"))
-    if settings.components is None:
-        return possible if settings.weights == "checkpoint" else ("denoiser",)
-    odd = [c for c in settings.components if c not in possible]
-    if odd or "denoiser" not in settings.components or len(set(settings.components)) < len(settings.components):
-        raise ExportError(
-            f"--components of {settings.model} are some of {', '.join(possible)}, the denoiser among them, each once; "
-            f"got {', '.join(settings.components) or 'none'}"
-        )
-    if settings.weights != "checkpoint" and "text" in settings.components:
-        raise ExportError(
-            f"--weights {settings.weights} has no vocabulary, so no text; choose --components denoiser,decoder"
-        )
-    return tuple(c for c in possible if c in settings.components)
-
-
 def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> Checkpoint:
-    if settings.weights != "checkpoint" and (settings.checkpoint is not None or settings.loras):
-        raise ExportError(f"--weights {settings.weights} reads no checkpoint; leave out --checkpoint and --lora")
     family = model.family
     # The configurations of all of them say what the denoiser takes; the weights of those exported are read.
     names = (*directories(family, components), *family.tokenizers)
@@ -254,12 +165,8 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
 
 def _sizes(settings: ExportSettings, family: Family, checkpoint: Checkpoint) -> tuple[Size, ...]:
     """Every size to export, the default first."""
-    if settings.frames is not None and family.frames_axis is None:
-        raise ExportError(f"--frames is for video models; {settings.model} makes pictures")
     frames = family.default_frames(checkpoint) if settings.frames is None else settings.frames
     height, width = settings.height, settings.width
-    if settings.sizes and (height is not None or width is not None):
-        raise ExportError("give --size, or --height and --width, not both")
     pairs = list(settings.sizes)
     if not pairs:
         if height is None or width is None:
@@ -280,15 +187,8 @@ def _repeated(items: Sequence[object]) -> object:
     return next(item for place, item in enumerate(items) if item in items[:place])
 
 
-def _check_rescale(settings: ExportSettings, family: Family, guidance: Guidance) -> None:
+def _check_rescale(settings: ExportSettings, guidance: Guidance) -> None:
     rescale = settings.guidance_rescale
-    if not 0 <= rescale <= 1:
-        raise ExportError(f"--guidance-rescale must be from 0 to 1, got {rescale}")
-    if rescale and not family.rescales_guidance:
-        raise ExportError(
-            f"--guidance-rescale: {family.pipeline_classes[0]} does not rescale guidance; leave it out for "
-            f"{settings.model}"
-        )
     if rescale and guidance != "classifier-free":
         raise ExportError(
             f"--guidance-rescale {rescale} would change nothing: {settings.model} is exported without two halves to "

@@ -6,7 +6,6 @@ and shapes stay as they are without a LoRA. How a file names what it changes is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,31 +18,11 @@ from torch import Tensor, nn
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.base import Checkpoint, Stored, Tensors
 from tgate_export.lora_files import Change, LoraFile, read_lora
+from tgate_export.settings import Lora
+
+__all__ = ["FusedCheckpoint", "Lora", "fuse_loras"]
 
 _KINDS_OF_LAYER = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA's file, and what its change is multiplied with."""
-
-    path: Path
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ExportError(f"the scale of LoRA {self.path} is {self.scale}; it must be a finite number")
-
-    @classmethod
-    def parse(cls, text: str) -> Lora:
-        """``FILE`` or ``FILE:SCALE``. Raises :class:`ExportError` where the scale is no number."""
-        file, colon, scale = text.rpartition(":")
-        if not colon or "/" in scale or scale.endswith(".safetensors"):
-            return cls(Path(text).expanduser())
-        try:
-            return cls(Path(file).expanduser(), float(scale))
-        except ValueError:
-            raise ExportError(f"--lora {text}: the scale {scale!r} is no number; give FILE or FILE:SCALE") from None
 
 
 def fuse_loras(

@@ -29,8 +29,9 @@ from tgate_export.families.base import Texts
 from tgate_export.job import Job
 from tgate_export.modules import real_module
 from tgate_export.quiet import quiet
+from tgate_export.recipes import SAMPLERS
 from tgate_export.sampling import drawing
-from tgate_export.schedulers import SAMPLERS, TRAINED_UNDER_EDM, one_line
+from tgate_export.schedulers import TRAINED_UNDER_EDM, one_line
 
 SPARE = 1.1
 """Memory that a network takes in use, over that of its weights: what is not enough for sure."""

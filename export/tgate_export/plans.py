@@ -5,6 +5,7 @@ Nothing here needs torch, unless a sampler has to be compiled that the bundle ha
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from tgate_engine.sampler import Sampler
 from tgate_engine.sampler_tables import load_tables
 from tgate_export.methods import METHODS, find_method
 from tgate_export.methods.base import Method, Settings
+
+log = logging.getLogger("tgate")
 
 
 def make_plans(
@@ -62,6 +65,8 @@ def make_plans(
         if same is None:
             plans[label] = plan
         baselines.append(same or label)
+    if told := method.idle(settings, sampler.lead_in):
+        log.warning("plan %s: %s; take a larger m, or a smaller %s or w", name, told, told[0])
     own = build(name, method.program(settings, sampler.lead_in), method.facts(settings), tuple(baselines))
     return {name: own, **plans}
 

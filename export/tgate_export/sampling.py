@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 
 from tgate_engine.errors import ExportError
 from tgate_engine.sampler import HISTORY, Sampler, SamplerStep
+from tgate_export.recipes import SAMPLERS
 from tgate_export.schedulers import (
     ADVICE,
-    SAMPLERS,
     declared,
     facts,
     from_config,

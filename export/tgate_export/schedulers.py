@@ -1,12 +1,10 @@
-"""Samplers by name: which diffusers scheduler each one is, and which options cannot be compiled."""
+"""The diffusers scheduler behind each sampler's name, and which options cannot be compiled."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -14,88 +12,7 @@ import torch
 
 from tgate_engine.errors import ExportError
 from tgate_engine.sampler import Fact
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """A sampler's name, in diffusers' terms.
-
-    ``scheduler``: class in diffusers. ``paper``: where it is defined.
-    ``overrides``: options that the name itself fixes, whatever the checkpoint says.
-    ``unless_stated``: options set only where the checkpoint's configuration does not mention them.
-    ``edm``: class and options for networks trained under EDM's preconditioning; None where diffusers has none.
-    """
-
-    scheduler: str
-    paper: str
-    overrides: Mapping[str, Fact] = field(default_factory=dict)
-    unless_stated: Mapping[str, Fact] = field(default_factory=dict)
-    edm: tuple[str, Mapping[str, Fact]] | None = None
-
-
-def _dpmpp(order: int, *, karras: bool) -> dict[str, Fact]:
-    return {"solver_order": order, "algorithm_type": "dpmsolver++", "use_karras_sigmas": karras}
-
-
-def _edm_dpmpp(order: int, **further: Fact) -> tuple[str, Mapping[str, Fact]]:
-    """EDM's own noise levels are Karras's unless the checkpoint has others (sigma_schedule)."""
-    return "EDMDPMSolverMultistepScheduler", {"solver_order": order, "algorithm_type": "dpmsolver++", **further}
-
-
-SAMPLERS: Mapping[str, Recipe] = {
-    # DDIM clips to [-1, 1] by default, which suits pixels. Latents are not bounded, and the DDIM
-    # configurations of Stable Diffusion switch it off; a configuration that is silent means the same.
-    "ddim": Recipe(
-        scheduler="DDIMScheduler",
-        paper="Song et al., arXiv 2010.02502, equation 12 with eta = 0",
-        unless_stated={"clip_sample": False},
-    ),
-    "euler": Recipe(
-        scheduler="EulerDiscreteScheduler",
-        paper="Karras et al., arXiv 2206.00364, algorithm 2",
-        edm=("EDMEulerScheduler", {}),
-    ),
-    "dpmpp_2m": Recipe(
-        scheduler="DPMSolverMultistepScheduler",
-        paper="Lu et al., arXiv 2211.01095, algorithm 2",
-        overrides=_dpmpp(2, karras=False),
-        edm=_edm_dpmpp(2),
-    ),
-    "dpmpp_2m_karras": Recipe(
-        scheduler="DPMSolverMultistepScheduler",
-        paper="Lu et al., arXiv 2211.01095, algorithm 2, at the noise levels of arXiv 2206.00364, equation 5",
-        overrides=_dpmpp(2, karras=True),
-        edm=_edm_dpmpp(2, sigma_schedule="karras"),
-    ),
-    "dpmpp_3m": Recipe(
-        scheduler="DPMSolverMultistepScheduler",
-        paper="Lu et al., arXiv 2211.01095, appendix",
-        overrides=_dpmpp(3, karras=False),
-        edm=_edm_dpmpp(3),
-    ),
-    "unipc": Recipe(scheduler="UniPCMultistepScheduler", paper="Zhao et al., arXiv 2302.04867"),
-    # Stable Diffusion leaves the Runge-Kutta start out, and calls the network n + 1 times.
-    "pndm": Recipe(
-        scheduler="PNDMScheduler",
-        paper="Liu et al., arXiv 2202.09778, without the Runge-Kutta start",
-        overrides={"skip_prk_steps": True},
-    ),
-    "lms": Recipe(scheduler="LMSDiscreteScheduler", paper="Katherine Crowson's k-diffusion; Adams-Bashforth"),
-    "lcm": Recipe(
-        scheduler="LCMScheduler",
-        paper="Luo et al., arXiv 2310.04378, algorithm 3: stochastic",
-        unless_stated={"clip_sample": False},
-    ),
-    "euler_a": Recipe(
-        scheduler="EulerAncestralDiscreteScheduler",
-        paper="Katherine Crowson's k-diffusion, ancestral Euler: stochastic",
-    ),
-    "deis": Recipe(
-        scheduler="DEISMultistepScheduler",
-        paper="Zhang and Chen, arXiv 2204.13902",
-        overrides={"algorithm_type": "deis"},
-    ),
-}
+from tgate_export.recipes import SAMPLERS, check_sampler
 
 STOCHASTIC = ("DDPM", "KDPM2Ancestral", "TCD", "SDE", "Sde", "SASolver", "Stochastic", "UnCLIP", "RePaint")
 """Parts of class names that tell a scheduler which draws noise in a way that is not compiled."""
@@ -168,10 +85,7 @@ def make_scheduler(name: str, base_config: Mapping[str, Any]) -> Any:
     users of diffusers. Raises :class:`ExportError` on a name or a class of scheduler that is not known, and where the
     sampler does not read an option that tells how the network was trained.
     """
-    if name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ExportError(f"there is no sampler {name!r}.{hint} Known samplers: {', '.join(SAMPLERS)}.")
+    check_sampler(name)
     scheduler = _make(name, base_config)
     key = _dropped(scheduler, base_config)
     if key is None:

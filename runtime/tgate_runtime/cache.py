@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tgate_engine.errors import EngineError
+from tgate_engine.underway import unfinished
 
 _RECORD = "entry.json"
 
@@ -56,7 +57,8 @@ def find_or_build(key: Mapping[str, Any], build: Callable[[Path], None]) -> Path
                 _remove(leftover)
             stage = Path(tempfile.mkdtemp(dir=root, prefix=f"{name}.tmp-"))
             try:
-                build(stage)
+                with unfinished(stage):
+                    build(stage)
                 files = {file.relative_to(stage).as_posix(): _digest(file) for file in _files(stage)}
                 (stage / _RECORD).write_text(json.dumps({"key": key, "files": files}, indent=1, sort_keys=True) + "\n")
                 _remove(path)

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from tgate_engine.atomic import write_atomically
 from tgate_engine.errors import RequestError
+from tgate_engine.underway import unfinished
 
 FORMATS = {
     ".png": "PNG",
@@ -108,7 +109,7 @@ def save_video(frames: Sequence[Image.Image], path: Path, *, fps: int) -> None:
         frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=duration_ms, loop=0)
         write_atomically(path, content.getvalue())
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, unfinished(Path(folder)):
         whole = Path(folder) / "video.mp4"
         try:
             writer = _ffmpeg().write_frames(

@@ -57,7 +57,8 @@ def in_step(index: int) -> int:
 def check_generator(name: object) -> str:
     """``name``, if it is in :data:`GENERATORS`. Raises :class:`RequestError`, which lists them, if it is not."""
     if not isinstance(name, str) or name not in GENERATORS:
-        raise RequestError(f"there is no generator {name!r}; use one of {', '.join(GENERATORS)}")
+        hint = "" if isinstance(name, str) else "; seed=S, or a list of seeds, says what it draws"
+        raise RequestError(f"there is no generator {name!r}; use one of {', '.join(GENERATORS)}{hint}")
     return name
 
 

@@ -26,6 +26,7 @@ from tgate_runtime.decoder import decode
 from tgate_runtime.engines.protocol import Engine, OnBuild, Options
 from tgate_runtime.generators import check_generator, in_step, noise
 from tgate_runtime.image import encode_image, fit_picture
+from tgate_runtime.names import with_hints
 from tgate_runtime.request import check_count, check_latents, check_prompts, rows_of, scales_of, seeds_of
 from tgate_runtime.runner import StepDone, run
 from tgate_runtime.session import PlanLike, Session, plan_of
@@ -96,6 +97,7 @@ class Pipeline:
         )
         return Pipeline(session)
 
+    @with_hints
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,

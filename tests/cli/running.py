@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ Run = Callable[..., tuple[int, str, str]]
 def fails(result: tuple[int, str, str], *says: str, status: int = 1) -> None:
     """One clear line and the exit status, and nothing on stdout."""
     got, out, err = result
-    lines = [line for line in err.splitlines() if line.startswith("tgate: error: ")]
+    lines = [line for line in err.splitlines() if re.match("tgate(-export)?: error: ", line)]
     assert len(lines) == 1, err
     assert err.splitlines()[-1] == lines[0]
     assert "Traceback" not in err

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import tgate_engine
 from tests.cli.running import Run, fails
 from tgate_cli.arguments import export_parser, tgate_parser
 from tgate_cli.main import export_main
+from tgate_cli.main import main as tgate_main
 
 
 def test_version(run: Run) -> None:
@@ -60,7 +64,9 @@ def test_a_command_line_that_is_wrong(run: Run, arguments: list[str]) -> None:
     ],
 )
 def test_an_export_command_line_that_is_wrong(run: Run, arguments: list[str]) -> None:
-    fails(run(*arguments, main=export_main), "(see tgate-export --help)", status=2)
+    result = run(*arguments, main=export_main)
+    fails(result, "(see tgate-export --help)", status=2)
+    assert result[2].startswith("tgate-export: error: ")
 
 
 @pytest.mark.parametrize(
@@ -92,3 +98,67 @@ def test_the_help_says_which_seed_an_image_has(run: Run) -> None:
     status, out, _ = run("generate", "--help")
     assert status == 0
     assert "image j has seed S + j" in " ".join(out.split())
+
+
+ABSURD = (str(10**400), str(2**63), str(10**9), "-1", "nan", "inf", "1e3", "1_0", "\u0663", "\x1b[2J", "")
+
+
+@pytest.mark.parametrize("option", ["--num-images", "--threads", "--device", "--seed", "--guidance-scale", "--size"])
+@pytest.mark.parametrize("value", ABSURD)
+def test_a_number_that_means_nothing(run: Run, option: str, value: str) -> None:
+    """Refused where it is read, in a line that quotes little of it; but nine digits are a seed, and a scale."""
+    if option in ("--seed", "--guidance-scale") and value == str(10**9):
+        return
+    if option == "--guidance-scale" and value in ("-1", "1e3", "1_0", "\u0663", str(2**63)):
+        return  # finite numbers to Python; the bundle says which it takes
+    result = run("generate", "b", "p", "--output", "x.png", f"{option}={value}")
+    fails(result, f"argument {option}: expected ", status=2)
+    assert len(result[2]) < 250
+    assert result[2].rstrip("\n").isprintable()
+
+
+@pytest.mark.parametrize("option", ["--m", "--k", "--steps", "--warm-up", "--fidelity-interval"])
+@pytest.mark.parametrize("value", ["10001", "-1", "1" * 5000])
+def test_steps_that_no_plan_has(run: Run, option: str, value: str) -> None:
+    fails(run("plan", "b", "--name", "x", "--m", 2, f"{option}={value}"), f"argument {option}: expected", status=2)
+    fails(run("--model", "sdxl", f"{option}={value}", main=export_main), f"argument {option}: expected", status=2)
+
+
+def test_a_side_of_a_picture_is_no_kilometre(run: Run) -> None:
+    for option, value in (("--size", "999999x8"), ("--height", "999999"), ("--frames", "999999")):
+        fails(run("--model", "sdxl", f"{option}={value}", main=export_main), f"argument {option}: exp", status=2)
+
+
+@pytest.mark.parametrize("option", ["--outpu=x.png", "--num-image=3", "--see=1"])
+def test_options_are_not_abbreviated(run: Run, option: str) -> None:
+    full = "--seed" if option == "--see=1" else option.partition("=")[0] + ("t" if "outpu" in option else "s")
+    fails(run("generate", "b", "p", "--output", "x.png", option), f"did you mean {full}?", status=2)
+
+
+def test_the_statuses_are_told(run: Run) -> None:
+    for main in (tgate_main, export_main):
+        told = " ".join(run("--help", main=main)[1].split())
+        assert "0 done; 1 the work failed; 2 the command line is wrong; 70 a fault" in told
+        assert "130 interrupted; 143 terminated" in told
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("make", [tgate_parser, export_parser])
+def test_a_shell_completes_every_command_and_option(shell: str, make: Callable[[], argparse.ArgumentParser]) -> None:
+    shtab = pytest.importorskip("shtab")
+    parser = make()
+    script = shtab.complete(parser, shell=shell)
+    commands = next((a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)), {})
+    names = [*commands, *(o for p in (parser, *commands.values()) for a in p._actions for o in a.option_strings)]
+    assert {"--help", "--json" if commands else "--model"} <= set(names)
+    missing = [name for name in names if (name if shell != "fish" else name.lstrip("-")) not in script]
+    assert missing == []
+
+
+def test_bash_completes(tmp_path: Path) -> None:
+    shtab = pytest.importorskip("shtab")
+    (tmp_path / "tgate").write_text(shtab.complete(tgate_parser(), shell="bash"))
+    typed = "COMP_WORDS=(tgate generate --neg); COMP_CWORD=2"
+    ask = f"source {tmp_path}/tgate; {typed}; _shtab_tgate; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.split() == ["--negative-prompt"]

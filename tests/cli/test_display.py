@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.toy_bundle import build
-from tgate_cli.display import Lines, reporter
+from tgate_cli.display import Display, Lines, reporter
 from tgate_engine.report import Reporter, Silent
 
 
@@ -82,3 +82,26 @@ def test_at_a_terminal_results_still_go_to_stdout(tmp_path: Path) -> None:
     assert b"measuring" in shown
     assert b"6/6" in shown  # three plans, one turn to warm up and one that counts
     assert b"speedup" not in shown
+
+
+def test_a_live_display_says_what_it_does_and_obeys_no_stranger() -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    out = io.StringIO()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
+    bar = Progress(*columns, console=Console(file=out, force_terminal=True, width=100), auto_refresh=False)
+    display = Display(bar, program="tgate-export")
+    display.stage("tracing")
+    display.progress(1, 3, "full, [bold]8x8[/]\x1b]0;owned\x07")
+    display.warn("[link=x]\x9b2J")
+    display.note("\x1b[2J")
+    bar.refresh()
+    bar.stop()
+    shown = out.getvalue()
+    assert "1/3 full, [bold]8x8[/]" in shown
+    assert "tgate-export: warning:" in shown
+    assert "[link=x]" in shown
+    assert r"\x1b]0;owned\x07" in shown
+    for sent in ("\x1b]0", "\x07", "\x9b", "\x1b[2J"):
+        assert sent not in shown

@@ -27,9 +27,9 @@ def tgate(*arguments: object, path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_an_engine_that_is_broken_is_one_line(tmp_path: Path) -> None:
+def test_an_engine_that_is_broken_is_one_line(good: Path, tmp_path: Path) -> None:
     (tmp_path / "openvino.py").write_text("raise ImportError('libtbb.so.12: cannot open shared object file')")
-    done = tgate("bench", tmp_path / "nothing", "--engine", "openvino", "--quiet", path=tmp_path)
+    done = tgate("bench", good, "--engine", "openvino", "--quiet", path=tmp_path)
     (line,) = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (1, "")
     assert line.startswith("tgate: error: engine openvino ")
@@ -37,12 +37,14 @@ def test_an_engine_that_is_broken_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("engine", "extra"), [("ort-cuda", "cuda"), ("ort-cpu", "cpu"), ("openvino", "openvino")])
-def test_what_is_missing_beside_the_engine_comes_with_its_extra(tmp_path: Path, engine: str, extra: str) -> None:
+def test_what_is_missing_beside_the_engine_comes_with_its_extra(
+    good: Path, tmp_path: Path, engine: str, extra: str
+) -> None:
     """A bare machine has no tokenizers either; [cpu] would bring the wrong ONNX Runtime for a GPU."""
     for name in ("tokenizers", "onnxruntime", "openvino"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name={name!r})")
     for command in ("bench", "verify", "build"):
-        done = tgate(command, tmp_path / "nothing", "--engine", engine, "--quiet", path=tmp_path)
+        done = tgate(command, good, "--engine", engine, "--quiet", path=tmp_path)
         assert f"pip install 'tgate-engine[{extra}]'" in done.stderr, command
         assert len(done.stderr.splitlines()) == 1
 
@@ -53,18 +55,18 @@ def test_what_is_missing_beside_the_engine_comes_with_its_extra(tmp_path: Path, 
     [
         (["--engine", "abacus"], "there is no engine 'abacus'"),
         (["--engine", "ort-cuda"], "has no CUDAExecutionProvider"),
-        (["--threads", "100000"], "threads must be a whole number"),
+        (["--threads", "10000"], "threads must be a whole number"),
     ],
 )
 def test_the_engine_is_settled_before_the_bundle_is_read(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, options: list[str], says: str
+    run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, options: list[str], says: str
 ) -> None:
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("the bundle was opened")
 
     monkeypatch.setattr(Bundle, "open", opened)
     drawing = ["a cat", "--output", str(tmp_path / "x.png")] if command == "generate" else []
-    fails(run(command, tmp_path, *drawing, *options, "--quiet"), says)
+    fails(run(command, good, *drawing, *options, "--quiet"), says)
 
 
 def test_an_engine_without_compilation_has_nothing_to_build(run: Run, good: Path) -> None:

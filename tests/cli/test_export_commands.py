@@ -42,17 +42,21 @@ def test_export_arguments_reach_the_exporter(run: Run, exports: list[Any], tmp_p
     from tgate_export.build import ExportSettings
     from tgate_export.lora import Lora
 
-    out = tmp_path / "b"
+    out, loras = tmp_path / "b", [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for lora in loras:
+        lora.touch()
     arguments = (
-        *("--model", "mini-sdxl", "--method", "tgate+guidance_delta", "--m", 10, "--k", 5, "--steps", 20),
+        *("--model", "opensora", "--method", "tgate+guidance_delta", "--m", 10, "--k", 5, "--steps", 20),
         *("--warm-up", 0, "--fidelity-interval", 2),
         *("--sampler", "ddim", "--guidance-scale", 4, "--checkpoint", "c", "--size", "128x64", "--size", "64x128"),
         *("--batch", 1, "--batch", "2:4", "--dtype", "bf16", "--output", out, "--force", "--no-verify", "--frames", 3),
-        *("--components", "denoiser,decoder", "--lora", "a.safetensors:0.5", "--lora", "b.safetensors"),
+        *("--components", "denoiser,decoder", "--lora", f"{loras[0]}:0.5", "--lora", loras[1], "--json"),
     )
-    assert run(*arguments, main=export_main) == (0, f"{out}\n", "")
+    status, told, err = run(*arguments, "--quiet", main=export_main)
+    assert (status, err) == (0, "")
+    assert json.loads(told) == {"bundle": str(out), "model": "opensora", "goldens": {}}
     settings = ExportSettings(
-        model="mini-sdxl",
+        model="opensora",
         method="tgate+guidance_delta",
         m=10,
         k=5,
@@ -63,7 +67,7 @@ def test_export_arguments_reach_the_exporter(run: Run, exports: list[Any], tmp_p
         guidance_scale=4.0,
         checkpoint="c",
         components=["denoiser", "decoder"],
-        loras=(Lora(Path("a.safetensors"), 0.5), Lora(Path("b.safetensors"))),
+        loras=(Lora(loras[0], 0.5), Lora(loras[1])),
         sizes=[(128, 64), (64, 128)],
         frames=3,
         batches=[(1, 1), (2, 4)],
@@ -223,9 +227,7 @@ def test_a_plan_file_is_whole_or_as_it_was(
     ("arguments", "says"),
     [
         (["--m", 9], "between 1 and the number of steps n = 8, got m = 9"),
-        (["--m", 3, "--steps", 0], "steps (n) must be at least 1, got 0"),
-        (["--m", 3, "--k", 0], "k must be at least 1"),
-        (["--m", 3, "--guidance-scale", "nan"], "the guidance scale must be a finite number"),
+        (["--m", 3, "--steps", 2], "between 1 and the number of steps n = 2, got m = 3"),
         (["--m", 3, "--guidance-scale", 1], "does not fit a bundle exported with guidance"),
         (["--m", 3, "--steps", 8, "--sampler", "nope"], "there is no sampler 'nope'"),
         (["--m", 3, "--output", "deep/p.json"], "deep/p.json: there is no directory deep"),
@@ -305,3 +307,23 @@ def test_outside_the_tables_the_extra_is_named(toy: Path, arguments: list[Any], 
 def test_a_place_for_embeddings_that_cannot_be(run: Run, tmp_path: Path, output: str, says: str) -> None:
     place = tmp_path / output
     fails(run("embed", "a circle", "--model", "mini-sdxl", "--output", place), str(place), says)
+
+
+def test_a_plan_as_data(run: Run, toy: Path) -> None:
+    before = set(Bundle.open(toy).manifest.plans)
+    arguments = ["plan", toy, "--name", "fast", "--m", 3, "--steps", 6, "--quiet", "--json"]
+    status, out, err = run(*arguments)
+    assert (status, err) == (0, "")
+    told = json.loads(out)
+    plan = Bundle.open(toy).manifest.plan("fast")
+    assert (told["written"], told["name"], told["steps"]) == (str(toy), "fast", 6)
+    assert told["settings"] == dict(plan.settings)
+    assert tuple(told["baselines"]) == plan.baselines
+    assert {"fast", *told["added"]} == Bundle.open(toy).manifest.plans.keys() - before
+
+
+def test_a_plan_that_reuses_nothing_is_told(run: Run, toy: Path) -> None:
+    status, _, err = run("plan", toy, "--name", "idle", "--m", 5, "--k", 3, "--warm-up", 2, "--steps", 8, "--quiet")
+    assert status == 0
+    assert err.startswith("tgate: warning: plan idle: k = 3 reuses nothing at n = 8, m = 5, w = 2")
+    assert run("plan", toy, "--name", "busy", "--m", 5, "--k", 2, "--warm-up", 0, "--steps", 8, "--quiet")[2] == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import tgate_engine
 from tests.cli.running import PROMPT, Run, fails
 from tgate_runtime.pipeline import Pipeline
 
@@ -96,3 +98,89 @@ def test_signals(good: Path, tmp_path: Path, number: signal.Signals, status: int
     assert process.returncode == status
     assert err == f"tgate: error: {says}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+# --- at the speed of a word ---------------------------------------------------------------------
+
+HEAVY = "torch", "diffusers", "transformers", "accelerate", "onnx", "onnxruntime", "openvino", "huggingface_hub", "PIL"
+
+WORDS = """
+import contextlib, io, json, sys
+from tgate_cli.main import export_main, main
+heavy, commands = json.loads(sys.argv[1])
+for program, arguments in commands:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = (main if program == "tgate" else export_main)(arguments)
+        except SystemExit as stop:
+            status = stop.code
+    loaded = sorted(set(heavy) & set(sys.modules))
+    print(json.dumps([status, (out.getvalue() + err.getvalue()).splitlines()[-1], loaded]))
+"""
+
+
+def test_nothing_heavy_is_loaded_to_refuse_or_to_tell(good: Path, tmp_path: Path) -> None:
+    """In one process, one command after another: what the first one loaded, none would be forgiven for."""
+    there = tmp_path / "there"
+    there.mkdir()
+    sdxl = ["--model", "sdxl"]
+    refused: list[tuple[str, list[str], int, str]] = [
+        ("tgate-export", ["--model", "sdx"], 1, "did you mean 'sdxl'?"),
+        ("tgate-export", [*sdxl, "--m", "30"], 1, "between 1 and the number of steps n = 25, got m = 30"),
+        ("tgate-export", [*sdxl, "--output", str(there)], 1, "exists already"),
+        ("tgate-export", [*sdxl, "--sampler", "heun"], 1, "calls the network twice"),
+        ("tgate-export", [*sdxl, "--method", "foo"], 1, "unknown method 'foo'"),
+        ("tgate-export", [*sdxl, "--frames", "3"], 1, "--frames is for video models"),
+        ("tgate-export", [*sdxl, "--components", "image"], 1, "--components of sdxl are some of text"),
+        ("tgate-export", [*sdxl, "--batch", "4:1"], 1, "got 4:1"),
+        ("tgate-export", [*sdxl, "--guidance-rescale", "2"], 1, "--guidance-rescale must be from 0 to 1"),
+        ("tgate-export", [*sdxl, "--lora", str(there / "x.safetensors")], 1, "does not exist"),
+        ("tgate-export", [*sdxl, "--checkpoint", str(there / "x")], 1, "does not exist"),
+        ("tgate-export", ["--model", "svd", "--clip-skip", "1"], 1, "--clip-skip is for models with CLIP"),
+        ("tgate", ["embed", "a", "--model", "svd", "--output", str(there / "e.safetensors")], 1, "by an image"),
+        ("tgate", ["embed", "a", "--model", "sdxl", "--output", str(there / "d" / "e")], 1, "there is no directory"),
+        ("tgate", ["plan", str(good), "--name", "x", "--m", "99"], 1, "got m = 99"),
+        *(
+            ("tgate", [name, str(there / "none"), *more], 1, "there is no such directory")
+            for name, more in {
+                "generate": ["a", "--output", "x.png"],
+                "verify": [],
+                "bench": [],
+                "build": [],
+                "inspect": [],
+            }.items()
+        ),
+    ]
+    names = ("generate", "embed", "inspect", "verify", "bench", "engines", "build", "plan")
+    told: list[tuple[str, list[str], int, str]] = [
+        *(("tgate", [name, "--help"], 0, "130 interrupted") for name in names),
+        *((program, ["--help"], 0, "130 interrupted") for program in ("tgate", "tgate-export")),
+        *((program, ["--version"], 0, program) for program in ("tgate", "tgate-export")),
+        ("tgate-export", ["--list-models"], 0, "opensora"),
+    ]
+    commands = [*told, *refused]
+    asked = json.dumps([HEAVY, [command[:2] for command in commands]])
+    done = subprocess.run(
+        [sys.executable, "-c", WORDS, asked],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == len(commands)
+    for (program, arguments, status, says), (got, line, loaded) in zip(commands, answers, strict=True):
+        assert (got, loaded) == (status, []), (program, arguments, line)
+        assert says in line
+        if status:
+            assert line.startswith(f"{program}: error: ")
+
+
+@pytest.mark.parametrize("module", ["tgate_engine", "tgate_cli"])
+def test_python_runs_it_by_its_name(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == f"tgate {tgate_engine.__version__}\n"

@@ -358,10 +358,10 @@ def test_an_engine_is_made_once_with_its_options(
 
 @pytest.mark.parametrize("name", ON_ENGINES)
 def test_an_engine_that_is_not_there_is_told_before_the_bundle_is_read(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    run: Run, good: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(Bundle, "open", lambda *_, **__: pytest.fail("the bundle was opened"))
-    asked = command(name, tmp_path / "nothing")
+    asked = command(name, good)
     fails(run(*asked, "--engine", "other"), "there is no engine 'other'; the engines are ort-cpu, ")
     fails(run(*asked, "--device", 1), "engine ort-cpu runs on the CPU; leave out --device")
 
@@ -448,11 +448,7 @@ def test_bench_of_a_plan_that_is_not_there(run: Run, good: Path, options: list[s
         (["--output", "x.png", "--plan", "empty.json"], "empty.json: a plan is malformed"),
         (["--output", "x.png", "--plan", "other.json"], "runs graph 'elsewhere'; the bundle has full"),
         (["--output", "x.png", "--generator", "other"], "no generator 'other'; use one of numpy, torch-cuda"),
-        (["--output", "x.png", "--seed", "-1"], "a seed is a whole number"),
-        (["--output", "x.png", "--seed", str(2**63)], "a seed is a whole number"),
         (["--output", "x.png", "--guidance-scale", "1"], "export with --guidance-scale 1"),
-        (["--output", "x.png", "--guidance-scale", "nan"], "must be finite, got nan"),
-        (["--output", "x.png", "--guidance-scale", "inf"], "must be finite, got inf"),
         (["--output", "x.png", "--initial-latents", "none.npy"], "none.npy: there is no such file"),
         (["--output", "x.png", "--initial-latents", "text.npy"], "text.npy is not an array"),
         (["--output", "x.png", "--initial-latents", "empty.npy"], "empty.npy is not an array"),
@@ -483,3 +479,59 @@ def test_a_request_that_cannot_be_served(
     before = sorted(p.name for p in tmp_path.iterdir())
     fails(run("generate", good, PROMPT, *arguments), says)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+# --- as data, and as text -----------------------------------------------------------------------
+
+ESCAPE = "\x1b]0;owned\x07\x9b2J"
+"""Renames a terminal's window, and clears it."""
+
+
+def test_pictures_verification_and_compilation_as_data(run: Run, good: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    options = ["--seed", 7, "--num-images", 2, "--save-latents", tmp_path / "y.npy", "--quiet", "--json"]
+    status, told, err = run("generate", good, PROMPT, "--output", out, *options)
+    assert (status, err) == (0, "")
+    assert json.loads(told) == {
+        "outputs": [str(tmp_path / "x-0.png"), str(tmp_path / "x-1.png")],
+        "seeds": [7, 8],
+        "plan": "default",
+        "size": "4x4",
+        "latents": str(tmp_path / "y.npy"),
+    }
+    status, told, _ = run("verify", good, "--quiet", "--json")
+    checked, manifest = json.loads(told), Bundle.open(good).manifest
+    assert (status, checked["ok"], checked["files"]) == (0, True, len(manifest.files))
+    assert checked["goldens"].keys() == manifest.goldens.keys()
+    assert all(golden["ok"] and golden["error"] <= golden["tolerance"] for golden in checked["goldens"].values())
+    status, told, _ = run("build", good, "--quiet", "--json")
+    assert (status, json.loads(told)["entries"]) == (0, {})
+
+
+def test_what_a_stranger_wrote_is_shown_and_not_sent(run: Run, toy: Path) -> None:
+    """The model, the licence, a plan: everywhere a bundle's texts come out, in tables, in data and in errors."""
+
+    def edit(data: dict[str, Any]) -> None:
+        data["model"] = f"model{ESCAPE}"
+        data["licence"] = f"[bold]licence{ESCAPE}\n\u202e"
+
+    edit_manifest(toy, edit)
+    seen = ""
+    for arguments in (
+        ["inspect", toy],
+        ["inspect", toy, "--json"],
+        ["bench", toy, "--repeats", 1, "--warm-ups", 0],
+        ["verify", toy, "--json"],
+        ["generate", toy, PROMPT, "--output", "x.png", "--image", f"no{ESCAPE}.png"],
+        ["generate", toy, PROMPT, "--output", "x.png", "--plan", f"no{ESCAPE}"],
+        ["generate", toy, PROMPT, f"--output=no{ESCAPE}/x.png"],
+        ["generate", toy, PROMPT, "--output", "x.png", f"--what{ESCAPE}"],
+        ["inspect", f"no{ESCAPE}"],
+        ["plan", toy, "--name", f"p{ESCAPE}", "--m", 3],
+    ):
+        _, out, err = run(*arguments)
+        assert not [c for c in out + err if not c.isprintable() and c != "\n"], arguments
+        seen += out + err
+    assert r"model\x1b]0;owned" in seen
+    assert r"licence\x1b]0;owned" in seen
+    assert r"model\u001b]0;owned" in seen

@@ -10,9 +10,9 @@ import pytest
 
 from tests.export.test_sampling import SDXL, compiled_walk, config, difference, diffusers_walk
 from tgate_engine.errors import ExportError
+from tgate_export.recipes import SAMPLERS
 from tgate_export.sampling import compile_sampler
 from tgate_export.schedulers import (
-    SAMPLERS,
     TRAINED_UNDER,
     TRAINED_UNDER_EDM,
     TRAINING,

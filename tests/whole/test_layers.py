@@ -124,8 +124,15 @@ def pattern(argument: ast.expr) -> str:
 # --- what a layer may import --------------------------------------------------------------------
 
 
-def contract(_: Module, imported: Import) -> bool:
+PROGRAM = f"{CONTRACT}.__main__"
+"""``python -m tgate_engine``, the name that people install: it starts the command line, which that distribution always
+brings along. It is the one file of the contract that may look up, since nothing imports it."""
+
+
+def contract(of: Module, imported: Import) -> bool:
     """The standard library, numpy and safetensors, whether deferred or not."""
+    if of.name == PROGRAM and imported.name == f"{CLI}.main.main":
+        return True
     return imported.package in CONTRACT_LIBRARIES | {CONTRACT}
 
 
@@ -172,6 +179,8 @@ def test_a_module_imports_only_what_its_layer_allows(path: Path) -> None:
         ("tgate_engine.plan", "def f():\n    import rich"),
         ("tgate_engine.plan", "if TYPE_CHECKING:\n    from tgate_export.build import Job"),
         ("tgate_engine.plan", "from tgate_cli import views"),
+        ("tgate_engine.plan", "from tgate_cli.main import main"),
+        ("tgate_engine.__main__", "from tgate_cli import views"),
         ("tgate_engine.plan", "import importlib\ndef f(name):\n    importlib.import_module(name)"),
         ("tgate_export.build", "def f():\n    from tgate_runtime.session import Session"),
         ("tgate_export.build", "from tgate_cli.display import Lines"),
@@ -195,6 +204,7 @@ def test_a_forbidden_import_is_seen(name: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("name", "source"),
     [
+        ("tgate_engine.__main__", "from tgate_cli.main import main"),
         ("tgate_engine.plan", "import json, numpy.typing\nfrom tgate_engine.errors import PlanError"),
         ("tgate_export.build", "import torch\nfrom tgate_engine.plan import Plan"),
         ("tgate_runtime.runner", "from . import session\nimport tgate_engine.plan, tokenizers"),
@@ -208,6 +218,10 @@ def test_a_forbidden_import_is_seen(name: str, source: str) -> None:
 )
 def test_an_allowed_import_is_let_through(name: str, source: str) -> None:
     assert violations(Module(name=name, is_package=False), source) == []
+
+
+def test_nothing_imports_the_program(sources: dict[Module, str]) -> None:
+    assert [name for name, imported in import_graph(sources).items() if PROGRAM in imported] == []
 
 
 # --- no two files import each other -------------------------------------------------------------

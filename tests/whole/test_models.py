@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
             return seen.out
         lines = seen.err.strip().splitlines()
         assert len(lines) == 1, seen.err
-        assert lines[0].startswith("tgate: error: ")
+        assert re.match("tgate(-export)?: error: ", lines[0])
         return lines[0]
 
     return call

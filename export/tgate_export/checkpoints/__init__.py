@@ -15,10 +15,7 @@ from tgate_export.checkpoints.directory import DirectoryCheckpoint, locate
 from tgate_export.checkpoints.published import PublishedCheckpoint
 from tgate_export.checkpoints.single_file import SingleFileCheckpoint
 
-__all__ = ["WEIGHTS", "Checkpoint", "Stored", "Tensors", "open_checkpoint"]
-
-WEIGHTS = ("checkpoint", "random", "none")
-"""Values of ``--weights``: the checkpoint's, random ones of its published structure, or none at all."""
+__all__ = ["Checkpoint", "Stored", "Tensors", "open_checkpoint"]
 
 
 def open_checkpoint(

@@ -2,36 +2,40 @@
 
 A family is one file here. It says how an architecture loads, what conditions it, how diffusers' own pipeline is asked
 for the same, and nothing about reuse, graphs or samplers. ``published`` holds the configurations of the models.
+
+The table of models takes no PyTorch: a family's code is loaded when it is asked for.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from typing import TYPE_CHECKING
 
-from tgate_engine.errors import ExportError
-from tgate_export.families.base import Family
-from tgate_export.families.latte import Latte
-from tgate_export.families.pixart import PixArt
-from tgate_export.families.sd import StableDiffusion
-from tgate_export.families.sdxl import Sdxl
-from tgate_export.families.svd import StableVideo
+from tgate_engine.errors import ExportError, shown
+from tgate_export.families.facts import LATTE, PIXART, SD, SDXL, SVD, Facts
+
+if TYPE_CHECKING:
+    from tgate_export.families.base import Family
 
 EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """One name of ``--model``: its family, where its weights are, and the settings the paper or its authors use.
+    """One name of ``--model``: what is known of its family, where its weights are, and the settings the paper or
+    its authors use.
 
     ``checkpoint``: a hub id, or :data:`EMBEDDED` for one in `tgate_engine/models`. ``elsewhere``: hub ids of
     components that lie in repositories of their own. ``licence``: the weights'. ``batch``: images in one
     call, least and most, where the user names no range.
     """
 
-    family: Family
+    facts: Facts
     checkpoint: str
     licence: str
     steps: int
@@ -43,10 +47,15 @@ class Model:
     batch: tuple[int, int] = (1, 1)
     elsewhere: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def family(self) -> Family:
+        """The family's code, loaded when it is first asked for. It takes seconds, and PyTorch."""
+        return _load(self.facts)
+
 
 MODELS: Mapping[str, Model] = {
     "mini-sdxl": Model(
-        family=Sdxl(),
+        facts=SDXL,
         checkpoint=EMBEDDED,
         licence="apache-2.0",
         steps=25,
@@ -56,7 +65,7 @@ MODELS: Mapping[str, Model] = {
         batch=(1, 4),
     ),
     "mini-pixart": Model(
-        family=PixArt(),
+        facts=PIXART,
         checkpoint=EMBEDDED,
         licence="apache-2.0",
         steps=25,
@@ -66,7 +75,7 @@ MODELS: Mapping[str, Model] = {
         batch=(1, 4),
     ),
     "sd15": Model(
-        family=StableDiffusion(),
+        facts=SD,
         checkpoint="stable-diffusion-v1-5/stable-diffusion-v1-5",
         licence="creativeml-openrail-m",
         steps=25,
@@ -75,7 +84,7 @@ MODELS: Mapping[str, Model] = {
         guidance_scale=7.5,
     ),
     "sd21": Model(
-        family=StableDiffusion(),
+        facts=SD,
         checkpoint="stabilityai/stable-diffusion-2-1",
         licence="openrail++",
         steps=25,
@@ -84,7 +93,7 @@ MODELS: Mapping[str, Model] = {
         guidance_scale=7.5,
     ),
     "sdxl": Model(
-        family=Sdxl(),
+        facts=SDXL,
         checkpoint="stabilityai/stable-diffusion-xl-base-1.0",
         licence="openrail++",
         steps=25,
@@ -93,7 +102,7 @@ MODELS: Mapping[str, Model] = {
         guidance_scale=5.0,
     ),
     "ssd-1b": Model(
-        family=Sdxl(),
+        facts=SDXL,
         checkpoint="segmind/SSD-1B",
         licence="apache-2.0",
         steps=25,
@@ -102,7 +111,7 @@ MODELS: Mapping[str, Model] = {
         guidance_scale=9.0,
     ),
     "lcm-sdxl": Model(
-        family=Sdxl(),
+        facts=SDXL,
         checkpoint="stabilityai/stable-diffusion-xl-base-1.0",
         elsewhere={"unet": "latent-consistency/lcm-sdxl"},
         licence="openrail++",
@@ -114,7 +123,7 @@ MODELS: Mapping[str, Model] = {
         sampler="lcm",
     ),
     "pixart-alpha": Model(
-        family=PixArt(),
+        facts=PIXART,
         checkpoint="PixArt-alpha/PixArt-XL-2-1024-MS",
         licence="openrail++",
         steps=25,
@@ -123,7 +132,7 @@ MODELS: Mapping[str, Model] = {
         guidance_scale=4.5,
     ),
     "pixart-sigma": Model(
-        family=PixArt(),
+        facts=PIXART,
         checkpoint="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
         licence="openrail++",
         steps=25,
@@ -132,7 +141,7 @@ MODELS: Mapping[str, Model] = {
         guidance_scale=4.5,
     ),
     "lcm-pixart": Model(
-        family=PixArt(),
+        facts=PIXART,
         checkpoint="PixArt-alpha/PixArt-LCM-XL-2-1024-MS",
         licence="openrail++",
         steps=4,
@@ -143,7 +152,7 @@ MODELS: Mapping[str, Model] = {
         sampler="lcm",
     ),
     "svd": Model(
-        family=StableVideo(),
+        facts=SVD,
         checkpoint="stabilityai/stable-video-diffusion-img2vid-xt",
         licence="stable-video-diffusion-community",
         steps=25,
@@ -153,7 +162,7 @@ MODELS: Mapping[str, Model] = {
         sampler="euler",
     ),
     "opensora": Model(
-        family=Latte(),
+        facts=LATTE,
         checkpoint="maxin-cn/Latte-1",
         licence="apache-2.0",
         steps=250,
@@ -165,12 +174,26 @@ MODELS: Mapping[str, Model] = {
 }
 
 
+@functools.cache
+def _load(facts: Facts) -> Family:
+    family: Family = getattr(importlib.import_module(f"tgate_export.families.{facts.name}"), facts.cls)()
+    return family
+
+
 def find_model(name: str) -> Model:
     """The model of that name. Raises :class:`ExportError` with the nearest name."""
     if name in MODELS:
         return MODELS[name]
     near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)
-    raise ExportError(f"unknown model {name!r}; did you mean {near[0]!r}? Models: {', '.join(MODELS)}")
+    raise ExportError(f"unknown model '{shown(name)}'; did you mean {near[0]!r}? Models: {', '.join(MODELS)}")
+
+
+def find_text_model(name: str) -> Model:
+    """The model of that name, which a prompt conditions. Raises :class:`ExportError`."""
+    model = find_model(name)
+    if model.facts.source != "text":
+        raise ExportError(f"{name} is conditioned by an image, not by a prompt; there is nothing to embed")
+    return model
 
 
 def location(name: str) -> str:

@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning, Guidance
 from tgate_export.checkpoints import Checkpoint
+from tgate_export.families.facts import Facts
 from tgate_export.methods.base import Halves
 
 Texts = Mapping[str, Tensor]
@@ -72,7 +73,8 @@ class Family(ABC):
     share are given here.
     """
 
-    name: str
+    facts: Facts
+    """What is known without this code."""
     pipeline_classes: tuple[str, ...]
     """The ``_class_name`` values of model_index.json that it loads."""
     classes: Mapping[str, type[nn.Module]]
@@ -97,15 +99,15 @@ class Family(ABC):
     """What diffusers' pipeline calls the number of frames; empty for pictures."""
     fps: int = 8
     """Frames a second of a video."""
-    clip_skips: bool = False
-    """Whether the pipeline can leave out its text encoders' last layers (``--clip-skip``)."""
-    rescales_guidance: bool = False
-    """Whether the pipeline can rescale guidance (``--guidance-rescale``; arXiv 2305.08891, section 3.4)."""
     textual_inversions: bool = False
     """Whether the pipeline writes out a textual inversion of several vectors before the tokenizer sees it."""
 
     def __init__(self) -> None:
         self._skeletons: WeakKeyDictionary[Checkpoint, dict[str, nn.Module]] = WeakKeyDictionary()
+
+    @property
+    def name(self) -> str:
+        return self.facts.name
 
     def check_pipeline(self, checkpoint: Checkpoint) -> None:
         """Raises :class:`~tgate_engine.errors.ExportError` for a checkpoint of another pipeline."""
@@ -302,7 +304,7 @@ class Family(ABC):
 
     def check_clip_skip(self, checkpoint: Checkpoint, clip_skip: int) -> None:
         """Raises :class:`ExportError` where so many layers cannot be left out of the text encoders."""
-        if clip_skip and not self.clip_skips:
+        if clip_skip and not self.facts.clip_skips:
             raise ExportError(f"--clip-skip is for models with CLIP text encoders; {checkpoint.where} has none")
         for component in self.text_components if clip_skip else ():
             layers = int(self.config(checkpoint, component)["num_hidden_layers"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Family, Size, Texts, side
+from tgate_export.families.facts import LATTE
 from tgate_export.families.t5 import T5Text, attention_bias, end_token, t5_conditioning
 
 TOKENS = 120
@@ -24,7 +25,7 @@ class Latte(Family):
     Latents are [C, F, h, w]. Spatial blocks have self- and cross-attention, temporal blocks self-attention alone.
     """
 
-    name = "latte"
+    facts = LATTE
     pipeline_classes = ("LattePipeline",)
     classes: Mapping[str, type[nn.Module]] = {
         "transformer": diffusers.LatteTransformer3DModel,

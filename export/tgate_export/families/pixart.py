@@ -13,6 +13,7 @@ from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Family, Size, Texts, side
+from tgate_export.families.facts import PIXART
 from tgate_export.families.t5 import T5Text, end_token, t5_conditioning
 
 TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
@@ -27,7 +28,7 @@ class PixArt(Family):
     The network may predict a variance beside the noise; samplers do not use it, and the graphs drop it.
     """
 
-    name = "pixart"
+    facts = PIXART
     pipeline_classes = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     classes: Mapping[str, type[nn.Module]] = {
         "transformer": diffusers.PixArtTransformer2DModel,

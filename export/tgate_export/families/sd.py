@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Size, Texts
+from tgate_export.families.facts import SD
 from tgate_export.families.unet import TextUNet
 
 _SIZED = Version("0.9.0.dev0")
@@ -23,7 +24,7 @@ _SIZED = Version("0.9.0.dev0")
 class StableDiffusion(TextUNet):
     """Stable Diffusion 1.x and 2.x (arXiv 2112.10752), in diffusers layout. The sampler knows what they predict."""
 
-    name = "sd"
+    facts = SD
     pipeline_classes = ("StableDiffusionPipeline",)
     classes: Mapping[str, type[nn.Module]] = {
         "unet": diffusers.UNet2DConditionModel,

@@ -14,6 +14,7 @@ from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Scaling, Size, Texts
+from tgate_export.families.facts import SDXL
 from tgate_export.families.unet import TextUNet
 
 TIME_IDS = 6
@@ -23,7 +24,7 @@ TIME_IDS = 6
 class Sdxl(TextUNet):
     """Stable Diffusion XL and models of its structure (arXiv 2307.01952), in diffusers layout."""
 
-    name = "sdxl"
+    facts = SDXL
     pipeline_classes = ("StableDiffusionXLPipeline",)
     classes: Mapping[str, type[nn.Module]] = {
         "unet": diffusers.UNet2DConditionModel,

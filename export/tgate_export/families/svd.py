@@ -17,6 +17,7 @@ from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Family, Size, Texts
+from tgate_export.families.facts import SVD
 from tgate_export.methods.base import Halves
 
 FPS = 7
@@ -38,7 +39,7 @@ class StableVideo(Family):
     Guidance grows from 1 at the first frame to its scale at the last.
     """
 
-    name = "svd"
+    facts = SVD
     pipeline_classes = ("StableVideoDiffusionPipeline",)
     classes: Mapping[str, type[nn.Module]] = {
         "unet": diffusers.UNetSpatioTemporalConditionModel,

@@ -26,8 +26,6 @@ class TextUNet(Family):
     """
 
     denoiser = "unet"
-    clip_skips = True
-    rescales_guidance = True
     textual_inversions = True
     addition: str | None
     """The ``addition_embed_type`` of its networks: what conditions them outside cross-attention."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tgate_engine.errors import MethodError
+from tgate_engine.errors import MethodError, shown
 from tgate_engine.plan import Call
 from tgate_engine.sampler import Fact
+
+MOST_STEPS = 10_000
+"""A plan names each of its steps; networks are trained on a thousand."""
 
 Halves = Literal["both", "negative", "positive"]
 
@@ -31,10 +34,10 @@ FIDELITY = "fidelity-improving"
 class Settings:
     """The numbers of a method, as the command line has them.
 
-    ``steps``: n, denoising steps, at least 1. ``gate``: m, in 1..n, from which step on the method goes another way;
-    m = n never does. ``self_interval``: k, at least 1: before the gate, self-attention is computed at every k-th step;
-    1 always. ``warm_up``: w, at least 0: steps that reuse nothing. ``fidelity_interval``: f, at least 1, the same
-    interval after the gate.
+    ``steps``: n, denoising steps, from 1 to :data:`MOST_STEPS`. ``gate``: m, in 1..n, from which step on the method
+    goes another way; m = n never does. ``self_interval``: k, at least 1: before the gate, self-attention is computed at
+    every k-th step; 1 always. ``warm_up``: w, at least 0: steps that reuse nothing. ``fidelity_interval``: f, at least
+    1, the same interval after the gate.
 
     Raises :class:`MethodError` naming the value and what it must be.
     """
@@ -50,11 +53,12 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise MethodError(f"{name} must be a whole number, got {value!r}")
-        if self.steps < 1:
-            raise MethodError(f"steps (n) must be at least 1, got {self.steps}")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise MethodError(f"steps (n) must be from 1 to {MOST_STEPS}, got {shown(self.steps)}")
         if not 1 <= self.gate <= self.steps:
             raise MethodError(
-                f"the gate step m must be between 1 and the number of steps n = {self.steps}, got m = {self.gate}"
+                f"the gate step m must be between 1 and the number of steps n = {self.steps}, got m = "
+                f"{shown(self.gate)}"
             )
         if self.self_interval < 1:
             raise MethodError(
@@ -122,6 +126,19 @@ class Method(ABC):
         """Programs that a plan of those settings is to be measured against, the plainest first."""
         plain = {"ungated": ungated(settings.steps, lead_in)}
         return plain | ({"guidance_stopped": guidance_stopped(settings, lead_in)} if guided else {})
+
+    def idle(self, settings: Settings, lead_in: int = 0) -> str:
+        """What of k and f asks for reuse and brings none, as a sentence; empty where there is nothing to tell.
+
+        A short stretch may hold nothing but warm-up and steps that compute their self-attention anyway.
+        """
+        own, said = self.program(settings, lead_in), []
+        for letter, name in (("k", "self_interval"), ("f", "fidelity_interval")):
+            value = getattr(settings, name)
+            if letter in self.takes and value > 1 and self.program(replace(settings, **{name: 1}), lead_in) == own:
+                said.append(f"{letter} = {value} reuses nothing")
+        numbers = f"n = {settings.steps}, m = {settings.gate}, w = {settings.warm_up}"
+        return f"{' and '.join(said)} at {numbers}" if said else ""
 
     def facts(self, settings: Settings) -> dict[str, Fact]:
         """The settings for a plan's reader, and for :func:`settings_of`."""

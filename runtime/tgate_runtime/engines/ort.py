@@ -19,6 +19,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import GraphSpec
+from tgate_engine.underway import Cancellable
 from tgate_runtime.engines.host import CpuBuffer
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers, check_interface
 
@@ -47,7 +48,7 @@ class _OrtCall:
 
     def __call__(self) -> None:
         try:
-            self._session.run_with_iobinding(self._binding)
+            run_cancellable(self._session, self._binding, ort.RunOptions())
         except Exception as error:  # the engine raises RuntimeError and a dozen classes of its own
             raise EngineError(f"graph {self._graph} failed in ONNX Runtime: {first_line(error)}") from error
 
@@ -135,6 +136,12 @@ def _one_arena() -> None:
     info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     # Grow by what is asked for (1), not by powers of two; the other values are the engine's own choice.
     ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
+
+
+def run_cancellable(session: ort.InferenceSession, binding: Any, options: ort.RunOptions) -> None:
+    """Run a graph so that it can be ended between two of its nodes: see :mod:`tgate_engine.underway`."""
+    with Cancellable(lambda: setattr(options, "terminate", True)):
+        session.run_with_iobinding(binding, options)
 
 
 def check_nodes(session: ort.InferenceSession, spec: GraphSpec) -> None:

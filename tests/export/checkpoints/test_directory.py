@@ -89,7 +89,7 @@ def test_a_pickle_is_refused_and_never_opened(
     assert export_main([*arguments, "--height", "64", "--width", "64", "--quiet"]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("tgate: error: ")
+    assert lines[0].startswith("tgate-export: error: ")
     assert str(directory / component) in lines[0]
     assert "safetensors" in lines[0]
     assert name in lines[0] or not name.endswith(".bin")

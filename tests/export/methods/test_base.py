@@ -18,7 +18,7 @@ DEFAULTS = {"k": 5, "w": 2}
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"steps": 0, "gate": 1}, "steps (n) must be at least 1, got 0"),
+        ({"steps": 0, "gate": 1}, "steps (n) must be from 1 to 10000, got 0"),
         ({"steps": 25, "gate": 30}, "between 1 and the number of steps n = 25, got m = 30"),
         ({"steps": 25, "gate": 0}, "got m = 0"),
         ({"steps": 25, "gate": 5, "self_interval": 0}, "got k = 0"),
@@ -100,3 +100,20 @@ def test_every_method_is_measured_against_them_the_plainest_first(name: str, num
         ("guidance_stopped", guidance_stopped(settings, lead_in)),
     ]
     assert list(find_method(name).baselines(settings, lead_in, guided=False)) == ["ungated"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "says"),
+    [
+        ("tgate", Settings(steps=25, gate=5, self_interval=3, warm_up=2), "k = 3 reuses nothing"),
+        ("tgate", Settings(steps=25, gate=6, self_interval=3, warm_up=2), ""),  # step 4
+        ("tgate", Settings(steps=25, gate=5, self_interval=1, warm_up=2), ""),
+        ("tgate", Settings(steps=8, gate=8, self_interval=9, warm_up=2, fidelity_interval=3), "f = 3 reuses nothing"),
+        ("tgate", Settings(steps=8, gate=3, self_interval=3, fidelity_interval=3), "k = 3 reuses nothing at"),
+        ("guidance_delta", Settings(steps=8, gate=3), ""),
+    ],
+)
+def test_settings_that_ask_for_reuse_and_bring_none_are_told(name: str, settings: Settings, says: str) -> None:
+    told = find_method(name).idle(settings)
+    assert told.startswith(says)
+    assert bool(told) == bool(says)

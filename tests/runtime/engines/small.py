@@ -6,17 +6,23 @@ An engine knows graphs and memory, so nothing here has a plan, a sampler or a pr
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
+from tgate_engine import underway
 from tgate_engine.bundle import Bundle, digests_of
 from tgate_engine.dtypes import DTYPES, decode, encode
+from tgate_engine.errors import EngineError
 from tgate_engine.graph import BATCH, DECODE, DENOISE, TEXT, Dim, GraphSpec, Macs, Role, TensorSpec
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.step import GUIDANCE, STEP, STEP_ROW, TIMESTEP
@@ -296,3 +302,38 @@ def _manifest(folder: Path, shape: Shape) -> Manifest:
         files=digests_of(folder),
         scheduler={},
     )
+
+
+LONG_SIDE, LONG_PRODUCTS = 256, 400
+
+
+def long_graph(path: Path) -> GraphSpec:
+    """A graph that takes the better part of a second: y = x rotated as often as it has products."""
+    rotated = np.roll(np.eye(LONG_SIDE, dtype=np.float32), 1, axis=1)
+    names = ["x", *(f"h{i}" for i in range(1, LONG_PRODUCTS)), "y"]
+    nodes = [helper.make_node("MatMul", [a, "w"], [b]) for a, b in pairwise(names)]
+    x, y = (tensor(name, LONG_SIDE, LONG_SIDE) for name in "xy")
+    return save(path, nodes, [x], [y], [numpy_helper.from_array(rotated, "w")])
+
+
+def cancelled_and_called_again(engine: Any, folder: Path) -> None:
+    """A call that is cancelled from another thread fails, long before its end, and may be called again."""
+    spec = long_graph(folder / "long.onnx")
+    executable = engine.load_graph(folder / "long.onnx", spec)
+    x, y = (engine.allocate((LONG_SIDE, LONG_SIDE), "float32") for _ in "xy")
+    values = np.random.default_rng(0).standard_normal((LONG_SIDE, LONG_SIDE)).astype(np.float32)
+    x.write(values)
+    call = executable.bind({"x": x}, {"y": y})
+    begin_s = time.perf_counter()
+    call()
+    whole_s = time.perf_counter() - begin_s
+    timer = threading.Timer(whole_s / 10, underway.cancel_calls)
+    begin_s = time.perf_counter()
+    timer.start()
+    with pytest.raises(EngineError, match=r"graph long\.onnx failed in "):
+        call()
+    assert time.perf_counter() - begin_s < whole_s * 0.7
+    timer.join()
+    y.write(np.zeros_like(values))
+    call()
+    np.testing.assert_array_equal(y.read(), np.roll(values, LONG_PRODUCTS, axis=1))

@@ -12,7 +12,15 @@ import pytest
 from onnx import helper
 
 from tests.processor import needs_bfloat16
-from tests.runtime.engines.small import Arrays, Small, assert_close, random_inputs, save, tensor
+from tests.runtime.engines.small import (
+    Arrays,
+    Small,
+    assert_close,
+    cancelled_and_called_again,
+    random_inputs,
+    save,
+    tensor,
+)
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import BATCH, GraphSpec
 from tgate_runtime.engines import openvino
@@ -198,3 +206,7 @@ def test_a_precision_that_the_processor_has_not(
 
 def test_nothing_is_compiled_ahead_of_time(engine: OpenVino, small: Small) -> None:
     assert engine.build(small.bundle, tuple(small.graphs.values())) == {}
+
+
+def test_a_call_is_cancelled_from_another_thread(tmp_path: Path) -> None:
+    cancelled_and_called_again(OpenVino(EngineOptions(threads=2, precision="f32")), tmp_path)

@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 from onnx import helper
 
-from tests.runtime.engines.small import WEIGHTS, Small, one_node, save, tensor
+from tests.runtime.engines.small import WEIGHTS, Small, cancelled_and_called_again, one_node, save, tensor
 from tgate_engine.dtypes import decode, encode
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import BATCH
@@ -78,3 +78,7 @@ def test_weights_are_mapped_from_the_one_file(small: Small) -> None:
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     assert str(small.bundle.file(WEIGHTS)) in Path("/proc/self/maps").read_text()
     del session
+
+
+def test_a_call_is_cancelled_from_another_thread(engine: OrtCpu, tmp_path: Path) -> None:
+    cancelled_and_called_again(engine, tmp_path)

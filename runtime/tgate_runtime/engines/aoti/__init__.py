@@ -29,6 +29,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import DENOISE, GraphSpec
+from tgate_engine.underway import without_python
 from tgate_runtime.engines.aoti import graph as graph_code
 from tgate_runtime.engines.aoti import operators as operator_code
 from tgate_runtime.engines.aoti.graph import OnnxModule, Weights, trace
@@ -103,7 +104,8 @@ class _AotiCall:
 
     def __call__(self) -> None:
         try:
-            results = self._graph.loader.boxed_run([_aligned(tensor) for tensor in self._inputs])
+            with without_python():  # the loader keeps Python's lock
+                results = self._graph.loader.boxed_run([_aligned(tensor) for tensor in self._inputs])
             for buffer, result in zip(self._outputs, results, strict=True):
                 if buffer is not None:
                     buffer.copy_(result)

@@ -31,7 +31,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import DENOISE, GraphSpec, Role, TensorSpec
-from tgate_runtime.engines.ort import check_nodes
+from tgate_runtime.engines.ort import check_nodes, run_cancellable
 from tgate_runtime.engines.ort_cuda.log import captured_stderr, failing
 from tgate_runtime.engines.ort_cuda.memory import CudaBuffer, on_the_gpu
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers
@@ -78,7 +78,7 @@ class _CudaCall:
         for to, source in self._before:
             to.copy(source)
         with failing(f"graph {self._owner.spec.file} failed in ONNX Runtime"):
-            self._owner.session.run_with_iobinding(self._binding, self._run_options)
+            run_cancellable(self._owner.session, self._binding, self._run_options)
         for to, source in self._after:
             to.copy(source)
 

@@ -1,0 +1,31 @@
+"""What is known of each architecture before its code, which takes PyTorch and diffusers, is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the command line has to know of an architecture.
+
+    ``name``: its own, and its file's in this folder. ``cls``: the class in it. ``source``: what conditions its models.
+    ``video``: whether they make videos. ``clip_skips``: whether the pipeline can leave out its text encoders' last
+    layers (``--clip-skip``). ``rescales_guidance``: whether it can rescale guidance (``--guidance-rescale``; arXiv
+    2305.08891, section 3.4).
+    """
+
+    name: str
+    cls: str
+    source: Literal["text", "image"] = "text"
+    video: bool = False
+    clip_skips: bool = False
+    rescales_guidance: bool = False
+
+
+SD = Facts(name="sd", cls="StableDiffusion", clip_skips=True, rescales_guidance=True)
+SDXL = Facts(name="sdxl", cls="Sdxl", clip_skips=True, rescales_guidance=True)
+PIXART = Facts(name="pixart", cls="PixArt")
+SVD = Facts(name="svd", cls="StableVideo", source="image", video=True)
+LATTE = Facts(name="latte", cls="Latte", video=True)

@@ -1,0 +1,194 @@
+"""What the user asks of an export, and all of it that can be checked before PyTorch is loaded, which takes seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from tgate_engine.errors import ExportError
+from tgate_export.families import Model, find_model
+from tgate_export.methods import find_method
+from tgate_export.methods.base import Method, Settings
+from tgate_export.plans import check_guidance
+from tgate_export.recipes import check_sampler
+
+WEIGHTS = ("checkpoint", "random", "none")
+"""Values of ``--weights``: the checkpoint's, random ones of its published structure, or none at all."""
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+COMPONENTS = ("text", "image", "denoiser", "decoder")
+"""Values of ``--components``. A model is conditioned by text or by an image."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA's file, and what its change is multiplied with."""
+
+    path: Path
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ExportError(f"the scale of LoRA {self.path} is {self.scale}; it must be a finite number")
+
+    @classmethod
+    def parse(cls, text: str) -> Lora:
+        """``FILE`` or ``FILE:SCALE``. Raises :class:`ExportError` where the scale is no number."""
+        file, colon, scale = text.rpartition(":")
+        if not colon or "/" in scale or scale.endswith(".safetensors"):
+            return cls(Path(text).expanduser())
+        try:
+            return cls(Path(file).expanduser(), float(scale))
+        except ValueError:
+            raise ExportError(f"--lora {text}: the scale {scale!r} is no number; give FILE or FILE:SCALE") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What the user asks for. None stands for the model's own default; sizes are in pixels.
+
+    ``weights``: one of :data:`WEIGHTS`. ``components``: some of :data:`COMPONENTS`; None is
+    everything for a checkpoint, and the denoiser alone without one. ``clip_skip``: last layers of CLIP's text encoders
+    to leave out of a prompt's text. ``guidance_rescale``: from 0 to 1, see :class:`~tgate_export.step.DenoisingStep`.
+    ``method``: one of :data:`~tgate_export.methods.METHODS`. ``sizes``: (width, height) of each, the default first, or
+    ``height`` and ``width`` of the only one. ``batches``: least and largest number of images in a call, one for each
+    set of graphs.
+    """
+
+    model: str
+    method: str = "tgate"
+    m: int | None = None
+    k: int | None = None
+    steps: int | None = None
+    warm_up: int | None = None
+    fidelity_interval: int | None = None
+    sampler: str | None = None
+    guidance_scale: float | None = None
+    checkpoint: str | None = None
+    weights: str = "checkpoint"
+    components: Sequence[str] | None = None
+    loras: Sequence[Lora] = ()
+    clip_skip: int = 0
+    guidance_rescale: float = 0.0
+    sizes: Sequence[tuple[int, int]] = ()
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    batches: Sequence[tuple[int, int]] = ()
+    dtype: str = "fp32"
+    output: Path | None = None
+    force: bool = False
+    verify: bool = True
+
+    @property
+    def target(self) -> Path:
+        """The bundle's directory."""
+        return self.output or Path("bundles") / self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Settings with the model's defaults filled in: what is known without its checkpoint."""
+
+    model: Model
+    method: Method
+    method_settings: Settings
+    sampler: str
+    guidance_scale: float
+    batches: tuple[tuple[int, int], ...]
+    components: tuple[str, ...]
+
+
+def check_settings(settings: ExportSettings) -> Asked:
+    """Raises a :class:`~tgate_engine.errors.TgateError` for what no checkpoint could mend."""
+    model = find_model(settings.model)
+    if settings.dtype not in DTYPES:
+        raise ExportError(f"unknown dtype {settings.dtype!r}; choose one of {', '.join(DTYPES)}")
+    if settings.weights not in WEIGHTS:
+        raise ExportError(f"unknown weights {settings.weights!r}; choose one of {', '.join(WEIGHTS)}")
+    method = find_method(settings.method)
+    steps = model.steps if settings.steps is None else settings.steps
+    method_settings = method.settings(
+        steps=steps,
+        gate=min(model.gate, steps) if settings.m is None else settings.m,
+        k=settings.k,
+        w=settings.warm_up,
+        f=settings.fidelity_interval,
+        defaults={"k": model.self_interval, "w": model.warm_up},
+    )
+    sampler = model.sampler if settings.sampler is None else settings.sampler
+    check_sampler(sampler)
+    scale = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+    check_guidance(scale)
+    _check_options(settings, model)
+    return Asked(
+        model=model,
+        method=method,
+        method_settings=method_settings,
+        sampler=sampler,
+        guidance_scale=scale,
+        batches=_batches(settings, model),
+        components=_components(settings, model),
+    )
+
+
+def _check_options(settings: ExportSettings, model: Model) -> None:
+    """Options that a model does not have, and those that exclude each other."""
+    if settings.weights != "checkpoint" and (settings.checkpoint is not None or settings.loras):
+        raise ExportError(f"--weights {settings.weights} reads no checkpoint; leave out --checkpoint and --lora")
+    for lora in settings.loras:
+        if not lora.path.is_file():
+            raise ExportError(f"LoRA {lora.path} does not exist; --lora wants a .safetensors file")
+    local = settings.checkpoint is not None and settings.checkpoint.startswith((".", "/", "~"))
+    if local and not Path(str(settings.checkpoint)).expanduser().exists():
+        raise ExportError(
+            f"checkpoint {settings.checkpoint} does not exist; --checkpoint wants a diffusers directory, a single "
+            ".safetensors file or a hub id"
+        )
+    if settings.frames is not None and not model.facts.video:
+        raise ExportError(f"--frames is for video models; {settings.model} makes pictures")
+    if settings.sizes and (settings.height is not None or settings.width is not None):
+        raise ExportError("give --size, or --height and --width, not both")
+    if settings.clip_skip and not model.facts.clip_skips:
+        raise ExportError(f"--clip-skip is for models with CLIP text encoders; {settings.model} has none")
+    rescale = settings.guidance_rescale
+    if not 0 <= rescale <= 1:
+        raise ExportError(f"--guidance-rescale must be from 0 to 1, got {rescale}")
+    if rescale and not model.facts.rescales_guidance:
+        raise ExportError(
+            f"--guidance-rescale: the pipeline of {settings.model} does not rescale guidance; leave it out"
+        )
+
+
+def _batches(settings: ExportSettings, model: Model) -> tuple[tuple[int, int], ...]:
+    batches = tuple(settings.batches) or (model.batch,)
+    for least, most in batches:
+        if not 1 <= least <= most:
+            raise ExportError(f"--batch takes N or LEAST:MOST with 1 <= LEAST <= MOST, got {least}:{most}")
+    for (_, most), (least, other) in pairwise(sorted(batches)):
+        if least <= most:
+            raise ExportError(
+                f"--batch ranges may not overlap, or one would never be used; got one up to {most} and {least}:{other}"
+            )
+    return batches
+
+
+def _components(settings: ExportSettings, model: Model) -> tuple[str, ...]:
+    """The components to export, in their order."""
+    possible = tuple(c for c in COMPONENTS if c in (model.facts.source, "denoiser", "decoder"))
+    if settings.components is None:
+        return possible if settings.weights == "checkpoint" else ("denoiser",)
+    odd = [c for c in settings.components if c not in possible]
+    if odd or "denoiser" not in settings.components or len(set(settings.components)) < len(settings.components):
+        raise ExportError(
+            f"--components of {settings.model} are some of {', '.join(possible)}, the denoiser among them, each once; "
+            f"got {', '.join(settings.components) or 'none'}"
+        )
+    if settings.weights != "checkpoint" and "text" in settings.components:
+        raise ExportError(
+            f"--weights {settings.weights} has no vocabulary, so no text; choose --components denoiser,decoder"
+        )
+    return tuple(c for c in possible if c in settings.components)

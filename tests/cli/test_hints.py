@@ -1,0 +1,58 @@
+"""What is typed by another program's name, and what is typed wrong."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.cli.running import Run, fails
+from tgate_cli.arguments import export_parser, tgate_parser
+from tgate_cli.hints import _AT_EXPORT, _AT_RUN_TIME, hint
+from tgate_cli.main import export_main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--m", "5"], "`tgate plan BUNDLE --name NAME --m M`, then --plan NAME"),
+        (["--num-inference-steps", "20"], "--m M --steps N`, then --plan NAME"),
+        (["--num_inference_steps=20"], "--m M --steps N`, then --plan NAME"),
+        (["--height", "512", "--width", "512"], "--size WIDTHxHEIGHT takes one"),
+        (["--num-images-per-prompt", "2"], "--num-images N"),
+        (["--num_images", "2"], "did you mean --num-images?"),
+        (["--negativ-prompt", "x"], "did you mean --negative-prompt?"),
+        (["--scheduler", "x", "--latents", "y"], "--initial-latents X.npy"),
+    ],
+)
+def test_what_to_type_for_a_picture(run: Run, arguments: list[str], says: str) -> None:
+    result = run("generate", "b", "p", "--output", "x.png", *arguments)
+    fails(result, "unrecognized arguments: ", says, status=2)
+    assert result[2].count("--size WIDTHxHEIGHT takes one") <= 1
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [("--num-inference-steps", "--steps N"), ("--seed", "tgate generate --seed"), ("--outptu", "mean --output?")],
+)
+def test_what_to_type_for_an_export(run: Run, option: str, says: str) -> None:
+    fails(run("--model", "sdxl", option, "5", main=export_main), says, status=2)
+
+
+def test_nothing_is_said_of_what_is_like_nothing() -> None:
+    assert hint(["--zzz", "5"], known=["--output"], exports=False) == ""
+    assert hint(["stray"], known=["--output"], exports=False) == ""
+
+
+def test_hints_name_options_that_are_there_and_stand_for_those_that_are_not() -> None:
+    """The parsers are asked, so that a hint goes stale with the option that it names."""
+    commands = next(a.choices for a in tgate_parser()._actions if isinstance(a.choices, dict))
+    options = {name: {o for a in parser._actions for o in a.option_strings} for name, parser in commands.items()}
+    options["tgate-export"] = {o for a in export_parser()._actions for o in a.option_strings}
+    everywhere = set().union(*options.values())
+    for table, own in ((_AT_RUN_TIME, options["generate"]), (_AT_EXPORT, options["tgate-export"])):
+        assert not table.keys() & own
+        for text in table.values():
+            assert set(re.findall(r"--[a-z][a-z-]+", text)) <= everywhere
+            for command in re.findall(r"`(tgate[ -][a-z]+)[^`]*`", text):
+                assert command.removeprefix("tgate ") in options

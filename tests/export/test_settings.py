@@ -1,0 +1,61 @@
+"""What is asked of an export, checked without a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tgate_engine.errors import ExportError, TgateError
+from tgate_export.families import MODELS
+from tgate_export.settings import ExportSettings, Lora, check_settings
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_left_out_is_the_models_own(name: str) -> None:
+    model, asked = MODELS[name], check_settings(ExportSettings(model=name))
+    settings = asked.method_settings
+    assert (settings.steps, settings.gate, settings.self_interval) == (model.steps, model.gate, model.self_interval)
+    assert (asked.sampler, asked.guidance_scale, asked.batches) == (model.sampler, model.guidance_scale, (model.batch,))
+    assert asked.components == (model.facts.source, "denoiser", "decoder")
+    assert ExportSettings(model=name).target == Path("bundles") / name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_known_of_a_family_is_what_its_code_says(name: str) -> None:
+    facts, family = MODELS[name].facts, MODELS[name].family
+    assert family.facts is facts
+    assert facts.source == ("image" if family.image_components else "text")
+    assert bool(family.text_components) == (facts.source == "text")
+    assert facts.video == (family.frames_axis is not None)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"m": 30}, "number of steps n = 25, got m = 30"),
+        ({"steps": 10**6}, "steps \\(n\\) must be from 1 to 10000"),
+        ({"sampler": "heun"}, "calls the network twice"),
+        ({"dtype": "int4"}, "unknown dtype 'int4'"),
+        ({"weights": "some"}, "unknown weights 'some'"),
+        ({"weights": "none", "checkpoint": "x"}, "reads no checkpoint"),
+        ({"frames": 3}, "--frames is for video models"),
+        ({"sizes": [(8, 8)], "height": 8}, "not both"),
+        ({"batches": [(1, 2), (2, 4)]}, "may not overlap"),
+        ({"guidance_rescale": 1.5}, "from 0 to 1"),
+        ({"guidance_scale": float("nan")}, "finite number"),
+        ({"loras": [Lora(Path("/nowhere/x"))]}, "LoRA /nowhere/x does not exist"),
+        ({"checkpoint": "/nowhere/x"}, "checkpoint /nowhere/x does not exist"),
+        ({"components": ["text"]}, "the denoiser among them"),
+    ],
+)
+def test_what_no_checkpoint_could_mend(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(TgateError, match=says):
+        check_settings(ExportSettings(model="sdxl", **options))
+
+
+def test_options_that_a_model_does_not_have() -> None:
+    for options in ({"clip_skip": 1}, {"guidance_rescale": 0.5}):
+        with pytest.raises(ExportError, match="pixart-alpha"):
+            check_settings(ExportSettings(model="pixart-alpha", **options))

@@ -1,0 +1,7 @@
+"""``python -m tgate_engine``: the program of the distribution's name, ``tgate``."""
+
+import sys
+
+from tgate_cli.main import main
+
+sys.exit(main())

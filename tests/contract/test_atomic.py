@@ -95,12 +95,19 @@ def test_a_private_file_is_private_while_it_is_written(tmp_path: Path, monkeypat
     (tmp_path / "x").write_bytes(b"old")
     (tmp_path / "x").chmod(0o600)
     seen: list[int] = []
-    replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(mode(a)), replace(a, b)))
-    created = os.open
-    monkeypatch.setattr(
-        os, "open", lambda p, f, m=0o777, **k: (f & os.O_CREAT and seen.append(m), created(p, f, m, **k))[1]
-    )
+    replace, opened = os.replace, os.open
+
+    def watched_replace(a: Path, b: Path) -> None:
+        seen.append(mode(a))
+        replace(a, b)
+
+    def watched_open(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT:
+            seen.append(mode)
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "replace", watched_replace)
+    monkeypatch.setattr(os, "open", watched_open)
     write_atomically(tmp_path / "x", b"new")
     assert seen == [0o600, 0o600]
 
@@ -131,11 +138,15 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path, what: str) -> None:
 def test_the_directory_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (replace(a, b), told.append("renamed")))
+
+    def watched(a: Path, b: Path) -> None:
+        replace(a, b)
+        told.append("renamed")
 
     def sync(handle: int) -> None:
         told.append("directory" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
 
+    monkeypatch.setattr(os, "replace", watched)
     monkeypatch.setattr(os, "fsync", sync)
     write_atomically(tmp_path / "x", b"new")
     assert told == ["file", "renamed", "directory"]

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tgate_engine.atomic import is_full_disk, remove_tree
 from tgate_engine.errors import EngineError
@@ -234,7 +235,7 @@ def _digests(root: Path) -> dict[str, str]:
     return files
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> io.BufferedReader:
     """The file, open to read. Raises :class:`_NotWhole` where it is none, or others may write to it, and OSError."""
     handle = os.open(path, os.O_RDONLY | _NO_LINK)
     try:

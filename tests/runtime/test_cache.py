@@ -224,7 +224,11 @@ def forged(place: Path) -> None:
 
 def refuses(says: str) -> None:
     built: list[str] = []
-    for ask in (lambda: cache.find(KEY), lambda: cache.find_or_build(KEY, writing("one", built))):
+    asks: list[Callable[[], object]] = [
+        lambda: cache.find(KEY),
+        lambda: cache.find_or_build(KEY, writing("one", built)),
+    ]
+    for ask in asks:
         with pytest.raises(EngineError, match=f"cannot be used: .*{says}; set TGATE_CACHE to a directory") as told:
             ask()
         assert "\n" not in str(told.value)
@@ -324,9 +328,9 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "a directory that is a link to its like": lambda place: linked(place / "sub"),
     "a record that is a link to its like": lambda place: linked(place / "entry.json"),
     "a pipe more": lambda place: os.mkfifo(place / "pipe"),
-    "a pipe for a file": lambda place: ((place / "sub" / "engine").unlink(), os.mkfifo(place / "sub" / "engine")),
-    "a pipe for a record": lambda place: ((place / "entry.json").unlink(), os.mkfifo(place / "entry.json")),
-    "a directory for a record": lambda place: ((place / "entry.json").unlink(), (place / "entry.json").mkdir()),
+    "a pipe for a file": lambda place: instead(place / "sub" / "engine", os.mkfifo),
+    "a pipe for a record": lambda place: instead(place / "entry.json", os.mkfifo),
+    "a directory for a record": lambda place: instead(place / "entry.json", Path.mkdir),
     "a file that others may write to": lambda place: (place / "sub" / "engine").chmod(0o666),
     "a directory that others may write to": lambda place: (place / "sub").chmod(0o777),
     "an entry that others may write to": lambda place: place.chmod(0o770),
@@ -338,6 +342,11 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "a record that names itself": lambda place: renamed(place, "entry.json"),
     "a record that names what lies outside": lambda place: renamed(place, "../outside"),
 }
+
+
+def instead(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
 
 
 def linked(path: Path) -> None:
@@ -456,7 +465,7 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     try:
         monkeypatch.setenv("TGATE_CACHE", str(disk / "cache"))
         with pytest.raises(EngineError, match="there is no space left in the engine cache"):
-            cache.find_or_build(KEY, lambda stage: (stage / "engine").write_bytes(bytes(1 << 20)) and None)
+            cache.find_or_build(KEY, writing("one" * (1 << 20), []))
         assert [path.suffix for path in (disk / "cache").iterdir()] == [".lock"]
         cache.find_or_build(KEY, writing("one", []))
     finally:

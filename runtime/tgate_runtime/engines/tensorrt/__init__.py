@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from tgate_engine.bundle import Bundle
+from tgate_engine.bundle import Bundle, sha256_of
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import GraphSpec, TensorSpec
-from tgate_runtime.engines.compiled import entries, ready_entries
+from tgate_runtime.engines.compiled import entries, interface_key, ready_entries
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers, check_interface
 from tgate_runtime.engines.tensorrt.build import (
     POLYGRAPHY,
@@ -181,6 +181,8 @@ class _Device:
         self.stream = Stream(number)
         self.lock = threading.Lock()
         self.runtime = trt.Runtime(polygraphy.get_trt_logger())
+        # What it has to unpack to load stays in memory: others could reach a file in a shared temporary directory.
+        self.runtime.tempfile_control_flags = 1 << int(trt.TempfileControlFlag.ALLOW_IN_MEMORY_FILES)
         self.scratch = DeviceMemory(0, number)
         self.weights = DeviceMemory(0, number)
         self._spare: dict[tuple[str, tuple[int, ...], str], DeviceBuffer] = {}
@@ -298,10 +300,10 @@ class TensorRt:
             "polygraphy": POLYGRAPHY,
             "recipe": RECIPE,
             "flags": flags(self.options),
-            "graph": files[spec.file].sha256,
+            "graph": sha256_of(bundle.file(spec.file)),  # what is compiled, whatever the manifest says of it
             "weights": files[bundle.manifest.weights].sha256 if fast and bundle.manifest.weights else "",
             "architecture": (self.options.architecture or "portable") if RTX else architecture(self.options.device),
-            "batch": list(spec.batch),
+            **interface_key(spec),
             "memory": self.options.memory,
         }
 

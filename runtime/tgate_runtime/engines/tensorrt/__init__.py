@@ -180,9 +180,7 @@ class _Device:
     def __init__(self, number: int) -> None:
         self.stream = Stream(number)
         self.lock = threading.Lock()
-        self.runtime = trt.Runtime(polygraphy.get_trt_logger())
-        # What it has to unpack to load stays in memory: others could reach a file in a shared temporary directory.
-        self.runtime.tempfile_control_flags = 1 << int(trt.TempfileControlFlag.ALLOW_IN_MEMORY_FILES)
+        self.runtime = make_runtime()
         self.scratch = DeviceMemory(0, number)
         self.weights = DeviceMemory(0, number)
         self._spare: dict[tuple[str, tuple[int, ...], str], DeviceBuffer] = {}
@@ -320,6 +318,13 @@ class TensorRt:
                 missing = ", ".join(refitter.get_missing_weights()[:4]) or "no reason given"
                 raise EngineError(f"TensorRT cannot refit {model.name} from the bundle's weights: {log.take(missing)}")
         return engine
+
+
+def make_runtime() -> Any:
+    """TensorRT's runtime. What it has to unpack in order to load stays in memory, out of shared directories."""
+    runtime = trt.Runtime(polygraphy.get_trt_logger())
+    runtime.tempfile_control_flags = 1 << int(trt.TempfileControlFlag.ALLOW_IN_MEMORY_FILES)
+    return runtime
 
 
 def check_tensors(engine: Any, spec: GraphSpec, weights: set[str]) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tgate_engine.atomic import write_atomically
+from tgate_engine.atomic import is_half_written, locked, write_atomically
 from tgate_engine.errors import BundleError, PlanError
 from tgate_engine.manifest import MANIFEST_FILE, FileDigest, Manifest
 from tgate_engine.manifest_json import dump_manifest, parse_manifest
@@ -84,17 +84,26 @@ class Bundle:
         return bundle
 
     def save_plans(self, plans: Mapping[str, Plan], *, force: bool = False) -> Bundle:
-        """The bundle with more plans, its manifest replaced atomically on disk.
+        """The bundle as it lies on disk by now, with these plans more; its manifest is replaced atomically.
 
-        Raises :class:`BundleError` where a name is taken (unless ``force``), and :class:`PlanError`.
+        Processes that do this at once wait for one another, so each one's plans are kept. Raises :class:`BundleError`
+        where a name is taken (unless ``force``) or the manifest cannot be written, and :class:`PlanError`.
         """
-        taken = [name for name in plans if name in self.manifest.plans]
-        if taken and not force:
+        file = self.path / MANIFEST_FILE
+        try:
+            with locked(file):
+                now = Bundle.open(self.path, check_digests=False)
+                taken = [name for name in plans if name in now.manifest.plans]
+                if taken and not force:
+                    raise BundleError(
+                        f"{self.path} already has a plan {taken[0]!r}; use another --name, or --force to replace it"
+                    )
+                bundle = now.with_plans(plans)
+                write_atomically(file, dump_manifest(bundle.manifest).encode())
+        except OSError as error:
             raise BundleError(
-                f"{self.path} already has a plan {taken[0]!r}; use another --name, or --force to replace it"
-            )
-        bundle = self.with_plans(plans)
-        write_atomically(self.path / MANIFEST_FILE, dump_manifest(bundle.manifest).encode())
+                f"{file} cannot be written ({error.strerror or error}); copy the bundle to where it can, and plan there"
+            ) from error
         return bundle
 
     def size_bytes(self) -> int:
@@ -140,9 +149,9 @@ def sha256_of(path: Path) -> str:
 
 
 def digests_of(root: Path) -> dict[str, FileDigest]:
-    """Every file below ``root`` but the manifest, by its name inside the bundle."""
+    """Every file below ``root`` but the manifest, and what a killed run left, by its name inside the bundle."""
     files: dict[str, FileDigest] = {}
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and not is_half_written(p.name)):
         name = path.relative_to(root).as_posix()
         if name != MANIFEST_FILE:
             files[check_name(name)] = FileDigest(sha256=sha256_of(path), bytes=path.stat().st_size)

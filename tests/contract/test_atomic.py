@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tgate_engine import atomic
-from tgate_engine.atomic import staging, write_atomically
+from tgate_engine.atomic import is_half_written, locked, staging, write_atomically
 from tgate_engine.bundle import Bundle, digests_of
 from tgate_engine.errors import BundleError
 from tgate_engine.manifest import MANIFEST_FILE
@@ -59,11 +64,202 @@ def fail_in_the_block(target: Path, beside: int = 1) -> None:
         raise Failed
 
 
-def test_a_written_file_is_whole_and_readable_by_others(tmp_path: Path) -> None:
+@pytest.fixture(params=[0o022, 0o077, 0o002])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_new_file_is_whole_and_has_what_the_umask_leaves(tmp_path: Path, umask: int) -> None:
     write_atomically(tmp_path / "x", b"new")
     assert (tmp_path / "x").read_bytes() == b"new"
-    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o644
+    assert mode(tmp_path / "x") == 0o666 & ~umask
     assert left_behind(tmp_path, "x") == []
+
+
+@pytest.mark.parametrize("own", [0o600, 0o640, 0o444, 0o664])
+def test_a_file_that_is_replaced_hands_on_its_mode(tmp_path: Path, own: int) -> None:
+    (tmp_path / "x").write_bytes(b"old")
+    (tmp_path / "x").chmod(own | stat.S_ISUID)
+    write_atomically(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_bytes() == b"new"
+    assert mode(tmp_path / "x") == own
+
+
+def test_a_private_file_is_private_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_bytes(b"old")
+    (tmp_path / "x").chmod(0o600)
+    seen: list[int] = []
+    replace, opened = os.replace, os.open
+
+    def watched_replace(a: Path, b: Path) -> None:
+        seen.append(mode(a))
+        replace(a, b)
+
+    def watched_open(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT:
+            seen.append(mode)
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "replace", watched_replace)
+    monkeypatch.setattr(os, "open", watched_open)
+    write_atomically(tmp_path / "x", b"new")
+    assert seen == [0o600, 0o600]
+
+
+@pytest.mark.parametrize("leads", ["to a file", "to nothing", "to itself"])
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path, leads: str) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    target = {"to a file": "mine", "to nothing": "nothing", "to itself": "x"}[leads]
+    (tmp_path / "x").symlink_to(target)
+    write_atomically(tmp_path / "x", b"new")
+    assert not (tmp_path / "x").is_symlink()
+    assert (tmp_path / "x").read_bytes() == b"new"
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a directory"])
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, what: str) -> None:
+    """Root could replace /dev/null."""
+    os.mkfifo(tmp_path / "x") if what == "a pipe" else (tmp_path / "x").mkdir()
+    before = os.lstat(tmp_path / "x").st_ino
+    with pytest.raises(BundleError, match="x exists and is not a file; name another place"):
+        write_atomically(tmp_path / "x", b"new")
+    assert os.lstat(tmp_path / "x").st_ino == before
+    assert left_behind(tmp_path, "x") == []
+
+
+def test_the_directory_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    replace = os.replace
+
+    def watched(a: Path, b: Path) -> None:
+        replace(a, b)
+        told.append("renamed")
+
+    def sync(handle: int) -> None:
+        told.append("directory" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+
+    monkeypatch.setattr(os, "replace", watched)
+    monkeypatch.setattr(os, "fsync", sync)
+    write_atomically(tmp_path / "x", b"new")
+    assert told == ["file", "renamed", "directory"]
+
+
+DIGITS = "0123456789abcdef"
+
+
+def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """And nothing else: what another writer is at, a neighbour's, a link, a directory, a name that only looks alike."""
+    abandoned = tmp_path / f".a[x]*.tmp-{DIGITS}"
+    abandoned.write_bytes(b"half")
+    kept = [f".aX.tmp-{DIGITS}", f".a[x]*.tmp-{DIGITS}0", f".a[x]*.tmp-{DIGITS[:-1]}g", f".a[x]*.b.tmp-{DIGITS}"]
+    for name in kept:
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / f".a[x]*.tmp-{DIGITS[::-1]}").symlink_to(kept[0])
+    (tmp_path / f".a[x]*.tmp-1{DIGITS[1:]}").mkdir()
+    busy = tmp_path / f".a[x]*.tmp-2{DIGITS[1:]}"
+    with busy.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = sorted(p.name for p in tmp_path.iterdir())
+        write_atomically(tmp_path / "a[x]*", b"new")
+    after = sorted(p.name for p in tmp_path.iterdir())
+    assert set(before) - set(after) == {abandoned.name}
+    assert set(after) - set(before) == {"a[x]*"}
+    assert (tmp_path / kept[0]).read_bytes() == b"mine"
+
+
+KILLED_WRITE = """
+import os, signal, sys
+from pathlib import Path
+from tgate_engine import atomic
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(atomic.os, sys.argv[2], kill)
+atomic.write_atomically(Path(sys.argv[1]), b"new" * 1000)
+"""
+
+
+@pytest.mark.parametrize("when", ["fsync", "replace"])
+def test_a_kill_in_a_write_loses_nothing_and_is_cleaned_up(tmp_path: Path, when: str) -> None:
+    (tmp_path / "x").write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", KILLED_WRITE, str(tmp_path / "x"), when], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "x").read_bytes() == b"old"
+    assert [is_half_written(name) for name in left_behind(tmp_path, "x")] == [True]
+    write_atomically(tmp_path / "x", b"newer")
+    assert (tmp_path / "x").read_bytes() == b"newer"
+    assert left_behind(tmp_path, "x") == []
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    other = tmp_path / f".x.tmp-{DIGITS}"
+    other.write_bytes(b"half")
+    write_atomically(tmp_path / "x", b"new")
+    with locked(tmp_path / "x"), staging(tmp_path / "bundle") as stage:
+        (stage / MANIFEST_FILE).write_text("new")
+    assert (tmp_path / "bundle" / MANIFEST_FILE).read_text() == "new"
+    assert other.exists(), "it may be another's, at work"
+
+
+def test_a_lock_is_of_the_file_that_is_there_when_it_is_taken(tmp_path: Path) -> None:
+    """Whoever waited while the file was replaced waits for the lock of the new one."""
+    path = tmp_path / "x"
+    path.write_bytes(b"1")
+    seen: list[bytes] = []
+
+    def wait() -> None:
+        with locked(path):
+            seen.append(path.read_bytes())
+
+    with locked(path):
+        other = threading.Thread(target=wait)
+        other.start()
+        time.sleep(0.1)  # it has opened the file, and waits
+        write_atomically(path, b"2")
+        assert seen == []
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            time.sleep(0.1)
+            assert seen == []
+    other.join(60)
+    assert seen == [b"2"]
+
+
+def test_a_lock_that_never_comes_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger who may read a file can hold its lock for ever."""
+    (tmp_path / "x").write_bytes(b"1")
+    monkeypatch.setattr(atomic, "_PATIENCE_S", 0.05)
+    with (tmp_path / "x").open("rb") as stranger:
+        fcntl.flock(stranger, fcntl.LOCK_EX)
+        with pytest.raises(BundleError, match="x has been locked by another process for"), locked(tmp_path / "x"):
+            pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize("what", ["a link", "a pipe"])
+def test_a_lock_follows_no_link_and_waits_for_no_reader(tmp_path: Path, what: str) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    if what == "a link":
+        (tmp_path / "x").symlink_to("mine")
+        with pytest.raises(OSError, match="symbolic"), locked(tmp_path / "x"):
+            pytest.fail("the block must not run")
+    else:
+        os.mkfifo(tmp_path / "x")
+        with locked(tmp_path / "x"):
+            pass
+    assert (tmp_path / "mine").read_bytes() == b"mine"
 
 
 def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
@@ -111,6 +307,79 @@ def test_force_replaces_a_bundle(toy: Path, monkeypatch: pytest.MonkeyPatch, exc
         (stage / MANIFEST_FILE).write_text("new")
     assert [p.name for p in toy.iterdir()] == [MANIFEST_FILE]
     assert left_behind(toy.parent, "toy") == []
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_bundle_that_is_replaced_hands_on_its_mode(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+    toy.chmod(0o700)
+    (toy / "deep").mkdir()
+    (toy / "deep" / "x").write_text("x")
+    (toy / "deep").chmod(0o500)  # which nobody but root can remove anything from
+    with staging(toy, force=True) as stage:
+        (stage / MANIFEST_FILE).write_text("new")
+    assert mode(toy) == 0o700
+    assert left_behind(toy.parent, "toy") == []
+
+
+def test_a_new_directory_has_what_the_umask_leaves(tmp_path: Path, umask: int) -> None:
+    with staging(tmp_path / "bundle") as stage:
+        (stage / MANIFEST_FILE).write_text("new")
+    assert mode(tmp_path / "bundle") == 0o777 & ~umask
+
+
+def test_a_bundle_is_replaced_under_the_lock_of_its_manifest(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that is being added goes into the old bundle or into the new one, never the old one's into the new."""
+    monkeypatch.setattr(atomic, "_PATIENCE_S", 0.05)
+    before = digests_of(toy)
+    with (
+        locked(toy / MANIFEST_FILE),
+        pytest.raises(BundleError, match="has been locked"),
+        staging(toy, force=True) as stage,
+    ):
+        (stage / MANIFEST_FILE).write_text("new")
+    assert digests_of(toy) == before
+    assert left_behind(toy.parent, "toy") == []
+
+
+@pytest.mark.parametrize("target", ["a*", "[ab]", "a?", "*"])
+def test_a_name_is_no_pattern(tmp_path: Path, target: str) -> None:
+    """Each of them, as a glob, takes in what lies beside it."""
+    for name in (f".ab.staging-{DIGITS}", f".a.staging-{DIGITS}", f".ab.previous-{DIGITS}", ".a.staging-work"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    (tmp_path / f".{target}.staging-{DIGITS}").mkdir()  # and this is abandoned
+    with staging(tmp_path / target) as stage:
+        (stage / MANIFEST_FILE).write_text("new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [f".ab.staging-{DIGITS}", f".a.staging-{DIGITS}", f".ab.previous-{DIGITS}", ".a.staging-work", target]
+    )
+    assert len(list(tmp_path.rglob("mine"))) == 4
+
+
+@pytest.mark.parametrize("kind", ["staging", "previous"])
+@pytest.mark.parametrize("what", ["a link", "a file", "another's"])
+def test_what_is_not_ours_is_no_leftover(tmp_path: Path, kind: str, what: str) -> None:
+    """In a shared directory a stranger could name a directory so that it became the bundle, or was removed."""
+    place = tmp_path / f".bundle.{kind}-{DIGITS}"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / MANIFEST_FILE).write_text("mine")
+    if what == "a link":
+        place.symlink_to("other")
+    elif what == "a file":
+        place.write_text("mine")
+    elif os.geteuid() == 0:
+        (tmp_path / "other").rename(place)
+        os.chown(place, 12345, 12345)
+    else:
+        pytest.skip("only root can give a directory away")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(Failed):
+        fail_in_the_block(tmp_path / "bundle", beside=len(list(tmp_path.iterdir())) + 1)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
 def test_without_force_nothing_is_replaced(toy: Path) -> None:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.toy_bundle import Toy, edit_manifest, make_plan
+from tgate_engine.atomic import staging
 from tgate_engine.bundle import Bundle, digests_of, sha256_of
 from tgate_engine.errors import BundleError, PlanError
 from tgate_engine.manifest import MANIFEST_FILE, FileDigest
@@ -204,3 +212,81 @@ def test_plans_can_be_added_in_memory_alone(good: Path) -> None:
     plan = planned(bundle, "new", steps=4, gate=2)
     assert bundle.with_plans({"new": plan}).manifest.plan("new") == plan
     assert "new" not in Bundle.open(good).manifest.plans
+
+
+def test_plans_that_are_added_at_once_are_all_kept(toy: Path) -> None:
+    """Each has opened the bundle before any of them writes; two have the same name, and one of those is told."""
+    count = 8
+    opened = threading.Barrier(count)
+
+    def add(number: int) -> str:
+        name = f"new{max(1, number)}"
+        bundle = Bundle.open(toy)
+        plan = planned(bundle, name, steps=4, gate=2 + number % 3)
+        opened.wait(60)
+        bundle.save_plans({name: plan})
+        return name
+
+    with ThreadPoolExecutor(count) as pool:
+        jobs = [pool.submit(add, number) for number in range(count)]
+    failed = [job for job in jobs if job.exception()]
+    assert [str(job.exception()).partition(";")[0] for job in failed] == [f"{toy} already has a plan 'new1'"]
+    saved = {job.result() for job in jobs if job not in failed}
+    assert saved == {f"new{number}" for number in range(1, count)}
+    assert saved <= Bundle.open(toy).manifest.plans.keys()
+    assert [p.name for p in toy.iterdir() if p.name.startswith(".")] == []
+
+
+ADD = """
+import os, signal, sys
+from dataclasses import replace
+from tgate_engine.bundle import Bundle
+bundle = Bundle.open(sys.argv[1])
+plan = replace(bundle.manifest.plan("default"), name=sys.argv[2], baselines=())
+if len(sys.argv) > 3:
+    os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+bundle.save_plans({sys.argv[2]: plan})
+"""
+
+
+def test_a_killed_writer_holds_no_lock_and_its_leftover_goes(toy: Path) -> None:
+    before = (toy / MANIFEST_FILE).read_bytes()
+    killed = subprocess.run([sys.executable, "-c", ADD, str(toy), "one", "killed"], timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = [p.name for p in toy.iterdir() if p.name.startswith(".")]
+    assert len(left) == 1
+    assert (toy / MANIFEST_FILE).read_bytes() == before
+    assert Bundle.open(toy).manifest.files == digests_of(toy), "what it left is no part of the bundle"
+    subprocess.run([sys.executable, "-c", ADD, str(toy), "two"], timeout=60, check=True)
+    assert [p.name for p in toy.iterdir() if p.name.startswith(".")] == []
+    assert "two" in Bundle.open(toy).manifest.plans
+
+
+def test_a_plan_goes_into_the_bundle_that_is_there_by_then(toy: Path, large: Path) -> None:
+    """Exported again meanwhile: graphs and plans are others by now, and a plan that still fits is added."""
+    bundle = Bundle.open(toy)
+    plan = planned(bundle, "new", steps=4, gate=2)
+    with staging(toy, force=True) as stage:
+        shutil.copytree(large, stage, dirs_exist_ok=True)
+    want = Bundle.open(large).manifest
+    assert bundle.save_plans({"new": plan}).manifest == replace(want, plans={**want.plans, "new": plan})
+    assert Bundle.open(toy).manifest.shapes == want.shapes
+
+
+def test_a_bundle_that_may_not_be_written_to_is_one_line(good: Path) -> None:
+    """Root may write anywhere, so it becomes somebody else for a moment."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(shutil.copytree(good, Path(folder) / "toy"))
+        Path(folder).chmod(0o755)
+        place.chmod(0o555)
+        bundle = Bundle.open(place)
+        plan = planned(bundle, "new", steps=4, gate=2)
+        us = os.geteuid()
+        os.seteuid(us or 65534)
+        try:
+            with pytest.raises(BundleError, match=r"manifest.json cannot be written \(Permission denied\); copy"):
+                bundle.save_plans({"new": plan})
+        finally:
+            os.seteuid(us)
+        assert "new" not in Bundle.open(place).manifest.plans
+        place.chmod(0o755)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
+import json
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -115,7 +122,11 @@ def test_a_build_that_fails_leaves_nothing(root: Path) -> None:
 def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TGATE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(EngineError, match=r"file'\); .* set TGATE_CACHE"):
+    with pytest.raises(EngineError, match=r"file is not a directory; set TGATE_CACHE"):
+        cache.find_or_build(KEY, writing("one", []))
+    monkeypatch.setenv("TGATE_CACHE", str(tmp_path / "file" / "cache"))
+    assert cache.find(KEY) is None
+    with pytest.raises(EngineError, match=r"cache'\); .* set TGATE_CACHE"):
         cache.find_or_build(KEY, writing("one", []))
 
 
@@ -174,3 +185,288 @@ def test_a_builder_that_is_killed_leaves_no_entry_and_the_next_cleans_up(tmp_pat
     place = Path(second.communicate(timeout=60)[0].strip())
     assert (place / "half").read_text() == "half"
     assert [path for path in root.iterdir() if path.is_dir()] == [place]
+
+
+def test_what_a_killed_builder_of_another_entry_left_is_removed_too(root: Path) -> None:
+    """It may be of a version that nobody runs any more. What another process is at stays, as does all else."""
+    root.mkdir()
+    gone, busy = f"{'0' * 40}.tmp-abcdefgh", f"{'1' * 40}.tmp-abcdefgh"
+    others = [f"{'0' * 40}.tmp-abcdefg*", f"{'0' * 39}.tmp-abcdefgh", "notes.tmp-abcdefgh"]
+    for name in (gone, busy, *others):
+        (root / name).mkdir()
+    with (root / f"{'1' * 40}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        place = cache.find_or_build(KEY, writing("one", []))
+    assert {path.name for path in root.iterdir() if path.is_dir()} == {busy, *others, place.name}
+
+
+# --- whose it is --------------------------------------------------------------------------------
+
+
+ROOT = os.geteuid() == 0
+STRANGER = 12345
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory below nothing but what belongs to us or root, which a test may open to others."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def forged(place: Path) -> None:
+    """An entry of KEY that is whole by itself: whoever can write it can write its digests."""
+    place.mkdir(parents=True)
+    (place / "engine").write_text("a stranger's")
+    digest = hashlib.sha256(b"a stranger's").hexdigest()
+    (place / "entry.json").write_text(json.dumps({"key": KEY, "files": {"engine": digest}}))
+
+
+def refuses(says: str) -> None:
+    built: list[str] = []
+    asks: list[Callable[[], object]] = [
+        lambda: cache.find(KEY),
+        lambda: cache.find_or_build(KEY, writing("one", built)),
+    ]
+    for ask in asks:
+        with pytest.raises(EngineError, match=f"cannot be used: .*{says}; set TGATE_CACHE to a directory") as told:
+            ask()
+        assert "\n" not in str(told.value)
+    assert built == []
+
+
+def test_what_is_made_is_for_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every directory that is made on the way, even with a umask that takes nothing away, and every file."""
+    monkeypatch.setenv("TGATE_CACHE", str(tmp_path / "a" / "b" / "c"))
+    before = os.umask(0)
+    try:
+        seen: list[int] = []
+
+        def build(stage: Path) -> None:
+            seen.append(stat.S_IMODE(stage.stat().st_mode))
+            writing("one", [])(stage)
+
+        place = cache.find_or_build(KEY, build)
+    finally:
+        os.umask(before)
+    assert seen == [0o700]
+    for folder in (tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "c", place):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for path in place.parent.rglob("*"):
+        assert not path.stat().st_mode & 0o022
+    assert cache.find(KEY) == place
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770, 0o702, 0o720])
+def test_a_cache_that_others_can_write_to_is_refused(
+    open_place: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    """Sticky or not: the stranger's entry has the name that is looked for, with digests of its own."""
+    root = open_place / "cache"
+    forged(root / cache.digest_of(KEY))
+    monkeypatch.setenv("TGATE_CACHE", str(root))
+    assert cache.find(KEY) is not None, "it is taken where only we could have written it"
+    root.chmod(mode)
+    refuses(f"others may write to {root}, its mode is {mode:04o}")
+
+
+@pytest.mark.parametrize(("mode", "refused"), [(0o777, True), (0o770, True), (0o1777, False), (0o755, False)])
+def test_so_is_one_that_others_can_move_away(
+    open_place: Path, monkeypatch: pytest.MonkeyPatch, mode: int, refused: bool
+) -> None:
+    above = open_place / "shared"
+    root = above / "ours" / "cache"
+    root.mkdir(parents=True)
+    above.chmod(mode)
+    monkeypatch.setenv("TGATE_CACHE", str(root))
+    if refused:
+        refuses(f"others may write to {above}, its mode is {mode:04o}")
+    else:
+        cache.find_or_build(KEY, writing("one", []))
+        assert cache.find(KEY) is not None
+
+
+def test_of_a_link_what_it_leads_to_is_checked(open_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (open_place / "shared" / "cache").mkdir(parents=True)
+    (open_place / "ours").symlink_to("shared/cache")
+    monkeypatch.setenv("TGATE_CACHE", str(open_place / "ours"))
+    assert cache.find_or_build(KEY, writing("one", [])).parent == (open_place / "shared" / "cache").resolve()
+    (open_place / "shared").chmod(0o777)
+    refuses(f"others may write to {open_place / 'shared'}, its mode is 0777")
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can give a directory away")
+@pytest.mark.parametrize("theirs", ["cache", "above"])
+def test_a_cache_of_another_user_is_refused(open_place: Path, monkeypatch: pytest.MonkeyPatch, theirs: str) -> None:
+    root = open_place / "above" / "cache"
+    forged(root / cache.digest_of(KEY))
+    monkeypatch.setenv("TGATE_CACHE", str(root))
+    place = root if theirs == "cache" else root.parent
+    os.chown(place, STRANGER, STRANGER)
+    refuses(f"{place} belongs to user {STRANGER}, and this is user 0")
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can become another user")
+def test_what_root_has_built_may_be_used(open_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is built by root and run by another."""
+    open_place.chmod(0o755)
+    monkeypatch.setenv("TGATE_CACHE", str(open_place / "cache"))
+    place = cache.find_or_build(KEY, writing("one", []))
+    for path in (place.parent, *place.parent.rglob("*")):
+        path.chmod(0o755)
+    os.seteuid(STRANGER)
+    try:
+        assert cache.find(KEY) == place
+    finally:
+        os.seteuid(0)
+
+
+HARMS: dict[str, Callable[[Path], object]] = {
+    "a file more": lambda place: (place / "sub" / "more.so").write_text(""),
+    "an empty directory more": lambda place: (place / "more").mkdir(),
+    "a file that is a link to its like": lambda place: linked(place / "sub" / "engine"),
+    "a directory that is a link to its like": lambda place: linked(place / "sub"),
+    "a record that is a link to its like": lambda place: linked(place / "entry.json"),
+    "a pipe more": lambda place: os.mkfifo(place / "pipe"),
+    "a pipe for a file": lambda place: instead(place / "sub" / "engine", os.mkfifo),
+    "a pipe for a record": lambda place: instead(place / "entry.json", os.mkfifo),
+    "a directory for a record": lambda place: instead(place / "entry.json", Path.mkdir),
+    "a file that others may write to": lambda place: (place / "sub" / "engine").chmod(0o666),
+    "a directory that others may write to": lambda place: (place / "sub").chmod(0o777),
+    "an entry that others may write to": lambda place: place.chmod(0o770),
+    "a record that others may write to": lambda place: (place / "entry.json").chmod(0o620),
+    "a record of many bytes": lambda place: (place / "entry.json").write_text(
+        " " * (2 << 20) + (place / "entry.json").read_text()
+    ),
+    "a record that is deep": lambda place: (place / "entry.json").write_text("[" * 100_000),
+    "a record that names itself": lambda place: renamed(place, "entry.json"),
+    "a record that names what lies outside": lambda place: renamed(place, "../outside"),
+}
+
+
+def instead(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
+def linked(path: Path) -> None:
+    path.rename(path.parent.parent.parent / "like")
+    path.symlink_to(path.parent.parent.parent / "like")
+
+
+def renamed(place: Path, name: str) -> None:
+    record = json.loads((place / "entry.json").read_text())
+    record["files"][name] = next(iter(record["files"].values()))
+    shutil.copy(place / "sub" / "engine", place.parent / "outside")
+    (place / "entry.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_an_entry_is_exactly_its_files(root: Path, harm: str) -> None:
+    built: list[str] = []
+    place = cache.find_or_build(KEY, writing("one", built))
+    HARMS[harm](place)
+    assert cache.find(KEY) is None
+    assert cache.find_or_build(KEY, writing("two", built)) == place
+    assert built == ["one", "two"]
+    assert sorted(path.name for path in place.rglob("*")) == ["engine", "entry.json", "sub"]
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can give a file away")
+@pytest.mark.parametrize("name", [".", "sub", "sub/engine", "entry.json"])
+def test_an_entry_of_another_user_is_built_again(name: str) -> None:
+    built: list[str] = []
+    place = cache.find_or_build(KEY, writing("one", built))
+    os.chown(place / name, STRANGER, STRANGER)
+    assert cache.find(KEY) is None
+    cache.find_or_build(KEY, writing("two", built))
+    assert built == ["one", "two"]
+
+
+def test_a_build_that_leaves_a_link_is_refused(root: Path) -> None:
+    def build(stage: Path) -> None:
+        (stage / "engine").symlink_to("/etc/passwd")
+
+    with pytest.raises(EngineError, match=r"what was built cannot be kept|symbolic links"):
+        cache.find_or_build(KEY, build)
+    assert [path.name for path in root.iterdir() if path.is_dir()] == []
+
+
+# --- locks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["a link", "a dangling link", "a pipe", "a directory", "another's"])
+def test_a_lock_is_a_plain_file_of_ours(root: Path, tmp_path: Path, what: str) -> None:
+    """A link emptied the file that it led to; a pipe had everybody wait."""
+    root.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    lock = root / f"{cache.digest_of(KEY)}.lock"
+    if what == "a pipe":
+        os.mkfifo(lock)
+    elif what == "a directory":
+        lock.mkdir()
+    elif what == "another's":
+        if not ROOT:
+            pytest.skip("only root can give a file away")
+        lock.write_text("theirs")
+        os.chown(lock, STRANGER, STRANGER)
+    else:
+        lock.symlink_to(tmp_path / ("mine" if what == "a link" else "nothing"))
+    with pytest.raises(EngineError, match=r"\.lock of the engine cache is not a plain file of yours; remove it$"):
+        cache.find_or_build(KEY, writing("one", []))
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_lock_is_never_emptied(root: Path) -> None:
+    root.mkdir()
+    lock = root / f"{cache.digest_of(KEY)}.lock"
+    lock.write_text("mine")
+    cache.find_or_build(KEY, writing("one", []))
+    assert lock.read_text() == "mine"
+
+
+# --- full disks ---------------------------------------------------------------------------------
+
+
+def compiler(error: BaseException) -> None:
+    try:
+        raise error
+    except BaseException as cause:
+        raise EngineError("cannot compile") from cause
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("/tmp/x.s: fatal error: error writing: No space left on device"),
+    ],
+)
+def test_a_full_disk_is_named(root: Path, error: Exception) -> None:
+    """Whoever says so, and however deep below the error that is told."""
+
+    def build(stage: Path) -> None:
+        (stage / "half").write_text("half")
+        compiler(error)
+
+    with pytest.raises(EngineError, match=f"^there is no space left in the engine cache {root}; free some, or set"):
+        cache.find_or_build(KEY, build)
+    assert [path.name for path in root.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.skipif(not ROOT or shutil.which("mount") is None, reason="only root can mount a small file system")
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", disk], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        monkeypatch.setenv("TGATE_CACHE", str(disk / "cache"))
+        with pytest.raises(EngineError, match="there is no space left in the engine cache"):
+            cache.find_or_build(KEY, writing("one" * (1 << 20), []))
+        assert [path.suffix for path in (disk / "cache").iterdir()] == [".lock"]
+        cache.find_or_build(KEY, writing("one", []))
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tgate_engine.errors import EngineError
+from tgate_engine.graph import GraphSpec, TensorSpec
 from tgate_runtime import cache
 from tgate_runtime.engines.protocol import OnBuild
 
 Keys = Mapping[str, Mapping[str, Any]]
 """What each graph's entry is made from, by the graph's file."""
+
+
+def interface_key(spec: GraphSpec) -> dict[str, Any]:
+    """What of a graph's spec shapes its entry: inputs and outputs in their order, which is that of their memory where
+    they are called by place, and the batches that it is compiled for."""
+
+    def listed(tensors: Sequence[TensorSpec]) -> list[list[Any]]:
+        return [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in tensors]
+
+    return {"inputs": listed(spec.inputs), "outputs": listed(spec.outputs), "batch": list(spec.batch)}
 
 
 def entries(keys: Keys, compile_into: Callable[[str, Path], None], on_build: OnBuild | None) -> dict[str, Path]:

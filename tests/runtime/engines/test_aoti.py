@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +18,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch._inductor import cpp_builder
+from torch._inductor.runtime import cache_dir_utils
 
 from tests.runtime.engines.small import Small, assert_close, random_inputs
 from tgate_engine.errors import EngineError
+from tgate_runtime.cache import digest_of
 from tgate_runtime.engines import aoti
 from tgate_runtime.engines.aoti import Aoti, AotiExecutable, TorchBuffer
 from tgate_runtime.engines.protocol import EngineOptions
@@ -37,7 +44,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("something was compiled")
 
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", refuse)
+    monkeypatch.setattr(torch._inductor, "aot_compile", refuse)
 
 
 def called(graph: AotiExecutable, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -90,15 +97,15 @@ def test_graphs_read_the_same_memory(loaded: dict[str, AotiExecutable]) -> None:
     assert len(reuse - full) <= 1  # a constant of its own at most
 
 
-def test_the_package_holds_no_weights(small: Small, loaded: dict[str, AotiExecutable]) -> None:
+def test_an_entry_holds_no_weights(small: Small, loaded: dict[str, AotiExecutable]) -> None:
     (entry,) = Aoti(EngineOptions()).build(small.bundle, [small.graphs["full"]]).values()
-    content = (entry / "graph.pt2").read_bytes()
+    content = (entry / "graph.so").read_bytes()
     for values in small.weights.values():
         assert values.tobytes()[:32] not in content
     assert sorted(file.name for file in entry.iterdir()) == [
         "constants.safetensors",
         "entry.json",
-        "graph.pt2",
+        "graph.so",
         "weights.json",
     ]
 
@@ -137,9 +144,9 @@ def test_a_damaged_entry_is_built_again(
     monkeypatch.setenv("TGATE_CACHE", str(tmp_path / "cache"))
     engine, decoder, text = Aoti(EngineOptions(threads=1)), small.graphs["decoder"], small.graphs["text"]
     (entry,) = engine.build(small.bundle, [decoder]).values()
-    raw = bytearray((entry / "graph.pt2").read_bytes())
+    raw = bytearray((entry / "graph.so").read_bytes())
     raw[len(raw) // 2] ^= 1
-    (entry / "graph.pt2").write_bytes(raw)
+    (entry / "graph.so").write_bytes(raw)
     heard: list[str] = []
     graphs = engine.load(small.bundle, [decoder, text], lambda *news: heard.append("{}/{} {}".format(*news)))
     assert heard == ["0/1 decoder", "1/1 decoder"]
@@ -166,6 +173,109 @@ def test_the_key_is_what_a_graph_is_compiled_from(small: Small, tmp_path: Path, 
     assert key(Small(tmp_path / "weights", seed=5)) == own
     others = [key(Small(tmp_path / "batch", batch=(1, 2))), key(small, precision="bf16")]
     assert [sorted(name for name in own if other[name] != own[name]) for other in others] == [["batch"], ["compute"]]
+
+
+def test_the_order_of_outputs_is_part_of_the_key(small: Small, shared_cache: Path) -> None:
+    """They are returned by place: a bundle that lists them in another order is another library."""
+    engine = Aoti(EngineOptions())
+    weights, spec = engine._weights(small.bundle), small.graphs["full"]
+    keys = [
+        engine._key(small.bundle, each, weights)
+        for each in (
+            spec,
+            replace(spec, outputs=spec.outputs[::-1]),
+            replace(spec, outputs=spec.outputs[:1]),
+            replace(spec, inputs=spec.inputs[::-1]),
+        )
+    ]
+    assert len({digest_of(key) for key in keys}) == len(keys)
+
+
+def test_the_graph_is_part_of_the_key_and_not_what_the_manifest_says_of_it(tmp_path: Path, shared_cache: Path) -> None:
+    """A bundle that is opened without checking digests could take, or leave, the entry of another."""
+    mine, theirs = Small(tmp_path / "mine"), Small(tmp_path / "theirs")
+    spec = mine.graphs["full"]
+    (tmp_path / "theirs" / spec.file).write_bytes((tmp_path / "mine" / "reuse.onnx").read_bytes())
+    assert mine.bundle.manifest.files == theirs.bundle.manifest.files
+    engine = Aoti(EngineOptions())
+    keys = [engine._key(of.bundle, spec, engine._weights(of.bundle)) for of in (mine, theirs)]
+    assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["graph"]
+
+
+@pytest.mark.parametrize("before", [None, "/somewhere"])
+def test_compilers_work_where_nobody_else_can_reach(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """By default it is /tmp/torchinductor_<user>, which a stranger can make first, and whose libraries are loaded."""
+    monkeypatch.setenv("TGATE_CACHE", str(tmp_path / "cache"))
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TMPDIR")
+    for name in names:
+        monkeypatch.setenv(name, before) if before else monkeypatch.delenv(name, raising=False)
+    seen: list[Path] = []
+
+    def look(*_: Any, options: dict[str, Any], **__: Any) -> list[str]:
+        seen.extend(map(Path, (cache_dir_utils.cache_dir(), cache_dir_utils.triton_cache_dir(0), os.environ["TMPDIR"])))
+        assert not options["aot_inductor.precompile_headers"]  # they lie where the environment does not reach
+        (seen[0] / "half").write_text("half")
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(torch._inductor, "aot_compile", look)
+    temporary = tempfile.gettempdir()
+    with pytest.raises(EngineError, match="out of luck"):
+        Aoti(EngineOptions()).load(small.bundle, [small.graphs["decoder"]])
+    stage, work = seen[0].parent, seen[0]
+    assert stage.parent == tmp_path / "cache"
+    assert seen == [work] * 3
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
+    assert [os.environ.get(name) for name in names] == [before] * 3
+    assert tempfile.gettempdir() == temporary
+
+
+FULL = """
+import sys
+from pathlib import Path
+from tests.runtime.engines.small import Small
+from tgate_engine.errors import EngineError
+from tgate_runtime.engines.aoti import Aoti
+from tgate_runtime.engines.protocol import EngineOptions
+
+small = Small(Path(sys.argv[1]))
+try:
+    Aoti(EngineOptions(threads=1)).build(small.bundle, [small.graphs["decoder"]])
+except EngineError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """An archive's writer used to end the process. The compilers find no space either, and write nowhere else."""
+    disk, temporary = tmp_path / "disk", tmp_path / "temporary"
+    disk.mkdir()
+    temporary.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "none", disk], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", FULL, str(tmp_path / "bundle")],
+            env={
+                **os.environ,
+                "TGATE_CACHE": str(disk / "cache"),
+                "TMPDIR": str(temporary),
+                "TORCHINDUCTOR_VEC_ISA_OK": "1",  # not tried out, which takes several compilations
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.startswith(f"there is no space left in the engine cache {disk / 'cache'}; free some")
+        assert ended.stdout.count("\n") == 1
+        assert [path.suffix for path in (disk / "cache").iterdir()] == [".lock"]
+        assert list(temporary.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 # --- what it refuses ----------------------------------------------------------------------------
@@ -227,7 +337,7 @@ def test_what_pytorch_cannot_compile_is_one_line(small: Small, tmp_path: Path, m
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("\n\nout of luck\nand a long trace")
 
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    monkeypatch.setattr(torch._inductor, "aot_compile", fail)
     with pytest.raises(EngineError, match=r"cannot compile decoder\.onnx: RuntimeError: out of luck$"):
         Aoti(EngineOptions()).load(small.bundle, [small.graphs["decoder"]])
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tgate_engine.errors import EngineError
+from tgate_engine.graph import DENOISE, GraphSpec, Macs, TensorSpec
 from tgate_runtime import cache
-from tgate_runtime.engines.compiled import entries, ready_entries
+from tgate_runtime.engines.compiled import entries, interface_key, ready_entries
 
 KEYS = {"a/full.onnx": {"graph": "1"}, "b/full.onnx": {"graph": "2"}, "text.onnx": {"graph": "3"}}
 
@@ -66,3 +69,19 @@ def test_a_fault_stops_and_leaves_what_was_made() -> None:
     with pytest.raises(EngineError, match="cannot compile"):
         entries(KEYS, fail, None)
     assert [cache.find(key) is None for key in KEYS.values()] == [False, True, True]
+
+
+def test_a_key_holds_the_whole_interface() -> None:
+    """Whatever is changed of an input or an output, their order too, another entry is looked for."""
+    x, y = (TensorSpec(name=name, dtype="float32", shape=("batch", 3)) for name in "xy")
+    spec = GraphSpec(
+        file="a.onnx", role=DENOISE, batch=(1, 2), inputs=(x, y), outputs=(x, y), macs=Macs(paper=0, all=0)
+    )
+    others = [replace(spec, batch=(1, 3))]
+    for change in ((y, x), (x,), *((x, replace(y, **{f: v})) for f, v in CHANGES.items())):
+        others += [replace(spec, inputs=change), replace(spec, outputs=change)]
+    keys = [cache.digest_of(interface_key(each)) for each in (spec, *others)]
+    assert len(set(keys)) == len(keys)
+
+
+CHANGES: dict[str, Any] = {"name": "z", "dtype": "float16", "shape": ("batch", 4)}

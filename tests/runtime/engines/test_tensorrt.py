@@ -30,7 +30,7 @@ pytest.importorskip("polygraphy")
 pytest.importorskip("cuda.bindings")
 trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds without a GPU, TensorRT does not")
 
-from tgate_runtime.engines.tensorrt import TensorRt, check_tensors, cuda  # noqa: E402
+from tgate_runtime.engines.tensorrt import TensorRt, check_tensors, cuda, make_runtime  # noqa: E402
 from tgate_runtime.engines.tensorrt.build import RTX  # noqa: E402
 
 pytestmark = [
@@ -69,6 +69,9 @@ def test_the_key_says_what_an_engine_is_made_from(small: Small) -> None:
     assert shared["weights"] == ""
     assert shared["architecture"] == "portable"
     assert shared["batch"] == list(spec.batch)
+    turned = replace(spec, inputs=spec.inputs[::-1], outputs=spec.outputs[::-1])
+    other = TensorRt(SHARED).key(small.bundle, turned)
+    assert [name for name in shared if shared[name] != other[name]] == ["inputs", "outputs"]
     assert trt.__version__ in shared["engine"]
     fast = TensorRt(EngineOptions(memory="fast", architecture="sm_89")).key(small.bundle, spec)
     assert fast["weights"] == small.bundle.manifest.files[WEIGHTS].sha256
@@ -85,6 +88,13 @@ def test_another_recipe_is_another_engine(small: Small, monkeypatch: pytest.Monk
     assert digest_of(TensorRt(SHARED).key(small.bundle, spec)) == before
     monkeypatch.setattr(f"tgate_runtime.engines.tensorrt.{what}", other)
     assert digest_of(TensorRt(SHARED).key(small.bundle, spec)) != before
+
+
+def test_nothing_is_unpacked_where_others_could_reach_it() -> None:
+    kinds = trt.TempfileControlFlag
+    flags = make_runtime().tempfile_control_flags
+    assert flags & 1 << int(kinds.ALLOW_IN_MEMORY_FILES)
+    assert not flags & 1 << int(kinds.ALLOW_TEMPORARY_FILES)
 
 
 @without_gpu

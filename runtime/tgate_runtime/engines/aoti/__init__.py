@@ -7,11 +7,14 @@ with the machine's C++ compiler, and found again in the cache of :mod:`tgate_run
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import tempfile
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from tgate_engine.bundle import Bundle
+from tgate_engine.atomic import remove_tree
+from tgate_engine.bundle import Bundle, sha256_of
 from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import DENOISE, GraphSpec
@@ -33,7 +37,7 @@ from tgate_engine.underway import without_python
 from tgate_runtime.engines.aoti import graph as graph_code
 from tgate_runtime.engines.aoti import operators as operator_code
 from tgate_runtime.engines.aoti.graph import OnnxModule, Weights, trace
-from tgate_runtime.engines.compiled import entries, ready_entries
+from tgate_runtime.engines.compiled import entries, interface_key, ready_entries
 from tgate_runtime.engines.protocol import Buffer, EngineOptions, OnBuild, check_buffers, fitted, matched, row_shape
 
 _TORCH_DTYPE = {dtype.short: getattr(torch, name) for name, dtype in DTYPES.items()}
@@ -44,6 +48,11 @@ _FLAGS: dict[str, Any] = {
     "joint_graph_constant_folding": False,
     # Otherwise the number of threads at the time of compiling would be written into the kernels.
     "cpp.dynamic_threads": True,
+    # What is compiled becomes files, not an archive: its writer ends the process where a disk is full, and its reader
+    # unpacks a library to /tmp each time.
+    "aot_inductor.package": True,
+    # They lie below /tmp, in a directory of a name that anybody can guess, and would be code of whoever made it first.
+    "aot_inductor.precompile_headers": False,
 }
 # They only save time while compiling, and not every version of PyTorch knows each, which it would raise.
 _HASTE: dict[str, Any] = {
@@ -51,7 +60,9 @@ _HASTE: dict[str, Any] = {
     "aot_inductor.compile_wrapper_opt_level": "O0",
     "aot_inductor.enable_line_tables": False,
 }
-_PACKAGE, _CONSTANTS, _NAMES = "graph.pt2", "constants.safetensors", "weights.json"
+_LIBRARY, _CONSTANTS, _NAMES = "graph.so", "constants.safetensors", "weights.json"
+_COMPILING = threading.Lock()
+"""Inductor asks the process's environment where to work."""
 
 
 class TorchBuffer:
@@ -105,7 +116,7 @@ class _AotiCall:
     def __call__(self) -> None:
         try:
             with without_python():  # the loader keeps Python's lock
-                results = self._graph.loader.boxed_run([_aligned(tensor) for tensor in self._inputs])
+                results = self._graph.library.run([_aligned(tensor) for tensor in self._inputs])
             for buffer, result in zip(self._outputs, results, strict=True):
                 if buffer is not None:
                     buffer.copy_(result)
@@ -129,9 +140,9 @@ def _wait_for(device: torch.device) -> None:
 class AotiExecutable:
     """A :class:`~tgate_runtime.engines.protocol.Executable`: a loaded library, and the constants that it reads."""
 
-    def __init__(self, spec: GraphSpec, loader: Any, constants: dict[str, Any]) -> None:
+    def __init__(self, spec: GraphSpec, library: Any, constants: dict[str, Any]) -> None:
         self.spec = spec
-        self.loader = loader
+        self.library = library
         self.constants = constants  # the library holds addresses; this holds the memory
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> _AotiCall:
@@ -202,10 +213,9 @@ class Aoti:
             "translation": _translation(),
             "torch": self.version,
             "device": _device_key(self.device),
-            "graph": bundle.manifest.files[spec.file].sha256,
+            "graph": sha256_of(bundle.file(spec.file)),  # what is compiled, whatever the manifest says of it
             "weights": hashlib.sha256(structure).hexdigest(),
-            "inputs": [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in spec.inputs],
-            "batch": list(spec.batch),
+            **interface_key(spec),
             "compute": str(self._compute(bundle, spec)),
             "flags": self.flags(),
         }
@@ -238,43 +248,87 @@ class Aoti:
     def _compile(self, bundle: Bundle, spec: GraphSpec, weights: Weights, directory: Path) -> None:
         _check_compiler()
         module = OnnxModule(bundle.file(spec.file), spec, weights, self._compute(bundle, spec))
+        work = directory / "work"
+        work.mkdir(0o700)
         try:
-            with warnings.catch_warnings(), torch.no_grad():
+            with warnings.catch_warnings(), torch.no_grad(), _working_in(work):
                 warnings.simplefilter("ignore")
                 program = trace(module, self.device)
-                torch._inductor.aoti_compile_and_package(
-                    program, package_path=str(directory / _PACKAGE), inductor_configs=self.flags()
+                arguments, named = program.example_inputs
+                files = torch._inductor.aot_compile(
+                    program.module(check_guards=False), arguments, named, options=self.flags()
                 )
+                _keep(files, directory)
         except EngineError:
             raise
         except Exception as error:  # PyTorch raises many kinds
             raise EngineError(
                 f"AOTInductor of PyTorch {self.version} cannot compile {spec.file}: {_first_line(error)}"
             ) from error
+        finally:
+            remove_tree(work)
         constants = {name: tensor for name, tensor in module.named_buffers() if name not in module.weight_names}
-        save_file({name: tensor.cpu() for name, tensor in constants.items()}, directory / _CONSTANTS)
+        # Written here: safetensors has classes of its own for what goes wrong with a disk.
+        (directory / _CONSTANTS).write_bytes(save({name: tensor.cpu() for name, tensor in constants.items()}))
         (directory / _NAMES).write_text(json.dumps(module.weight_names))
 
     def _load(self, bundle: Bundle, spec: GraphSpec, weights: Weights, entry: Path) -> AotiExecutable:
         compute = self._compute(bundle, spec)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = torch._inductor.aoti_load_package(
-                    str(entry / _PACKAGE), device_index=-1 if self.device.index is None else self.device.index
-                )
+            library = self._open(entry)
             constants = {name: t.to(self.device) for name, t in load_file(entry / _CONSTANTS).items()}
             names = json.loads((entry / _NAMES).read_text())
             for name, (stored, narrow) in names.items():
                 constants[name] = weights.tensor(stored, compute if narrow else None)
-            used = {name: constants[name] for name in model.get_constant_fqns()}
+            used = {own: constants[name] for own, name in library.get_constant_names_to_original_fqns().items()}
             # The library takes the addresses; with user_managed=False it would copy every tensor.
-            model.load_constants(used, check_full_update=True, user_managed=True)
+            library.update_constant_buffer(used, use_inactive=False, validate_full_updates=True, user_managed=True)
         except Exception as error:
             raise EngineError(
                 f"AOTInductor of PyTorch {self.version} cannot load {spec.file}: {_first_line(error)}"
             ) from error
-        return AotiExecutable(spec, model.loader, used)
+        return AotiExecutable(spec, library, used)
+
+    def _open(self, entry: Path) -> Any:
+        """The library of an entry, loaded from where it lies, with the kernels for a GPU that lie beside it."""
+        runners, path = torch._C._aoti, str(entry / _LIBRARY)
+        if self.device.type == "cpu":
+            return runners.AOTIModelContainerRunnerCpu(path, 1)
+        return runners.AOTIModelContainerRunnerCuda(path, 1, str(self.device), str(entry))
+
+
+@contextlib.contextmanager
+def _working_in(directory: Path) -> Iterator[None]:
+    """Have Inductor, Triton and the compilers that they call keep their files there, and forget them afterwards.
+
+    By default that is a directory of a name that anybody can guess, from which code is loaded. One thread at a time.
+    """
+    tempfile.gettempdir()  # or Python would take this for its own, and go on to when it is gone
+    there = {name: str(directory) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TMPDIR")}
+    with _COMPILING:
+        before = {name: os.environ.get(name) for name in there}
+        os.environ.update(there)
+        torch._inductor.utils.clear_caches()  # what this process remembers lies in directories that are gone
+        try:
+            yield
+        finally:
+            torch._inductor.utils.clear_caches()
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def _keep(files: Sequence[str], directory: Path) -> None:
+    """Move what a graph needs to run, of what was made of it, into ``directory``: the library, and the kernels for a
+    GPU that it looks for beside it, by the names that they have."""
+    paths = [Path(file) for file in files]
+    (library,) = (path for path in paths if path.suffix == ".so")
+    library.rename(directory / _LIBRARY)
+    for path in paths:
+        if path.suffix not in (".so", ".cpp", ".json"):
+            path.rename(directory / path.name)
 
 
 def _translation() -> str:

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from tgate_engine.bundle import Bundle
+from tgate_engine.bundle import Bundle, sha256_of
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import GraphSpec, TensorSpec
-from tgate_runtime.engines.compiled import entries, ready_entries
+from tgate_runtime.engines.compiled import entries, interface_key, ready_entries
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers, check_interface
 from tgate_runtime.engines.tensorrt.build import (
     POLYGRAPHY,
@@ -180,7 +180,7 @@ class _Device:
     def __init__(self, number: int) -> None:
         self.stream = Stream(number)
         self.lock = threading.Lock()
-        self.runtime = trt.Runtime(polygraphy.get_trt_logger())
+        self.runtime = make_runtime()
         self.scratch = DeviceMemory(0, number)
         self.weights = DeviceMemory(0, number)
         self._spare: dict[tuple[str, tuple[int, ...], str], DeviceBuffer] = {}
@@ -298,10 +298,10 @@ class TensorRt:
             "polygraphy": POLYGRAPHY,
             "recipe": RECIPE,
             "flags": flags(self.options),
-            "graph": files[spec.file].sha256,
+            "graph": sha256_of(bundle.file(spec.file)),  # what is compiled, whatever the manifest says of it
             "weights": files[bundle.manifest.weights].sha256 if fast and bundle.manifest.weights else "",
             "architecture": (self.options.architecture or "portable") if RTX else architecture(self.options.device),
-            "batch": list(spec.batch),
+            **interface_key(spec),
             "memory": self.options.memory,
         }
 
@@ -318,6 +318,13 @@ class TensorRt:
                 missing = ", ".join(refitter.get_missing_weights()[:4]) or "no reason given"
                 raise EngineError(f"TensorRT cannot refit {model.name} from the bundle's weights: {log.take(missing)}")
         return engine
+
+
+def make_runtime() -> Any:
+    """TensorRT's runtime. What it has to unpack in order to load stays in memory, out of shared directories."""
+    runtime = trt.Runtime(polygraphy.get_trt_logger())
+    runtime.tempfile_control_flags = 1 << int(trt.TempfileControlFlag.ALLOW_IN_MEMORY_FILES)
+    return runtime
 
 
 def check_tensors(engine: Any, spec: GraphSpec, weights: set[str]) -> None:

@@ -152,7 +152,7 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"it has no manifest\.json"):
         Bundle.open(tmp_path)
     (tmp_path / MANIFEST_FILE).mkdir()
-    with pytest.raises(BundleError, match="is a directory"):
+    with pytest.raises(BundleError, match="it is not a plain file"):
         Bundle.open(tmp_path)
 
 

@@ -347,7 +347,7 @@ def test_json_that_is_no_plan(graphs: Mapping[str, GraphSpec], tmp_path: Path, e
         Plan.from_json(data)
     assert "\n" not in str(error.value)
     (tmp_path / "plan.json").write_text(json.dumps(data))
-    with pytest.raises(PlanError, match=r"plan\.json: "):
+    with pytest.raises(PlanError, match=r"plan\.json"):
         Plan.load(tmp_path / "plan.json")
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from tgate_engine.atomic import write_atomically
 from tgate_engine.errors import BundleError, PlanError
@@ -128,7 +128,7 @@ class Bundle:
         return sum(f.bytes for f in self.manifest.files.values()) + (self.path / MANIFEST_FILE).stat().st_size
 
     @contextmanager
-    def _opened(self, name: str) -> Iterator[BinaryIO]:
+    def _opened(self, name: str) -> Iterator[BufferedReader]:
         """A listed file, open. Raises :class:`BundleError` where there is no plain file of that name, or reading
         fails."""
         try:

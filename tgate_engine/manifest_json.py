@@ -64,7 +64,7 @@ def parse_manifest(text: str | bytes) -> Manifest:
     if len(text) > MOST_BYTES:
         raise BundleError(f"{MANIFEST_FILE} holds more than {MOST_BYTES} bytes, which no manifest does")
     try:
-        data = parse_json(text)
+        data = parse_json(text, infinity=True)  # in the scheduler; no field of ours takes it
     except ValueError as error:
         raise BundleError(f"{MANIFEST_FILE} is not JSON ({error}); the bundle is damaged: export it again") from None
     if not isinstance(data, dict):

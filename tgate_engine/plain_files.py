@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import stat
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+
+from tgate_engine.errors import BundleError
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC
 
@@ -37,7 +40,7 @@ class FileState:
 
 
 @contextmanager
-def open_inside(root: Path, name: str) -> Iterator[BinaryIO]:
+def open_inside(root: Path, name: str) -> Iterator[BufferedReader]:
     """The plain file ``name`` below ``root``, for reading. No part of ``name`` may be a link; ``root`` may.
 
     ``name``: parts between slashes, none of them ``..`` (see :func:`tgate_engine.reader.check_name`). Raises
@@ -58,13 +61,13 @@ def open_inside(root: Path, name: str) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def open_plain(path: Path) -> Iterator[BinaryIO]:
+def open_plain(path: Path) -> Iterator[BufferedReader]:
     """The plain file that ``path`` leads to, for reading. Raises :class:`OSError`, also for what is no plain file."""
     with _plain(os.open(path, _FLAGS | os.O_NONBLOCK)) as file:
         yield file
 
 
-def read_most(file: BinaryIO, most_bytes: int) -> bytes:
+def read_most(file: BufferedReader, most_bytes: int) -> bytes:
     """All of a file. Raises :class:`OSError` where that is more than ``most_bytes``."""
     content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
@@ -72,12 +75,38 @@ def read_most(file: BinaryIO, most_bytes: int) -> bytes:
     return content
 
 
-def state_of(file: BinaryIO) -> FileState:
+def state_of(file: BufferedReader) -> FileState:
     """The state of an open file."""
     return FileState.of(os.fstat(file.fileno()))
 
 
-def _plain(handle: int) -> BinaryIO:
+class Watched:
+    """A file kept open, to see whether somebody writes to it. Thread-safe; closed when it is dropped.
+
+    What takes its name does not matter: who mapped it has the old file's pages.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises :class:`OSError` where it cannot be opened."""
+        self._path = path
+        self._handle = os.open(path, _FLAGS | os.O_NOFOLLOW | os.O_NONBLOCK)
+        weakref.finalize(self, os.close, self._handle)
+        self._content = self._look()
+
+    def check(self) -> None:
+        """Raises :class:`BundleError` where it has another size than at first, or was written to."""
+        if self._look() != self._content:
+            raise BundleError(
+                f"{self._path} was changed while it was in use, so nothing that is made of it can be trusted; "
+                "restore it and open the bundle again"
+            )
+
+    def _look(self) -> tuple[int, int]:
+        found = os.fstat(self._handle)
+        return found.st_size, found.st_mtime_ns
+
+
+def _plain(handle: int) -> BufferedReader:
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError("it is not a plain file")

@@ -23,9 +23,10 @@ LARGEST_NUMBER = 3.4028234663852886e38
 """The largest number that float32 holds: everything that is read as a number ends in it."""
 
 
-def parse_json(text: bytes | str) -> Any:
+def parse_json(text: bytes | str, *, infinity: bool = False) -> Any:
     """The value of a JSON text, in UTF-8, that means one thing to everybody.
 
+    ``infinity``: whether it may hold Infinity, which JSON has not, but diffusers' configurations of samplers have.
     Raises :class:`ValueError` in one line for a text that is none, for a key that an object has twice, and for numbers
     that are not finite or, whole, not of 64 bits.
     """
@@ -35,7 +36,7 @@ def parse_json(text: bytes | str) -> Any:
             object_pairs_hook=_object,
             parse_int=_whole,
             parse_float=_finite,
-            parse_constant=_constant,
+            parse_constant=_infinity if infinity else _constant,
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -64,6 +65,10 @@ def _finite(digits: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{digits:.20} is beyond every number")
     return number
+
+
+def _infinity(name: str) -> float:
+    return float(name) if name != "NaN" else _constant(name)
 
 
 def _constant(name: str) -> float:
@@ -161,10 +166,11 @@ class Reader:
                 return choice
         raise BundleError(f"{self.where}.{key}: expected one of {', '.join(choices)}, got {value!r:.60}")
 
-    def whole_tuple(self, key: str, most: int = LARGEST_WHOLE) -> tuple[int, ...]:
+    def whole_tuple(self, key: str, most: int = LARGEST_WHOLE, *, least: int = 1) -> tuple[int, ...]:
         values = self.get(key, list)
-        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values):
-            raise BundleError(f"{self.where}.{key}: expected positive whole numbers, got {values!r:.60}")
+        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
+            kind = "positive whole numbers" if least == 1 else f"whole numbers of at least {least}"
+            raise BundleError(f"{self.where}.{key}: expected {kind}, got {values!r:.60}")
         if any(v > most for v in values):
             raise BundleError(f"{self.where}.{key}: expected numbers of at most {most}, got {values!r:.60}")
         return tuple(values)
@@ -185,7 +191,7 @@ class Reader:
 
     def named(self, key: str, most: int = LARGEST_WHOLE) -> dict[str, Any]:
         """An object whose keys are names that the bundle chose."""
-        values = self._at_most(most, key, self.get(key, dict))
+        values: dict[str, Any] = self._at_most(most, key, self.get(key, dict))
         if odd := [name for name in values if not is_word(name)]:
             raise BundleError(f"{self.where}.{key}: {_WORD}, got {odd[0]!r:.60}")
         return values

@@ -224,6 +224,7 @@ def fake_engine(
     (folder / WEIGHTS).write_bytes(content.tobytes())
     bundle: Any = SimpleNamespace(manifest=SimpleNamespace(weights=WEIGHTS), file=lambda name: folder / name)
     stand_in = _Engine(dict.fromkeys(("x", "w", "b", "y", "spare"), trt.DataType.FLOAT), gpu)
+    monkeypatch.setattr("tgate_runtime.engines.tensorrt.read_graphs", lambda *_: {})
     monkeypatch.setattr(TensorRt, "build", lambda *_: {"g.onnx": folder})
     monkeypatch.setattr(TensorRt, "_engine", lambda *_: stand_in)
     monkeypatch.setattr(trt, "Runtime", MagicMock())

@@ -55,7 +55,7 @@ class Bundle:
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists. Raises :class:`BundleError` for any other name."""
         if name not in self.manifest.files:
-            raise BundleError(f"{self.path}: the manifest lists no file {name!r}; export the bundle again")
+            raise BundleError(f"{self.path}: the manifest lists no file {name!r:.60}; export the bundle again")
         return self.path / check_name(name)
 
     def read(self, name: str) -> bytes:

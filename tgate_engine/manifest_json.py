@@ -230,9 +230,9 @@ def _golden(r: Reader) -> Golden:
     plan = r.get("plan", (dict, type(None)))
     return Golden(
         file=r.name("file"),
-        size=r.text("size"),
+        size=r.word("size"),
         tolerance=r.number("tolerance"),
-        graph=r.text("graph"),
+        graph=r.word("graph") if r.text("graph") else "",
         plan=None if plan is None else Plan.from_json(plan),
         oracle=r.text("oracle"),
     )
@@ -258,7 +258,7 @@ def _manifest(r: Reader) -> Manifest:
         fps=r.whole("fps", 0, _MOST_SIZE),
         guidance=r.choice("guidance", GUIDANCE),
         guidance_scale=r.number("guidance_scale"),
-        guidance_rescale=r.number("guidance_rescale"),
+        guidance_rescale=r.number("guidance_rescale", 0, 1),
         clip_skip=r.whole("clip_skip"),
         zero_negative=r.flag("zero_negative"),
         weights=r.name("weights") if r.text("weights") else "",

@@ -95,11 +95,12 @@ def unique(names: Iterable[str], where: str) -> None:
 
 def check_name(name: str) -> str:
     """``name`` if it is a plain relative name inside a bundle, such as ``tokenizer/0.json``; else BundleError."""
-    if not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
-        raise BundleError(f"file name {name!r} is not a plain name inside the bundle; the bundle is not trustworthy")
+    if len(name) > MOST_LETTERS or not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
+        raise BundleError(f"file name {name!r:.60} is not a plain name inside the bundle; the bundle is not trustworthy")
     return name
 
 
+_MOST_TEXT = 4096
 _WORD = f"expected a name of 1 to {MOST_LETTERS} printable characters"
 
 
@@ -123,7 +124,10 @@ class Reader:
         return value
 
     def text(self, key: str) -> str:
-        return str(self.get(key, str))
+        value = str(self.get(key, str))
+        if len(value) > _MOST_TEXT:
+            raise BundleError(f"{self.where}.{key}: expected at most {_MOST_TEXT} characters, got {len(value)}")
+        return value
 
     def word(self, key: str) -> str:
         """A name, see :func:`is_word`."""
@@ -140,8 +144,11 @@ class Reader:
             raise BundleError(f"{self.where}.{key}: expected at most {most}, got {value}; export the bundle again")
         return value
 
-    def number(self, key: str) -> float:
-        return self.finite(key, self.get(key, (int, float)))
+    def number(self, key: str, least: float = -LARGEST_NUMBER, most: float = LARGEST_NUMBER) -> float:
+        number = self.finite(key, self.get(key, (int, float)))
+        if not least <= number <= most:
+            raise BundleError(f"{self.where}.{key}: expected {least} to {most}, got {number}; export the bundle again")
+        return number
 
     def finite(self, key: str, value: Any) -> float:
         """``value`` as a float that float32 can hold."""

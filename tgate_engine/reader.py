@@ -96,7 +96,9 @@ def unique(names: Iterable[str], where: str) -> None:
 def check_name(name: str) -> str:
     """``name`` if it is a plain relative name inside a bundle, such as ``tokenizer/0.json``; else BundleError."""
     if len(name) > MOST_LETTERS or not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
-        raise BundleError(f"file name {name!r:.60} is not a plain name inside the bundle; the bundle is not trustworthy")
+        raise BundleError(
+            f"file name {name!r:.60} is not a plain name inside the bundle; the bundle is not trustworthy"
+        )
     return name
 
 

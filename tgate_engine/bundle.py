@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from io import BufferedReader
 from pathlib import Path
 
 from tgate_engine.atomic import is_half_written, locked, write_atomically
 from tgate_engine.errors import BundleError, PlanError
+from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import MANIFEST_FILE, FileDigest, Manifest
-from tgate_engine.manifest_json import dump_manifest, parse_manifest
+from tgate_engine.manifest_json import MOST_BYTES, dump_manifest, parse_manifest
+from tgate_engine.plain_files import FileState, open_inside, read_most, state_of
 from tgate_engine.plan import Plan
 from tgate_engine.reader import check_name
+
+MOST_READ_BYTES = 1 << 31
+"""How much of a file :meth:`Bundle.read` takes into memory; goldens of long videos hold hundreds of megabytes."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle's directory and its manifest. Nothing of it is in memory but the manifest."""
+    """A bundle's directory and its manifest. Nothing of it is in memory but the manifest.
+
+    ``states``: which file each name led to when it was checked; empty for a bundle that was not opened by :meth:`open`.
+    """
 
     path: Path
     manifest: Manifest
+    states: Mapping[str, FileState] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def open(path: str | os.PathLike[str], *, check_digests: bool = True) -> Bundle:
@@ -33,53 +44,68 @@ class Bundle:
         root = Path(path)
         if not root.is_dir():
             raise BundleError(f"{root} is not a bundle: there is no such directory. Make one with `tgate-export`.")
-        file = root / MANIFEST_FILE
-        try:
-            manifest = parse_manifest(file.read_bytes())
-        except FileNotFoundError:
-            raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_FILE}") from None
-        except IsADirectoryError:
-            raise BundleError(f"{root} is not a bundle: {MANIFEST_FILE} is a directory") from None
+        manifest = parse_manifest(_read_manifest(root))
         bundle = Bundle(root, manifest)
         bundle._check_references()
-        bundle.check_files(digests=check_digests)
+        bundle = replace(bundle, states=bundle.check_files(digests=check_digests))
         bundle._check_plans(manifest.plans)
+        bundle._check_shapes()
         return bundle
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists. Raises :class:`BundleError` for any other name."""
         if name not in self.manifest.files:
-            raise BundleError(f"{self.path}: the manifest lists no file {name!r}; export the bundle again")
+            raise BundleError(f"{self.path}: the manifest lists no file {name!r:.60}; export the bundle again")
         return self.path / check_name(name)
 
-    def check_files(self, *, digests: bool = True) -> None:
-        """Every listed file is there, a plain file, of its size and, with ``digests``, its SHA-256."""
-        for name, want in self.manifest.files.items():
-            path = self.file(name)
-            if not path.is_file() or path.resolve() != self.path.resolve() / name:
-                raise BundleError(
-                    f"{self.path}: {name} is missing or not a plain file; copy or export the bundle again"
-                )
-            got = path.stat().st_size
-            if got != want.bytes:
-                raise BundleError(
-                    f"{self.path}: {name} holds {got} bytes, the manifest says {want.bytes}; "
-                    "the bundle is damaged: copy or export it again"
-                )
-        if not digests:
-            return
-        with ThreadPoolExecutor() as pool:
-            hashes = pool.map(sha256_of, [self.file(name) for name in self.manifest.files])
-            for (name, want), got_digest in zip(self.manifest.files.items(), hashes, strict=True):
-                if got_digest != want.sha256:
-                    raise BundleError(
-                        f"{self.path}: {name} has SHA-256 {got_digest[:16]}…, the manifest says {want.sha256[:16]}…; "
-                        "the bundle is damaged: copy or export it again"
-                    )
+    def read(self, name: str) -> bytes:
+        """A listed file whole, of the size and the SHA-256 that the manifest says, however the bundle was opened.
+
+        Raises :class:`BundleError` for anything else.
+        """
+        self.file(name)
+        want = self.manifest.files[name]
+        with self._opened(name) as file:
+            self._check_size(name, state_of(file))
+            content = read_most(file, MOST_READ_BYTES)
+        self._check_digest(name, hashlib.sha256(content).hexdigest())
+        if len(content) != want.bytes:
+            raise BundleError(self._changed(name))
+        return content
+
+    def check_files(self, *, digests: bool = True) -> dict[str, FileState]:
+        """Every listed file is there, a plain file, of its size and, with ``digests``, its SHA-256; their states.
+
+        A file is hashed through the descriptor that is asked for its state.
+        """
+        states: dict[str, FileState] = {}
+        for name in self.manifest.files:
+            with self._opened(name) as file:
+                states[name] = state_of(file)
+            self._check_size(name, states[name])
+        if digests:
+            with ThreadPoolExecutor() as pool:
+                hashed = pool.map(self._hashed, self.manifest.files)
+                for (name, state), (digest, before, after) in zip(states.items(), hashed, strict=True):
+                    self._check_digest(name, digest)
+                    if not state == before == after:
+                        raise BundleError(self._changed(name))
+        return states
+
+    def check_unchanged(self, names: Iterable[str]) -> None:
+        """Every name leads to the file that it led to when it was checked, and nobody has written to it since.
+
+        An engine that opens files by their names has so read what was checked. Raises :class:`BundleError`.
+        """
+        for name in names:
+            if name in self.states:
+                with self._opened(name) as file:
+                    if state_of(file) != self.states[name]:
+                        raise BundleError(self._changed(name))
 
     def with_plans(self, plans: Mapping[str, Plan]) -> Bundle:
         """The bundle with more plans, in memory alone; each is checked. Raises :class:`PlanError`."""
-        bundle = Bundle(self.path, replace(self.manifest, plans={**self.manifest.plans, **plans}))
+        bundle = replace(self, manifest=replace(self.manifest, plans={**self.manifest.plans, **plans}))
         bundle._check_plans(plans)
         return bundle
 
@@ -110,6 +136,44 @@ class Bundle:
         """The size of all files on disk, the manifest included."""
         return sum(f.bytes for f in self.manifest.files.values()) + (self.path / MANIFEST_FILE).stat().st_size
 
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[BufferedReader]:
+        """A listed file, open. Raises :class:`BundleError` where there is no plain file of that name, or reading
+        fails."""
+        try:
+            with open_inside(self.path, check_name(name)) as file:
+                yield file
+        except OSError as error:
+            raise BundleError(
+                f"{self.path}: {name} is missing or not a plain file ({error.strerror or error}); copy or export the "
+                "bundle again"
+            ) from None
+
+    def _hashed(self, name: str) -> tuple[str, FileState, FileState]:
+        """A file's SHA-256, and its states before and after it was read."""
+        with self._opened(name) as file:
+            before = state_of(file)
+            return hashlib.file_digest(file, "sha256").hexdigest(), before, state_of(file)
+
+    def _check_size(self, name: str, state: FileState) -> None:
+        want = self.manifest.files[name].bytes
+        if state.bytes != want:
+            raise BundleError(
+                f"{self.path}: {name} holds {state.bytes} bytes, the manifest says {want}; "
+                "the bundle is damaged: copy or export it again"
+            )
+
+    def _check_digest(self, name: str, digest: str) -> None:
+        want = self.manifest.files[name].sha256
+        if digest != want:
+            raise BundleError(
+                f"{self.path}: {name} has SHA-256 {digest[:16]}…, the manifest says {want[:16]}…; "
+                "the bundle is damaged: copy or export it again"
+            )
+
+    def _changed(self, name: str) -> str:
+        return f"{self.path}: {name} was changed after it was checked; open the bundle again"
+
     def _check_references(self) -> None:
         m = self.manifest
         for name in [
@@ -129,6 +193,18 @@ class Bundle:
             elif golden.graph not in graphs:
                 raise BundleError(f"{self.path}: golden {name} names graph {golden.graph!r}, which is not there")
 
+    def _check_shapes(self) -> None:
+        """What is looked up by a name is there once: a shape by its size and batch, a graph by its file."""
+        shapes: set[tuple[str, tuple[int, int]]] = set()
+        graphs: dict[str, GraphSpec] = {}
+        for shape in self.manifest.shapes:
+            if (shape.size, shape.batch) in shapes:
+                raise BundleError(f"{self.path}: there are two shapes {shape.size} of batch {list(shape.batch)}")
+            shapes.add((shape.size, shape.batch))
+            for spec in shape.graphs.values():
+                if graphs.setdefault(spec.file, spec) != spec:
+                    raise BundleError(f"{self.path}: {spec.file} is described twice, and differently")
+
     def _check_plans(self, plans: Mapping[str, Plan]) -> None:
         for name, plan in plans.items():
             if plan.name != name:
@@ -146,6 +222,18 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hex; read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_manifest(root: Path) -> bytes:
+    try:
+        with open_inside(root, MANIFEST_FILE) as file:
+            return read_most(file, MOST_BYTES)
+    except FileNotFoundError:
+        raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_FILE}") from None
+    except OSError as error:
+        raise BundleError(
+            f"{root} is not a bundle: {MANIFEST_FILE} cannot be read as a plain file ({error.strerror or error})"
+        ) from None
 
 
 def digests_of(root: Path) -> dict[str, FileDigest]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -26,22 +28,44 @@ from tgate_engine.manifest import (
     Tokenizer,
 )
 from tgate_engine.plan import Plan
-from tgate_engine.reader import Reader, check_name
+from tgate_engine.reader import Reader, check_name, parse_json, unique
 from tgate_engine.sampler import Fact, check_facts
+
+MOST_BYTES = 32 << 20
+"""How large a manifest may be. A plan of 50 steps over SDXL's 140 carries takes some 60 KB, so this is hundreds of
+them; and reading what is all brackets, the worst there is, takes some twenty times this in memory."""
+_MOST_FILES = 10_000
+_MOST_SHAPES = 64
+_MOST_PLANS = 1000
+_MOST_TENSORS = 1024  # of a graph, a way: SDXL's have 150
+_MOST_SIZE = 1 << 16  # pixels of a side, frames, images in a call
+_MOST_ROWS = 1 << 20  # tokens of a prompt
+_MOST_RANK = 8
+_MOST_TENSOR_BYTES = 1 << 40
+_MOST_DEPTH = 16  # of the scheduler's configuration, which is nobody's but diffusers'
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def dump_manifest(manifest: Manifest) -> str:
-    """The manifest as JSON text, with ``digest``: SHA-256 over its own content, so that damage shows."""
+    """The manifest as JSON text, with ``digest``: SHA-256 over its own content, so that damage shows.
+
+    Raises :class:`BundleError` where it would be larger than anybody reads.
+    """
     data = _encode(manifest)
     data["digest"] = content_digest(data)
-    return json.dumps(data, separators=(",", ":"), ensure_ascii=False) + "\n"
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False) + "\n"
+    if (size := len(text.encode())) > MOST_BYTES:
+        raise BundleError(f"{MANIFEST_FILE} would hold {size} bytes, of at most {MOST_BYTES}; leave out some plans")
+    return text
 
 
 def parse_manifest(text: str | bytes) -> Manifest:
     """A manifest from JSON text. Raises :class:`BundleError` for anything that is not one this version reads."""
+    if len(text) > MOST_BYTES:
+        raise BundleError(f"{MANIFEST_FILE} holds more than {MOST_BYTES} bytes, which no manifest does")
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        data = parse_json(text, infinity=True)  # in the scheduler; no field of ours takes it
+    except ValueError as error:
         raise BundleError(f"{MANIFEST_FILE} is not JSON ({error}); the bundle is damaged: export it again") from None
     if not isinstance(data, dict):
         raise BundleError(f"{MANIFEST_FILE} holds {type(data).__name__}, not an object; export the bundle again")
@@ -55,7 +79,11 @@ def parse_manifest(text: str | bytes) -> Manifest:
             f"the bundle has schema version {version}, this tgate-engine reads version {SCHEMA_VERSION}; {advice}"
         )
     digest = data.pop("digest", None)
-    if digest != content_digest(data):
+    try:
+        own = content_digest(data)
+    except (UnicodeEncodeError, RecursionError):
+        raise BundleError(f"{MANIFEST_FILE} holds text that is no Unicode, or is nested too deeply") from None
+    if digest != own:
         raise BundleError(f"{MANIFEST_FILE} does not match its own digest; the bundle was damaged or edited by hand")
     try:
         return _manifest(Reader(data, MANIFEST_FILE))
@@ -66,9 +94,12 @@ def parse_manifest(text: str | bytes) -> Manifest:
 
 
 def content_digest(data: Mapping[str, Any]) -> str:
-    """The digest of a manifest's JSON object, its ``digest`` left out: SHA-256, in hex, of it in canonical form."""
+    """The digest of a manifest's JSON object, its ``digest`` left out: SHA-256, in hex, of it in canonical form.
+
+    Raises :class:`UnicodeEncodeError` for half a surrogate pair, which JSON can spell and nothing can write.
+    """
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _encode(value: Any) -> Any:
@@ -93,19 +124,32 @@ def _dims(r: Reader, key: str) -> tuple[Dim, ...]:
     for place, dim in enumerate(dims):
         fixed = isinstance(dim, int) and not isinstance(dim, bool) and dim >= 1
         if not fixed and not (dim == BATCH and place == 0):
-            raise BundleError(f"{r.where}.{key}: {dim!r} is neither a size nor, in the first place, {BATCH!r}")
+            raise BundleError(f"{r.where}.{key}: {dim!r:.60} is neither a size nor, in the first place, {BATCH!r}")
     return tuple(dims)
 
 
 def _range(r: Reader, key: str) -> tuple[int, int]:
-    batch = r.whole_tuple(key)
+    batch = r.whole_tuple(key, _MOST_SIZE)
     if len(batch) != 2 or batch[0] > batch[1]:
-        raise BundleError(f"{r.where}.{key}: expected [least, most], got {list(batch)}")
+        raise BundleError(f"{r.where}.{key}: expected [least, most], got {list(batch)!r:.60}")
     return batch[0], batch[1]
 
 
 def _tensor(r: Reader) -> TensorSpec:
-    return TensorSpec(name=r.text("name"), dtype=_dtype(r, "dtype"), shape=_dims(r, "shape"))
+    return TensorSpec(name=r.word("name"), dtype=_dtype(r, "dtype"), shape=_dims(r, "shape"))
+
+
+def _tensors(r: Reader, key: str, most_images: int) -> tuple[TensorSpec, ...]:
+    """Inputs or outputs, of which no two have one name, and none is beyond every memory."""
+    tensors = r.items(key, _tensor, _MOST_TENSORS)
+    unique((tensor.name for tensor in tensors), f"{r.where}.{key}")
+    for tensor in tensors:
+        if len(tensor.shape) > _MOST_RANK or tensor.size_bytes(most_images) > _MOST_TENSOR_BYTES:
+            raise BundleError(
+                f"{r.where}.{key}: {tensor.name} has shape {list(tensor.shape)!r:.60} for {most_images} images; at "
+                f"most {_MOST_RANK} dimensions and {_MOST_TENSOR_BYTES} bytes are wanted"
+            )
+    return tensors
 
 
 def _macs(r: Reader) -> Macs:
@@ -113,26 +157,30 @@ def _macs(r: Reader) -> Macs:
 
 
 def _graph(r: Reader) -> GraphSpec:
+    batch = _range(r, "batch")
     return GraphSpec(
         file=r.name("file"),
         role=r.choice("role", ROLES),
-        batch=_range(r, "batch"),
-        inputs=r.items("inputs", _tensor),
-        outputs=r.items("outputs", _tensor),
+        batch=batch,
+        inputs=_tensors(r, "inputs", batch[1]),
+        outputs=_tensors(r, "outputs", batch[1]),
         macs=_macs(Reader(r.get("macs", dict), f"{r.where}.macs")),
         scratch_bytes=r.whole("scratch_bytes"),
     )
 
 
 def _shape(r: Reader) -> Shape:
-    rows = Reader(r.get("constants", dict), f"{r.where}.constants")
+    rows = Reader(r.named("constants"), f"{r.where}.constants")
+    latents = r.whole_tuple("latents", _MOST_SIZE)
+    if len(latents) > _MOST_RANK or 4 * math.prod(latents) > _MOST_TENSOR_BYTES:
+        raise BundleError(f"{r.where}.latents: expected at most {_MOST_TENSOR_BYTES} bytes, got {latents!r:.60}")
     return Shape(
-        width=r.whole("width", 1),
-        height=r.whole("height", 1),
+        width=r.whole("width", 1, _MOST_SIZE),
+        height=r.whole("height", 1, _MOST_SIZE),
         batch=_range(r, "batch"),
-        latents=r.whole_tuple("latents"),
+        latents=latents,
         constants={name: tuple(rows.finite(name, v) for v in rows.get(name, list)) for name in rows.data},
-        graphs=r.table("graphs", _graph),
+        graphs=r.table("graphs", _graph, _MOST_TENSORS),
     )
 
 
@@ -142,59 +190,86 @@ def _carry(r: Reader) -> Mapping[str, Fact]:
 
 def _conditioning(r: Reader) -> Conditioning:
     return Conditioning(
-        name=r.text("name"), source=r.choice("source", SOURCES), negative=r.choice("negative", NEGATIVES)
+        name=r.word("name"), source=r.choice("source", SOURCES), negative=r.choice("negative", NEGATIVES)
     )
 
 
 def _tokenizer(r: Reader) -> Tokenizer:
-    return Tokenizer(file=r.name("file"), input=r.text("input"), length=r.whole("length", 2), pad_id=r.whole("pad_id"))
+    return Tokenizer(
+        file=r.name("file"),
+        input=r.word("input"),
+        length=r.whole("length", 2, _MOST_ROWS),
+        pad_id=r.whole("pad_id"),
+    )
 
 
 def _digest(r: Reader) -> FileDigest:
-    return FileDigest(sha256=r.text("sha256"), bytes=r.whole("bytes"))
+    sha256 = r.text("sha256")
+    if not _SHA256.fullmatch(sha256):
+        raise BundleError(f"{r.where}.sha256: expected 64 hexadecimal digits, got {sha256!r:.60}")
+    return FileDigest(sha256=sha256, bytes=r.whole("bytes"))
+
+
+def _plain(r: Reader, key: str) -> Mapping[str, Any]:
+    """An object of whatever JSON holds, no deeper than :data:`_MOST_DEPTH`."""
+    data: dict[str, Any] = r.get(key, dict)
+    level: list[Any] = [data]
+    for _ in range(_MOST_DEPTH):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    if level:
+        raise BundleError(f"{r.where}.{key}: expected an object that is nested at most {_MOST_DEPTH} deep")
+    return data
 
 
 def _golden(r: Reader) -> Golden:
     plan = r.get("plan", (dict, type(None)))
     return Golden(
         file=r.name("file"),
-        size=r.text("size"),
+        size=r.word("size"),
         tolerance=r.number("tolerance"),
-        graph=r.text("graph"),
+        graph=r.word("graph") if r.text("graph") else "",
         plan=None if plan is None else Plan.from_json(plan),
         oracle=r.text("oracle"),
     )
 
 
 def _manifest(r: Reader) -> Manifest:
-    files = r.table("files", _digest)
+    files = r.table("files", _digest, _MOST_FILES)
     for name in files:
         check_name(name)
-    shapes = r.items("shapes", _shape)
+    shapes = r.items("shapes", _shape, _MOST_SHAPES)
     if not shapes:
         raise BundleError(f"{r.where}.shapes: expected at least one; export the bundle again")
+    conditioning, tokenizers = r.items("conditioning", _conditioning), r.items("tokenizers", _tokenizer)
+    unique((tensor.name for tensor in conditioning), f"{r.where}.conditioning")
+    unique((tokenizer.input for tokenizer in tokenizers), f"{r.where}.tokenizers")
     return Manifest(
         schema_version=r.whole("schema_version"),
         model=r.text("model"),
         family=r.text("family"),
         licence=r.text("licence"),
         dtype=_dtype(r, "dtype"),
-        frames=r.whole("frames", 1),
-        fps=r.whole("fps"),
+        frames=r.whole("frames", 1, _MOST_SIZE),
+        fps=r.whole("fps", 0, _MOST_SIZE),
         guidance=r.choice("guidance", GUIDANCE),
         guidance_scale=r.number("guidance_scale"),
-        guidance_rescale=r.number("guidance_rescale"),
+        guidance_rescale=r.number("guidance_rescale", 0, 1),
         clip_skip=r.whole("clip_skip"),
         zero_negative=r.flag("zero_negative"),
         weights=r.name("weights") if r.text("weights") else "",
         samplers=r.name("samplers") if r.text("samplers") else "",
         shapes=shapes,
         carries=r.table("carries", _carry),
-        conditioning=r.items("conditioning", _conditioning),
-        tokenizers=r.items("tokenizers", _tokenizer),
-        plans=r.table("plans", lambda p: Plan.from_json(p.data)),
-        goldens=r.table("goldens", _golden),
+        conditioning=conditioning,
+        tokenizers=tokenizers,
+        plans=r.table("plans", lambda p: Plan.from_json(p.data), _MOST_PLANS),
+        goldens=r.table("goldens", _golden, _MOST_PLANS),
         files=files,
-        scheduler=r.get("scheduler", dict),
+        scheduler=_plain(r, "scheduler"),
         tools=r.strings("tools"),
     )

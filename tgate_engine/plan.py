@@ -6,8 +6,6 @@ A method says which graph each network call runs; what is read and written follo
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,11 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from tgate_engine.errors import PlanError, TgateError
-from tgate_engine.graph import DENOISE, GraphSpec
-from tgate_engine.sampler import Fact, Sampler, SamplerStep, check_facts
+from tgate_engine.graph import DENOISE, Dim, GraphSpec, TensorSpec
+from tgate_engine.plain_files import open_plain, read_most
+from tgate_engine.reader import LARGEST_NUMBER, MOST_LETTERS, is_word, parse_json
+from tgate_engine.sampler import MOST_CALLS, Fact, Sampler, SamplerStep, check_facts
 
 T = TypeVar("T")
 
+MOST_BYTES = 8 << 20
+"""How large a plan's file may be: room for the most calls there are, over 140 carries."""
+_Form = tuple[str, tuple[Dim, ...]]
+"""A carry's dtype and shape."""
 _SAMPLER_STEP_FIELDS = ("timestep", "input_scale", "latents", "outputs", "noise")
 _AGAIN = "Make the plan again with `tgate plan`."
 
@@ -98,7 +102,9 @@ class Plan:
                 f"plan {self.name!r} has {len(self.steps)} steps and {len(self.sampler.calls)} sampler calls, which "
                 f"must be as many, and one at least. {_AGAIN}"
             )
-        written: dict[str, tuple[str, tuple[int | str, ...]]] = {}
+        written: dict[str, _Form] = {}
+        takes_of = {name: _carried(spec.inputs, carries) for name, spec in graphs.items()}
+        gives_of = {name: _carried(spec.outputs, carries) for name, spec in graphs.items()}
         for position, step in enumerate(self.steps):
             where = f"plan {self.name!r}, step {step.index}"
             if step.index != position:
@@ -107,15 +113,14 @@ class Plan:
             if graph is None or graph.role != DENOISE:
                 have = ", ".join(name for name, spec in graphs.items() if spec.role == DENOISE)
                 raise PlanError(f"{where} runs graph {step.graph!r}; the bundle has {have}. Export the bundle again.")
-            takes = {t.name: (t.dtype, t.shape) for t in graph.inputs if t.name in carries}
-            gives = {t.name: (t.dtype, t.shape) for t in graph.outputs if t.name in carries}
+            takes, gives = takes_of[step.graph], gives_of[step.graph]
             for name in step.reads:
                 if name not in written:
                     raise PlanError(
                         f"{where} reads {name}, which no earlier step writes; "
                         f"the steps before it write {_some(written)}. {_AGAIN}"
                     )
-            if set(step.reads) != set(takes):
+            if takes.keys() != set(step.reads):
                 odd = sorted(set(step.reads) ^ set(takes))
                 raise PlanError(f"{where}: graph {step.graph!r} reads {_some(takes)}, the plan differs in {_some(odd)}")
             for name in step.reads:
@@ -159,42 +164,46 @@ class Plan:
     def from_json(data: Mapping[str, Any]) -> Plan:
         """The plan written by :meth:`to_json`. Raises :class:`PlanError` (or the sampler's error)."""
         try:
-            name, guidance, steps = data["name"], data["guidance_scale"], data["steps"]
+            name, guidance, steps = data["name"], data["guidance_scale"], _of(list, data["steps"])
+            if len(steps) > MOST_CALLS:
+                raise PlanError(f"a plan has {len(steps)} steps, of at most {MOST_CALLS}. {_AGAIN}")
             calls = [{key: step[key] for key in _SAMPLER_STEP_FIELDS} for step in steps]
             sampler = Sampler.from_json({**data["sampler"], "calls": calls})
             if not isinstance(name, str) or isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
-                raise PlanError(f"a plan needs a name and a guidance scale, got {name!r} and {guidance!r}")
-            if not math.isfinite(guidance):
-                raise PlanError(f"plan {name!r} needs a finite guidance scale, got {guidance}")
+                raise PlanError(f"a plan needs a name and a guidance scale, got {name!r:.60} and {guidance!r:.60}")
+            _word(name)
+            if not abs(float(guidance)) <= LARGEST_NUMBER:
+                raise PlanError(f"plan {name!r} needs a guidance scale that float32 holds, got {guidance!r:.60}")
             return Plan(
                 name=name,
                 sampler=sampler,
                 guidance_scale=float(guidance),
                 settings=check_facts(dict(_of(dict, data["settings"]))),
-                baselines=_texts(data["baselines"]),
+                baselines=_words(data["baselines"]),
                 steps=tuple(
                     Step(
                         index=_of(int, step["index"]),
-                        phase=_of(str, step["phase"]),
-                        graph=_of(str, step["graph"]),
+                        phase=_word(step["phase"]),
+                        graph=_word(step["graph"]),
                         call=call,
-                        reads=_texts(step["reads"]),
-                        writes=_texts(step["writes"]),
+                        reads=_words(step["reads"]),
+                        writes=_words(step["writes"]),
                     )
                     for step, call in zip(steps, sampler.calls, strict=True)
                 ),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise PlanError(f"a plan is malformed ({type(error).__name__}: {error}). {_AGAIN}") from None
+            raise PlanError(f"a plan is malformed ({type(error).__name__}: {str(error)[:200]}). {_AGAIN}") from None
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
         """The plan of a file that ``tgate plan --output`` wrote. Raises :class:`PlanError` for a file that is none."""
         try:
-            data = json.loads(Path(path).read_bytes())
+            with open_plain(Path(path)) as file:
+                data = parse_json(read_most(file, MOST_BYTES))
         except FileNotFoundError:
             raise PlanError(f"{os.fspath(path)}: there is no such plan file; write one with `tgate plan`") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise PlanError(f"{os.fspath(path)} is not a plan file ({error}); write one with `tgate plan`") from None
         if not isinstance(data, dict):
             raise PlanError(f"{os.fspath(path)} holds {type(data).__name__}, not a plan; write one with `tgate plan`")
@@ -255,14 +264,19 @@ def build_plan(
 
 def _with_writes(steps: Sequence[Step], graphs: Mapping[str, GraphSpec], carries: Collection[str]) -> tuple[Step, ...]:
     """The steps, each writing what its graph gives and a later step reads before it is written again."""
+    outputs = {name: tuple(_carried(spec.outputs, carries)) for name, spec in graphs.items()}
     live: set[str] = set()
     kept: list[Step] = []
     for step in reversed(steps):
-        outputs = graphs[step.graph].output_names()
-        writes = tuple(name for name in outputs if name in carries and name in live)
+        writes = tuple(name for name in outputs[step.graph] if name in live)
         live = (live - set(writes)) | set(step.reads)
         kept.append(replace(step, writes=writes))
     return tuple(reversed(kept))
+
+
+def _carried(tensors: Sequence[TensorSpec], carries: Collection[str]) -> dict[str, _Form]:
+    """Those of a graph's inputs or outputs that are carries, in their order."""
+    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors if tensor.name in carries}
 
 
 def _of(kind: type[T], value: object) -> T:
@@ -272,8 +286,20 @@ def _of(kind: type[T], value: object) -> T:
     return value
 
 
-def _texts(values: object) -> tuple[str, ...]:
-    return tuple(_of(str, value) for value in _of(list, values))
+def _word(value: object) -> str:
+    """``value``, seen to be a name. Raises :class:`TypeError` or :class:`ValueError`."""
+    text = _of(str, value)
+    if not is_word(text):
+        raise ValueError(f"expected a name of 1 to {MOST_LETTERS} printable characters, got {text!r:.60}")
+    return text
+
+
+def _words(values: object) -> tuple[str, ...]:
+    """Names, none of them twice."""
+    names = tuple(_word(value) for value in _of(list, values))
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected names that differ, got {list(names)!r:.60}")
+    return names
 
 
 def _some(names: Mapping[str, object] | Sequence[str]) -> str:

@@ -1,25 +1,109 @@
-"""Typed access to JSON that nobody vouches for."""
+"""JSON that nobody vouches for: parsed strictly, and read with types and bounds."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any, TypeVar
 
 from tgate_engine.errors import BundleError
 
 T = TypeVar("T")
 L = TypeVar("L", bound=str)
+V = TypeVar("V", bound=Sized)
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
+LARGEST_WHOLE = 2**63 - 1
+"""The largest whole number that JSON may hold here: an int64."""
+LARGEST_NUMBER = 3.4028234663852886e38
+"""The largest number that float32 holds: everything that is read as a number ends in it."""
+
+
+def parse_json(text: bytes | str, *, infinity: bool = False) -> Any:
+    """The value of a JSON text, in UTF-8, that means one thing to everybody.
+
+    ``infinity``: whether it may hold Infinity, which JSON has not, but diffusers' configurations of samplers have.
+    Raises :class:`ValueError` in one line for a text that is none, for a key that an object has twice, and for numbers
+    that are not finite or, whole, not of 64 bits.
+    """
+    try:
+        return json.loads(
+            text.decode("utf-8") if isinstance(text, bytes) else text,
+            object_pairs_hook=_object,
+            parse_int=_whole,
+            parse_float=_finite,
+            parse_constant=_infinity if infinity else _constant,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"an object has the key {key!r:.60} twice")
+            seen.add(key)
+    return data
+
+
+def _whole(digits: str) -> int:
+    number = int(digits) if len(digits) <= 20 else None
+    if number is None or not -LARGEST_WHOLE - 1 <= number <= LARGEST_WHOLE:
+        raise ValueError(f"{digits:.20}{'…' * (len(digits) > 20)} is no whole number of 64 bits")
+    return number
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits:.20} is beyond every number")
+    return number
+
+
+def _infinity(name: str) -> float:
+    return float(name) if name != "NaN" else _constant(name)
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+MOST_LETTERS = 200
+"""How long a name may be."""
+
+
+def is_word(text: object) -> bool:
+    """Whether it is a name that can be shown in a line as it is: printable, not empty, and not too long."""
+    return isinstance(text, str) and 0 < len(text) <= MOST_LETTERS and text.isprintable()
+
+
+def unique(names: Iterable[str], where: str) -> None:
+    """Raises :class:`BundleError` for the first of ``names`` that is there twice."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise BundleError(f"{where}: {name!r:.60} is there twice; export the bundle again")
+        seen.add(name)
+
+
 def check_name(name: str) -> str:
     """``name`` if it is a plain relative name inside a bundle, such as ``tokenizer/0.json``; else BundleError."""
-    if not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
-        raise BundleError(f"file name {name!r} is not a plain name inside the bundle; the bundle is not trustworthy")
+    if len(name) > MOST_LETTERS or not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
+        raise BundleError(
+            f"file name {name!r:.60} is not a plain name inside the bundle; the bundle is not trustworthy"
+        )
     return name
+
+
+_MOST_TEXT = 4096
+_WORD = f"expected a name of 1 to {MOST_LETTERS} printable characters"
 
 
 class Reader:
@@ -42,25 +126,40 @@ class Reader:
         return value
 
     def text(self, key: str) -> str:
-        return str(self.get(key, str))
+        value = str(self.get(key, str))
+        if len(value) > _MOST_TEXT:
+            raise BundleError(f"{self.where}.{key}: expected at most {_MOST_TEXT} characters, got {len(value)}")
+        return value
 
-    def whole(self, key: str, least: int = 0) -> int:
+    def word(self, key: str) -> str:
+        """A name, see :func:`is_word`."""
+        value = self.text(key)
+        if not is_word(value):
+            raise BundleError(f"{self.where}.{key}: {_WORD}, got {value!r:.60}")
+        return value
+
+    def whole(self, key: str, least: int = 0, most: int = LARGEST_WHOLE) -> int:
         value = int(self.get(key, int))
         if value < least:
             raise BundleError(f"{self.where}.{key}: expected at least {least}, got {value}; export the bundle again")
+        if value > most:
+            raise BundleError(f"{self.where}.{key}: expected at most {most}, got {value}; export the bundle again")
         return value
 
-    def number(self, key: str) -> float:
-        return self.finite(key, self.get(key, (int, float)))
+    def number(self, key: str, least: float = -LARGEST_NUMBER, most: float = LARGEST_NUMBER) -> float:
+        number = self.finite(key, self.get(key, (int, float)))
+        if not least <= number <= most:
+            raise BundleError(f"{self.where}.{key}: expected {least} to {most}, got {number}; export the bundle again")
+        return number
 
     def finite(self, key: str, value: Any) -> float:
-        """``value`` as a float. JSON has no NaN, but Python reads it, and 1e999 as infinity."""
+        """``value`` as a float that float32 can hold."""
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if isinstance(value, (bool, str)) or not math.isfinite(number):
-            raise BundleError(f"{self.where}.{key}: expected a finite number, got {value!r:.60}")
+        if isinstance(value, (bool, str)) or not abs(number) <= LARGEST_NUMBER:
+            raise BundleError(f"{self.where}.{key}: expected a finite number, of float32, got {value!r:.60}")
         return number
 
     def flag(self, key: str) -> bool:
@@ -76,10 +175,13 @@ class Reader:
                 return choice
         raise BundleError(f"{self.where}.{key}: expected one of {', '.join(choices)}, got {value!r:.60}")
 
-    def whole_tuple(self, key: str) -> tuple[int, ...]:
+    def whole_tuple(self, key: str, most: int = LARGEST_WHOLE, *, least: int = 1) -> tuple[int, ...]:
         values = self.get(key, list)
-        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values):
-            raise BundleError(f"{self.where}.{key}: expected positive whole numbers, got {values!r:.60}")
+        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
+            kind = "positive whole numbers" if least == 1 else f"whole numbers of at least {least}"
+            raise BundleError(f"{self.where}.{key}: expected {kind}, got {values!r:.60}")
+        if any(v > most for v in values):
+            raise BundleError(f"{self.where}.{key}: expected numbers of at most {most}, got {values!r:.60}")
         return tuple(values)
 
     def strings(self, key: str) -> dict[str, str]:
@@ -88,8 +190,22 @@ class Reader:
             raise BundleError(f"{self.where}.{key}: expected text values, got {values!r:.60}")
         return dict(values)
 
-    def items(self, key: str, build: Callable[[Reader], T]) -> tuple[T, ...]:
-        return tuple(build(Reader(v, f"{self.where}.{key}[{i}]")) for i, v in enumerate(self.get(key, list)))
+    def items(self, key: str, build: Callable[[Reader], T], most: int = LARGEST_WHOLE) -> tuple[T, ...]:
+        values = self._at_most(most, key, self.get(key, list))
+        return tuple(build(Reader(v, f"{self.where}.{key}[{i}]")) for i, v in enumerate(values))
 
-    def table(self, key: str, build: Callable[[Reader], T]) -> dict[str, T]:
-        return {k: build(Reader(v, f"{self.where}.{key}.{k}")) for k, v in self.get(key, dict).items()}
+    def table(self, key: str, build: Callable[[Reader], T], most: int = LARGEST_WHOLE) -> dict[str, T]:
+        """An object of objects, whose keys are names that the bundle chose."""
+        return {k: build(Reader(v, f"{self.where}.{key}.{k}")) for k, v in self.named(key, most).items()}
+
+    def named(self, key: str, most: int = LARGEST_WHOLE) -> dict[str, Any]:
+        """An object whose keys are names that the bundle chose."""
+        values: dict[str, Any] = self._at_most(most, key, self.get(key, dict))
+        if odd := [name for name in values if not is_word(name)]:
+            raise BundleError(f"{self.where}.{key}: {_WORD}, got {odd[0]!r:.60}")
+        return values
+
+    def _at_most(self, most: int, key: str, values: V) -> V:
+        if len(values) > most:
+            raise BundleError(f"{self.where}.{key}: expected at most {most} entries, got {len(values)}")
+        return values

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from tgate_engine.errors import SamplerError
+from tgate_engine.reader import LARGEST_NUMBER, LARGEST_WHOLE, is_word
 
 HISTORY = 3
 """How many pairs (latents, model output) before the current one a step may read."""
@@ -31,39 +32,52 @@ Model = Callable[[NDArray[Any], float], NDArray[Any]]
 Noise = Callable[[int], NDArray[Any]]
 
 
+MOST_CALLS = 4096
+"""How many network calls a trajectory may have: twice those that a schedule of 1000 training steps can ask for, and
+again. No sampler is the better for more, and a plan is walked many times before it runs."""
+
+
 def _number(value: object, what: str) -> float:
-    """``value`` as a float, or SamplerError when it is not a finite number."""
+    """``value`` as a float, or SamplerError when it is not a finite number that float32 holds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise SamplerError(f"{what} must be a number, got {value!r}")
+        raise SamplerError(f"{what} must be a number, got {value!r:.60}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise SamplerError(f"{what} must be finite, got {value!r}")
+    if not abs(number) <= LARGEST_NUMBER:
+        raise SamplerError(f"{what} must be finite and a number of float32, got {number}")
     return number
 
 
 def check_facts(facts: Mapping[str, Any]) -> Mapping[str, Fact]:
     """``facts`` where each is a text, a number, true, false or null. Raises :class:`SamplerError` otherwise."""
     for key, fact in facts.items():
-        _text(key, "a fact's name")
+        if not is_word(key):
+            raise SamplerError(f"a fact's name must be printable and short, got {key!r:.60}")
         if isinstance(fact, float):
-            _number(fact, f"fact {key}")
-        elif fact is not None and not isinstance(fact, (str, int)):
-            raise SamplerError(f"fact {key} must be a text, a number, true, false or null, got {fact!r}")
+            if not math.isfinite(fact):
+                raise SamplerError(f"fact {key} must be finite, got {fact}")
+        elif isinstance(fact, int):
+            if abs(fact) > LARGEST_WHOLE:
+                raise SamplerError(f"fact {key} must be a whole number of 64 bits")
+        elif fact is not None and not isinstance(fact, str):
+            raise SamplerError(f"fact {key} must be a text, a number, true, false or null, got {fact!r:.60}")
     return facts
 
 
 def _count(value: object, what: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SamplerError(f"{what} must be a whole number of at least {least}, got {value!r}")
+        raise SamplerError(f"{what} must be a whole number of at least {least}, got {value!r:.60}")
+    if value > MOST_CALLS:
+        raise SamplerError(f"{what} must be at most {MOST_CALLS}, got {value if value <= LARGEST_WHOLE else 'more'}")
     return value
 
 
 def _text(value: object, what: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise SamplerError(f"{what} must be a text that is not empty, got {value!r}")
+    if not is_word(value):
+        raise SamplerError(f"{what} must be a printable text that is neither empty nor long, got {value!r:.60}")
+    assert isinstance(value, str)  # is_word has seen it
     return value
 
 
@@ -94,7 +108,7 @@ class SamplerStep:
         for name in ("latents", "outputs"):
             values = getattr(self, name)
             if not isinstance(values, (tuple, list)) or len(values) != HISTORY + 1:
-                raise SamplerError(f"{name} must hold {HISTORY + 1} coefficients, got {values!r}")
+                raise SamplerError(f"{name} must hold {HISTORY + 1} coefficients, got {values!r:.60}")
             checked = tuple(_number(value, f"{name}[{j}]") for j, value in enumerate(values))
             object.__setattr__(self, name, checked)
 
@@ -195,7 +209,7 @@ class Sampler:
         if not isinstance(fields["calls"], list):
             raise SamplerError(f"a sampler's calls must be a list, got {type(fields['calls']).__name__}")
         if not isinstance(fields["options"], dict):
-            raise SamplerError(f"a sampler's options must be an object, got {fields['options']!r}")
+            raise SamplerError(f"a sampler's options must be an object, got {fields['options']!r:.60}")
         calls = []
         for i, call in enumerate(fields["calls"]):
             try:
@@ -211,7 +225,7 @@ def _fields(data: object, what: str, names: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise SamplerError(f"a {what} must be an object, got {type(data).__name__}")
     missing = [name for name in names if name not in data]
-    unknown = [str(name) for name in data if name not in names]
+    unknown = [f"{name!r:.60}" for name in data if name not in names][:4]
     if missing or unknown:
         raise SamplerError(
             f"a {what} holds {', '.join(names)}; missing: {', '.join(missing) or 'none'}; "

@@ -8,18 +8,23 @@ One safetensors file: for each sampler a float32 tensor [calls, 12] whose rows a
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from tgate_engine.errors import BundleError, SamplerError
-from tgate_engine.sampler import Sampler, SamplerStep
+from tgate_engine.plain_files import open_plain, read_most
+from tgate_engine.reader import parse_json
+from tgate_engine.sampler import MOST_CALLS, Sampler, SamplerStep
 from tgate_engine.step import INPUT_SCALE, LATENTS_COLUMNS, NOISE_COLUMN, OUTPUT_COLUMNS, TIMESTEP, step_row
 
+MOST_BYTES = 64 << 20
+"""How large the file may be; one of all samplers of 1 to 50 steps holds 150 KB."""
 _METADATA = "samplers"
 
 
@@ -39,16 +44,27 @@ def dump_tables(samplers: Iterable[Sampler]) -> bytes:
 def load_tables(path: Path) -> dict[tuple[str, int], Sampler]:
     """Every sampler of the file, by name and number of steps. Raises :class:`BundleError` where it is damaged."""
     try:
-        with safe_open(path, "np") as file:
-            entries = json.loads(file.metadata()[_METADATA])
-            rows = {name: file.get_tensor(name) for name in list(file.keys())}
-        return {(entry["name"], entry["steps"]): _sampler(entry, rows) for entry in entries}
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError, SamplerError) as error:
-        raise BundleError(f"{path} holds no tables of samplers ({error}); export the bundle again") from None
+        with open_plain(path) as file:
+            content = read_most(file, MOST_BYTES)
+        rows = load(content)
+        (header_bytes,) = struct.unpack("<Q", content[:8])
+        entries = parse_json(parse_json(content[8 : 8 + header_bytes])["__metadata__"][_METADATA])
+        tables: dict[tuple[str, int], Sampler] = {}
+        for entry in entries:
+            sampler = _sampler(entry, rows)
+            if (sampler.name, sampler.steps) in tables:
+                raise ValueError(f"{sampler.name} for {sampler.steps} steps is there twice")
+            tables[sampler.name, sampler.steps] = sampler
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, SamplerError) as error:
+        raise BundleError(f"{path} holds no tables of samplers ({error!s:.200}); export the bundle again") from None
+    return tables
 
 
 def _sampler(entry: Mapping[str, Any], rows: Mapping[str, Any]) -> Sampler:
-    own = rows[entry["name"]][entry["first"] : entry["first"] + entry["count"]].astype(np.float64).tolist()
+    first, count = entry["first"], entry["count"]
+    if not (type(first) is type(count) is int and first >= 0 and 0 < count <= MOST_CALLS):
+        raise ValueError(f"rows {first!r:.20} and on, {count!r:.20} of them, are not there")
+    own = rows[entry["name"]][first : first + count].astype(np.float64).tolist()
     calls = [
         SamplerStep(
             timestep=row[TIMESTEP],

@@ -25,6 +25,7 @@ from tgate_engine.sampler import Fact
 from tgate_engine.sampler_tables import dump_tables
 from tgate_export import goldens, macs, scratch
 from tgate_export.families.base import Size
+from tgate_export.graph_check import check_written
 from tgate_export.graphs import TracedGraph, store_linears_transposed
 from tgate_export.job import ExportSettings, Job, prepare
 from tgate_export.modules import fake_module
@@ -103,6 +104,7 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
         )
         attach(graph, placements)
         save_graph(graph, stage / file)
+        check_written(stage / file, specs[file], graph, placements)
     shapes = tuple(_shape(job.at(shape.size), shape, specs) for shape in traced)
     carries: dict[str, dict[str, Fact]] = {
         name: dict(facts) for variant in job.variants for part in variant.parts for name, facts in part.facts.items()

@@ -29,7 +29,7 @@ from tgate_runtime.image import encode_image, fit_picture
 from tgate_runtime.names import with_hints
 from tgate_runtime.request import check_count, check_latents, check_prompts, rows_of, scales_of, seeds_of
 from tgate_runtime.runner import StepDone, run
-from tgate_runtime.session import PlanLike, Session, plan_of
+from tgate_runtime.session import PlanLike, Session
 from tgate_runtime.state import State, most_at_once
 from tgate_runtime.text import TextEncoder
 
@@ -132,7 +132,7 @@ class Pipeline:
         A prompt longer than the tokenizer takes is cut, with a warning in the log ``tgate`` that quotes what
         was cut. Raises :class:`RequestError` for a request that cannot be served, before any step is taken.
         """
-        chosen = plan_of(self.session.manifest, plan)
+        chosen = self.session.plan(plan)
         shape, dtype = self.session.shapes(size)[0], self.session.manifest.dtype
         size, latents_shape = shape.size, shape.latents
         number = check_count(num_images)

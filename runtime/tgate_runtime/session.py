@@ -13,6 +13,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError, EngineError, RequestError
 from tgate_engine.graph import DENOISE, GraphSpec, Role
 from tgate_engine.manifest import Manifest, Shape
+from tgate_engine.plain_files import Watched
 from tgate_engine.plan import Plan
 from tgate_runtime.engines import open_engine
 from tgate_runtime.engines.protocol import Engine, Executable, OnBuild, Options
@@ -31,12 +32,20 @@ class Session:
     """
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, executables: Mapping[str, Executable], shapes: Sequence[Shape]
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        executables: Mapping[str, Executable],
+        shapes: Sequence[Shape],
+        plans: Sequence[Plan] = (),
     ) -> None:
-        """``executables``: loaded graphs by their files; ``shapes``: those of the bundle that they belong to."""
+        """``executables``: loaded graphs by their files; ``shapes``: those of the bundle that they belong to;
+        ``plans``: what they were loaded for."""
         self.bundle = bundle
         self.engine = engine
         self._shapes = tuple(shapes)
+        self._plans = tuple(plans)
+        self._weights = Watched(bundle.path / bundle.manifest.weights) if bundle.manifest.weights else None
         self._executables: Mapping[str, Executable] | None = executables
         self._idle: dict[Hashable, list[Any]] = {}
         self._lock = threading.Lock()
@@ -68,8 +77,12 @@ class Session:
         """
         loader = open_engine(engine, **options) if isinstance(engine, str) else engine
         bundle = source if isinstance(source, Bundle) else Bundle.open(place_of(source), check_digests=check_digests)
-        shapes = shapes_of(bundle, sizes)
-        return Session(bundle, loader, loader.load(bundle, graphs_of(bundle, plans, sizes), on_build), shapes)
+        chosen = None if plans is None else [plan_of(bundle.manifest, plan) for plan in plans]
+        graphs = graphs_of(bundle, chosen, sizes)
+        session = Session(bundle, loader, loader.load(bundle, graphs, on_build), shapes_of(bundle, sizes), chosen or ())
+        # Engines open the weights by their name, and some of them the graphs: it led to what was checked all the while.
+        bundle.check_unchanged([bundle.manifest.weights, *(spec.file for spec in graphs)])
+        return session
 
     @property
     def manifest(self) -> Manifest:
@@ -93,6 +106,24 @@ class Session:
             )
         return tuple(shapes)
 
+    def plan(self, plan: PlanLike) -> Plan:
+        """The plan that is meant: a name means one that the session was opened with, or else the bundle's.
+
+        Raises as :func:`plan_of` does, and :class:`RequestError` for a name that two of the session's plans have.
+        """
+        named = [own for own in dict.fromkeys(self._plans) if own.name == plan]
+        if len(named) > 1:
+            raise RequestError(f"the session was opened with {len(named)} plans called {plan!r}; give the plan itself")
+        return named[0] if named else plan_of(self.manifest, plan)
+
+    def check_unchanged(self) -> None:
+        """Nobody has written to the weights since the session was opened: engines read their pages when they need them.
+
+        Asked at the start of every image. Raises :class:`~tgate_engine.errors.BundleError`.
+        """
+        if self._weights is not None:
+            self._weights.check()
+
     def graph(self, role: Role, size: str | None = None) -> GraphSpec | None:
         """The graph of a role other than ``"denoise"``, at a size; None where the bundle has none."""
         return self.shapes(size)[0].graph(role)
@@ -115,6 +146,7 @@ class Session:
         Making states costs buffers, and on a GPU a captured graph for each call, so they wait here for the next
         request: as many of a kind as there were at once. One whose engine fails is dropped.
         """
+        self.check_unchanged()
         with self._lock:
             idle = self._idle.get(key)
             item: T = idle.pop() if idle else None  # type: ignore[assignment]

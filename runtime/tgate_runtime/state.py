@@ -125,6 +125,7 @@ class State:
         alone. ``step_noise``: needed where the sampler is stochastic. All arrays are copied. Raises
         :class:`RequestError` naming what is missing or misshapen.
         """
+        self._session.check_unchanged()
         chosen = self._plan(plan)
         if chosen.sampler.stochastic and step_noise is None:
             raise RequestError(f"sampler {chosen.sampler.name!r} draws noise in its steps; give step_noise")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,14 @@ from typing import Any
 
 import pytest
 
-from tests.toy_bundle import Toy, edit_manifest, make_plan
+from tests.hostile import Place, bad_values, leaves, put, sign
+from tests.toy_bundle import Toy, build, edit_manifest, make_plan
 from tgate_engine.atomic import staging
 from tgate_engine.bundle import Bundle, digests_of, sha256_of
-from tgate_engine.errors import BundleError, PlanError
+from tgate_engine.errors import BundleError, PlanError, TgateError
+from tgate_engine.footprint import memory
 from tgate_engine.manifest import MANIFEST_FILE, FileDigest
+from tgate_engine.manifest_json import MOST_BYTES, dump_manifest, parse_manifest
 from tgate_engine.plan import Plan
 from tgate_export.methods.base import Settings
 
@@ -154,13 +158,144 @@ def test_a_manifest_with(toy: Path, what: str) -> None:
     assert "\n" not in str(error.value)
 
 
+MISTAKEN_FOR: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "two shapes of one size and batch": (lambda d: d["shapes"].append(d["shapes"][0]), "there are two shapes 4x4 of"),
+    "a graph's file that is described twice": (
+        lambda d: d["shapes"].append(
+            {**d["shapes"][0], "width": 8, "graphs": {**graphs(d), "text": {**graphs(d)["text"], "batch": [2, 2]}}}
+        ),
+        "text.onnx is described twice, and differently",
+    ),
+    "two inputs of one name": (
+        lambda d: graphs(d)["full"]["inputs"].append(graphs(d)["full"]["inputs"][0]),
+        "inputs: 'latents' is there twice",
+    ),
+    "two conditionings of one name": (
+        lambda d: d["conditioning"].append(d["conditioning"][0]),
+        "conditioning: 'text' is there twice",
+    ),
+    "two tokenizers of one input": (
+        lambda d: d["tokenizers"].append(d["tokenizers"][0]),
+        "tokenizers: 'ids.0' is there twice",
+    ),
+    "a carry that is read twice": (
+        lambda d: d["plans"]["default"]["steps"][-1]["reads"].append("cross.0"),
+        "expected names that differ",
+    ),
+}
+"""What is looked up by a name, and is there twice: one of them would be taken."""
+
+
+@pytest.mark.parametrize("what", MISTAKEN_FOR)
+def test_no_two_things_have_one_name(toy: Path, what: str) -> None:
+    edit, says = MISTAKEN_FOR[what]
+    edit_manifest(toy, edit)
+    with pytest.raises(BundleError) as error:
+        Bundle.open(toy)
+    assert says in str(error.value)
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("make", [fifo, link_to_itself, device, Path.mkdir])
+def test_what_is_no_plain_file_is_refused_at_once(toy: Path, name: str, make: Callable[[Path], object]) -> None:
+    (toy / name).unlink()
+    make(toy / name)
+    with pytest.raises(BundleError, match=name) as error:
+        Bundle.open(toy, check_digests=False)
+    assert str(error.value).isprintable()
+
+
+def test_a_manifest_beyond_its_bound_is_not_read(toy: Path) -> None:
+    with (toy / MANIFEST_FILE).open("r+b") as file:
+        file.truncate(2**40)  # a sparse file
+    with pytest.raises(BundleError, match=f"it holds more than {MOST_BYTES} bytes"):
+        Bundle.open(toy)
+
+
+def test_a_file_is_read_whole_or_not_at_all(toy: Path) -> None:
+    bundle = Bundle.open(toy, check_digests=False)
+    assert bundle.read("full.onnx") == (toy / "full.onnx").read_bytes()
+    raw = bytearray((toy / "full.onnx").read_bytes())
+    raw[5] ^= 1
+    (toy / "full.onnx").write_bytes(raw)
+    with pytest.raises(BundleError, match=r"full\.onnx has SHA-256"):
+        bundle.read("full.onnx")
+    (toy / "full.onnx").write_bytes(raw + b"x")
+    with pytest.raises(BundleError, match=rf"full\.onnx holds {len(raw) + 1} bytes, the manifest says {len(raw)}"):
+        bundle.read("full.onnx")
+    with pytest.raises(BundleError, match="lists no file 'other'"):
+        bundle.read("other")
+
+
+def test_a_change_after_checking_is_seen(toy: Path) -> None:
+    bundle = Bundle.open(toy)
+    for kept in (bundle, bundle.with_plans({})):
+        kept.check_unchanged(kept.manifest.files)
+    path = toy / "tokenizer" / "0.json"
+    content, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    path.write_bytes(content)
+    os.utime(path, ns=times)
+    for kept in (bundle, bundle.with_plans({})):
+        with pytest.raises(BundleError, match=r"tokenizer/0\.json was changed after it was checked"):
+            kept.check_unchanged(kept.manifest.files)
+    kept.check_unchanged(["full.onnx", "weights.safetensors"])
+
+
+# --- every place, every other thing -------------------------------------------------------------
+
+
+def hostile_cases(data: dict[str, Any], *, every: int) -> Iterator[tuple[Place, Any]]:
+    """One in ``every`` of all places and bad values, each value at some places and each place with some values."""
+    for number, (place, leaf) in enumerate(leaves(data)):
+        for value in bad_values(leaf)[number % every :: every]:
+            yield place, value
+
+
+@pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.slow)])
+def test_whatever_a_manifest_holds_is_refused_in_a_line_or_works(tmp_path: Path, every: int) -> None:
+    """Signed again, so that the digest helps nobody."""
+    toy = build(tmp_path / "toy", Toy(settings={"default": Settings(steps=2, gate=1)}))
+    data = json.loads((toy / MANIFEST_FILE).read_bytes())
+    del data["digest"]
+    data |= {"scheduler": {"betas": [0.1]}, "tools": {"torch": "2.13"}}
+    refused: list[str] = []
+    worked = 0
+    for place, value in hostile_cases(data, every=every):
+        text = sign(put(data, place, value)).encode()
+        try:
+            parse_manifest(text)
+            (toy / MANIFEST_FILE).write_bytes(text)
+            manifest = Bundle.open(toy, check_digests=False).manifest
+            assert parse_manifest(dump_manifest(manifest)) == manifest
+            for plan in manifest.plans.values():
+                assert memory(plan, manifest, manifest.shapes[0], batch=manifest.shapes[0].batch[1])["peak"] < 2**70
+            worked += 1
+        except TgateError as error:
+            refused.append(str(error))
+    assert [text for text in refused if not text.isprintable() or len(text) > 1000] == []
+    assert len(refused) > 4000 / every
+    assert worked > 200 / every
+
+
 def test_what_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no such directory"):
         Bundle.open(tmp_path / "nothing")
     with pytest.raises(BundleError, match=r"it has no manifest\.json"):
         Bundle.open(tmp_path)
     (tmp_path / MANIFEST_FILE).mkdir()
-    with pytest.raises(BundleError, match="is a directory"):
+    with pytest.raises(BundleError, match="it is not a plain file"):
         Bundle.open(tmp_path)
 
 

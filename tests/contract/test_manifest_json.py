@@ -175,9 +175,14 @@ def test_a_field_that_is_missing_is_named(data: dict[str, Any]) -> None:
         (lambda d: d["carries"]["self.0"].update(of=["mean"]), "fact of must be a text, a number"),
         (lambda d: d.update(frames=0), "expected at least 1, got 0"),
         (lambda d: d.update(dtype="float8"), "manifest.json.dtype"),
-        (lambda d: d.update(guidance_scale=float("nan")), "expected a finite number, got nan"),
-        (lambda d: d.update(guidance_scale=10**400), "expected a finite number"),
-        (lambda d: d["plans"]["default"]["steps"][0].update(noise=1e999), "noise must be finite"),
+        (lambda d: d.update(guidance_scale=float("nan")), "NaN is no number of JSON"),
+        (lambda d: d.update(guidance_scale=10**400), "10000000000000000000… is no whole number of 64 bits"),
+        (lambda d: d.update(guidance_scale=1e39), "guidance_scale: expected a finite number, of float32, got 1e+39"),
+        (lambda d: d["shapes"][0]["constants"].update(time_ids=[1e39]), "constants.time_ids: expected a finite"),
+        (
+            lambda d: d["plans"]["default"]["steps"][0].update(noise=1e39),
+            "noise must be finite and a number of float32",
+        ),
     ],
 )
 def test_what_no_manifest_holds(data: dict[str, Any], edit: Callable[[dict[str, Any]], Any], says: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.hostile import Raw, bad_values, leaves, put
 from tests.toy_bundle import Toy, carries, make_plan, sampler
 from tgate_engine.errors import PlanError, TgateError
 from tgate_engine.graph import BATCH, DECODE, DENOISE, GraphSpec, Macs, TensorSpec
@@ -347,7 +349,7 @@ def test_json_that_is_no_plan(graphs: Mapping[str, GraphSpec], tmp_path: Path, e
         Plan.from_json(data)
     assert "\n" not in str(error.value)
     (tmp_path / "plan.json").write_text(json.dumps(data))
-    with pytest.raises(PlanError, match=r"plan\.json: "):
+    with pytest.raises(PlanError, match=r"plan\.json"):
         Plan.load(tmp_path / "plan.json")
 
 
@@ -370,6 +372,49 @@ def test_a_plan_file_that_is_not_there(tmp_path: Path) -> None:
         Plan.load(tmp_path / "plan.json")
     with pytest.raises(PlanError, match="is not a plan file"):
         Plan.load(tmp_path)
+
+
+def test_a_plan_file_that_is_no_plain_file(tmp_path: Path) -> None:
+    """A pipe that nobody writes to, and what never ends, are refused at once."""
+    os.mkfifo(tmp_path / "pipe.json")
+    with (tmp_path / "long.json").open("wb") as file:
+        file.truncate(2**40)
+    for path in (tmp_path / "pipe.json", Path("/dev/zero"), tmp_path / "long.json"):
+        with pytest.raises(PlanError, match="is not a plan file"):
+            Plan.load(path)
+
+
+def test_a_plan_file_by_a_link(graphs: Mapping[str, GraphSpec], tmp_path: Path) -> None:
+    """Which the user made."""
+    plan = planned(graphs, steps=2, gate=1)
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+    (tmp_path / "link.json").symlink_to("plan.json")
+    assert Plan.load(tmp_path / "link.json") == plan
+
+
+def test_whatever_a_plan_file_holds_is_refused_in_a_line_or_is_a_plan(
+    graphs: Mapping[str, GraphSpec], tmp_path: Path
+) -> None:
+    data = json.loads(json.dumps(planned(graphs, steps=2, gate=1).to_json()))
+    refused: list[str] = []
+    for number, (place, leaf) in enumerate(leaves(data)):
+        for value in bad_values(leaf)[number % 4 :: 4]:
+            text = json.dumps(put(data, place, "here" if isinstance(value, Raw) else value))
+            text = text.replace('"here"', value) if isinstance(value, Raw) else text
+            (tmp_path / "plan.json").write_text(text)
+            try:
+                plan = Plan.load(tmp_path / "plan.json")
+                assert Plan.from_json(plan.to_json()) == plan
+            except TgateError as error:
+                refused.append(str(error))
+    assert [text for text in refused if not text.isprintable() or len(text) > 500] == []
+    assert len(refused) > 150
+
+
+def test_absurd_numbers_of_steps_are_refused_at_once(graphs: Mapping[str, GraphSpec]) -> None:
+    data = planned(graphs, steps=2, gate=1).to_json()
+    with pytest.raises(PlanError, match="has 200000 steps, of at most 4096"):
+        Plan.from_json({**data, "steps": data["steps"] * 100_000})
 
 
 def test_steps_are_values(graphs: Mapping[str, GraphSpec]) -> None:

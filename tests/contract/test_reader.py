@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tgate_engine.errors import BundleError
-from tgate_engine.reader import Reader, check_name
+from tgate_engine.reader import Reader, check_name, is_word, parse_json, unique
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_what_is_read_is_what_is_there() -> None:
         (lambda: reader(a=0).whole("a", 1), "here.a: expected at least 1, got 0"),
         (lambda: reader(a="3").number("a"), "here.a: expected int or float, got '3'"),
         (lambda: reader(a=True).number("a"), "here.a: expected int or float, got True"),
-        (lambda: reader(a=float("inf")).number("a"), "here.a: expected a finite number, got inf"),
-        (lambda: reader(a=10**400).number("a"), "here.a: expected a finite number, got 1000"),
+        (lambda: reader(a=float("inf")).number("a"), "here.a: expected a finite number, of float32, got inf"),
+        (lambda: reader(a=10**400).number("a"), "here.a: expected a finite number, of float32, got 1000"),
         (lambda: reader(a=1).flag("a"), "here.a: expected bool, got 1"),
         (lambda: reader(a="../x").name("a"), "'../x' is not a plain name"),
         (lambda: reader(a="z").choice("a", ("x", "y")), "here.a: expected one of x, y, got 'z'"),
@@ -74,3 +74,55 @@ def test_long_values_are_cut_in_errors() -> None:
     with pytest.raises(BundleError) as error:
         reader(a="x" * 10_000).whole("a")
     assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "has the key 'c' twice"),
+        (b"NaN", "NaN is no number of JSON"),
+        (b"[Infinity]", "Infinity is no number of JSON"),
+        (b"1e999", "1e999 is beyond every number"),
+        (b"-1e999", "-1e999 is beyond every number"),
+        (b"9223372036854775808", "9223372036854775808 is no whole number of 64 bits"),
+        (b"-9223372036854775809", "is no whole number of 64 bits"),
+        (b"1" + b"0" * 5000, "^10000000000000000000… is no whole number of 64 bits$"),
+        (b"[" * 100_000, "nested too deeply"),
+        ("[]".encode("utf-16"), "codec can't decode"),
+        (b"\xef\xbb\xbf[]", "BOM"),
+    ],
+)
+def test_json_that_means_two_things_or_none(text: bytes, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as error:
+        parse_json(text)
+    assert str(error.value).isprintable()
+
+
+def test_json_that_means_one_thing() -> None:
+    assert parse_json('{"a": [9223372036854775807, -9223372036854775808, -0, 0.5, "\u00e4"]}') == {
+        "a": [2**63 - 1, -(2**63), 0, 0.5, "ä"]
+    }
+    assert parse_json("[-Infinity]", infinity=True) == [float("-inf")]
+    with pytest.raises(ValueError, match="NaN is no number"):
+        parse_json("[NaN]", infinity=True)
+
+
+@pytest.mark.parametrize("text", ["", "x" * 201, "a\nb", "\x1b[2J", "a\u202eb", "\ud800", 3, None])
+def test_what_is_no_name(text: object) -> None:
+    assert not is_word(text)
+
+
+def test_names_and_bounds_say_where() -> None:
+    for read, says in (
+        (lambda: reader(a="a\nb").word("a"), "here.a: expected a name of 1 to 200 printable characters, got 'a\\nb'"),
+        (lambda: reader(a={"\n": {}}).table("a", lambda r: r), "here.a: expected a name"),
+        (lambda: reader(a=[{}] * 3).items("a", lambda r: r, 2), "here.a: expected at most 2 entries, got 3"),
+        (lambda: reader(a=3).whole("a", 0, 2), "here.a: expected at most 2, got 3"),
+        (lambda: reader(a=[3]).whole_tuple("a", 2), "here.a: expected numbers of at most 2, got [3]"),
+        (lambda: reader(a="x" * 5000).text("a"), "here.a: expected at most 4096 characters, got 5000"),
+        (lambda: reader(a=2).number("a", 0, 1), "here.a: expected 0 to 1, got 2.0"),
+        (lambda: unique("aba", "here"), "here: 'a' is there twice"),
+    ):
+        with pytest.raises(BundleError) as error:
+            read()
+        assert says in str(error.value)

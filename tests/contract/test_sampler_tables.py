@@ -98,6 +98,14 @@ Change = Callable[[dict[str, NDArray[Any]], list[Any]], object]
         lambda rows, entries: entries[0].update(options={"a": [1]}),
         lambda rows, entries: entries.append(3),
         lambda rows, entries: entries.append({}),
+        lambda rows, entries: entries.append(entries[0]),
+        lambda rows, entries: entries[0].update(first=-3),
+        lambda rows, entries: entries[0].update(first=True),
+        lambda rows, entries: entries[0].update(count=2**63 - 1),
+        lambda rows, entries: entries[0].update(steps=10**400),
+        lambda rows, entries: entries[0].update(initial_scale=float("nan")),
+        lambda rows, entries: entries[0].update(options={"a": 10**400}),
+        lambda rows, entries: entries[0].update(name=["toy"]),
     ],
 )
 def test_damaged_tables_are_refused(tmp_path: Path, change: Change) -> None:
@@ -112,7 +120,9 @@ def test_damaged_tables_are_refused(tmp_path: Path, change: Change) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("metadata", [None, {}, {"other": "x"}, {"samplers": "{"}, {"samplers": "3"}])
+@pytest.mark.parametrize(
+    "metadata", [None, {}, {"other": "x"}, {"samplers": "{"}, {"samplers": "3"}, {"samplers": "[" * 5000}]
+)
 def test_files_that_hold_no_tables(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     save_file({"toy": np.zeros((1, 12), np.float32)}, tmp_path / "samplers", metadata)
     with pytest.raises(BundleError, match="holds no tables of samplers"):

@@ -55,7 +55,7 @@ def test_a_videos_frames_in_their_order(toy_path: Path, tmp_path: Path) -> None:
     )
     engine, bundle = open_engine("ort-cpu", threads=1), Bundle.open(toy_path)
     assert isinstance(engine, OrtCpu)
-    graphs = {spec.file: engine.load_graph(tmp_path / "decoder.onnx", spec)}
+    graphs = {spec.file: engine.load_graph((tmp_path / "decoder.onnx").read_bytes(), tmp_path, spec)}
     pixels = np.random.default_rng(1).integers(0, 256, (5, 3, 2, 4))
     with Session(bundle, engine, graphs, bundle.manifest.shapes) as session:
         frames = decode(session, spec, pixels.astype(np.float32))

@@ -55,7 +55,8 @@ def loaded(
     engine = open_engine("ort-cpu", threads=1)
     assert isinstance(engine, OrtCpu)
     bundle = Bundle.open(toy_path)
-    with Session(bundle, engine, {spec.file: engine.load_graph(path, spec)}, bundle.manifest.shapes) as session:
+    graph = engine.load_graph(path.read_bytes(), path.parent, spec)
+    with Session(bundle, engine, {spec.file: graph}, bundle.manifest.shapes) as session:
         yield session, spec
 
 

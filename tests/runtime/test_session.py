@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.runtime.pictures import planned
@@ -21,6 +23,7 @@ from tgate_engine.graph import DECODE, IMAGE, TEXT, GraphSpec
 from tgate_export.methods.base import Settings
 from tgate_runtime.engines import open_engine
 from tgate_runtime.engines.ort import OrtCpu, OrtExecutable
+from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.session import Session, graphs_of, plan_of, shapes_of
 
 SIZES = Toy(
@@ -296,8 +299,8 @@ def test_a_damaged_graph_fails_when_opened(damaged: Path) -> None:
     (damaged / "full.onnx").write_bytes(b"x" * (damaged / "full.onnx").stat().st_size)
     with pytest.raises(BundleError, match=r"full\.onnx has SHA-256"):
         Session.open(damaged)
-    with pytest.raises(EngineError, match=r"cannot load full\.onnx"):
-        Session.open(damaged, check_digests=False)
+    with pytest.raises(BundleError, match=r"full\.onnx has SHA-256"):
+        Session.open(damaged, check_digests=False)  # graphs are small, and always are what the manifest says
 
 
 def test_an_open_bundle_is_not_read_again(own: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,3 +321,91 @@ def test_an_engine_loads_what_is_asked_for(bundle: Bundle, monkeypatch: pytest.M
     monkeypatch.setattr(OrtCpu, "load", watched)
     Session.open(bundle, plans=["ungated"], sizes=["4x4"], threads=1).close()
     assert loaded == ["full-batch-1-1.onnx", "text.onnx", "decoder.onnx", "full-batch-3-4.onnx"]
+
+
+# --- plans of one name --------------------------------------------------------------------------
+
+
+def test_a_name_means_the_plan_that_the_session_was_opened_with(bundle: Bundle) -> None:
+    """Not the bundle's of that name, which is another one."""
+    own = replace(bundle.manifest.plan("fast"), name="default")
+    with Session.open(bundle, plans=[own], threads=1) as session:
+        assert session.plan("default") is own
+        assert session.plan(bundle.manifest.plan("default")) == bundle.manifest.plan("default")
+        assert session.plan("fast") == bundle.manifest.plan("fast")
+    with Session.open(bundle, threads=1, plans=[]) as session:
+        assert session.plan("default") == bundle.manifest.plan("default")
+
+
+def test_a_name_that_two_plans_of_a_session_have_means_neither(bundle: Bundle) -> None:
+    default, other = bundle.manifest.plan("default"), replace(bundle.manifest.plan("fast"), name="default")
+    with Session.open(bundle, plans=[default, other, default], threads=1) as session:
+        with pytest.raises(RequestError, match="opened with 2 plans called 'default'; give the plan itself"):
+            session.plan("default")
+        assert session.plan(other) == other
+    with Session.open(bundle, plans=[default, "default"], threads=1) as session:
+        assert session.plan("default") == default
+
+
+def test_a_picture_is_drawn_with_the_plan_that_was_opened(toy_path: Path) -> None:
+    opened = Bundle.open(toy_path)
+    own = replace(opened.manifest.plan("ungated"), name="default")
+    with Pipeline.open(opened, plans=[own], threads=1) as named:
+        got = named("a red cat", seed=3, plan="default").latents
+    with Pipeline.open(opened, threads=1) as given:
+        want = given("a red cat", seed=3, plan="ungated").latents
+        other = given("a red cat", seed=3, plan="default").latents
+    np.testing.assert_array_equal(got, want)
+    assert not np.array_equal(want, other)
+
+
+# --- a bundle that changes ----------------------------------------------------------------------
+
+
+def test_weights_that_change_under_a_session_are_told(damaged: Path) -> None:
+    """At the next request; a picture of other weights would be wrong, and pages that are gone would kill."""
+    with Pipeline.open(damaged, threads=1, memory="shared") as pipe:
+        pipe("a red cat", seed=3)
+        weights = damaged / pipe.session.manifest.weights
+        content = bytearray(weights.read_bytes())
+        with weights.open("r+b") as file:
+            file.seek(len(content) - 1)
+            file.write(bytes([content[-1] ^ 1]))
+        with pytest.raises(BundleError, match=r"weights\.safetensors was changed while it was in use"):
+            pipe("a red cat", seed=3)
+
+
+def test_a_bundle_that_is_replaced_leaves_its_sessions_alone(damaged: Path, toy_path: Path) -> None:
+    with Pipeline.open(damaged, threads=1, memory="shared") as pipe:
+        want = pipe("a red cat", seed=3).latents
+        damaged.rename(damaged.with_name("old"))
+        shutil.copytree(toy_path, damaged)
+        shutil.rmtree(damaged.with_name("old"))
+        np.testing.assert_array_equal(pipe("a red cat", seed=3).latents, want)
+
+
+@pytest.mark.parametrize("name", ["full.onnx", "weights.safetensors"])
+def test_a_file_that_is_exchanged_while_it_is_loaded_is_seen(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """And put back before the engine is done."""
+    load, path, away = OrtCpu.load, damaged / name, damaged.parent / "away"
+
+    def exchanged(*args: Any) -> Any:
+        loaded = load(*args)
+        path.rename(away)
+        shutil.copy(away, path)
+        path.unlink()
+        away.rename(path)
+        return loaded
+
+    monkeypatch.setattr(OrtCpu, "load", exchanged)
+    with pytest.raises(BundleError, match=f"{name} was changed after it was checked; open the bundle again"):
+        Session.open(damaged, threads=1)
+
+
+def test_asking_whether_weights_changed_takes_microseconds(own: Session) -> None:
+    begin_s = time.process_time()
+    for _ in range(1000):
+        own.check_unchanged()
+    assert time.process_time() - begin_s < 0.1

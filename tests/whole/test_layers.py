@@ -21,7 +21,7 @@ PACKAGES = {
 }
 
 CONTRACT_LIBRARIES = frozenset({"numpy", "safetensors"}) | sys.stdlib_module_names
-RUN_TIME_LIBRARIES = CONTRACT_LIBRARIES | {"PIL", "imageio_ffmpeg", "tokenizers"}
+RUN_TIME_LIBRARIES = CONTRACT_LIBRARIES | {"PIL", "google", "imageio_ffmpeg", "tokenizers"}  # google.protobuf
 ENGINE_LIBRARIES: dict[str, frozenset[str]] = {
     "ort": frozenset({"onnxruntime"}),
     "ort_cuda": frozenset({"onnxruntime"}),

@@ -73,7 +73,12 @@ ENGINES: Mapping[str, EngineEntry] = {
     entry.name: entry
     for entry in (
         EngineEntry(
-            name="ort-cpu", module="ort", cls="OrtCpu", extra="cpu", runs_on="CPU", needs={"onnxruntime": "1.31"}
+            name="ort-cpu",
+            module="ort",
+            cls="OrtCpu",
+            extra="cpu",
+            runs_on="CPU",
+            needs={"onnxruntime": "1.31", "protobuf": "6.30"},
         ),
         EngineEntry(
             name="ort-cuda",
@@ -81,7 +86,7 @@ ENGINES: Mapping[str, EngineEntry] = {
             cls="OrtCuda",
             extra="cuda",
             runs_on="NVIDIA GPU",
-            needs={"onnxruntime-gpu": "1.31"},
+            needs={"onnxruntime-gpu": "1.31", "protobuf": "6.30"},
         ),
         EngineEntry(
             name="openvino",
@@ -89,7 +94,7 @@ ENGINES: Mapping[str, EngineEntry] = {
             cls="OpenVino",
             extra="openvino",
             runs_on="CPU",
-            needs={"openvino": "2026.2"},
+            needs={"openvino": "2026.2", "protobuf": "6.30"},
         ),
         EngineEntry(
             name="aoti",
@@ -97,7 +102,7 @@ ENGINES: Mapping[str, EngineEntry] = {
             cls="Aoti",
             extra="aoti",
             runs_on="CPU, NVIDIA GPU",
-            needs={"torch": "2.11", "onnx": "1.23"},
+            needs={"torch": "2.11", "onnx": "1.23", "protobuf": "6.30"},
         ),
         EngineEntry(
             name="tensorrt",
@@ -105,7 +110,13 @@ ENGINES: Mapping[str, EngineEntry] = {
             cls="TensorRt",
             extra="tensorrt",
             runs_on="NVIDIA GPU",
-            needs={"tensorrt-rtx-cu13": "1.7", "polygraphy": "0.53.6", "cuda-bindings": "13", "onnx": "1.23"},
+            needs={
+                "tensorrt-rtx-cu13": "1.7",
+                "polygraphy": "0.53.6",
+                "cuda-bindings": "13",
+                "onnx": "1.23",
+                "protobuf": "6.30",
+            },
         ),
     )
 }

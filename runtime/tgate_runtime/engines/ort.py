@@ -22,6 +22,7 @@ from tgate_engine.graph import GraphSpec
 from tgate_engine.underway import Cancellable
 from tgate_runtime.engines.host import CpuBuffer
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers, check_interface
+from tgate_runtime.graph_check import read_graphs
 
 _DTYPE_OF = {f"tensor({dtype})": dtype for dtype in DTYPES} | {"tensor(float)": "float32"}
 
@@ -91,13 +92,16 @@ class OrtCpu:
     def load(
         self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
     ) -> dict[str, OrtExecutable]:
-        return {spec.file: self.load_graph(bundle.file(spec.file), spec) for spec in graphs}
+        files = read_graphs(bundle, graphs)
+        return {spec.file: self.load_graph(files[spec.file], bundle.path, spec) for spec in graphs}
 
-    def load_graph(self, path: Path, spec: GraphSpec) -> OrtExecutable:
-        """The graph of one file. Raises :class:`EngineError` as :meth:`load` does."""
-        # Loaded by path, so that ONNX Runtime maps the weights file itself instead of reading it.
+    def load_graph(self, data: bytes, folder: Path, spec: GraphSpec) -> OrtExecutable:
+        """The graph of an ONNX file's bytes, whose weights lie in ``folder``. Raises :class:`EngineError` as
+        :meth:`load` does."""
+        options = self._session_options()
+        find_weights(options, folder)
         try:
-            session = ort.InferenceSession(str(path), self._session_options(), providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # see _OrtCall
             raise EngineError(
                 f"ONNX Runtime {self.version} cannot load {spec.file} on the CPU: {first_line(error)}{_hint(spec)}"
@@ -142,6 +146,11 @@ def run_cancellable(session: ort.InferenceSession, binding: Any, options: ort.Ru
     """Run a graph so that it can be ended between two of its nodes: see :mod:`tgate_engine.underway`."""
     with Cancellable(lambda: setattr(options, "terminate", True)):
         session.run_with_iobinding(binding, options)
+
+
+def find_weights(options: ort.SessionOptions, folder: Path) -> None:
+    """Tell ONNX Runtime where the weights of a graph lie that it is given as bytes; it maps their file itself."""
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
 
 
 def check_nodes(session: ort.InferenceSession, spec: GraphSpec) -> None:

@@ -148,9 +148,10 @@ class Engine(Protocol):
     def load(
         self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
     ) -> Mapping[str, Executable]:
-        """Those graphs of an opened bundle, by their files, over one set of weights.
+        """Those graphs of an opened bundle, by their files, over one set of weights. The engine reads no ONNX file
+        that :func:`tgate_runtime.graph_check.read_graphs` has not let through.
 
-        Raises :class:`EngineError` in one line where the engine cannot run a graph, or where a graph does not have the
+        Raises :class:`~tgate_engine.errors.BundleError` for a graph that is not let through, and :class:`EngineError` in one line where the engine cannot run a graph, or where a graph does not have the
         inputs and outputs of its :class:`~tgate_engine.graph.GraphSpec`.
         """
 

@@ -44,7 +44,7 @@ def every_graph_agrees(path: Path) -> None:
     bundle = Bundle.open(path)
     weights = Weights(bundle.file(bundle.manifest.weights), CPU)
     for spec in (spec for shape in bundle.manifest.shapes for spec in shape.graphs.values()):
-        module = OnnxModule(bundle.file(spec.file), spec, weights)
+        module = OnnxModule(bundle.file(spec.file).read_bytes(), spec, weights)
         tolerance = 1e-3 if spec.role == IMAGE else 1e-4  # it resizes to grids that are rounded differently
         for batch in sorted(set(spec.batch)):
             inputs = random_inputs(spec, batch)
@@ -77,7 +77,7 @@ def shared(small: Small) -> Weights:
 @pytest.mark.parametrize("name", ["full", "reuse", "text", "decoder"])
 def test_traced_once_for_every_batch(small: Small, shared: Weights, name: str) -> None:
     spec = small.graphs[name]
-    module = OnnxModule(small.bundle.file(spec.file), spec, shared)
+    module = OnnxModule(small.bundle.file(spec.file).read_bytes(), spec, shared)
     program = trace(module, CPU).module()
     for batch in (1, 3, 4):
         inputs = random_inputs(spec, batch)
@@ -89,7 +89,7 @@ def test_traced_once_for_every_batch(small: Small, shared: Weights, name: str) -
 def test_traced_for_one_batch_alone(tmp_path: Path) -> None:
     alone = Small(tmp_path / "bundle", batch=(2, 2))
     spec = alone.graphs["full"]
-    module = OnnxModule(alone.bundle.file(spec.file), spec, Weights(alone.bundle.file(WEIGHTS), CPU))
+    module = OnnxModule(alone.bundle.file(spec.file).read_bytes(), spec, Weights(alone.bundle.file(WEIGHTS), CPU))
     inputs = random_inputs(spec, 2)
     assert_close(spec, by_torch(trace(module, CPU).module(), spec, inputs), alone.expected("full", inputs))
 
@@ -110,7 +110,7 @@ def test_a_batch_in_the_graph_s_own_arithmetic_of_shapes(tmp_path: Path, shared:
     numbers = {"two": [2], "first": [0], "four": 4, "one": [1]}
     initializers = [numpy_helper.from_array(np.array(each), name) for name, each in numbers.items()]
     spec = save(tmp_path / "g.onnx", nodes, [tensor("x", BATCH, 12)], [tensor("y", "rows", 3, 2)], initializers)
-    program = trace(OnnxModule(tmp_path / "g.onnx", spec, shared), CPU).module()
+    program = trace(OnnxModule((tmp_path / "g.onnx").read_bytes(), spec, shared), CPU).module()
     for batch in (1, 4):
         inputs = random_inputs(spec, batch)
         want = by_onnxruntime(tmp_path / "g.onnx", spec, inputs)
@@ -124,7 +124,7 @@ def test_a_batch_in_the_graph_s_own_arithmetic_of_shapes(tmp_path: Path, shared:
 def test_graphs_share_the_pages_of_the_weight_file(small: Small, shared: Weights) -> None:
     where: dict[str, set[int]] = {}
     for spec in small.graphs.values():
-        module = OnnxModule(small.bundle.file(spec.file), spec, shared)
+        module = OnnxModule(small.bundle.file(spec.file).read_bytes(), spec, shared)
         for buffer, (name, _) in module.weight_names.items():
             where.setdefault(name, set()).add(getattr(module, buffer).data_ptr())
     assert where.keys() == small.weights.keys()
@@ -146,7 +146,7 @@ def test_narrow_weights_are_made_once(shared: Weights) -> None:
 @pytest.mark.parametrize("name", ["full", "reuse"])
 def test_products_in_bfloat16_and_what_follows_the_last_in_float32(small: Small, shared: Weights, name: str) -> None:
     spec = small.graphs[name]
-    narrow = OnnxModule(small.bundle.file(spec.file), spec, shared, torch.bfloat16)
+    narrow = OnnxModule(small.bundle.file(spec.file).read_bytes(), spec, shared, torch.bfloat16)
     inputs = random_inputs(spec, 2)
     got, want = by_torch(narrow, spec, inputs), small.expected(name, inputs)
     assert_close(spec, got, want, 3e-2)
@@ -160,7 +160,7 @@ def test_the_small_sdxl_in_bfloat16(mini_bundle: Path) -> None:
     bundle = Bundle.open(mini_bundle)
     spec = bundle.manifest.shapes[0].graphs["reuse_cross"]
     module = OnnxModule(
-        bundle.file(spec.file), spec, Weights(bundle.file(bundle.manifest.weights), CPU), torch.bfloat16
+        bundle.file(spec.file).read_bytes(), spec, Weights(bundle.file(bundle.manifest.weights), CPU), torch.bfloat16
     )
     inputs = random_inputs(spec, 1)
     want = by_onnxruntime(bundle.file(spec.file), spec, inputs)
@@ -178,13 +178,13 @@ def one(path: Path, node: Any, *initializers: Any) -> GraphSpec:
 def test_an_operator_that_is_not_in_the_table(tmp_path: Path, shared: Weights) -> None:
     spec = one(tmp_path / "g.onnx", helper.make_node("Asinh", ["x"], ["y"]))
     with pytest.raises(EngineError, match=r"knows no operator Asinh, which g\.onnx has"):
-        OnnxModule(tmp_path / "g.onnx", spec, shared)
+        OnnxModule((tmp_path / "g.onnx").read_bytes(), spec, shared)
 
 
 def test_a_form_of_an_operator_that_is_not_written(tmp_path: Path, shared: Weights) -> None:
     pads = numpy_helper.from_array(np.array([0, 0, 1, 0, 0, 1]), "pads")
     spec = one(tmp_path / "g.onnx", helper.make_node("Pad", ["x", "pads"], ["y"], mode="edge"), pads)
-    module = OnnxModule(tmp_path / "g.onnx", spec, shared)
+    module = OnnxModule((tmp_path / "g.onnx").read_bytes(), spec, shared)
     with pytest.raises(EngineError, match=r"knows no Pad in mode edge of axes .*, which g\.onnx has"):
         module(torch.zeros(1, 4, 6))
 
@@ -193,7 +193,7 @@ def test_a_weight_that_the_file_does_not_have(tmp_path: Path, shared: Weights) -
     absent = outside("w.absent", 0, 144, (6, 6))
     spec = one(tmp_path / "g.onnx", helper.make_node("MatMul", ["x", "w.absent"], ["y"]), absent)
     with pytest.raises(EngineError, match=r"weight w\.absent is not in the weight file"):
-        OnnxModule(tmp_path / "g.onnx", spec, shared)
+        OnnxModule((tmp_path / "g.onnx").read_bytes(), spec, shared)
 
 
 def test_an_input_of_a_dtype_that_no_bundle_has(tmp_path: Path, shared: Weights) -> None:
@@ -202,4 +202,4 @@ def test_an_input_of_a_dtype_that_no_bundle_has(tmp_path: Path, shared: Weights)
     graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "g", [info], [info])
     (tmp_path / "g.onnx").write_bytes(helper.make_model(graph).SerializeToString())
     with pytest.raises(EngineError, match="does not have the inputs its manifest says: x float32, x unknown"):
-        OnnxModule(tmp_path / "g.onnx", spec, shared)
+        OnnxModule((tmp_path / "g.onnx").read_bytes(), spec, shared)

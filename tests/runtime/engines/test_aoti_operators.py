@@ -132,7 +132,7 @@ def agree(
     outputs = [tensor(name, *each.shape, dtype=str(each.dtype)) for name, each in zip(names, want, strict=True)]
     spec = save(path, nodes, specs, outputs, initializers)
     with torch.no_grad():
-        got = OnnxModule(path, spec, weights)(*map(torch.from_numpy, inputs))
+        got = OnnxModule(path.read_bytes(), spec, weights)(*map(torch.from_numpy, inputs))
     for a, b in zip(got, want, strict=True):
         assert (a.numpy().dtype, tuple(a.shape)) == (b.dtype, b.shape)
         np.testing.assert_allclose(a.numpy(), b, rtol=1e-4, atol=1e-5)

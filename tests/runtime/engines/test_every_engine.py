@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import helper
 
-from tests.runtime.engines.small import Arrays, Small, assert_close, one_node, random_inputs
+from tests.hostile import relisted, with_graph
+from tests.runtime.engines.small import WEIGHTS, Arrays, Small, assert_close, one_node, random_inputs
 from tests.runtime.engines.ways import WAYS
 from tgate_engine.dtypes import DTYPES, storage
-from tgate_engine.errors import EngineError
+from tgate_engine.errors import BundleError, EngineError
 from tgate_engine.graph import GraphSpec
 from tgate_runtime.engines.aoti import TorchBuffer
 from tgate_runtime.engines.host import CpuBuffer
@@ -64,6 +67,34 @@ def called(engine: Engine, graph: Executable, spec: GraphSpec, inputs: Arrays) -
 def numbers(shape: tuple[int, ...], dtype: str, first: int = 1) -> NDArray[Any]:
     """Values that differ from one another."""
     return (np.arange(np.prod(shape)).reshape(shape) + first).astype(storage(dtype))
+
+
+# --- strangers' graphs --------------------------------------------------------------------------
+
+
+def elsewhere(model: Any) -> None:
+    """A weight from a file that no manifest lists."""
+    weight = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    next(entry for entry in weight.external_data if entry.key == "location").value = "other.bin"
+
+
+def endless(model: Any) -> None:
+    body = helper.make_graph([], "body", [], [])
+    model.graph.node.append(helper.make_node("Loop", ["", ""], [], body=body))
+
+
+@pytest.mark.parametrize("edit", [elsewhere, endless])
+def test_a_graph_of_a_stranger_is_refused_before_the_engine_sees_it(
+    engine: Engine, tmp_path: Path, edit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listed with a digest that fits; by whatever way it would be loaded."""
+    monkeypatch.setenv("TGATE_CACHE", str(tmp_path / "cache"))
+    own = Small(tmp_path / "bundle")
+    shutil.copy(tmp_path / "bundle" / WEIGHTS, tmp_path / "bundle" / "other.bin")
+    hostile, graphs = with_graph(own.bundle, "full.onnx", edit), [own.graphs["full"]]
+    for way in (engine.load, engine.build) if engine.name == "aoti" else (engine.load,):
+        with pytest.raises(BundleError, match=r"^full\.onnx has .*; export the bundle again$"):
+            way(hostile, graphs)
 
 
 # --- buffers ------------------------------------------------------------------------------------
@@ -288,11 +319,11 @@ def test_a_graph_that_is_not_what_its_manifest_says(
     monkeypatch.setenv("TGATE_CACHE", str(tmp_path))
     spec = small.graphs["decoder"]
     renamed = replace(spec, inputs=(replace(spec.inputs[0], name="z"),))
-    with pytest.raises(EngineError, match=r"decoder\.onnx does not have the inputs .* says: latents .*, z ") as error:
+    with pytest.raises(BundleError, match=r"decoder\.onnx does not have the inputs .* says: 'latents', 'z'") as error:
         engine.load(small.bundle, [renamed])
     assert "\n" not in str(error.value)
     retyped = replace(spec, outputs=(replace(spec.outputs[0], dtype="float16"),))
-    with pytest.raises(EngineError, match="does not have the outputs its manifest says"):
+    with pytest.raises(BundleError, match=r"decoder\.onnx has output image of type 2 .*; its manifest says float16"):
         engine.load(small.bundle, [retyped])
 
 
@@ -304,6 +335,6 @@ def test_a_damaged_graph_is_one_line(
     own = Small(tmp_path / "bundle")
     spec = one_node(tmp_path / "bundle" / "full.onnx", "Tanh")
     (tmp_path / "bundle" / "full.onnx").write_bytes(content)
-    with pytest.raises(EngineError, match=r"full\.onnx") as error:
-        engine.load(own.bundle, [spec])
+    with pytest.raises(BundleError, match=r"^full\.onnx (is not|has|holds)") as error:
+        engine.load(relisted(own.bundle, "full.onnx"), [spec])
     assert "\n" not in str(error.value)

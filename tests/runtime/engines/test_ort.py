@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from onnx import helper
 
@@ -40,14 +39,14 @@ def test_bfloat16_travels_as_bits(engine: OrtCpu, tmp_path: Path) -> None:
     spec = one_node(tmp_path / "g.onnx", "Identity", "bfloat16")
     x, y = engine.allocate((1, 3), "bfloat16"), engine.allocate((1, 3), "bfloat16")
     x.write(encode(np.array([[1.5, -2.0, 0.25]]), "bfloat16"))
-    engine.load_graph(tmp_path / "g.onnx", spec).bind({"x": x}, {"y": y})()
+    engine.load_graph((tmp_path / "g.onnx").read_bytes(), tmp_path, spec).bind({"x": x}, {"y": y})()
     assert decode(y.read(), "bfloat16").tolist() == [[1.5, -2.0, 0.25]]
 
 
 def test_a_graph_that_the_engine_cannot_run(engine: OrtCpu, tmp_path: Path) -> None:
     spec = one_node(tmp_path / "g.onnx", "Tanh", "bfloat16")
     with pytest.raises(EngineError) as error:
-        engine.load_graph(tmp_path / "g.onnx", spec)
+        engine.load_graph((tmp_path / "g.onnx").read_bytes(), tmp_path, spec)
     assert "cannot load g.onnx on the CPU" in str(error.value)
     assert "--dtype fp32" in str(error.value)
     assert "\n" not in str(error.value)
@@ -61,7 +60,7 @@ def test_a_call_that_fails_says_so_in_one_line(engine: OrtCpu, tmp_path: Path) -
     x, i, y = (
         engine.allocate(shape, dtype) for shape, dtype in (((2, 3), "float32"), ((2, 1), "int64"), ((2,), "float32"))
     )
-    call = engine.load_graph(tmp_path / "g.onnx", spec).bind({"x": x, "i": i}, {"y": y})
+    call = engine.load_graph((tmp_path / "g.onnx").read_bytes(), tmp_path, spec).bind({"x": x, "i": i}, {"y": y})
     call()
     i.write(np.array([[3], [0]]))
     with pytest.raises(EngineError, match=r"graph g\.onnx failed in ONNX Runtime: .*index") as error:
@@ -71,11 +70,9 @@ def test_a_call_that_fails_says_so_in_one_line(engine: OrtCpu, tmp_path: Path) -
 
 
 def test_weights_are_mapped_from_the_one_file(small: Small) -> None:
-    """Loading by path lets the engine map the weights; a map shows where it keeps no copy of its own."""
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    path = small.bundle.file("full.onnx")
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    """Given the graph's bytes and the folder, the engine maps the weights; a map shows where it keeps no copy."""
+    engine = OrtCpu(EngineOptions(threads=1, memory="shared"))
+    session = engine.load(small.bundle, [small.graphs["full"]])
     assert str(small.bundle.file(WEIGHTS)) in Path("/proc/self/maps").read_text()
     del session
 

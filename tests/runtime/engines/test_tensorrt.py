@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from onnx import helper
 
+from tests.hostile import with_graph
 from tests.runtime.engines.fake_gpu import FakeGpu
 from tests.runtime.engines.small import WEIGHTS, Small, outside, save, tensor
 from tgate_engine.bundle import Bundle
-from tgate_engine.errors import EngineError
+from tgate_engine.errors import BundleError, EngineError
 from tgate_engine.graph import BATCH, GraphSpec
 from tgate_runtime.cache import digest_of
 from tgate_runtime.engines import open_engine
@@ -234,6 +235,7 @@ def fake_engine(
     (folder / WEIGHTS).write_bytes(content.tobytes())
     bundle: Any = SimpleNamespace(manifest=SimpleNamespace(weights=WEIGHTS), file=lambda name: folder / name)
     stand_in = _Engine(dict.fromkeys(("x", "w", "b", "y", "spare"), trt.DataType.FLOAT), gpu)
+    monkeypatch.setattr("tgate_runtime.engines.tensorrt.read_graphs", lambda *_: {})
     monkeypatch.setattr(TensorRt, "build", lambda *_: {"g.onnx": folder})
     monkeypatch.setattr(TensorRt, "_engine", lambda *_: stand_in)
     monkeypatch.setattr(trt, "Runtime", MagicMock())
@@ -283,6 +285,21 @@ def test_rows_that_tensorrt_could_not_take_are_copied(
         np.testing.assert_array_equal(y.read(), want)
         np.testing.assert_array_equal(x.read(), values)
         assert gpu.launches == run
+
+
+def test_a_graph_of_a_stranger_is_refused_before_tensorrt_sees_it(
+    gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TGATE_CACHE", str(tmp_path / "cache"))
+    own = Small(tmp_path / "bundle")
+
+    def edit(model: Any) -> None:
+        model.graph.node.append(helper.make_node("Loop", ["", ""], [], body=helper.make_graph([], "b", [], [])))
+
+    hostile = with_graph(own.bundle, "full.onnx", edit)
+    for way in (TensorRt(SHARED).load, TensorRt(SHARED).build):
+        with pytest.raises(BundleError, match=r"full\.onnx has g in a AttributeProto"):
+            way(hostile, [own.graphs["full"]])
 
 
 def test_an_engine_that_does_not_match_its_manifest_is_refused(tmp_path: Path) -> None:

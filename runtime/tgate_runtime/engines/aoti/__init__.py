@@ -39,6 +39,7 @@ from tgate_runtime.engines.aoti import operators as operator_code
 from tgate_runtime.engines.aoti.graph import OnnxModule, Weights, trace
 from tgate_runtime.engines.compiled import entries, interface_key, ready_entries
 from tgate_runtime.engines.protocol import Buffer, EngineOptions, OnBuild, check_buffers, fitted, matched, row_shape
+from tgate_runtime.graph_check import read_graphs
 
 _TORCH_DTYPE = {dtype.short: getattr(torch, name) for name, dtype in DTYPES.items()}
 _FLAGS: dict[str, Any] = {
@@ -247,7 +248,7 @@ class Aoti:
 
     def _compile(self, bundle: Bundle, spec: GraphSpec, weights: Weights, directory: Path) -> None:
         _check_compiler()
-        module = OnnxModule(bundle.file(spec.file), spec, weights, self._compute(bundle, spec))
+        module = OnnxModule(read_graphs(bundle, [spec])[spec.file], spec, weights, self._compute(bundle, spec))
         work = directory / "work"
         work.mkdir(0o700)
         try:

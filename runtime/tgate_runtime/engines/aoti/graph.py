@@ -74,6 +74,7 @@ class _Node:
 class OnnxModule(torch.nn.Module):  # type: ignore[misc]
     """A bundle's graph: called with the inputs of its spec in their order, it gives the outputs in theirs.
 
+    ``data``: its file, as :func:`~tgate_runtime.graph_check.read_graphs` gives it.
     ``weights`` are referred to, not copied; ``weight_names`` says which tensor of the weight file each buffer
     ``w<i>`` is, and whether it is rounded. Other buffers, ``c<i>``, are constants of the graph itself. With
     ``compute``, a narrower dtype, matrix products, convolutions and attention of a float32 graph take their inputs
@@ -83,12 +84,12 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
     Raises :class:`EngineError` for a file that is no such graph, or an operator that is not in the table.
     """
 
-    def __init__(self, path: Path, spec: GraphSpec, weights: Weights, compute: torch.dtype | None = None) -> None:
+    def __init__(self, data: bytes, spec: GraphSpec, weights: Weights, compute: torch.dtype | None = None) -> None:
         super().__init__()
         try:
-            graph = onnx.load(path, load_external_data=False).graph
+            graph = onnx.load_model_from_string(data).graph
         except Exception as error:  # protobuf has classes of its own
-            raise EngineError(f"{path.name} is not an ONNX graph ({error}); export the bundle again") from error
+            raise EngineError(f"{spec.file} is not an ONNX graph ({error}); export the bundle again") from error
         inputs, outputs = (
             {t.name: _DTYPE_OF.get(t.type.tensor_type.elem_type, "unknown") for t in tensors}
             for tensors in (graph.input, graph.output)
@@ -97,8 +98,8 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
         self.spec = spec
         self.compute = compute
         self.weight_names: dict[str, tuple[str, bool]] = {}
-        self._file = path.name
-        self._nodes = [_node(path.name, node) for node in graph.node]
+        self._file = spec.file
+        self._nodes = [_node(spec.file, node) for node in graph.node]
         self._arrays: dict[str, NDArray[Any]] = {}  # whole numbers that may be shapes
         self._scalars: dict[str, tuple[tuple[int, ...], Any, torch.dtype]] = {}
         self._buffer_of: dict[str, str] = {}

@@ -25,6 +25,7 @@ from tgate_engine.underway import Cancellable
 from tgate_runtime.engines.host import CpuBuffer
 from tgate_runtime.engines.openvino.timestep import part_name, split_time
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers, check_interface
+from tgate_runtime.graph_check import read_graphs
 
 _DTYPE_OF = {dtype.short: name for name, dtype in DTYPES.items()}
 _CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
@@ -163,6 +164,9 @@ class OpenVino:
     def load(
         self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
     ) -> dict[str, OpenVinoExecutable]:
+        # OpenVINO finds a graph's weights beside the file it reads and in no other way, so it is given the name.
+        # Session.open sees afterwards that the name leads to what was checked here.
+        read_graphs(bundle, graphs)
         return {spec.file: self.load_graph(bundle.file(spec.file), spec) for spec in graphs}
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CpuBuffer:

@@ -31,10 +31,11 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import DENOISE, GraphSpec, Role, TensorSpec
-from tgate_runtime.engines.ort import check_nodes, run_cancellable
+from tgate_runtime.engines.ort import check_nodes, find_weights, run_cancellable
 from tgate_runtime.engines.ort_cuda.log import captured_stderr, failing
 from tgate_runtime.engines.ort_cuda.memory import CudaBuffer, on_the_gpu
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers
+from tgate_runtime.graph_check import read_graphs
 from tgate_runtime.weights import map_weights
 
 _ALIGNMENT_BYTES = 16  # what a kernel may read at a time
@@ -162,8 +163,9 @@ class OrtCuda:
     def load(
         self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
     ) -> dict[str, OrtCudaExecutable]:
+        files = read_graphs(bundle, graphs)
         weights = self._upload(bundle) if self.options.memory == "shared" else {}
-        return {spec.file: self._load(bundle.file(spec.file), spec, weights) for spec in graphs}
+        return {spec.file: self._load(files[spec.file], bundle.path, spec, weights) for spec in graphs}
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
         return CudaBuffer.zeros(shape, dtype, self.device)
@@ -190,12 +192,15 @@ class OrtCuda:
                 values[name] = ort.OrtValue.from_dlpack(value)  # a view: memory that ONNX Runtime owns is not shared
         return values
 
-    def _load(self, path: Path, spec: GraphSpec, weights: Mapping[str, ort.OrtValue]) -> OrtCudaExecutable:
+    def _load(
+        self, data: bytes, folder: Path, spec: GraphSpec, weights: Mapping[str, ort.OrtValue]
+    ) -> OrtCudaExecutable:
         captured = spec.role in self.captured
         options = ort.SessionOptions()
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 2  # warnings: where a weight is copied, one says so
+        find_weights(options, folder)
         if weights:
             options.add_session_config_entry("session.disable_prepacking", "1")
         for name, value in weights.items():
@@ -203,7 +208,7 @@ class OrtCuda:
         log: list[str] = []
         with failing(f"ONNX Runtime {self.version} cannot load {spec.file} on the GPU", log), captured_stderr(log):
             session = ort.InferenceSession(
-                str(path),
+                data,
                 options,
                 providers=self.providers(captured),
                 enable_fallback=0,  # or what fails is printed, and tried again on the CPU

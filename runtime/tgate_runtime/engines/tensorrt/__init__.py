@@ -51,6 +51,7 @@ from tgate_runtime.engines.tensorrt.cuda import (
     queue_copy,
     use_device,
 )
+from tgate_runtime.graph_check import read_graphs
 
 _PLAN = "engine.plan"
 _DTYPE_OF = {
@@ -243,7 +244,10 @@ class TensorRt:
         specs = {spec.file: spec for spec in graphs}
 
         def compile_into(file: str, directory: Path) -> None:
-            (directory / _PLAN).write_bytes(build_engine(bundle.file(file), specs[file], self.options))
+            read_graphs(bundle, [specs[file]])
+            plan = build_engine(bundle.file(file), specs[file], self.options)
+            bundle.check_unchanged(name for name in (file, bundle.manifest.weights) if name)  # TensorRT opens by name
+            (directory / _PLAN).write_bytes(plan)
 
         return entries(self._keys(bundle, graphs), compile_into, on_build)
 
@@ -256,6 +260,7 @@ class TensorRt:
             places = self.build(bundle, graphs, on_build)
         else:
             places = ready_entries(self._keys(bundle, graphs), self.name, bundle.path)
+        read_graphs(bundle, graphs)
         device = _Device(number)
         models = {spec.file: bundle.file(spec.file) for spec in graphs}
         shared = self.options.memory == "shared"

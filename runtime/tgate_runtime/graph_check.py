@@ -1,0 +1,35 @@
+"""A bundle's graphs, read and checked before any engine sees them.
+
+Engines take what :func:`read_graphs` gives, and open no graph's file themselves where they can be given bytes; so what
+was checked is what is used. OpenVINO alone has to be given a name: see its module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+from tgate_engine.bundle import Bundle
+from tgate_engine.graph import GraphSpec
+from tgate_engine.onnx_form import MODEL, check_graph, describe
+from tgate_runtime.weights import read_places
+
+_POOL = descriptor_pool.DescriptorPool()
+_POOL.Add(describe(descriptor_pb2.FileDescriptorProto()))
+_MODEL = message_factory.GetMessageClass(_POOL.FindMessageTypeByName(MODEL))
+
+
+def read_graphs(bundle: Bundle, graphs: Sequence[GraphSpec]) -> dict[str, bytes]:
+    """The ONNX files of ``graphs``, by their names: of the SHA-256 in the manifest, and each what
+    :func:`~tgate_engine.onnx_form.check_graph` lets through.
+
+    Raises :class:`~tgate_engine.errors.BundleError`.
+    """
+    weights_file = bundle.manifest.weights
+    places = read_places(bundle.file(weights_file)) if weights_file else {}
+    files = {}
+    for spec in graphs:
+        files[spec.file] = bundle.read(spec.file)
+        check_graph(files[spec.file], _MODEL(), spec, weights_file, places)
+    return files

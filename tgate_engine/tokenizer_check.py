@@ -83,8 +83,6 @@ def check_tokenizer(content: bytes) -> str:
             "model": _component(_MODELS),
         }
     )(data, "")
-    if "model" not in whole:
-        raise ValueError("it has no model")
     _check_replacements(whole)
     _check_ids(whole)
     return json.dumps(whole)
@@ -135,8 +133,30 @@ def _list(check: Check, most: int) -> Check:
 
 
 def _fields(known: Mapping[str, Check]) -> Check:
-    """An object with no other fields than those; which ones it has to have is the library's to say."""
+    """An object with those fields, all of them and no others."""
 
+    def check(value: Any, where: str) -> dict[str, Any]:
+        checked = _some(known)(value, where)
+        if missing := [name for name in known if name not in checked]:
+            raise ValueError(f"{_in(where, missing[0])} is missing")
+        return checked
+
+    return check
+
+
+def _one_field(known: Mapping[str, Check]) -> Check:
+    """An object with one of those fields."""
+
+    def check(value: Any, where: str) -> dict[str, Any]:
+        checked = _some(known)(value, where)
+        if len(checked) != 1:
+            raise ValueError(f"{where} has {len(checked)} of {' and '.join(known)}, wanted is one")
+        return checked
+
+    return check
+
+
+def _some(known: Mapping[str, Check]) -> Check:
     def check(value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f"{where or 'it'} is {shown(value)}, wanted is an object")
@@ -194,27 +214,21 @@ def _replace(value: Any, where: str) -> dict[str, Any]:
     A text holds none of those, and not spaces alone, so that what is put in is not replaced again: replacements in a
     row would else double a prompt each.
     """
-    fields = _fields({"pattern": _fields({"Regex": _any_text, "String": _text}), "content": _any_text})(value, where)
-    pattern, content = fields.get("pattern", {}), fields.get("content")
-    if list(pattern) == ["Regex"]:
-        regex = _REPLACED_REGEX.get((pattern["Regex"], content))
-        if regex is None:
-            raise ValueError(
-                f"{where} replaces the regular expression {shown(pattern['Regex'])}, which export does not write"
-            )
+    fields = _fields({"pattern": _one_field({"Regex": _any_text, "String": _text}), "content": _any_text})(value, where)
+    pattern, content = fields["pattern"], fields["content"]
+    text = pattern.get("String", pattern.get("Regex"))
+    if (regex := _REPLACED_REGEX.get((pattern.get("Regex"), content))) is not None:
         return {"pattern": {"Regex": regex}, "content": content}
-    text = pattern.get("String", "")
-    private = [ord(c) in _PRIVATE_USE for c in content or ""]
+    means_nothing = [ord(c) in _PRIVATE_USE or c == " " for c in content]
     if (
-        list(pattern) != ["String"]
+        "Regex" in pattern
         or not text.strip()
         or any(ord(c) in _PRIVATE_USE for c in text)
-        or not content
-        or len(content) > _MOST_CHARACTERS
-        or not all(p or c == " " for p, c in zip(private, content, strict=True))
+        or not 0 < len(content) <= _MOST_CHARACTERS
+        or not all(means_nothing)
     ):
         raise ValueError(f"{where} replaces {shown(text)} by {shown(content)}, which export does not write")
-    return {"pattern": {"String": text}, "content": content}
+    return fields
 
 
 def _any_text(value: Any, where: str) -> str:
@@ -296,6 +310,7 @@ _normalizers = _sequence(
 
 _pre_tokenizers = _sequence(
     {
+        "Whitespace": _NOTHING,
         "WhitespaceSplit": _NOTHING,
         "Metaspace": _fields(
             {"replacement": _one_of("▁"), "prepend_scheme": _one_of("always", "first", "never"), "split": _FLAG}
@@ -337,48 +352,51 @@ def _scored(value: Any, where: str) -> list[Any]:
     return [_text(token, where), float(score)]
 
 
-def _unknown_is_known(check: Check) -> Check:
-    """The token that stands for whatever has none has to be there: the library asks while it encodes."""
+def _table(value: Any, where: str) -> dict[str, Any]:
+    model: dict[str, Any] = _fields({"vocab": _vocabulary, "unk_token": _text})(value, where)
+    return _unknown_is_known(model, where)
 
-    def checked(value: Any, where: str) -> Any:
-        model = check(value, where)
-        unknown, vocabulary = model.get("unk_token"), model.get("vocab", {})
-        if unknown is not None and unknown not in vocabulary:
-            raise ValueError(f"{where}.unk_token {shown(unknown)} is not in its vocabulary")
-        return model
 
-    return checked
+def _byte_pairs(value: Any, where: str) -> dict[str, Any]:
+    model: dict[str, Any] = _fields(
+        {
+            "dropout": _one_of(None),
+            "unk_token": _optional(_text),
+            "continuing_subword_prefix": _one_of("", None),
+            "end_of_word_suffix": _one_of("</w>", "", None),
+            "fuse_unk": _FLAG,
+            "byte_fallback": _one_of(False),
+            "ignore_merges": _FLAG,
+            "vocab": _vocabulary,
+            "merges": _list(_merge, _MOST_TOKENS),
+        }
+    )(value, where)
+    vocabulary = model["vocab"]
+    for first, second in model["merges"]:  # the library panics over some that are not
+        if odd := [token for token in (first, second, first + second) if token not in vocabulary]:
+            raise ValueError(f"{where}.merges name {shown(odd[0])}, which is not in the vocabulary")
+    return _unknown_is_known(model, where)
+
+
+def _unknown_is_known(model: dict[str, Any], where: str) -> dict[str, Any]:
+    """The token that stands for whatever has none has to be there: the library asks for it while it encodes."""
+    unknown = model["unk_token"]
+    if unknown is not None and unknown not in model["vocab"]:
+        raise ValueError(f"{where}.unk_token {shown(unknown)} is not in the vocabulary")
+    return model
 
 
 def _unigram(value: Any, where: str) -> dict[str, Any]:
     model: dict[str, Any] = _fields(
         {"unk_id": _id, "vocab": _list(_scored, _MOST_TOKENS), "byte_fallback": _one_of(False)}
     )(value, where)
-    if not model.get("unk_id", math.inf) < len(model.get("vocab", [])):
-        raise ValueError(f"{where}.unk_id is {shown(model.get('unk_id'))}, wanted is a place in its vocabulary")
+    if model["unk_id"] >= len(model["vocab"]):
+        raise ValueError(f"{where}.unk_id is {model['unk_id']}, the vocabulary has {len(model['vocab'])} tokens")
     return model
 
 
-_MODELS: Mapping[str, Check] = {
-    "BPE": _unknown_is_known(
-        _fields(
-            {
-                "dropout": _one_of(None),
-                "unk_token": _optional(_text),
-                "continuing_subword_prefix": _one_of("", None),
-                "end_of_word_suffix": _one_of("</w>", "", None),
-                "fuse_unk": _FLAG,
-                "byte_fallback": _one_of(False),
-                "ignore_merges": _FLAG,
-                "vocab": _vocabulary,
-                "merges": _list(_merge, _MOST_TOKENS),
-            }
-        )
-    ),
-    "Unigram": _unigram,
-    "WordLevel": _unknown_is_known(_fields({"vocab": _vocabulary, "unk_token": _text})),
-}
-"""CLIP's and T5's; and a table of words, which there is nothing to fear in."""
+_MODELS: Mapping[str, Check] = {"BPE": _byte_pairs, "Unigram": _unigram, "WordLevel": _table}
+"""CLIP's and T5's; and a table of words, in which there is nothing to fear."""
 
 # --- special tokens -----------------------------------------------------------------------------
 
@@ -398,7 +416,7 @@ def _token_and_id(value: Any, where: str) -> list[Any]:
 
 
 _TYPE_ID = _one_of(0, 1)
-_PLACE: Check = _fields(
+_PLACE = _one_field(
     {
         "Sequence": _fields({"id": _one_of("A"), "type_id": _TYPE_ID}),
         "SpecialToken": _fields({"id": _text, "type_id": _TYPE_ID}),
@@ -412,19 +430,19 @@ def _template(value: Any, where: str) -> dict[str, Any]:
     fields = _fields(
         {"single": _list(_PLACE, _MOST_SPECIAL), "pair": _left_out, "special_tokens": lambda each, _: each}
     )(value, where)
-    tokens, single = fields.get("special_tokens"), fields.get("single", [])
+    tokens, single = fields["special_tokens"], fields["single"]
     if not isinstance(tokens, dict) or len(tokens) > _MOST_SPECIAL:
         raise ValueError(f"{where}.special_tokens is {shown(tokens)}, wanted is an object of at most {_MOST_SPECIAL}")
     special = _fields({"id": _text, "ids": _list(_id, _MOST_SPECIAL), "tokens": _list(_text, _MOST_SPECIAL)})
     checked = {_text(n, where): special(each, f"{where}.special_tokens.{shown(n)}") for n, each in tokens.items()}
     for name, each in checked.items():
-        if each.get("id") != name or not each.get("ids") or len(each["ids"]) != len(each.get("tokens", [])):
+        if each["id"] != name or not 0 < len(each["ids"]) == len(each["tokens"]):
             raise ValueError(f"{where}.special_tokens.{shown(name)} is not one token with as many ids as names")
-    if any(len(place) != 1 for place in single) or sum("Sequence" in place for place in single) > 1:
-        raise ValueError(f"{where}.single is not one text among special tokens")
-    for place in single:
-        if "SpecialToken" in place and place["SpecialToken"].get("id") not in checked:
-            raise ValueError(f"{where}.single names {shown(place['SpecialToken'])}, which is not in special_tokens")
+    if sum("Sequence" in place for place in single) > 1:
+        raise ValueError(f"{where}.single holds the text more than once")
+    for name in (place["SpecialToken"]["id"] for place in single if "SpecialToken" in place):
+        if name not in checked:
+            raise ValueError(f"{where}.single names {shown(name)}, which is not in special_tokens")
     return {"single": single, "pair": _PAIR, "special_tokens": checked}
 
 
@@ -440,26 +458,25 @@ _POST_PROCESSORS: Mapping[str, Check] = {
 
 def _check_replacements(whole: Mapping[str, Any]) -> None:
     """What a file costs for every prompt, and once when it is loaded."""
-    normalizer = whole.get("normalizer") or {}
+    normalizer = whole["normalizer"] or {}
     parts: Sequence[Any] = normalizer.get("normalizers", [normalizer])
-    replaced = [p for p in parts if p.get("type") == "Replace" and "String" in p["pattern"]]
-    growth = max((len(p["content"]) / len("".join(p["pattern"]["String"].split())) for p in replaced), default=1.0)
-    added = len(whole.get("added_tokens") or [])
-    if len(parts) * max(growth, 1.0) > _MOST_REPLACED or len(parts) * added > _MOST_NAMED:
+    texts = [part for part in parts if part.get("type") == "Replace" and "String" in part["pattern"]]
+    growth = max((len(each["content"]) / len("".join(each["pattern"]["String"].split())) for each in texts), default=1)
+    added = len(whole["added_tokens"])
+    if len(parts) * max(growth, 1) > _MOST_REPLACED or len(parts) * added > _MOST_NAMED:
         raise ValueError(
-            f"it writes out {len(replaced)} names of textual inversions, up to {growth:.0f} times as long, for {added} "
-            "added tokens: more than can be done at once; use fewer of them, of fewer vectors"
+            f"it writes out {len(texts)} names of textual inversions, up to {growth:.0f} times as long, for {added} "
+            "added tokens: more than can be done for a prompt; use fewer of them, of fewer vectors"
         )
 
 
 def _check_ids(whole: Mapping[str, Any]) -> None:
     """Special tokens that are put around a text have ids that a token has."""
-    model = whole["model"]
-    vocabulary = model.get("vocab", {})
-    ids = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
-    ids |= {token.get("id") for token in whole.get("added_tokens") or []}
-    processor = whole.get("post_processor") or {}
-    put = [token[1] for name in ("sep", "cls") if (token := processor.get(name))]
+    vocabulary = whole["model"]["vocab"]
+    ids = {*vocabulary.values()} if isinstance(vocabulary, dict) else {*range(len(vocabulary))}
+    ids |= {token["id"] for token in whole["added_tokens"]}
+    processor = whole["post_processor"] or {}
+    put = [processor[name][1] for name in ("sep", "cls") if name in processor]
     put += [i for special in processor.get("special_tokens", {}).values() for i in special["ids"]]
     if odd := [i for i in put if i not in ids]:
         raise ValueError(f"post_processor puts token {odd[0]} around a text, which is none of its tokens")

@@ -20,7 +20,6 @@ from tgate_runtime.finite import check_computed
 from tgate_runtime.graph_call import GraphCall
 from tgate_runtime.session import Session
 
-
 MOST_CHARACTERS = 2**15
 """Of a prompt. Models take some hundred tokens of it; this keeps what a prompt can cost below a second."""
 

@@ -36,8 +36,8 @@ _MOST_SPECIAL = 16
 
 _SPACE = r"[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 ENDS = rf"\A{_SPACE}+|(?<!{_SPACE}){_SPACE}+\z"
-"""What Python strips off a text. A run of spaces is looked at from its first one alone: without that, every space within
-it is tried as a beginning, which takes seconds for a prompt of 20 000."""
+"""What Python strips off a text. A run of spaces is tried from its first one alone: trying every space within it takes
+seconds for a prompt of 20 000."""
 _ENDS_BEFORE = rf"\A{_SPACE}+|{_SPACE}+\z"
 """The same as bundles have it that were exported earlier; :data:`ENDS` is used in its place."""
 

@@ -21,8 +21,10 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate generate``: pictures, or a video, into files."""
     with needs("drawing", _advice(args)):
         from tgate_runtime import files
+        from tgate_runtime.conditioning import rows_of
         from tgate_runtime.generators import check_generator
         from tgate_runtime.pipeline import Pipeline
+        from tgate_runtime.request import check_room
         from tgate_runtime.session import plan_of
 
     check_generator(args.generator)
@@ -36,7 +38,8 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     bundle = Bundle.open(args.bundle)
     manifest, plan = bundle.manifest, plan_of(bundle.manifest, args.plan)
     decoded, video = manifest.graph(DECODE, args.size) is not None, manifest.frames > 1
-    rows = max([len(t) for t in embeds.values() if t.ndim], default=1) if embeds else 1
+    rows = (rows_of(embeds, manifest) if embeds is not None else 0) or 1
+    check_room(rows * args.num_images, manifest.shapes_of(args.size)[0], manifest.frames)
     paths = files.output_paths(args.output, rows * args.num_images, decoded=decoded, video=video)
     sizes = [args.size or manifest.sizes[0]]
     with Pipeline.open(bundle, engine=engine, plans=[plan], sizes=sizes, on_build=report.progress) as pipe:

@@ -22,10 +22,11 @@ def not_finite(values: NDArray[Any], dtype: str = "float32") -> int:
     return int(numbers.size - np.isfinite(numbers).sum())
 
 
-def check_given(values: NDArray[Any], what: str) -> None:
-    """Raises :class:`RequestError` where numbers that a request brings are not finite; ``what`` names them."""
-    if count := not_finite(values):
-        raise RequestError(f"{what} must be finite numbers; {count} of {values.size} are not")
+def check_given(values: NDArray[Any], what: str, *, dtype: str = "float32") -> None:
+    """Raises :class:`RequestError` where numbers that a request brings are not finite as ``dtype``; ``what`` names
+    them."""
+    if count := not_finite(values, dtype):
+        raise RequestError(f"{what} must be finite numbers in {dtype}; {count} of {values.size} are not finite")
 
 
 def check_computed(values: NDArray[Any], what: str, *, dtype: str = "float32") -> None:

@@ -23,8 +23,8 @@ log = logging.getLogger("tgate")
 
 
 def fit_picture(image: Image.Image, graph: GraphSpec) -> Image.Image:
-    """``image`` as the image graph takes it: as :func:`~tgate_runtime.picture.as_rgb` makes it and, where it has another
-    size, resized (Lanczos), with a warning in the log ``tgate``. Raises :class:`RequestError`."""
+    """``image`` as the image graph takes it: RGB as :func:`~tgate_runtime.picture.as_rgb` makes it and, where it has
+    another size, resized (Lanczos), with a warning in the log ``tgate``. Raises :class:`RequestError`."""
     spec = next(tensor for tensor in graph.inputs if tensor.name == PICTURE)
     _, height, width, _ = spec.resolve(1)
     try:

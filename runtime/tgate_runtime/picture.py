@@ -58,9 +58,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
     white, 16 bits by their higher eight.
 
     Colour profiles are not applied: numbers are taken as sRGB, and CMYK as inks that multiply. Raises
-    :class:`RequestError` for modes without a known white (32-bit integers, floats), for LAB, for pictures without pixels
-    or with more than :data:`MOST_PIXELS`, and for opened files in a format other than :data:`READ` that would be
-    decoded here.
+    :class:`RequestError` for modes without a known white (32-bit integers, floats), for LAB, for pictures without
+    pixels or with more than :data:`MOST_PIXELS`, and for opened files in a format other than :data:`READ`, which would
+    be decoded here.
     """
     if not isinstance(image, Image.Image):
         raise RequestError(f"an image must be a PIL.Image.Image, got {type(image).__name__}")
@@ -70,14 +70,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
     file = isinstance(image, ImageFile.ImageFile)
     if file and image.format not in (*READ, "MPO"):
         raise RequestError(
-            f"the picture is an opened {shown(image.format)} file, decoded are {', '.join(READ)}; load it yourself, and "
-            "give image.convert('RGB')"
+            f"the picture is an opened {shown(image.format)} file, decoded are {', '.join(READ)}; decode it yourself "
+            "with image.convert('RGB')"
         )
     is_portable_map, inverted = image.format == "PPM", _white_is_zero(image)
     if "transparency" in image.info and file and _raw_mode(image) in _UNSCALED_KEYS:
-        raise RequestError(
-            "a transparent colour in a PNG of 2, 4 or 16 bits is not read; save it with an alpha channel"
-        )
+        raise RequestError("a transparent colour in a PNG of 2, 4 or 16 bits is not read; save it with alpha")
     upright = ImageOps.exif_transpose(image)
     if upright.mode in _SIXTEEN_BITS or (upright.mode == "I" and is_portable_map):
         return _from_16_bits(upright, inverted=inverted)

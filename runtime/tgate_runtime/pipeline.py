@@ -286,10 +286,10 @@ class Pipeline:
                         if on_step is not None:
                             on_step(Progress(done=done, total=total, step=step))
                 final[first : first + count] = state.latents()[:count]
+                last = plan.steps[-1].index
                 for j in range(first, first + count):
                     check_computed(
-                        final[j],
-                        f"the latents of image {j} after step {plan.steps[-1].index}, the last of {plan.name!r}",
+                        final[j], f"the latents of image {j} after step {last}, the last of plan {plan.name!r}"
                     )
         return final
 

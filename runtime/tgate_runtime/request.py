@@ -74,7 +74,9 @@ def _check_guidance(scale: float | None, plan: Plan, manifest: Manifest) -> floa
     except OverflowError:  # a whole number of more than 308 digits
         number = math.inf
     if not abs(number) <= _MOST_GUIDANCE:
-        raise RequestError(f"the guidance scale must be finite, up to {_MOST_GUIDANCE:.0f}, got {shown(scale)}")
+        raise RequestError(
+            f"the guidance scale must be finite, got {shown(scale)}; at most {_MOST_GUIDANCE:.0f} is taken"
+        )
     if manifest.guided and number <= 1:
         raise RequestError(
             f"the bundle was exported with guidance, which takes a scale above 1, got {scale}; "
@@ -106,8 +108,8 @@ def check_room(count: int, shape: Shape, frames: int) -> None:
     each, room = 2 * latents + pixels + _BOOKKEEPING_BYTES, _memory_bytes()
     if count > room // each:
         raise RequestError(
-            f"{shown(count)} images of {shape.size} in one request take {each} bytes each, and this machine has room for "
-            f"{room // each}; ask for fewer at a time"
+            f"{shown(count)} images of {shape.size} in one request take {each} bytes each, and this machine has room "
+            f"for {room // each}; ask for fewer at a time"
         )
 
 

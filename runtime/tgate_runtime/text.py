@@ -58,8 +58,8 @@ class TextEncoder:
         """
         if len(prompt) > MOST_CHARACTERS:
             raise RequestError(
-                f"the prompt has {len(prompt)} characters, at most {MOST_CHARACTERS} are read, and the model takes a few "
-                "hundred words of them; shorten it"
+                f"the prompt has {len(prompt)} characters, at most {MOST_CHARACTERS} are read, and a model takes "
+                "a few hundred words of them; shorten it"
             )
         specs = self._session.manifest.tokenizers
         tokens = [

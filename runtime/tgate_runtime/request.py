@@ -68,7 +68,7 @@ def _check_guidance(scale: float | None, plan: Plan, manifest: Manifest) -> floa
     if scale is None:
         return plan.guidance_scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
-        raise RequestError(f"the guidance scale must be a number, got {shown(scale)}")
+        raise RequestError(f"the guidance scale must be a number, got {type(scale).__name__} {shown(scale)}")
     try:
         number = float(scale)
     except OverflowError:  # a whole number of more than 308 digits

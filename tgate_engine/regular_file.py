@@ -19,10 +19,11 @@ def read_regular(path: Path, most_bytes: int, error: type[TgateError]) -> bytes:
         raise error(f"{path}: there is no such file") from None
     except (OSError, ValueError) as fault:  # ValueError: a NUL in the name
         raise error(f"{path} cannot be read ({getattr(fault, 'strerror', None) or fault})") from None
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise error(f"{path} is not a regular file; name one")
     with os.fdopen(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise error(f"{path} is not a regular file; name one")
         try:
             content = b"" if status.st_size > most_bytes else file.read(most_bytes + 1)
         except OSError as fault:

@@ -56,7 +56,7 @@ def test_one_guidance_scale_for_all_or_one_for_each(manifest: Manifest) -> None:
     ("scale", "words"),
     [
         ([3.0], "got 1 guidance scales for 2 images"),
-        ("4", "must be a number, got '4'"),
+        ("4", "must be a number, got str 4"),
         (float("nan"), "must be finite"),
         (1e39, "must be finite"),
         ([3.0, 0.5], "takes a scale above 1, got 0.5"),
@@ -120,7 +120,7 @@ def test_whatever_stands_for_a_number_ends_in_one_short_line(manifest: Manifest,
         lambda: scales_of([value if value is not None else "none"], 1, plan, manifest),
         lambda: check_prompts([value] if not isinstance(value, str) else 5, None),  # type: ignore[list-item]
         lambda: check_prompts("a", [value] if value is not None and not isinstance(value, str) else 5),  # type: ignore
-        lambda: noise(1, (1,), generator=value if value != "numpy" else None),
+        lambda: noise(1, (1,), generator=value),
     ]
     if value is not None and not isinstance(value, (list, tuple)):
         calls.append(lambda: seeds_of(value, 1))

@@ -40,8 +40,7 @@ ENDS = rf"\A{_SPACE}+|(?<!{_SPACE}){_SPACE}+\z"
 seconds for a prompt of 20 000."""
 _SPACE_BEFORE = r"[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 ENDS_BEFORE = rf"\A{_SPACE_BEFORE}+|{_SPACE_BEFORE}+\z"
-"""What bundles have that were exported earlier, which misses two spaces, since ``\x85`` is a byte there. :data:`ENDS` is
-used in its place."""
+"""What bundles exported earlier have, which misses two spaces, being written as bytes. :data:`ENDS` is used instead."""
 
 _REPLACED_REGEX = {(r"\s+", " "): r"\s+", (ENDS, ""): ENDS, (ENDS_BEFORE, ""): ENDS}
 _SPLIT_REGEX = (

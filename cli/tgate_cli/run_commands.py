@@ -25,8 +25,10 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     report.stage(f"loading {args.engine}")
     with needs("drawing", _advice(args)):
         from tgate_runtime import files
+        from tgate_runtime.conditioning import rows_of
         from tgate_runtime.generators import check_generator
         from tgate_runtime.pipeline import Pipeline
+        from tgate_runtime.request import check_room
         from tgate_runtime.session import plan_of
 
     check_generator(args.generator)
@@ -40,8 +42,9 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     bundle = Bundle.open(place)
     manifest, plan = bundle.manifest, plan_of(bundle.manifest, args.plan)
     decoded, video = manifest.graph(DECODE, args.size) is not None, manifest.frames > 1
-    rows = max([len(t) for t in embeds.values() if t.ndim], default=1) if embeds else 1
+    rows = (rows_of(embeds, manifest) if embeds is not None else 0) or 1
     count, suffix = rows * args.num_images, ".npy" if not decoded else ".mp4" if video else ".png"
+    check_room(count, manifest.shapes_of(args.size)[0], manifest.frames)
     stem = Path(args.bundle).resolve().name
     named = files.output_paths(args.output or Path(f"{stem}-0001{suffix}"), count, decoded=decoded, video=video)
     sizes = [args.size or manifest.sizes[0]]

@@ -19,15 +19,12 @@ from torch import Tensor
 
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Tokenizer
+from tgate_engine.tokenizer_check import ENDS, check_tokenizer
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import Family
 from tgate_export.quiet import quiet
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
-
-_SPACE = r"[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-_ENDS = rf"\A{_SPACE}+|{_SPACE}+\z"
-"""What Python strips off a text."""
 
 _PRIVATE_USE = 0xE000
 """The first of Unicode's characters that mean nothing; they stand for vectors of textual inversions."""
@@ -124,6 +121,12 @@ def _export(family: Family, checkpoint: Checkpoint, index: int, target: Path) ->
         tokenizer = _write_vectors_out(tokenizer, vectors)
     target.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(target))
+    try:
+        check_tokenizer(target.read_bytes())
+    except ValueError as error:
+        raise ExportError(
+            f"{checkpoint.where}: {family.tokenizers[index]} is not one that run time reads: {error}"
+        ) from None
     for other in sorted(target.parent.iterdir()):
         if other < target and other.read_bytes() == target.read_bytes():
             target.unlink()
@@ -194,7 +197,7 @@ def _lower_first(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         token["normalized"] = True
     lowered = tokenizers.Tokenizer.from_str(json.dumps(data))
     own = tokenizer.normalizer
-    first = [normalizers.Lowercase(), normalizers.Replace(tokenizers.Regex(_ENDS), "")]
+    first = [normalizers.Lowercase(), normalizers.Replace(tokenizers.Regex(ENDS), "")]
     lowered.normalizer = normalizers.Sequence([*first, *([own] if own else [])])
     return lowered
 

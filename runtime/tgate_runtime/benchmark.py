@@ -22,6 +22,7 @@ from tgate_runtime.conditioning import conditioning_inputs, conditioning_of, fro
 from tgate_runtime.decoder import decode
 from tgate_runtime.engines.protocol import Engine, OnBuild, Options
 from tgate_runtime.files import check_place
+from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import noise
 from tgate_runtime.image import encode_image
 from tgate_runtime.runner import run
@@ -74,7 +75,8 @@ def bench(
     ``on_run(done, total, plan)`` is called after each run. ``trace``: a file for the last run of the plan, see
     :mod:`tgate_runtime.trace`; it is written once, after the last turn. ``open_s`` is the time it took to load the
     graphs, whatever had to be compiled included.
-    Raises :class:`RequestError` for settings that cannot be.
+    Raises :class:`RequestError` for settings that cannot be, and :class:`~tgate_engine.errors.EngineError` where what
+    is measured gives numbers that are not finite.
     """
     if repeats < 1 or warm_ups < 0:
         raise RequestError(f"repeats must be at least 1 and warm-ups at least 0, got {repeats} and {warm_ups}")
@@ -116,6 +118,7 @@ def bench(
                 )
                 end = time.perf_counter()
                 elapsed_ms = (end - begin) * 1e3
+                check_computed(state.latents(), f"the latents after the last step of plan {name!r}")
                 if name == plan:
                     last = (begin, end, steps)
                 if turn >= warm_ups:

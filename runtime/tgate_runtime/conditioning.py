@@ -9,8 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgate_engine.conditioning import Tensors, half_names, halves
+from tgate_engine.dtypes import encode, storage
 from tgate_engine.errors import RequestError
 from tgate_engine.graph import DENOISE, TensorSpec
+from tgate_engine.manifest import Manifest
+from tgate_runtime.finite import check_given
 from tgate_runtime.session import Session
 
 
@@ -26,7 +29,8 @@ def conditioning_of(
 def from_embeddings(session: Session, tensors: Tensors, *, size: str | None = None) -> dict[str, NDArray[Any]]:
     """``<name>.<half>`` to [N, ...] from tensors that were encoded ahead of time, such as ``tgate embed`` writes.
 
-    Constants are added. Raises :class:`RequestError` for what is missing or has another shape than the graphs take.
+    Constants are added. Raises :class:`RequestError` for what is missing, has another shape or dtype than the graphs
+    take, or is not finite.
     """
     manifest, shape = session.manifest, session.shapes(size)[0]
     specs = conditioning_inputs(session, size=size)
@@ -37,23 +41,35 @@ def from_embeddings(session: Session, tensors: Tensors, *, size: str | None = No
             f"the embeddings lack {', '.join(missing)} (they have {', '.join(tensors) or 'nothing'}); make them with "
             "`tgate embed` for this model"
         )
+    if odd := [name for name in needed if not isinstance(tensors[name], (np.ndarray, np.generic))]:
+        raise RequestError(f"the embeddings' {odd[0]} must be a NumPy array, got {type(tensors[odd[0]]).__name__}")
     counts = {len(tensors[name]) for name in needed if tensors[name].ndim}
-    if len(counts) != 1:
-        raise RequestError(f"the embeddings' tensors must be for as many images each, got {sorted(counts)}")
+    if len(counts) != 1 or 0 in counts:
+        raise RequestError(
+            f"the embeddings' tensors must be for as many images each, got {sorted(counts)}, wanted is one number "
+            "of at least 1"
+        )
     for name, spec in needed.items():
         if tensors[name].shape[1:] != spec.shape[1:]:
             raise RequestError(
                 f"the embeddings' {name} must have shape [N, {', '.join(map(str, spec.shape[1:]))}], got "
                 f"{list(tensors[name].shape)}; make them with `tgate embed` for this model"
             )
+    numbers = {name: _numbers(tensors[name], spec, f"the embeddings' {name}") for name, spec in needed.items()}
     count = counts.pop()
     constants = {
         name: np.tile(np.array([shape.constants[name.rpartition(".")[0]]], np.float32), (count, 1))
         for name in specs
         if name not in needed
     }
-    floats = {name: _as_float(tensors[name]) for name in needed}
-    return {**floats, **constants}
+    return {**numbers, **constants}
+
+
+def rows_of(embeds: Tensors, manifest: Manifest) -> int:
+    """The prompts that embeddings are for, by the tensors that the bundle takes; whether these agree is checked later.
+    Others in the file do not count."""
+    taken = {name for name in half_names(manifest.conditioning) if name in embeds and np.ndim(embeds[name])}
+    return max((len(embeds[name]) for name in taken), default=0)
 
 
 def conditioning_inputs(session: Session, *, size: str | None = None) -> Mapping[str, TensorSpec]:
@@ -64,5 +80,15 @@ def conditioning_inputs(session: Session, *, size: str | None = None) -> Mapping
     return {name: tensors[name] for name in names if name in tensors}
 
 
-def _as_float(values: NDArray[Any]) -> NDArray[Any]:
-    return values.astype(np.float32) if values.dtype.kind == "f" else values
+def _numbers(values: NDArray[Any], spec: TensorSpec, what: str) -> NDArray[Any]:
+    """Numbers as float32, or the bits of ``spec``'s own dtype as they are; finite, also as that dtype holds them."""
+    if values.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32)
+            stored = encode(values, spec.dtype)
+    elif values.dtype == storage(spec.dtype):
+        stored = values
+    else:
+        raise RequestError(f"{what} must be float32, got {values.dtype}; make them with `tgate embed` for this model")
+    check_given(stored, what, dtype=spec.dtype)
+    return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,11 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from tgate_engine.atomic import write_atomically
-from tgate_engine.errors import RequestError
+from tgate_engine.errors import RequestError, shown
+from tgate_engine.regular_file import read_regular
 from tgate_engine.underway import unfinished
+from tgate_runtime.picture import MOST_BYTES as PICTURE_BYTES
+from tgate_runtime.picture import read_picture
 
 FORMATS = {
     ".png": "PNG",
@@ -34,6 +38,8 @@ FORMATS = {
 
 VIDEO_FORMATS = (".mp4", ".gif")
 LATENTS_FORMAT = ".npy"
+TENSOR_BYTES = 2**30
+"""The most that is read of a file of embeddings or latents."""
 
 
 def output_paths(output: Path, count: int, *, decoded: bool = True, video: bool = False) -> list[Path]:
@@ -137,24 +143,20 @@ def _ffmpeg() -> Any:
 
 
 def load_picture(path: Path) -> Image.Image:
-    """The picture of a file. Raises :class:`RequestError` for a file that holds none."""
-    if not path.is_file():
-        raise RequestError(f"{path}: there is no such file")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{path} is not a picture that can be read ({error})") from None
+    """The picture of a file, as :func:`~tgate_runtime.picture.as_rgb` makes it. Raises :class:`RequestError` for a file
+    that holds none, see :func:`~tgate_runtime.picture.read_picture`."""
+    return read_picture(read_regular(path, PICTURE_BYTES, RequestError), str(path))
 
 
 def load_embeddings(path: Path) -> dict[str, NDArray[Any]]:
     """The tensors of a safetensors file. Raises :class:`RequestError` for a file that is none."""
-    if not path.is_file():
-        raise RequestError(f"{path}: there is no such file")
+    content = read_regular(path, TENSOR_BYTES, RequestError)
     try:
-        return dict(load_file(path))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise RequestError(f"{path} is not a safetensors file of numbers NumPy has ({error})") from None
+        return load(content)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RequestError(
+            f"{path} is not a safetensors file of numbers NumPy has ({shown(error, 200)}); make it with `tgate embed`"
+        ) from None
 
 
 def save_array(array: NDArray[Any], path: Path) -> None:
@@ -165,13 +167,31 @@ def save_array(array: NDArray[Any], path: Path) -> None:
 
 
 def load_array(path: Path) -> NDArray[Any]:
-    """The array of a .npy file. Raises :class:`RequestError` for a file that holds none."""
-    if not path.is_file():
-        raise RequestError(f"{path}: there is no such file")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise RequestError(f"{path} is not an array in NumPy's .npy format ({error})") from None
-    if not isinstance(array, np.ndarray):
+    """The array of a .npy file, in this machine's byte order. Raises :class:`RequestError` for a file that holds none,
+    or another number of bytes than its shape says."""
+    content = read_regular(path, TENSOR_BYTES, RequestError)
+    if content.startswith(b"PK"):
         raise RequestError(f"{path} holds several arrays (.npz); save one with numpy.save")
-    return array
+    try:
+        return _parse_npy(content)
+    except Exception as error:  # the header is a Python literal, parsed by Python's own parser
+        raise RequestError(
+            f"{path} is not an array in NumPy's .npy format ({shown(error, 200)}); save it with numpy.save"
+        ) from None
+
+
+def _parse_npy(content: bytes) -> NDArray[Any]:
+    """Raises ValueError, and what NumPy raises. The header alone never makes room for an array."""
+    file = io.BytesIO(content)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"version {version} of the format")
+    shape, fortran, dtype = readers[version](file)
+    if dtype.kind not in "fiub":
+        raise ValueError(f"an array of {shown(dtype)}, not of numbers")
+    wanted, got = math.prod(shape) * dtype.itemsize, len(content) - file.tell()
+    if wanted != got:
+        raise ValueError(f"{got} bytes of numbers, shape {list(shape)} of {dtype} takes {shown(wanted)}")
+    flat = np.frombuffer(content, dtype, offset=file.tell())
+    return flat.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="), order="C")

@@ -18,7 +18,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from tgate_engine.errors import RequestError
+from tgate_engine.errors import RequestError, shown
 
 INITIAL = 0
 CONDITIONING = 2**64 - 1
@@ -34,13 +34,13 @@ def check_seed(seed: object) -> int:
     """``seed`` as an int. Raises :class:`RequestError` for anything but a whole number in 0 .. 2**63 - 1."""
     rule = f"a seed is a whole number from 0 to {SEED_LIMIT - 1}"
     if isinstance(seed, (bool, np.bool_)):
-        raise RequestError(f"{rule}, got {seed!r}")
+        raise RequestError(f"{rule}, got {shown(seed)}")
     try:
         number = operator.index(seed)  # type: ignore[arg-type]
     except TypeError:
-        raise RequestError(f"{rule}, got {seed!r}") from None
+        raise RequestError(f"{rule}, got {shown(seed)}") from None
     if not 0 <= number < SEED_LIMIT:
-        raise RequestError(f"{rule}, got {number}")
+        raise RequestError(f"{rule}, got {shown(number)}")
     return number
 
 
@@ -58,7 +58,7 @@ def check_generator(name: object) -> str:
     """``name``, if it is in :data:`GENERATORS`. Raises :class:`RequestError`, which lists them, if it is not."""
     if not isinstance(name, str) or name not in GENERATORS:
         hint = "" if isinstance(name, str) else "; seed=S, or a list of seeds, says what it draws"
-        raise RequestError(f"there is no generator {name!r}; use one of {', '.join(GENERATORS)}{hint}")
+        raise RequestError(f"there is no generator '{shown(name)}'; use one of {', '.join(GENERATORS)}{hint}")
     return name
 
 

@@ -10,9 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tgate_engine.errors import RequestError, shown
 from tgate_engine.graph import GraphSpec
+from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import CONDITIONING, noise
 from tgate_runtime.graph_call import GraphCall
+from tgate_runtime.picture import as_rgb
 from tgate_runtime.session import Session
 from tgate_runtime.signatures import PICTURE, PICTURE_NOISE
 
@@ -20,11 +23,16 @@ log = logging.getLogger("tgate")
 
 
 def fit_picture(image: Image.Image, graph: GraphSpec) -> Image.Image:
-    """``image`` as the image graph takes it: RGB and, where it has another size, resized (Lanczos), with a warning in
-    the log ``tgate``."""
+    """``image`` as the image graph takes it: RGB as :func:`~tgate_runtime.picture.as_rgb` makes it and, where it has
+    another size, resized (Lanczos), with a warning in the log ``tgate``. Raises :class:`RequestError`."""
     spec = next(tensor for tensor in graph.inputs if tensor.name == PICTURE)
     _, height, width, _ = spec.resolve(1)
-    picture = image.convert("RGB")
+    try:
+        picture = as_rgb(image)
+    except RequestError:
+        raise
+    except Exception as error:  # a file that was opened is decoded here, where Pillow raises what it stumbles over
+        raise RequestError(f"the image cannot be decoded ({type(error).__name__}: {shown(error, 200)})") from None
     if picture.size == (width, height):
         return picture
     log.warning(
@@ -47,11 +55,14 @@ def encode_image(
     """Run the image graph once: conditioning name to [1, ...], in the graph's storage dtype. Thread-safe.
 
     ``image``: see :func:`fit_picture`. ``augmentation``: float32 [1, 3, H, W], the standard normal noise that the graph
-    adds a little of; None draws it from ``seed``.
+    adds a little of; None draws it from ``seed``. Raises :class:`EngineError` where what the graph gives is not finite.
     """
     with GraphCall.borrow(session, graph) as encoder:
         encoder.inputs[PICTURE].write(np.asarray(fit_picture(image, graph), np.uint8)[np.newaxis])
         if (drawn := encoder.inputs.get(PICTURE_NOISE)) is not None:
             drawn.write(noise(seed, drawn.shape, draw=CONDITIONING) if augmentation is None else augmentation)
         encoder()
-        return {name: buffer.read() for name, buffer in encoder.outputs.items()}
+        encoded = {name: buffer.read() for name, buffer in encoder.outputs.items()}
+        for name, buffer in encoder.outputs.items():
+            check_computed(encoded[name], f"the image encoder's {name} of this picture", dtype=buffer.dtype)
+        return encoded

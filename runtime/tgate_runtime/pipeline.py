@@ -21,13 +21,14 @@ from tgate_engine.dtypes import encode
 from tgate_engine.errors import RequestError
 from tgate_engine.graph import DECODE, IMAGE, TEXT
 from tgate_engine.plan import Plan
-from tgate_runtime.conditioning import conditioning_of, from_embeddings
+from tgate_runtime.conditioning import conditioning_of, from_embeddings, rows_of
 from tgate_runtime.decoder import decode
 from tgate_runtime.engines.protocol import Engine, OnBuild, Options
+from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import check_generator, in_step, noise
 from tgate_runtime.image import encode_image, fit_picture
 from tgate_runtime.names import with_hints
-from tgate_runtime.request import check_count, check_latents, check_prompts, rows_of, scales_of, seeds_of
+from tgate_runtime.request import check_count, check_latents, check_prompts, check_room, scales_of, seeds_of
 from tgate_runtime.runner import StepDone, run
 from tgate_runtime.session import PlanLike, Session
 from tgate_runtime.state import State, most_at_once
@@ -130,7 +131,8 @@ class Pipeline:
         an exception from it stops the request and comes out here.
 
         A prompt longer than the tokenizer takes is cut, with a warning in the log ``tgate`` that quotes what
-        was cut. Raises :class:`RequestError` for a request that cannot be served, before any step is taken.
+        was cut. Raises :class:`RequestError` for a request that cannot be served, before any step is taken, and
+        :class:`~tgate_engine.errors.EngineError` where a graph fails or what it gives is not finite.
         """
         chosen = self.session.plan(plan)
         shape, dtype = self.session.shapes(size)[0], self.session.manifest.dtype
@@ -138,8 +140,11 @@ class Pipeline:
         number = check_count(num_images)
         check_generator(generator)
         texts = self._prompts(prompt, negative_prompt, image, prompt_embeds)
-        prompts = rows_of(prompt_embeds) if prompt_embeds is not None else len(texts) or 1
+        prompts = len(texts) or 1
+        if prompt_embeds is not None:
+            prompts = rows_of(prompt_embeds, self.session.manifest) or 1
         count = prompts * number
+        check_room(count, shape, self.session.manifest.frames)
         seeds = seeds_of(seed, count)
         scales = scales_of(guidance_scale, count, chosen, self.session.manifest)
         rows = self._rows(texts, image, prompt_embeds, seeds, number, size)
@@ -283,6 +288,11 @@ class Pipeline:
                         if on_step is not None:
                             on_step(Progress(done=done, total=total, step=step))
                 final[first : first + count] = state.latents()[:count]
+                last = plan.steps[-1].index
+                for j in range(first, first + count):
+                    check_computed(
+                        final[j], f"the latents of image {j} after step {last}, the last of plan {plan.name!r}"
+                    )
         return final
 
 

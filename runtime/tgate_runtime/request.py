@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tgate_engine.errors import RequestError
-from tgate_engine.manifest import Manifest
+from tgate_engine.errors import RequestError, shown
+from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plan import Plan
+from tgate_runtime.finite import not_finite
 from tgate_runtime.generators import SEED_LIMIT, check_seed, random_seed
+
+_MOST_GUIDANCE = 1e6
+"""Nobody draws with more than a few dozen; where it multiplies a network's output, float32 has room for this."""
+
+_BOOKKEEPING_BYTES = 2**10
+_USUAL_MEMORY = 2**36
 
 
 def check_prompts(
@@ -22,20 +30,15 @@ def check_prompts(
     """Prompts and as many negative prompts."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(text, str) for text in prompts):
-        raise RequestError(f"the prompt must be a text or a list of texts, got {prompt!r:.80}")
+        raise RequestError(f"the prompt must be a text or a list of texts, got {shown(prompt)}")
     negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else negative
     if not isinstance(negatives, (list, tuple)) or not all(n is None or isinstance(n, str) for n in negatives):
-        raise RequestError(f"the negative prompt must be a text or a list of texts, got {negative!r:.80}")
+        raise RequestError(f"the negative prompt must be a text or a list of texts, got {shown(negative)}")
     if len(negatives) != len(prompts):
         raise RequestError(
             f"got {len(prompts)} prompts and {len(negatives)} negative prompts; give one for each, or one"
         )
     return [*prompts], [*negatives]
-
-
-def rows_of(embeds: Mapping[str, NDArray[Any]]) -> int:
-    """The prompts that embeddings are for; whether all tensors agree is checked later."""
-    return max([len(values) for values in embeds.values() if np.ndim(values)], default=1)
 
 
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
@@ -65,20 +68,26 @@ def _check_guidance(scale: float | None, plan: Plan, manifest: Manifest) -> floa
     if scale is None:
         return plan.guidance_scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
-        raise RequestError(f"the guidance scale must be a number, got {scale!r}")
-    if not math.isfinite(scale) or abs(scale) > float(np.finfo(np.float32).max):
-        raise RequestError(f"the guidance scale must be finite, got {scale}")
-    if manifest.guided and scale <= 1:
+        raise RequestError(f"the guidance scale must be a number, got {type(scale).__name__} {shown(scale)}")
+    try:
+        number = float(scale)
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf
+    if not abs(number) <= _MOST_GUIDANCE:
+        raise RequestError(
+            f"the guidance scale must be finite, got {shown(scale)}; at most {_MOST_GUIDANCE:.0f} is taken"
+        )
+    if manifest.guided and number <= 1:
         raise RequestError(
             f"the bundle was exported with guidance, which takes a scale above 1, got {scale}; "
             "export with --guidance-scale 1 for a bundle without guidance"
         )
-    if manifest.guidance == "none" and scale > 1:
+    if manifest.guidance == "none" and number > 1:
         raise RequestError(
             f"the bundle was exported without guidance and takes no scale above 1, got {scale}; "
             "export with a --guidance-scale above 1"
         )
-    return float(scale)
+    return number
 
 
 def check_count(num_images: int) -> int:
@@ -88,8 +97,27 @@ def check_count(num_images: int) -> int:
     except TypeError:
         count = 0
     if isinstance(num_images, bool) or count < 1:
-        raise RequestError(f"the number of images must be a whole number of at least 1, got {num_images!r}")
+        raise RequestError(f"the number of images must be a whole number of at least 1, got {shown(num_images)}")
     return count
+
+
+def check_room(count: int, shape: Shape, frames: int) -> None:
+    """Raises :class:`RequestError` for more images than this machine has memory for: noise, latents and pictures of all
+    of them are there at once, before the first one is handed out."""
+    latents, pixels = 4 * math.prod(shape.latents), 3 * shape.width * shape.height * frames
+    each, room = 2 * latents + pixels + _BOOKKEEPING_BYTES, _memory_bytes()
+    if count > room // each:
+        raise RequestError(
+            f"{shown(count)} images of {shape.size} in one request take {each} bytes each, and this machine has room "
+            f"for {room // each}; ask for fewer at a time"
+        )
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # a system that does not say
+        return _USUAL_MEMORY
 
 
 def check_latents(latents: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -99,6 +127,6 @@ def check_latents(latents: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.f
         raise RequestError(f"{expected}, got {type(latents).__name__}")
     if latents.shape != shape or latents.dtype != np.float32:
         raise RequestError(f"{expected}; got {latents.dtype} of shape {list(latents.shape)}")
-    if not np.isfinite(latents).all():
-        raise RequestError(f"{expected}; got values that are not finite")
+    if count := not_finite(latents):
+        raise RequestError(f"{expected}; {count} of {latents.size} values are not finite")
     return latents

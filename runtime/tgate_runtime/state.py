@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from tgate_engine.manifest import Shape
 from tgate_engine.plan import Plan, Step
 from tgate_engine.step import LATENTS, NEXT_LATENTS, NOISE, OUTPUT, STEP, STEP_OUTPUTS, past, step_row
 from tgate_runtime.engines.protocol import Buffer, Call
+from tgate_runtime.finite import check_given
 from tgate_runtime.session import Session
 
 StepNoise = Callable[[int], NDArray[np.float32]]
@@ -123,12 +125,14 @@ class State:
         are rounded to the graph's dtype, or that dtype's bits already. Names that no plan uses are ignored.
         ``guidance_scale``: ignored by graphs that have no guidance. ``plan``: one of the state's; None where it has one
         alone. ``step_noise``: needed where the sampler is stochastic. All arrays are copied. Raises
-        :class:`RequestError` naming what is missing or misshapen.
+        :class:`RequestError` naming what is missing, misshapen or not finite.
         """
         self._session.check_unchanged()
         chosen = self._plan(plan)
         if chosen.sampler.stochastic and step_noise is None:
             raise RequestError(f"sampler {chosen.sampler.name!r} draws noise in its steps; give step_noise")
+        if not math.isfinite(guidance_scale):
+            raise RequestError(f"the guidance scale must be finite, got {guidance_scale}")
         missing = [name for name in self._halves if name not in conditioning]
         if missing:
             raise RequestError(
@@ -272,7 +276,9 @@ class State:
         if array.shape != buffer.shape[1:]:
             raise RequestError(f"{what} must have shape {list(buffer.shape[1:])}, got {list(array.shape)}")
         if array.dtype == np.float32:
-            array = encode(array, buffer.dtype)
+            with np.errstate(over="ignore"):  # what overflows is told below
+                array = encode(array, buffer.dtype)
         if array.dtype != storage(buffer.dtype):
             raise RequestError(f"{what} must be {buffer.dtype}, got {array.dtype}")
+        check_given(array, what, dtype=buffer.dtype)
         buffer.write(array[np.newaxis])

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from tgate_engine.errors import BundleError, RequestError
+from tgate_engine.errors import BundleError, RequestError, shown
 from tgate_engine.graph import TEXT, GraphSpec
 from tgate_engine.manifest import Tokenizer
+from tgate_engine.regular_file import read_regular
+from tgate_engine.tokenizer_check import MOST_BYTES, check_tokenizer
+from tgate_runtime.finite import check_computed
 from tgate_runtime.graph_call import GraphCall
 from tgate_runtime.session import Session
+
+MOST_CHARACTERS = 2**15
+"""Of a prompt. Models take some hundred tokens of it; this keeps what a prompt can cost below a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +47,20 @@ class TextEncoder:
             raise BundleError(f"{session.bundle.path} has no text encoder (--components); export it with one")
         self._graph: GraphSpec = graph
         self._session = session
-        self._tokenizers: list[tokenizers.Tokenizer] = []
-        for spec in session.manifest.tokenizers:
-            path = session.bundle.file(spec.file)
-            try:
-                tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            except Exception as error:  # the library raises Exception itself
-                raise BundleError(f"{path} is not a tokenizer ({error}); export the bundle again") from None
-            # The library cuts, at export and here: one rule for what is kept of too long a prompt.
-            tokenizer.enable_truncation(spec.length)
-            tokenizer.no_padding()
-            self._tokenizers.append(tokenizer)
+        specs = session.manifest.tokenizers
+        self._tokenizers = [_load(session.bundle.file(spec.file), spec, graph) for spec in specs]
 
     def encode(self, prompt: str) -> EncodedText:
         """Tokenize ``prompt`` (it may be empty) and run the text graph once.
 
-        Raises :class:`RequestError` for text that is not valid Unicode.
+        Raises :class:`RequestError` for text that is not valid Unicode or longer than :data:`MOST_CHARACTERS`, and
+        :class:`EngineError` where what becomes of it is not finite.
         """
+        if len(prompt) > MOST_CHARACTERS:
+            raise RequestError(
+                f"the prompt has {len(prompt)} characters, at most {MOST_CHARACTERS} are read, and a model takes "
+                "a few hundred words of them; shorten it"
+            )
         specs = self._session.manifest.tokenizers
         tokens = [
             self._tokenize(tokenizer, spec, prompt) for tokenizer, spec in zip(self._tokenizers, specs, strict=True)
@@ -66,6 +70,8 @@ class TextEncoder:
                 encoder.inputs[spec.input].write(ids)
             encoder()
             tensors = {name: buffer.read() for name, buffer in encoder.outputs.items()}
+            for name, buffer in encoder.outputs.items():
+                check_computed(tensors[name], f"the text encoder's {name} of this prompt", dtype=buffer.dtype)
         return EncodedText(tensors=tensors, cut=max((cut for _, cut in tokens), key=len, default=""))
 
     @staticmethod
@@ -74,7 +80,13 @@ class TextEncoder:
         try:
             encoding = tokenizer.encode(prompt)
         except (TypeError, UnicodeError):
-            raise RequestError(f"the prompt must be text in valid Unicode, got {prompt!r:.80}") from None
+            raise RequestError(f"the prompt must be text in valid Unicode, got '{shown(prompt)}'") from None
+        except BaseException as error:
+            if not _from_the_library(error):
+                raise
+            raise RequestError(f"the prompt cannot be tokenized ({shown(error, 300)}); write it differently") from None
+        if len(encoding.ids) > spec.length:  # the library would cut, had it counted right
+            raise RequestError(f"the prompt became {len(encoding.ids)} tokens, {spec.length} fit; shorten it")
         lost = [
             span
             for rest in encoding.overflowing
@@ -84,3 +96,39 @@ class TextEncoder:
         cut = prompt[min(begin for begin, _ in lost) : max(end for _, end in lost)] if lost else ""
         ids = [*encoding.ids, *[spec.pad_id] * (spec.length - len(encoding.ids))]
         return np.array([ids], np.int64), cut
+
+
+def _load(path: Path, spec: Tokenizer, graph: GraphSpec) -> tokenizers.Tokenizer:
+    """The tokenizer of a bundle's file, checked before the library sees it (:mod:`tgate_engine.tokenizer_check`), and
+    that it fills its input of the text graph. Raises :class:`BundleError`."""
+    content = read_regular(path, MOST_BYTES, BundleError)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(check_tokenizer(content))
+        # The library cuts, at export and here: one rule for what is kept of too long a prompt.
+        around = tokenizer.num_special_tokens_to_add(False)
+        if around >= spec.length:
+            raise ValueError(f"it puts {around} tokens around a prompt, and {spec.length} fit")
+        tokenizer.enable_truncation(spec.length)
+        tokenizer.no_padding()
+        known = set(tokenizer.get_vocab().values())
+        if spec.pad_id not in known:
+            raise ValueError(f"padding is token {shown(spec.pad_id)}, which it does not have")
+        tokenizer.encode("")
+    except BaseException as error:
+        if not _from_the_library(error):
+            raise
+        raise BundleError(f"{path} is not a tokenizer ({shown(error, 300)}); export the bundle again") from None
+    takes = next((t for t in graph.inputs if t.name == spec.input), None)
+    if takes is None or (takes.dtype, takes.shape) != ("int64", (1, spec.length)):
+        got = "nothing" if takes is None else f"{takes.dtype} {list(takes.shape)}"
+        raise BundleError(
+            f"{path} gives {spec.length} tokens as {spec.input}, where the text graph takes {got}; export the bundle "
+            "again"
+        )
+    return tokenizer
+
+
+def _from_the_library(error: BaseException) -> bool:
+    """Whether this is a fault of the file or the prompt: the library raises Exception itself, and where it panics a
+    class that is no Exception and has no module to import it from."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

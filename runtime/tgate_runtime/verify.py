@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import decode, encode, storage
-from tgate_engine.errors import BundleError
+from tgate_engine.errors import BundleError, RequestError
 from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Golden, Shape
 from tgate_engine.plan import Plan
@@ -70,7 +70,7 @@ def verify(
             try:
                 tensors = load_file(bundle.file(golden.file))
                 error = _replay(session, golden, tensors, each_step=rounding > 0)
-            except (KeyError, ValueError, SafetensorError) as fault:
+            except (KeyError, ValueError, SafetensorError, RequestError) as fault:
                 raise BundleError(f"{bundle.path}: golden {name} is malformed ({fault}); export again") from None
             tolerance = max(golden.tolerance, rounding)
             checked.append(Checked(name=name, error=error, tolerance=tolerance))

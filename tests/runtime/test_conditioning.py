@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tests.toy_bundle import Toy, build
 from tgate_engine.errors import RequestError
-from tgate_runtime.conditioning import conditioning_inputs, conditioning_of, from_embeddings
+from tgate_runtime.conditioning import conditioning_inputs, conditioning_of, from_embeddings, rows_of
 from tgate_runtime.session import Session
 
 
@@ -35,6 +35,20 @@ def embeddings(count: int = 2) -> dict[str, NDArray[Any]]:
         for name, shape in shapes.items()
         for half in ("negative", "positive")
     }
+
+
+EMPTY = {
+    f"{name}.{half}": np.zeros((0, *shape), np.float32)
+    for name, shape in (("text", (8, 4)), ("pooled", (4,)))
+    for half in ("negative", "positive")
+}
+
+
+def hole(count: int) -> NDArray[np.float32]:
+    """[2, 4] with so many values that are none."""
+    values = np.ones(8, np.float32)
+    values[:count] = [np.nan, np.inf, -np.inf][:count]
+    return values.reshape(2, 4)
 
 
 def test_constants_are_those_of_the_size(several: Session) -> None:
@@ -81,6 +95,18 @@ def test_more_tensors_than_are_needed_are_ignored(several: Session) -> None:
     [
         ({"text.negative": None}, r"the embeddings lack text\.negative \(they have text\.positive, pooled\.negative"),
         ({"pooled.positive": np.zeros((3, 4), np.float32)}, r"must be for as many images each, got \[2, 3\]"),
+        (dict.fromkeys(["text.negative", "text.positive"], np.zeros((0, 8, 4), np.float32)), r"each, got \[0, 2\]"),
+        (EMPTY, r"as many images each, got \[0\], wanted is one number of at least 1"),
+        ({"pooled.positive": [[0.0] * 4] * 2}, r"pooled\.positive must be a NumPy array, got list"),
+        (
+            {"pooled.positive": np.zeros((2, 4), np.int64)},
+            r"pooled\.positive must be float32, got int64; make them with",
+        ),
+        ({"pooled.positive": np.zeros((2, 4), object)}, r"pooled\.positive must be float32, got object"),
+        ({"pooled.positive": np.zeros((2, 4), "U3")}, r"pooled\.positive must be float32, got <U3"),
+        ({"pooled.positive": np.zeros((2, 2, 2), np.float32)}, r"\[N, 4\], got \[2, 2, 2\]"),
+        ({"pooled.positive": hole(3)}, r"pooled\.positive must be finite numbers in float32; 3 of 8 are not finite"),
+        ({"text.negative": np.full((2, 8, 4), 1e39)}, r"text\.negative must be finite .*; 64 of 64 are not finite"),
         (
             {"text.positive": np.zeros((2, 7, 4), np.float32)},
             r"text\.positive must have shape \[N, 8, 4\], got \[2, 7",
@@ -92,6 +118,25 @@ def test_embeddings_that_do_not_fit(several: Session, change: dict[str, Any], sa
     tensors = {name: values for name, values in {**embeddings(), **change}.items() if values is not None}
     with pytest.raises(RequestError, match=says):
         from_embeddings(several, tensors)
+
+
+def test_rows_are_those_of_the_tensors_that_the_bundle_takes(several: Session) -> None:
+    """Whatever else a stranger's file holds does not ask for more images."""
+    more = {**embeddings(2), "foreign": np.zeros((1000, 3), np.float32), "scale": np.float32(1)}
+    assert rows_of(more, several.manifest) == 2
+    assert len(from_embeddings(several, more)["text.positive"]) == 2
+    assert rows_of({"foreign": np.zeros((9, 3))}, several.manifest) == 0
+    assert rows_of({}, several.manifest) == 0
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_numbers_of_either_byte_order_are_numbers(several: Session, order: str) -> None:
+    there = {name: values.astype(f"{order}f8") for name, values in embeddings().items()}
+    for name, values in embeddings().items():
+        got = from_embeddings(several, there)[name]
+        np.testing.assert_array_equal(got, values)
+        assert got.dtype == np.float32
+        assert got.dtype.isnative
 
 
 def test_no_embeddings(several: Session) -> None:

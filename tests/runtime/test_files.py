@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +224,110 @@ def test_files_that_are_no_embeddings(tmp_path: Path) -> None:
         load_embeddings(tmp_path / "text.safetensors")
     with pytest.raises(RequestError, match="there is no such file"):
         load_embeddings(tmp_path / "missing.safetensors")
+
+
+def safetensors(header: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 7,
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2**40) + b"{}",
+        safetensors(b"[]"),
+        safetensors(b"[" * 10**6),
+        safetensors(b'{"a":' * 10**5),
+        safetensors(b'{"a":[]}'),
+        safetensors(b'{"a":{"dtype":[],"shape":{},"data_offsets":"x"}}'),
+        safetensors(b'{"a":{"dtype":"F32","shape":[1e3],"data_offsets":[0,4]}}', bytes(4)),
+        safetensors(b'{"a":{"dtype":"F32","shape":[9223372036854775807,9],"data_offsets":[0,4]}}', bytes(4)),
+        safetensors(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', bytes(4)),
+        safetensors(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}', bytes(4)),
+        safetensors(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,400]}}', bytes(4)),
+        safetensors(b'{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}', bytes(1)),
+        safetensors(b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}', bytes(1)),
+        safetensors(b'{"\\u001b[2J":{"dtype":"Q","shape":[1],"data_offsets":[0,1]}}', bytes(1)),
+        safetensors(b'{"__metadata__":[[[]]]}'),
+    ],
+    ids=range(18),
+)
+def test_headers_that_are_none_end_in_one_line_at_once(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    begin = time.process_time()
+    with pytest.raises(RequestError, match="is not a safetensors file of numbers NumPy has") as caught:
+        load_embeddings(tmp_path / "a.safetensors")
+    assert time.process_time() - begin < 1
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+def npy(header: str, data: bytes = b"", version: int = 1) -> bytes:
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is not an array"),
+        (b"\x93NUMPY\1", "is not an array"),
+        (npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", bytes(8)), "an array of object, not of numbers"),
+        (npy("{'descr': '<U4', 'fortran_order': False, 'shape': (1,)}", bytes(16)), "not of numbers"),
+        (npy("{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (1,)}", bytes(4)), "not of numbers"),
+        (npy("{'descr': '<c8', 'fortran_order': False, 'shape': (1,)}", bytes(8)), "not of numbers"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (10**9,)}"), "is not an array"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,)}"), "takes 4000000000000"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 300 + ", 9)}"), "a whole number of"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -1)}", bytes(4)), "is not an array"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}", bytes(4)), "4 bytes of numbers, shape"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}", bytes(5)), "5 bytes of numbers, shape"),
+        (npy("{'descr': '<f4', 'fortran_order': 1, 'shape': (1,)}", bytes(4)), "is not an array"),
+        (npy("__import__('os').abort()"), "is not an array"),
+        (npy("(" * 5000), "is not an array"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}", bytes(4), version=3), "version"),
+        (npy("{" + " " * 10**6 + "}", version=2), "is not an array"),
+        (npy("\x1b[2J"), "is not an array"),
+    ],
+    ids=range(18),
+)
+def test_arrays_that_are_none_end_in_one_line_at_once(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "a.npy").write_bytes(content)
+    begin = time.process_time()
+    with pytest.raises(RequestError, match=says) as caught:
+        load_array(tmp_path / "a.npy")
+    assert time.process_time() - begin < 1
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("descr", ["<f4", ">f4", "<f8", ">f2", "<i8", "|u1"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_every_order(tmp_path: Path, descr: str, order: str) -> None:
+    values = np.arange(24).reshape(2, 3, 4)
+    np.save(tmp_path / "a.npy", np.asarray(values, descr, order=order))  # type: ignore[call-overload]
+    again = load_array(tmp_path / "a.npy")
+    np.testing.assert_array_equal(again, values)
+    assert again.dtype == np.dtype(descr).newbyteorder("=")
+    assert again.dtype.isnative
+    assert again.flags.c_contiguous
+
+
+def test_an_array_of_one_number_and_of_none(tmp_path: Path) -> None:
+    for values in (np.float32(3), np.zeros((0, 4), np.float32)):
+        np.save(tmp_path / "a.npy", values)
+        np.testing.assert_array_equal(load_array(tmp_path / "a.npy"), values)
+
+
+@pytest.mark.parametrize("load", [load_picture, load_embeddings, load_array])
+def test_only_regular_files_are_read(tmp_path: Path, load: Callable[[Path], Any]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(RequestError, match="is not a regular file"):
+            load(path)
+    with (tmp_path / "hole").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(RequestError, match="hole holds 1099511627776 bytes; at most"):
+        load(tmp_path / "hole")

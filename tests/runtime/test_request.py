@@ -12,8 +12,9 @@ from tests.toy_bundle import Toy, build
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import RequestError
 from tgate_engine.manifest import Manifest
-from tgate_runtime.generators import SEED_LIMIT
-from tgate_runtime.request import check_count, check_latents, check_prompts, rows_of, scales_of, seeds_of
+from tgate_runtime import request
+from tgate_runtime.generators import SEED_LIMIT, noise
+from tgate_runtime.request import check_count, check_latents, check_prompts, check_room, scales_of, seeds_of
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_one_guidance_scale_for_all_or_one_for_each(manifest: Manifest) -> None:
     ("scale", "words"),
     [
         ([3.0], "got 1 guidance scales for 2 images"),
-        ("4", "must be a number, got '4'"),
+        ("4", "must be a number, got str 4"),
         (float("nan"), "must be finite"),
         (1e39, "must be finite"),
         ([3.0, 0.5], "takes a scale above 1, got 0.5"),
@@ -92,4 +93,64 @@ def test_counts_latents_and_embeddings() -> None:
     for odd in (latents.astype(np.float64), latents[:1], [0.0], latents + np.nan):
         with pytest.raises(RequestError, match="initial latents must be float32 of shape \\[2, 4, 8, 8\\]"):
             check_latents(odd, (2, 4, 8, 8))  # type: ignore[arg-type]
-    assert rows_of({"text.positive": np.zeros((3, 5)), "scale": np.array(1.0)}) == 3
+
+
+ABSURD = [
+    10**400,
+    -(10**400),
+    2**63,
+    2**64,
+    10**5000,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    True,
+    np.True_,
+    "x" * 10**6,
+]
+ABSURD += [None, b"1", [], [[1]], {}, object(), 1j, np.float64("nan"), np.zeros(3), np.array("a"), "\x1b[2J\n"]
+
+
+@pytest.mark.parametrize("value", ABSURD, ids=range(len(ABSURD)))
+def test_whatever_stands_for_a_number_ends_in_one_short_line(manifest: Manifest, value: Any) -> None:
+    plan, shape = manifest.plan("default"), manifest.shapes[0]
+    calls: list[Any] = [
+        lambda: check_room(check_count(value), shape, 1),
+        lambda: seeds_of([value], 1),
+        lambda: scales_of([value if value is not None else "none"], 1, plan, manifest),
+        lambda: check_prompts([value] if not isinstance(value, str) else 5, None),  # type: ignore[list-item]
+        lambda: check_prompts("a", [value] if value is not None and not isinstance(value, str) else 5),  # type: ignore
+        lambda: noise(1, (1,), generator=value),
+    ]
+    if value is not None and not isinstance(value, (list, tuple)):
+        calls.append(lambda: seeds_of(value, 1))
+    for call in calls:
+        with pytest.raises(RequestError) as caught:
+            call()
+        line = str(caught.value)
+        assert len(line) < 400
+        assert line.isprintable()
+
+
+def test_numbers_of_numpy_are_numbers(manifest: Manifest) -> None:
+    plan = manifest.plan("default")
+    assert check_count(np.int64(3)) == 3  # type: ignore[arg-type]
+    assert seeds_of(np.uint64(7), 2) == (7, 8)  # type: ignore[arg-type]
+    assert scales_of(np.float32(4), 1, plan, manifest) == [4.0]  # type: ignore[arg-type]
+
+
+def test_more_images_than_the_machine_can_hold_are_refused(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 x 4 pixels: 2 * 128 bytes of noise and latents, 48 of a picture, 1024 around them."""
+    shape = manifest.shapes[0]
+    monkeypatch.setattr(request, "_memory_bytes", lambda: 10 * 1328 + 1)
+    check_room(10, shape, 1)
+    for count, frames in ((11, 1), (10, 2), (10**9, 1), (10**400, 1)):
+        with pytest.raises(
+            RequestError, match=r"images of 4x4 in one request take 13\d\d bytes each.*has room for \d+;"
+        ):
+            check_room(count, shape, frames)
+
+
+def test_this_machine_does_not_hold_ten_to_the_tenth(manifest: Manifest) -> None:
+    with pytest.raises(RequestError, match="10000000000 images of 4x4"):
+        check_room(10**10, manifest.shapes[0], 1)

@@ -177,7 +177,7 @@ def test_an_image_that_is_not_finite_leaves_nothing_behind(session: Session, pla
     """To none that runs beside it, and to none that comes after it in its row: what has the coefficient 0 is read."""
     state = State(session, [plans["noisy"], plans["gated"]], 2)
     last, neighbour = Picture(plans["gated"], 1), Picture(plans["gated"], 2)
-    nothing = np.full((2, 4, 4), np.nan, np.float32)
+    nothing = np.full((2, 4, 4), 2e38, np.float32)  # finite when it comes in, and not for long
     broken = Picture(plans["noisy"], 3)
     state.begin(
         0, nothing, broken.conditioning(session), guidance_scale=3.0, plan=broken.plan, step_noise=lambda _: nothing

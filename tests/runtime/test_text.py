@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,16 @@ import numpy as np
 import pytest
 import tokenizers
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 from tokenizers import models, pre_tokenizers, processors
 
 from tests import toy_model
 from tests.toy_bundle import edit_manifest
 from tests.toy_model import LENGTH, WORDS
-from tgate_engine.errors import BundleError, RequestError
+from tgate_engine.errors import BundleError, EngineError, RequestError
 from tgate_export.tokenizers import token_ids
 from tgate_runtime.session import Session
-from tgate_runtime.text import TextEncoder
+from tgate_runtime.text import MOST_CHARACTERS, TextEncoder
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +170,120 @@ def test_a_file_that_is_no_tokenizer(damaged: Session) -> None:
     with pytest.raises(BundleError, match=r"full\.onnx is not a tokenizer \(.*\); export the bundle again") as error:
         TextEncoder(damaged)
     assert "\n" not in str(error.value)
+
+
+def with_json(source: Path, target: Path, change: Callable[[dict[str, Any]], object], **fields: Any) -> Path:
+    """The toy with a first tokenizer that a mischievous hand has changed."""
+    data = json.loads(template("<s> $A </s>").to_str())
+    change(data)
+
+    class Written:
+        def save(self, path: str) -> None:
+            Path(path).write_text(json.dumps(data), encoding="utf-8")
+
+    return with_tokenizer(source, target, Written(), **fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda d: d.update(normalizer={"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}),
+            "Regex|regular",
+        ),
+        (lambda d: d["model"].update(unk_token="nowhere"), "unk_token nowhere is not in the vocabulary"),
+        (lambda d: d["post_processor"].update(special_tokens={}), "not in special_tokens"),
+        (lambda d: d["post_processor"].update(single=d["post_processor"]["single"] * 5), "more than once"),
+        (lambda d: d["added_tokens"].append({"id": 0, "content": "x"}), "single_word is missing"),
+        (lambda d: d["model"]["vocab"].clear(), "wanted is an object of 1 to"),
+        (lambda d: d.update(model={"type": "WordPiece", "vocab": {}}), "model.type is WordPiece"),
+    ],
+    ids=range(7),
+)
+def test_hostile_tokenizers_are_refused_when_they_are_loaded(
+    toy_path: Path, tmp_path: Path, change: Any, says: str
+) -> None:
+    path = with_json(toy_path, tmp_path / "toy", change)
+    with Session.open(path, check_digests=False, plans=[], threads=1) as session:
+        with pytest.raises(BundleError, match=says) as caught:
+            TextEncoder(session)
+        assert re.fullmatch(r"\S+/0\.json is not a tokenizer \(.*\); export the bundle again", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"length": 1}, "puts 2 tokens around a prompt, and 1 fit"),
+        ({"length": 2}, "puts 2 tokens around a prompt, and 2 fit"),
+        ({"length": 9}, r"gives 9 tokens as ids\.0, where the text graph takes int64 \[1, 8\]"),
+        ({"pad_id": 12}, "padding is token 12, which it does not have"),
+        ({"pad_id": 2**63}, "padding is token 9223372036854775808"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_its_tokenizer(
+    toy_path: Path, tmp_path: Path, fields: dict[str, int], says: str
+) -> None:
+    path = with_json(toy_path, tmp_path / "toy", lambda _: None, **fields)
+    with Session.open(path, check_digests=False, plans=[], threads=1) as session:
+        with pytest.raises(BundleError, match=says):
+            TextEncoder(session)
+
+
+def test_a_token_beyond_the_embeddings_is_told_by_the_engine(toy_path: Path, tmp_path: Path) -> None:
+    """The manifest does not say how many there are; ONNX Runtime looks."""
+    path = with_json(toy_path, tmp_path / "toy", lambda d: d["model"]["vocab"].update(far=10**5))
+    with Session.open(path, check_digests=False, plans=[], threads=1) as session:
+        encoder = TextEncoder(session)
+        encoder.encode("a red circle")
+        with pytest.raises(EngineError) as caught:
+            encoder.encode("far away")
+        assert str(caught.value).isprintable()
+
+
+class PanicException(BaseException):
+    """As the library's own: no Exception, and of a module that cannot be imported."""
+
+
+@pytest.mark.parametrize("error", [PanicException("range end \x1b[2J"), Exception("no [UNK]")])
+def test_a_panic_of_the_library_is_one_line(encoder: TextEncoder, error: BaseException) -> None:
+    class Panics:
+        def encode(self, _: str) -> Any:
+            raise error
+
+    spec = encoder._session.manifest.tokenizers[0]
+    with pytest.raises(RequestError, match=r"the prompt cannot be tokenized \(.*\); write it differently"):
+        encoder._tokenize(Panics(), spec, "a")
+    interrupted = type("Interrupted", (), {"encode": lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())})
+    with pytest.raises(KeyboardInterrupt):
+        encoder._tokenize(interrupted(), spec, "a")
+
+
+def test_the_length_of_a_prompt_is_bounded_before_it_is_tokenized(encoder: TextEncoder) -> None:
+    encoder.encode("a" * MOST_CHARACTERS)
+    begin = time.process_time()
+    with pytest.raises(RequestError, match="the prompt has 100000000 characters, at most 32768 are read"):
+        encoder.encode("a" * 10**8)
+    assert time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize(
+    "prompt", ["\0", "a\0b", "\x1b[2J", "\u202e", "\ufdd0\uffff", "\U0010ffff", "\ue000", "a" * 5000]
+)
+def test_odd_characters_are_words_like_others(encoder: TextEncoder, prompt: str) -> None:
+    assert len(ids(encoder, prompt)) == LENGTH
+
+
+def test_text_that_an_encoder_makes_nothing_of_is_refused(toy_path: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(toy_path, tmp_path / "toy"))
+    weights = path / "weights.safetensors"
+    tensors = load_file(weights)
+    tensors["w.embed.0"][WORDS.index("red")] = [np.inf, np.nan, 1, 2]
+    save_file(tensors, weights)
+    with Session.open(path, check_digests=False, plans=[], threads=1) as session:
+        encoder = TextEncoder(session)
+        encoder.encode("a blue circle")
+        with pytest.raises(EngineError, match=r"the text encoder's text of this prompt: 2 of 32 values are not finite"):
+            encoder.encode("a red circle")
 
 
 def test_many_threads_encode_what_one_does(encoder: TextEncoder) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import decode, encode, storage
@@ -68,7 +68,7 @@ def verify(
         rounding = _ROUNDING.get(session.engine.options.precision or "", 0.0)
         for done, (name, golden) in enumerate(goldens.items(), start=1):
             try:
-                tensors = load_file(bundle.file(golden.file))
+                tensors = load(bundle.read(golden.file))
                 error = _replay(session, golden, tensors, each_step=rounding > 0)
             except (KeyError, ValueError, SafetensorError, RequestError) as fault:
                 raise BundleError(f"{bundle.path}: golden {name} is malformed ({fault}); export again") from None

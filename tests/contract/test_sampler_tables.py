@@ -74,6 +74,7 @@ def test_one_float32_tensor_for_each_sampler(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows["toy"][2], step_row(sampler(3, lead_in=1).calls[0], 0.0))
 
 
+DEEP = {"samplers": "[" * 5000}
 Change = Callable[[dict[str, NDArray[Any]], list[Any]], object]
 
 
@@ -120,9 +121,7 @@ def test_damaged_tables_are_refused(tmp_path: Path, change: Change) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "metadata", [None, {}, {"other": "x"}, {"samplers": "{"}, {"samplers": "3"}, {"samplers": "[" * 5000}]
-)
+@pytest.mark.parametrize("metadata", [None, {}, {"other": "x"}, {"samplers": "{"}, {"samplers": "3"}, DEEP])
 def test_files_that_hold_no_tables(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     save_file({"toy": np.zeros((1, 12), np.float32)}, tmp_path / "samplers", metadata)
     with pytest.raises(BundleError, match="holds no tables of samplers"):

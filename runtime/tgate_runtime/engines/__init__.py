@@ -78,7 +78,7 @@ ENGINES: Mapping[str, EngineEntry] = {
             cls="OrtCpu",
             extra="cpu",
             runs_on="CPU",
-            needs={"onnxruntime": "1.31", "protobuf": "6.30"},
+            needs={"onnxruntime": "1.31", "protobuf": "6.31.1"},
         ),
         EngineEntry(
             name="ort-cuda",
@@ -86,7 +86,7 @@ ENGINES: Mapping[str, EngineEntry] = {
             cls="OrtCuda",
             extra="cuda",
             runs_on="NVIDIA GPU",
-            needs={"onnxruntime-gpu": "1.31", "protobuf": "6.30"},
+            needs={"onnxruntime-gpu": "1.31", "protobuf": "6.31.1"},
         ),
         EngineEntry(
             name="openvino",
@@ -94,7 +94,7 @@ ENGINES: Mapping[str, EngineEntry] = {
             cls="OpenVino",
             extra="openvino",
             runs_on="CPU",
-            needs={"openvino": "2026.2", "protobuf": "6.30"},
+            needs={"openvino": "2026.2", "protobuf": "6.31.1"},
         ),
         EngineEntry(
             name="aoti",
@@ -102,7 +102,7 @@ ENGINES: Mapping[str, EngineEntry] = {
             cls="Aoti",
             extra="aoti",
             runs_on="CPU, NVIDIA GPU",
-            needs={"torch": "2.11", "onnx": "1.23", "protobuf": "6.30"},
+            needs={"torch": "2.11", "onnx": "1.23", "protobuf": "6.31.1"},
         ),
         EngineEntry(
             name="tensorrt",
@@ -115,7 +115,7 @@ ENGINES: Mapping[str, EngineEntry] = {
                 "polygraphy": "0.53.6",
                 "cuda-bindings": "13",
                 "onnx": "1.23",
-                "protobuf": "6.30",
+                "protobuf": "6.31.1",
             },
         ),
     )

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgate_engine.dtypes import storage
+from tgate_engine.errors import EngineError
 from tgate_runtime.engines.protocol import Buffer, fitted, matched, row_shape
 
 _ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register
@@ -30,10 +31,16 @@ class CpuBuffer:
 
     @staticmethod
     def zeros(shape: tuple[int, ...], dtype: str) -> CpuBuffer:
-        """A buffer with memory of its own."""
+        """A buffer with memory of its own. Raises :class:`EngineError` where there is not so much."""
         kind = storage(dtype)
         size_bytes = math.prod(shape) * kind.itemsize
-        memory = np.zeros(size_bytes + _ALIGNMENT_BYTES, np.uint8)
+        try:
+            memory = np.zeros(size_bytes + _ALIGNMENT_BYTES, np.uint8)
+        except (MemoryError, ValueError):  # ValueError: more than an address can reach
+            raise EngineError(
+                f"there is no memory for {size_bytes} bytes, a buffer of {dtype} {list(shape)}; ask for fewer images "
+                "at once, or a smaller size"
+            ) from None
         start = -memory.ctypes.data % _ALIGNMENT_BYTES
         return CpuBuffer(memory[start : start + size_bytes].view(kind).reshape(shape), dtype)
 

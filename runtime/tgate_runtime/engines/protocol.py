@@ -151,8 +151,9 @@ class Engine(Protocol):
         """Those graphs of an opened bundle, by their files, over one set of weights. The engine reads no ONNX file
         that :func:`tgate_runtime.graph_check.read_graphs` has not let through.
 
-        Raises :class:`~tgate_engine.errors.BundleError` for a graph that is not let through, and :class:`EngineError` in one line where the engine cannot run a graph, or where a graph does not have the
-        inputs and outputs of its :class:`~tgate_engine.graph.GraphSpec`.
+        Raises :class:`~tgate_engine.errors.BundleError` for a graph that is not let through, and :class:`EngineError`
+        in one line where the engine cannot run a graph, or where a graph does not have the inputs and outputs of its
+        :class:`~tgate_engine.graph.GraphSpec`.
         """
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:

@@ -117,6 +117,13 @@ def test_a_buffer_is_aligned_zeroed_and_fixed(engine: Engine, dtype: str, shape:
     assert buffer.address == address
 
 
+@pytest.mark.parametrize("shape", [(2**44,), (2**40, 2**40), (2**64,)])
+def test_memory_that_is_not_there_is_one_line(engine: Engine, shape: tuple[int, ...]) -> None:
+    with pytest.raises(EngineError, match=r"(no memory for|gives no) .*buffer of float32") as error:
+        engine.allocate(shape, "float32")
+    assert "\n" not in str(error.value)
+
+
 def test_a_buffer_takes_only_what_fits(engine: Engine) -> None:
     buffer = engine.allocate((2, 3), "bfloat16")
     with pytest.raises(EngineError, match="bfloat16 takes uint16 arrays, got float32"):

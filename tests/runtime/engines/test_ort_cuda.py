@@ -87,10 +87,12 @@ def test_only_denoising_graphs_are_captured(small: Small, monkeypatch: pytest.Mo
     settings: dict[str, Any] = {}
     load, runs = onnxruntime.InferenceSession, []
 
-    def on_the_cpu(path: str, options: Any, *, providers: Any, enable_fallback: int) -> Any:
+    names = {small.bundle.read(spec.file): name for name, spec in small.graphs.items()}
+
+    def on_the_cpu(data: bytes, options: Any, *, providers: Any, enable_fallback: int) -> Any:
         assert enable_fallback == 0
-        settings[Path(path).stem] = providers[0][1]
-        return load(path, options, providers=["CPUExecutionProvider"])
+        settings[names[data]] = providers[0][1]
+        return load(data, options, providers=["CPUExecutionProvider"])
 
     engine = OnTheCpu(EngineOptions())
     monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)

@@ -78,8 +78,14 @@ class TorchBuffer:
 
     @staticmethod
     def zeros(shape: tuple[int, ...], dtype: str, device: torch.device) -> TorchBuffer:
-        """A buffer with memory of its own."""
-        return TorchBuffer(torch.zeros(shape, dtype=getattr(torch, dtype), device=device), dtype)
+        """A buffer with memory of its own. Raises :class:`EngineError` where there is not so much."""
+        try:
+            return TorchBuffer(torch.zeros(shape, dtype=getattr(torch, dtype), device=device), dtype)
+        except (RuntimeError, OverflowError, TypeError) as error:  # TypeError: of a size beyond 64 bits
+            raise EngineError(
+                f"there is no memory for a buffer of {dtype} {list(shape)} ({_first_line(error)[:200]}); ask for fewer "
+                "images at once, or a smaller size"
+            ) from None
 
     def rows(self, first: int, count: int) -> TorchBuffer:
         row_shape(self.shape, first, count)

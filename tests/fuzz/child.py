@@ -1,0 +1,97 @@
+"""A process that reads what libraries in C and Rust may end in an abort, a crash or never."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+
+from tests.fuzz.judging import ENDLESS, FAULT, SECONDS, Outcome, bound_memory, judge
+from tests.fuzz.targets import Target
+
+_START_S = 120
+"""What importing everything, and making what is sound, may take on a machine that is busy."""
+_SPAWN = multiprocessing.get_context("spawn")  # a fork would have the locks of the parent's threads
+
+
+class Child:
+    """Judges inputs one after the other, and is started again when an input ends it. One thread at a time."""
+
+    def __init__(self) -> None:
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._folder = Path(tempfile.mkdtemp(prefix="tgate-fuzz-"))
+        self._warm: set[str] = set()
+
+    def judge(self, target: Target, data: bytes) -> Outcome:
+        """As :func:`tests.fuzz.judging.judge`, which the child asks; and a fault where the child does not answer."""
+        if self._process is None:
+            self._start()
+        if target.name not in self._warm:
+            self._warm.add(target.name)
+            self._ask(target, target.sound()[0], _START_S)
+        return self._ask(target, data, 2 * SECONDS)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(self) -> None:
+        self._ours, theirs = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(target=_serve, args=(theirs, str(self._folder)), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def _ask(self, target: Target, data: bytes, seconds: float) -> Outcome:
+        try:
+            self._ours.send((target.run, target.endless, data))
+            if not self._ours.poll(seconds):
+                self._end()
+                return Outcome(ENDLESS if target.endless else FAULT, f"no answer in {seconds:g} seconds", "no answer")
+            found: Outcome = self._ours.recv()
+            return found
+        except (EOFError, OSError):
+            code = self._end()
+            how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+            return Outcome(FAULT, how, how)
+
+    def _end(self) -> int:
+        """Ends the process if it has not ended. Its exit status, below 0 for a signal."""
+        code = 0
+        if self._process is not None:
+            self._process.join(1)
+            self._process.kill()
+            self._process.join()
+            code = self._process.exitcode or 0
+            self._process = None
+            self._ours.close()
+            self._warm.clear()
+        return code
+
+
+def _serve(connection: Connection, folder: str) -> None:
+    tempfile.tempdir = folder
+    _quiet()
+    bound_memory()
+    while True:
+        try:
+            run, endless, data = connection.recv()
+        except EOFError:
+            return
+        connection.send(judge(run, data, endless=endless))
+
+
+def _quiet() -> None:
+    """Libraries write to standard error what they think of a file."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    os.close(nothing)

@@ -280,7 +280,7 @@ class _Check:
             return False
         least, most = self._spec.batch
         if isinstance(size, str):
-            return bool(dim.dim_param) and isinstance(dim.dim_param, str) or least == most == dim.dim_value
+            return (bool(dim.dim_param) and isinstance(dim.dim_param, str)) or least == most == dim.dim_value
         return bool(dim.dim_value == size)
 
 

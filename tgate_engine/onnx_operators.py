@@ -1,5 +1,5 @@
-"""What a graph's operators may be, and be given: as many inputs as they take, and attributes that ONNX lists for them, with
-values that mean something.
+"""What a graph's operators may be, and be given: as many inputs as they take, and attributes that ONNX lists for them,
+with values that mean something.
 
 Engines check little of it. ONNX Runtime follows no pointer for an input of ``Sum`` that has no name, and reads beside a
 tensor for a ``GatherND`` of ``batch_dims = -2``: both end the process.
@@ -17,18 +17,13 @@ MOST_TENSORS = 1 << 10
 """That one operator reads or makes; a concatenation of SDXL's has a few dozen."""
 _MOST_SIDE = 1 << 16  # pixels, channels, heads
 
+_OF_ONE = """Abs ArgMax AveragePool Cast Ceil Cos Erf Exp Flatten Floor Gelu GlobalAveragePool Identity IsInf IsNaN
+    LeakyRelu Log MaxPool Neg Not Reciprocal Relu Round Shape Sigmoid Sign Sin Softmax Softplus Sqrt Tanh Transpose"""
+_OF_TWO = """Add And Div Equal Expand Gather GatherND Greater GreaterOrEqual Less LessOrEqual MatMul Mod Mul Or PRelu
+    Pow RMSNormalization Reshape Sub Tile Unsqueeze"""
 INPUTS: Mapping[str, str] = {
-    **dict.fromkeys(
-        """Abs ArgMax AveragePool Cast Ceil Cos Erf Exp Flatten Floor Gelu GlobalAveragePool Identity IsInf IsNaN
-        LeakyRelu Log MaxPool Neg Not Reciprocal Relu Round Shape Sigmoid Sign Sin Softmax Softplus Sqrt Tanh
-        Transpose""".split(),
-        "1",
-    ),
-    **dict.fromkeys(
-        """Add And Div Equal Expand Gather GatherND Greater GreaterOrEqual Less LessOrEqual MatMul Mod Mul Or PRelu Pow
-        RMSNormalization Reshape Sub Tile Unsqueeze""".split(),
-        "11",
-    ),
+    **dict.fromkeys(_OF_ONE.split(), "1"),
+    **dict.fromkeys(_OF_TWO.split(), "11"),
     **dict.fromkeys(("Concat", "Einsum", "Max", "Min", "Sum"), "1*"),
     **dict.fromkeys(("GroupNormalization", "InstanceNormalization", "Where"), "111"),
     **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), "1?"),

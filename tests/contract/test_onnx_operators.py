@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from onnx import defs
 
@@ -37,9 +39,10 @@ def test_attributes_are_onnx_own(operator: str) -> None:
     """Of their types; and what stands for one that is left out may be said as well."""
     schema = defs.get_schema(operator, OPSETS[-1])
     assert set(NAMES.get(operator, "").split()) == set(schema.attributes)
-    for name, attribute in schema.attributes.items():
+    attributes: Any = schema.attributes
+    for name, attribute in attributes.items():
         kind, _ = RULES[name]
-        assert kind == int(attribute.type), name
+        assert kind == attribute.type.value, name
         default = attribute.default_value
         if default.type:
             value = {1: default.f, 2: default.i, 3: default.s, 7: default.ints}[kind]

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.fuzz.judging import ENDLESS, FAULT, SECONDS, Outcome, bound_memory, judge
-from tests.fuzz.targets import Target
+from tests.fuzz.target import Target
 
 _START_S = 120
 """What importing everything, and making what is sound, may take on a machine that is busy."""
@@ -22,7 +22,9 @@ _SPAWN = multiprocessing.get_context("spawn")  # a fork would have the locks of 
 class Child:
     """Judges inputs one after the other, and is started again when an input ends it. One thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = SECONDS) -> None:
+        """``seconds``: what one input may take; where the child cannot tell, it is ended after twice that."""
+        self._seconds = seconds
         self._process: multiprocessing.process.BaseProcess | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="tgate-fuzz-"))
         self._warm: set[str] = set()
@@ -34,7 +36,7 @@ class Child:
         if target.name not in self._warm:
             self._warm.add(target.name)
             self._ask(target, target.sound()[0], _START_S)
-        return self._ask(target, data, 2 * SECONDS)
+        return self._ask(target, data, 2 * self._seconds)
 
     def __enter__(self) -> Child:
         return self
@@ -53,15 +55,14 @@ class Child:
 
     def _ask(self, target: Target, data: bytes, seconds: float) -> Outcome:
         try:
-            self._ours.send((target.run, target.endless, data))
+            self._ours.send((target.run, data, self._seconds, target.endless))
             if not self._ours.poll(seconds):
                 self._end()
                 return Outcome(ENDLESS if target.endless else FAULT, f"no answer in {seconds:g} seconds", "no answer")
             found: Outcome = self._ours.recv()
             return found
         except (EOFError, OSError):
-            code = self._end()
-            how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+            how = how_it_ended(self._end())
             return Outcome(FAULT, how, how)
 
     def _end(self) -> int:
@@ -78,16 +79,21 @@ class Child:
         return code
 
 
+def how_it_ended(code: int) -> str:
+    """A process's exit status, below 0 for a signal, in words."""
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+
+
 def _serve(connection: Connection, folder: str) -> None:
     tempfile.tempdir = folder
     _quiet()
     bound_memory()
     while True:
         try:
-            run, endless, data = connection.recv()
+            run, data, seconds, endless = connection.recv()
         except EOFError:
             return
-        connection.send(judge(run, data, endless=endless))
+        connection.send(judge(run, data, seconds=seconds, endless=endless))
 
 
 def _quiet() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 
 from tests.fuzz.mutations import mutate_bytes
-from tgate_engine.onnx_form import OPERATORS
+from tgate_engine.onnx_operators import OPERATORS
 
 
 def mutate_graph(data: bytes, rng: Random) -> bytes:
@@ -49,11 +49,8 @@ _INTEGERS = (0, 1, -1, 2, -2, 3, 8, 100, 2**16, 2**31 - 1, 2**31, 2**40, 2**62, 
 _BYTES = {1: 4, 2: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}
 """Of a number, by its type."""
 _FLOATS = (0.0, 1.0, -1.0, 0.5, 1e-30, 1e38, float("inf"), float("-inf"), float("nan"))
-_STRINGS = (
-    b"", b"SAME_UPPER", b"VALID", b"NOTSET", b"linear", b"cubic", b"nearest", b"constant", b"reflect", b"edge",
-    b"wrap", b"tanh", b"none", b"ij,jk->ik", b"ii->i", b"...i,...j->...ij", b"i->", b"aaaaaaaaaaaaaaa,a->a", b"bdnm,bhnd->",
-    b"tf_crop_and_resize", b"align_corners", b"floor", b"ceil", b"\xff",
-)  # fmt: skip
+_STRINGS = """SAME_UPPER VALID NOTSET linear cubic nearest constant reflect edge wrap tanh none ij,jk->ik ii->i i->
+    ...i,...j->...ij aaaaaaaaaaaaaaa,a->a bdnm,bhnd-> half_pixel align_corners asymmetric floor ceil not_larger x"""
 
 
 def _operator(model: Any, rng: Random) -> None:
@@ -64,8 +61,8 @@ def _operator(model: Any, rng: Random) -> None:
 @functools.cache
 def _attributes(operator: str) -> dict[str, int]:
     """Types by names, of those that are a number, a text, or a list of numbers."""
-    known = onnx.defs.get_schema(operator, 23).attributes if onnx.defs.has(operator) else {}
-    return {name: int(each.type) for name, each in known.items() if int(each.type) in (1, 2, 3, 6, 7)}
+    known: Any = onnx.defs.get_schema(operator, 23).attributes if onnx.defs.has(operator) else {}
+    return {name: each.type.value for name, each in known.items() if each.type.value in (1, 2, 3, 6, 7)}
 
 
 def _inserted(model: Any, rng: Random) -> None:
@@ -129,7 +126,7 @@ def _change_attribute(node: Any, rng: Random) -> None:
     elif kind == onnx.AttributeProto.INT:
         attribute.i = rng.choice(_INTEGERS)
     elif kind == onnx.AttributeProto.STRING:
-        attribute.s = rng.choice(_STRINGS)
+        attribute.s = rng.choice((b"", b"\xff", *(text.encode() for text in _STRINGS.split())))
     elif kind == onnx.AttributeProto.FLOATS:
         attribute.floats.extend(rng.choice(_FLOATS) for _ in range(rng.choice((0, 1, 2, 5))))
     elif kind == onnx.AttributeProto.INTS:

@@ -126,7 +126,7 @@ def test_a_picture_is_turned_and_laid_over_white(loaded: tuple[Session, GraphSpe
     "odd", ["a.png", np.zeros((4, 6, 3), np.uint8), Image.new("F", (6, 4)), Image.new("L", (0, 4))]
 )
 def test_what_is_no_picture_is_refused(loaded: tuple[Session, GraphSpec], odd: Any) -> None:
-    with pytest.raises(RequestError, match="an image must be|range is not known|has 0 x 4 pixels"):
+    with pytest.raises(RequestError, match=r"an image must be|range is not known|has 0 x 4 pixels"):
         fit_picture(odd, loaded[1])
 
 

@@ -144,7 +144,8 @@ def test_orientation_is_applied_once(kind: str, orientation: int) -> None:
     large = CORNERS.repeat(16, axis=0).repeat(16, axis=1)  # what JPEG does to colours stays within a block
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options: dict[str, Any] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    every: dict[str, dict[str, Any]] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
+    options = every.get(kind, {})
     content = saved(Image.fromarray(large), kind, exif=exif, **options)
     expected = TURNED[orientation](large).astype(int)
     got = read(content).astype(int)

@@ -590,10 +590,10 @@ def test_embeddings_stand_for_prompts(pipe: Pipeline, called: collections.Counte
         ({"seed": 10**400}, "a seed is a whole number .* got a whole number of 1329 bits"),
         ({"guidance_scale": 10**400}, "must be finite, got a whole number of 1329 bits"),
         ({"guidance_scale": 1e30}, r"must be finite, got 1e\+30; at most 1000000 is taken"),
-        ({"guidance_scale": "\x1b[2J"}, r"must be a number, got str \x1b\[2J"),
+        ({"guidance_scale": "\x1b[2J"}, r"must be a number, got str \\x1b\[2J"),
         ({"prompt": "a" * 10**5}, "the prompt has 100000 characters, at most 32768 are read"),
         ({"negative_prompt": "a" * 10**5}, "the prompt has 100000 characters, at most 32768 are read"),
-        ({"prompt": "\ud800"}, r"valid Unicode, got '\ud800'"),
+        ({"prompt": "\ud800"}, r"valid Unicode, got '\\ud800'"),
     ],
 )
 def test_requests_that_cannot_be_served(pipe: Pipeline, arguments: dict[str, Any], says: str) -> None:
@@ -617,7 +617,7 @@ def embeds(rows: int = 1, **changes: NDArray[Any]) -> dict[str, NDArray[Any]]:
         (embeds(2, pooled_positive=np.ones((3, 4), np.float32)), r"for as many images each, got \[2, 3\]"),
         (
             embeds(text_positive=np.full((1, LENGTH, 4), np.inf, np.float32)),
-            r"text\.positive must be finite numbers .*32",
+            r"text\.positive must be finite .*32",
         ),
         (embeds(text_positive=np.ones((1, LENGTH, 4), np.int32)), r"text\.positive must be float32, got int32"),
     ],
@@ -640,9 +640,7 @@ def test_latents_that_are_not_finite_are_no_picture(pipe: Pipeline) -> None:
     ever."""
     start = np.ones((3, *LATENTS), np.float32)
     start[1] = 2.5e38
-    says = (
-        r"^the latents of image 1 after step 7, the last of plan 'default': \d+ of 32 values are not finite; .*float16"
-    )
+    says = r"^the latents of image 1 after step 7, the last of plan 'default': \d+ of 32 values are not finite; "
     with pytest.raises(EngineError, match=says):
         pipe(PROMPT, seed=1, num_images=3, initial_latents=start)
     assert close(pipe(PROMPT, seed=1).latents[0], reference(pipe, PROMPT, None, seed=1))

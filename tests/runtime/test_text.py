@@ -245,16 +245,21 @@ class PanicException(BaseException):
 
 @pytest.mark.parametrize("error", [PanicException("range end \x1b[2J"), Exception("no [UNK]")])
 def test_a_panic_of_the_library_is_one_line(encoder: TextEncoder, error: BaseException) -> None:
-    class Panics:
+    class Raising:
+        def __init__(self, error: BaseException) -> None:
+            self.error = error
+
         def encode(self, _: str) -> Any:
-            raise error
+            raise self.error
 
     spec = encoder._session.manifest.tokenizers[0]
-    with pytest.raises(RequestError, match=r"the prompt cannot be tokenized \(.*\); write it differently"):
-        encoder._tokenize(Panics(), spec, "a")
-    interrupted = type("Interrupted", (), {"encode": lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())})
+    panics: Any = Raising(error)
+    with pytest.raises(RequestError, match=r"the prompt cannot be tokenized \(.*\); write it differently") as caught:
+        encoder._tokenize(panics, spec, "a")
+    assert str(caught.value).isprintable()
+    interrupted: Any = Raising(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        encoder._tokenize(interrupted(), spec, "a")
+        encoder._tokenize(interrupted, spec, "a")
 
 
 def test_the_length_of_a_prompt_is_bounded_before_it_is_tokenized(encoder: TextEncoder) -> None:

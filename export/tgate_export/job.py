@@ -18,6 +18,8 @@ from tgate_engine.manifest import Guidance
 from tgate_engine.sampler import Sampler
 from tgate_export.attention import AttentionSite, observe
 from tgate_export.checkpoints import WEIGHTS, Checkpoint, open_checkpoint
+from tgate_export.checkpoints.configs import check_code
+from tgate_export.checkpoints.files import shown
 from tgate_export.families import Model, find_model, location
 from tgate_export.families.base import ConditioningInput, Family, Size
 from tgate_export.lora import Lora, fuse_loras
@@ -25,8 +27,15 @@ from tgate_export.methods import find_method
 from tgate_export.methods.base import Method, Network, Settings, Variant
 from tgate_export.modules import fake_module
 from tgate_export.plans import check_guidance
-from tgate_export.sampling import compile_sampler
+from tgate_export.sampling import check_steps, compile_sampler
 from tgate_export.storage import check_tensors
+
+MOST_BATCH = 1024
+MOST_PIXELS = 1 << 14
+"""Of a side."""
+
+MOST_FRAMES = 1024
+MOST_CLIP_SKIP = 256
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 COMPONENTS = ("text", "image", "denoiser", "decoder")
@@ -123,13 +132,16 @@ def prepare(settings: ExportSettings) -> Job:
     model = find_model(settings.model)
     family = model.family
     if settings.dtype not in DTYPES:
-        raise ExportError(f"unknown dtype {settings.dtype!r}; choose one of {', '.join(DTYPES)}")
+        raise ExportError(f"unknown dtype {shown(settings.dtype)}; choose one of {', '.join(DTYPES)}")
     if settings.weights not in WEIGHTS:
-        raise ExportError(f"unknown weights {settings.weights!r}; choose one of {', '.join(WEIGHTS)}")
+        raise ExportError(f"unknown weights {shown(settings.weights)}; choose one of {', '.join(WEIGHTS)}")
     batches = tuple(settings.batches) or (model.batch,)
     for least, most in batches:
-        if not 1 <= least <= most:
-            raise ExportError(f"--batch takes N or LEAST:MOST with 1 <= LEAST <= MOST, got {least}:{most}")
+        if not 1 <= least <= most <= MOST_BATCH:
+            raise ExportError(
+                f"--batch takes N or LEAST:MOST with 1 <= LEAST <= MOST <= {MOST_BATCH}, got "
+                f"{shown(least)}:{shown(most)}"
+            )
     for (_, most), (least, other) in pairwise(sorted(batches)):
         if least <= most:
             raise ExportError(
@@ -137,6 +149,8 @@ def prepare(settings: ExportSettings) -> Job:
             )
     method = find_method(settings.method)
     steps = model.steps if settings.steps is None else settings.steps
+    check_steps(steps)
+    _check_numbers(settings)
     method_settings = method.settings(
         steps=steps,
         gate=min(model.gate, steps) if settings.m is None else settings.m,
@@ -197,6 +211,7 @@ def check_checkpoint(
     ``weights``: False where there are none. Raises :class:`ExportError`.
     """
     family.check_pipeline(checkpoint)
+    check_code(checkpoint.where, checkpoint.model_index)
     family.check(checkpoint)
     for component in components if weights else ():
         check_tensors(checkpoint, component, family.skeleton(checkpoint, component))
@@ -213,6 +228,20 @@ def directories(family: Family, components: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for component in components for name in folders[component]))
 
 
+def _check_numbers(settings: ExportSettings) -> None:
+    """Refuse sizes that no model makes before a checkpoint is opened; what its own can make is asked for later."""
+    sides = [side for size in settings.sizes for side in size]
+    sides += [side for side in (settings.height, settings.width) if side is not None]
+    for name, values, most in (
+        ("--size", sides, MOST_PIXELS),
+        ("--frames", [] if settings.frames is None else [settings.frames], MOST_FRAMES),
+        ("--clip-skip", [settings.clip_skip] if settings.clip_skip else [], MOST_CLIP_SKIP),
+    ):
+        for value in values:
+            if not 1 <= value <= most:
+                raise ExportError(f"{name} must be from 1 to {most}, got {shown(value)}")
+
+
 def _components(settings: ExportSettings, family: Family) -> tuple[str, ...]:
     """The components to export, in their order."""
     source = "image" if family.image_components else "text"
@@ -223,7 +252,7 @@ def _components(settings: ExportSettings, family: Family) -> tuple[str, ...]:
     if odd or "denoiser" not in settings.components or len(set(settings.components)) < len(settings.components):
         raise ExportError(
             f"--components of {settings.model} are some of {', '.join(possible)}, the denoiser among them, each once; "
-            f"got {', '.join(settings.components) or 'none'}"
+            f"got {shown(', '.join(settings.components)) if settings.components else 'none'}"
         )
     if settings.weights != "checkpoint" and "text" in settings.components:
         raise ExportError(
@@ -247,6 +276,7 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
         elsewhere={} if settings.checkpoint else model.elsewhere,
         prefer_half=settings.dtype != "fp32",
     )
+    family.check_pipeline(checkpoint)  # a LoRA is read by its pipeline's rules
     if not settings.loras:
         return checkpoint
     return fuse_loras(checkpoint, settings.loras, family.build, components=directories(family, components))

@@ -18,9 +18,15 @@ from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.base import Checkpoint, Stored, Tensors
+from tgate_export.checkpoints.directory import local
+from tgate_export.checkpoints.files import shown
 from tgate_export.lora_files import Change, LoraFile, read_lora
 
 _KINDS_OF_LAYER = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+MOST_SCALE = 1e4
+"""What a LoRA may be multiplied with."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +39,29 @@ class Lora:
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise ExportError(f"the scale of LoRA {self.path} is {self.scale}; it must be a finite number")
+        if abs(self.scale) > MOST_SCALE:
+            raise ExportError(f"the scale of LoRA {self.path} is {self.scale:g}; {MOST_SCALE:g} at most is wanted")
 
     @classmethod
     def parse(cls, text: str) -> Lora:
         """``FILE`` or ``FILE:SCALE``. Raises :class:`ExportError` where the scale is no number."""
         file, colon, scale = text.rpartition(":")
         if not colon or "/" in scale or scale.endswith(".safetensors"):
-            return cls(Path(text).expanduser())
+            return cls(_path(text))
         try:
-            return cls(Path(file).expanduser(), float(scale))
+            factor = float(scale)
         except ValueError:
-            raise ExportError(f"--lora {text}: the scale {scale!r} is no number; give FILE or FILE:SCALE") from None
+            raise ExportError(
+                f"--lora {shown(text)}: the scale {shown(scale)} is no number; give FILE or FILE:SCALE"
+            ) from None
+        return cls(_path(file), factor)
+
+
+def _path(text: str) -> Path:
+    path = local(text)
+    if path is None or not text.isprintable():
+        raise ExportError(f"--lora {shown(text)}: that is the name of no file; give FILE or FILE:SCALE")
+    return path
 
 
 def fuse_loras(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 
 from tgate_engine.errors import ExportError
+from tgate_export.checkpoints.files import shown
 from tgate_export.families.base import Family
 from tgate_export.families.latte import Latte
 from tgate_export.families.pixart import PixArt
@@ -169,8 +170,8 @@ def find_model(name: str) -> Model:
     """The model of that name. Raises :class:`ExportError` with the nearest name."""
     if name in MODELS:
         return MODELS[name]
-    near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)
-    raise ExportError(f"unknown model {name!r}; did you mean {near[0]!r}? Models: {', '.join(MODELS)}")
+    near = difflib.get_close_matches(name[:64], MODELS, n=1, cutoff=0.0)
+    raise ExportError(f"unknown model {shown(name)}; did you mean {near[0]!r}? Models: {', '.join(MODELS)}")
 
 
 def location(name: str) -> str:

@@ -27,6 +27,10 @@ FIDELITY = "fidelity-improving"
 """The two stretches of a trajectory, in the paper's words: before the gate and after it."""
 
 
+MOST = 10_000
+"""Of an interval or a warm-up, in steps: longer than any trajectory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The numbers of a method, as the command line has them.
@@ -56,6 +60,9 @@ class Settings:
             raise MethodError(
                 f"the gate step m must be between 1 and the number of steps n = {self.steps}, got m = {self.gate}"
             )
+        for name in ("self_interval", "warm_up", "fidelity_interval"):
+            if getattr(self, name) > MOST:
+                raise MethodError(f"{name} must be at most {MOST}, got {getattr(self, name):.6g}")
         if self.self_interval < 1:
             raise MethodError(
                 "the self-attention interval k must be at least 1 (1 switches its reuse off), "

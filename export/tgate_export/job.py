@@ -238,8 +238,8 @@ def _check_numbers(settings: ExportSettings) -> None:
         ("--clip-skip", [settings.clip_skip] if settings.clip_skip else [], MOST_CLIP_SKIP),
     ):
         for value in values:
-            if not 1 <= value <= most:
-                raise ExportError(f"{name} must be from 1 to {most}, got {shown(value)}")
+            if value > most:
+                raise ExportError(f"{name} must be at most {most}, got {shown(value)}")
 
 
 def _components(settings: ExportSettings, family: Family) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from tgate_export.lora_files import Change, LoraFile, read_lora
 _KINDS_OF_LAYER = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-MOST_SCALE = 1e4
+MOST_SCALE = 1e10
 """What a LoRA may be multiplied with."""
 
 

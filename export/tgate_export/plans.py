@@ -149,7 +149,9 @@ def sampler_of(bundle: Bundle, name: str, steps: int) -> Sampler:
 def check_guidance(scale: float) -> None:
     """Raises :class:`ExportError` for a guidance scale that means nothing."""
     if not 0 <= scale <= MOST_GUIDANCE:
-        raise ExportError(f"the guidance scale must be a number from 0 to {MOST_GUIDANCE:g}, got {scale}")
+        raise ExportError(
+            f"the guidance scale must be a finite number of at least 0 and at most {MOST_GUIDANCE:g}, got {scale}"
+        )
 
 
 def _guidance(manifest: Manifest, scale: float | None) -> float:

@@ -17,7 +17,7 @@ from tgate_engine.errors import ExportError
 from tgate_engine.sampler import Fact
 from tgate_export.checkpoints.configs import Wanted, check_code, check_value
 from tgate_export.checkpoints.configs import declared as declared_values
-from tgate_export.checkpoints.files import shown
+from tgate_export.checkpoints.files import plain, shown
 from tgate_export.libraries import refusing
 
 
@@ -227,9 +227,9 @@ def _make(name: str, base_config: Mapping[str, Any]) -> Any:
         kind, options = recipe.edm[0], dict(recipe.edm[1])
     elif owner not in TRAINED_UNDER:
         raise ExportError(
-            f"the checkpoint's scheduler is {shown(owner)}; sampler {name!r} would read a noise schedule that such a "
-            "model does not have. Models are exported whose noise is a table of betas (DDIM's, Euler's, DPM-Solver's and "
-            "others' schedulers), or EDM's"
+            f"the checkpoint's scheduler is {plain(owner)}; sampler {name!r} would read a noise schedule that such a "
+            "model does not have. Models are exported whose noise is a table of betas (DDIM's, Euler's, DPM-Solver's "
+            "and others' schedulers), or EDM's"
         )
     if "_class_name" in base_config:
         from_config(getattr(diffusers, owner), base_config)  # diffusers loads it before anything else

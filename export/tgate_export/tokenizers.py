@@ -20,7 +20,7 @@ from torch import Tensor
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Tokenizer
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.checkpoints.files import shown
+from tgate_export.checkpoints.files import plain, shown
 from tgate_export.checkpoints.vocabularies import checked_vocabulary
 from tgate_export.families.base import Family
 from tgate_export.libraries import refusing
@@ -152,7 +152,7 @@ def _check_class(family: Family, checkpoint: Checkpoint, name: str) -> None:
     for place, kind in named.items():
         if kind not in (None, expected, f"{expected}Fast"):
             raise ExportError(
-                f"{checkpoint.where}: {name} is a {shown(kind)} in {place}; {family.name} wants a {expected}"
+                f"{checkpoint.where}: {name} is a {plain(kind)} in {place}; {family.name} wants a {expected}"
             )
 
 

@@ -99,7 +99,11 @@ def test_a_size_of_nothing_is_refused(whole: Path, size: int) -> None:
         ("vae/config.json", {"up_block_types": ["UpDecoderBlock2D"]}, "up_block_types"),
         ("unet/config.json", {"sample_size": [8]}, ""),
         ("unet/config.json", {"quantization_config": "int8"}, "int8"),
-        ("unet/config.json", {"block_out_channels": "text"}, "unet is no UNet2DConditionModel"),
+        (
+            "unet/config.json",
+            {"block_out_channels": "text"},
+            "unet/config.json has block_out_channels = 'text' (text); a list is wanted",
+        ),
         ("text_encoder/config.json", {"is_causal": False}, "is_causal"),
         ("text_encoder/config.json", {"model_type": "t5"}, "model_type"),
     ],

@@ -167,7 +167,7 @@ def bounded_module(where: str) -> Iterator[None]:
 
 
 def _check_places(where: str, cls: type, config: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(cls.__init__).parameters
+    parameters = inspect.signature(_constructor(cls)).parameters
     given = {key: config.get(key, parameters[key].default) or least for key, least in _PLACES.items()}
     places = (given["sample_size"] // given["patch_size"]) ** 2
     numbers = places * given["num_attention_heads"] * given["attention_head_dim"]
@@ -234,13 +234,17 @@ def declared(cls: type) -> Mapping[str, Wanted]:
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls, localns=known)
         return {field.name: _wanted(hints[field.name], field.name, field.default) for field in dataclasses.fields(cls)}
-    function: Any = cls.__init__
+    function = _constructor(cls)
     hints = typing.get_type_hints(function, localns=known)
     return {
         name: _wanted(hints.get(name, Any), name, parameter.default)
         for name, parameter in inspect.signature(function).parameters.items()
         if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
     }
+
+
+def _constructor(cls: Any) -> Any:
+    return cls.__init__
 
 
 _SCALARS: frozenset[type] = frozenset({bool, int, float, str, dict, types.NoneType})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.base import Checkpoint, Stored
-from tgate_export.checkpoints.files import check_inside, kind_of, present, read_bytes, read_json, shown
+from tgate_export.checkpoints.files import check_inside, kind_of, plain, present, read_bytes, read_json, shown
 from tgate_export.checkpoints.headers import read_header
 
 _WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
@@ -27,6 +27,9 @@ _HUB_FILES = (
     "*/tokenizer_config.json",
 )
 _HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+_PATH = 1024
+"""Characters of a path in a message."""
+
 _CARD_BYTES = 1 << 20
 _INDEX_BYTES = 16 << 20
 _ADAPTER = "adapter_config.json"
@@ -212,7 +215,7 @@ def locate(location: str, components: Iterable[str], *, prefer_half: bool = Fals
     if there or not _HUB_ID.fullmatch(location):
         what = "is neither a directory nor a .safetensors file" if there else "does not exist"
         raise ExportError(
-            f"checkpoint {shown(location)} {what}; --checkpoint wants a diffusers directory, a single .safetensors "
+            f"checkpoint {plain(location, _PATH)} {what}; --checkpoint wants a diffusers directory, a single .safetensors "
             "file or a hub id"
         )
     import huggingface_hub
@@ -282,11 +285,11 @@ def _shards(index: Path) -> list[Path]:
     odd = [name for name in names if os.path.basename(name) != name or not name.endswith(".safetensors")]
     if odd:
         raise ExportError(
-            f"{index} names {shown(odd[0])}; a .safetensors file beside it is wanted, and nothing else is read"
+            f"{index} names {plain(odd[0], _PATH)}; a .safetensors file beside it is wanted, and nothing else is read"
         )
     missing = [name for name in names if not present(index.with_name(name))]
     if missing or not names:
-        raise ExportError(f"{index} names {shown(missing[0]) if names else 'no files'}, not in that directory")
+        raise ExportError(f"{index} names {plain(missing[0], _PATH) if names else 'no files'}, not in that directory")
     return [index.with_name(name) for name in names]
 
 

@@ -109,10 +109,10 @@ def parse_object(text: bytes | str, where: str, *, infinite: Collection[str] = (
     for key, value in _values(where, data):
         if isinstance(value, float) and not math.isfinite(value) and not (key in infinite and value == value):
             raise ExportError(
-                f"{where} has {_plain(key)} = {value}, or another number that large; a finite number is wanted"
+                f"{where} has {plain(key)} = {value}, or another number that large; a finite number is wanted"
             )
         if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ExportError(f"{where} has half a character in {_plain(key)}; the checkpoint is damaged")
+            raise ExportError(f"{where} has half a character in {plain(key)}; the checkpoint is damaged")
     return data
 
 
@@ -122,8 +122,9 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _plain(key: str) -> str:
-    return key if key.isidentifier() and len(key) <= _SHOWN else shown(key)
+def plain(name: object, most: int = _SHOWN) -> str:
+    """A key, a class's name or a path in a message: as it is where it fits on a line, and as a value where not."""
+    return name if isinstance(name, str) and name.isprintable() and 0 < len(name) <= most else shown(name)
 
 
 def kind_of(value: object) -> str:

@@ -18,7 +18,7 @@ from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning, Guidance
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.checkpoints.configs import bounded_module, check_code, check_config, class_name
-from tgate_export.checkpoints.files import shown
+from tgate_export.checkpoints.files import plain, shown
 from tgate_export.libraries import refusing
 from tgate_export.methods.base import Halves
 
@@ -115,7 +115,7 @@ class Family(ABC):
         name = checkpoint.model_index.get("_class_name")
         if name not in self.pipeline_classes:
             raise ExportError(
-                f"{checkpoint.where} holds a {shown(name)}; wanted is a {' or '.join(self.pipeline_classes)}"
+                f"{checkpoint.where} holds a {plain(name)}; wanted is a {' or '.join(self.pipeline_classes)}"
             )
 
     def check(self, checkpoint: Checkpoint) -> None:

@@ -215,8 +215,8 @@ def locate(location: str, components: Iterable[str], *, prefer_half: bool = Fals
     if there or not _HUB_ID.fullmatch(location):
         what = "is neither a directory nor a .safetensors file" if there else "does not exist"
         raise ExportError(
-            f"checkpoint {plain(location, _PATH)} {what}; --checkpoint wants a diffusers directory, a single .safetensors "
-            "file or a hub id"
+            f"checkpoint {plain(location, _PATH)} {what}; --checkpoint wants a diffusers directory, a single "
+            ".safetensors file or a hub id"
         )
     import huggingface_hub
 

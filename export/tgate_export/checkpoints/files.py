@@ -41,7 +41,8 @@ def open_regular(path: Path) -> BinaryIO:
             raise ExportError(
                 f"{path} is a link to {os.readlink(path)}, which is not there; download the checkpoint again"
             ) from None
-        raise ExportError(f"{path} cannot be opened ({error}); the checkpoint is incomplete, or damaged") from None
+        why = getattr(error, "strerror", None) or error
+        raise ExportError(f"{path} cannot be opened ({why}); the checkpoint is incomplete, or damaged") from None
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.base import Checkpoint, Stored
 from tgate_export.checkpoints.directory import spellings
-from tgate_export.checkpoints.files import present
+from tgate_export.checkpoints.files import plain, present
 from tgate_export.checkpoints.headers import read_header
 from tgate_export.checkpoints.leftovers import check_marks, check_read, check_rest, check_storage
 from tgate_export.checkpoints.marks import CONVERT, MARKS, check_scale, read_marks
@@ -264,7 +264,9 @@ class _File(Mapping[str, Tensor]):
         self._path = path
         self.prefix = ""
         if not present(path):
-            raise ExportError(f"checkpoint {path} does not exist; --checkpoint wants an existing .safetensors file")
+            raise ExportError(
+                f"checkpoint {plain(str(path), 1024)} does not exist; --checkpoint wants an existing .safetensors file"
+            )
         self._header = read_header(path)
         self._keys = dict.fromkeys(self._header.tensors)
         try:

@@ -190,7 +190,8 @@ def test_a_value_is_shown_on_one_line() -> None:
     assert plain("UNet2DModel") == "UNet2DModel"
     assert plain("a\nb") == r"'a\nb'"
     assert plain(["a"]) == "['a']"
-    assert [kind_of(v) for v in (None, True, 1, 1.5, "", [], {})] == [
+    values: list[object] = [None, True, 1, 1.5, "", [], {}]
+    assert [kind_of(v) for v in values] == [
         "null",
         "true or false",
         "a number",

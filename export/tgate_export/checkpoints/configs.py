@@ -39,7 +39,8 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(("transformer_layers_per_block", "reverse_transformer_layers_per_block"), (0, 256)),
     # Sides of pictures, in pixels or latent pixels, of which tables of places are made.
     **dict.fromkeys(("sample_size", "image_size"), (1, 4096)),
-    **dict.fromkeys(("patch_size", "conv_in_kernel", "conv_out_kernel"), (1, 64)),
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (1, 64)),
+    "patch_size": (1, 1024),
     **dict.fromkeys(("video_length", "num_frames"), (1, 1024)),
     "max_position_embeddings": (1, 1 << 16),
     "vocab_size": (1, 1 << 20),
@@ -169,6 +170,8 @@ def bounded_module(where: str) -> Iterator[None]:
 def _check_places(where: str, cls: type, config: Mapping[str, Any]) -> None:
     parameters = inspect.signature(_constructor(cls)).parameters
     given = {key: config.get(key, parameters[key].default) or least for key, least in _PLACES.items()}
+    if isinstance(given["sample_size"], list):
+        return  # no such class takes a pair, and says so before it makes a table
     places = (given["sample_size"] // given["patch_size"]) ** 2
     numbers = places * given["num_attention_heads"] * given["attention_head_dim"]
     if numbers > MOST_PLACES:
@@ -257,6 +260,8 @@ def _wanted(annotation: Any, key: str, default: Any) -> Wanted:
     if key in _LISTS_OF_LISTS:
         return _LAYERS
     wanted = _annotated(annotation)
+    if key == "sample_size":
+        wanted |= Wanted(items=Wanted(frozenset({int})))  # height and width; few classes say so
     if bool in wanted.kinds:
         wanted |= Wanted(frozenset({types.NoneType}))  # published configurations say null for false
     return wanted | Wanted(frozenset({type(default)})) if type(default) in _SCALARS else wanted

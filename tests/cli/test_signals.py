@@ -13,9 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from tests.cli.running import PROMPT
 from tests.toy_bundle import edit_manifest
@@ -53,7 +54,7 @@ def slow(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         last.output[list(last.output).index(output)] = "slow.own"
         made.append(helper.make_node("Add", ["slow.own", "slow.end"], [output]))
         graph.node.extend(made)
-        graph.initializer.append(helper.make_tensor("slow.shape", onnx.TensorProto.INT64, [2], [SIDE, SIDE]))
+        graph.initializer.append(numpy_helper.from_array(np.array([SIDE, SIDE]), "slow.shape"))
         path.write_bytes(model.SerializeToString())
     entries = digests_of(bundle)
 

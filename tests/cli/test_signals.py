@@ -44,8 +44,8 @@ def slow(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         graph = model.graph
         made = [
             helper.make_node("ReduceSum", [graph.input[0].name], ["slow.sum"], keepdims=0),
-            helper.make_node("ConstantOfShape", ["slow.shape"], ["slow.zeros"]),
-            helper.make_node("Mul", ["slow.zeros", "slow.sum"], ["slow.0"]),
+            helper.make_node("Sub", ["slow.sum", "slow.sum"], ["slow.zero"]),
+            helper.make_node("Expand", ["slow.zero", "slow.shape"], ["slow.0"]),
             *(helper.make_node("MatMul", [f"slow.{i}", f"slow.{i}"], [f"slow.{i + 1}"]) for i in range(PRODUCTS)),
             helper.make_node("ReduceMax", [f"slow.{PRODUCTS}"], ["slow.end"], keepdims=0),
         ]

@@ -23,7 +23,7 @@ def mutate_graph(data: bytes, rng: Random) -> bytes:
         model.ParseFromString(data)
     except Exception:  # protobuf's own classes, which depend on how it was built
         return mutate_bytes(data, rng)
-    for _ in range(rng.choice((1, 1, 2, 3, 6))):
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
         edit = rng.choice((_inserted, _inserted, _inserted, _operator, _attribute, _wire, _constant, _nodes))
         edit = _any_field if rng.random() < 0.05 else edit
         edit(model, rng)
@@ -82,7 +82,7 @@ def _inserted(model: Any, rng: Random) -> None:
             _fill(tensor, rng, small=rng.random() < 0.7)
             inputs.append(name)
         else:
-            inputs.append(rng.choice(values) if kind == "v" else "")
+            inputs.append(rng.choice(values) if values and kind == "v" else "")
     made, number, total, more = (f"{what} {count}" for what in ("made", "number", "total", "more"))
     node = onnx.NodeProto(op_type=operator, input=inputs, output=[made])
     for _ in range(rng.choice((0, 1, 1, 2))):
@@ -110,8 +110,10 @@ def _attribute(model: Any, rng: Random) -> None:
 def _change_attribute(node: Any, rng: Random) -> None:
     """Sets one that the operator has, by ONNX's own list; seldom one that it has not, or of another type."""
     known = _attributes(node.op_type)
-    if not known or rng.random() < 0.03:
+    if rng.random() < 0.03:
         known = {"axis": 2, "to": 2, "mode": 3, "body": 6}
+    if not known:
+        return
     name = rng.choice([*known])
     attribute = next((there for there in node.attribute if there.name == name), None)
     if attribute is None:
@@ -124,13 +126,14 @@ def _change_attribute(node: Any, rng: Random) -> None:
     if kind == onnx.AttributeProto.FLOAT:
         attribute.f = rng.choice(_FLOATS)
     elif kind == onnx.AttributeProto.INT:
-        attribute.i = rng.choice(_INTEGERS)
+        attribute.i = rng.randint(-2, 4) if rng.random() < 0.8 else rng.choice(_INTEGERS)
     elif kind == onnx.AttributeProto.STRING:
-        attribute.s = rng.choice((b"", b"\xff", *(text.encode() for text in _STRINGS.split())))
+        attribute.s = rng.choice(_STRINGS.split()).encode() if rng.random() < 0.95 else b"\xff"
     elif kind == onnx.AttributeProto.FLOATS:
         attribute.floats.extend(rng.choice(_FLOATS) for _ in range(rng.choice((0, 1, 2, 5))))
     elif kind == onnx.AttributeProto.INTS:
-        attribute.ints.extend(rng.choice(_INTEGERS) for _ in range(rng.choice((0, 1, 2, 2, 4, 9))))
+        several = [rng.randint(0, 3) if rng.random() < 0.9 else rng.choice(_INTEGERS) for _ in range(9)]
+        attribute.ints.extend(several[: rng.choice((0, 1, 2, 2, 4, 4, 9))])
 
 
 def _wire(model: Any, rng: Random) -> None:
@@ -141,8 +144,8 @@ def _wire(model: Any, rng: Random) -> None:
     at = rng.randrange(len(graph.node))
     names = [value.name for value in graph.input] + [tensor.name for tensor in graph.initializer]
     names += [name for node in graph.node[:at] for name in node.output]
-    node, name = graph.node[at], rng.choice(["", *names])
-    match rng.randrange(4):
+    node, name = graph.node[at], rng.choice(names) if names and rng.random() < 0.95 else ""
+    match rng.randrange(8):
         case 0 if node.input:
             del node.input[rng.randrange(len(node.input))]
         case 1:

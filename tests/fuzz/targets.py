@@ -11,7 +11,7 @@ from importlib import import_module
 
 from tests.fuzz.target import Target
 
-MODULES = ("bundles", "requests")
+MODULES = ("bundles", "requests", "checkpoints")
 
 
 def targets(module: str) -> Sequence[Target]:

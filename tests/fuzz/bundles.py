@@ -162,8 +162,8 @@ def on_engine(data: bytes, *, engine: str) -> None:
 
 
 TARGETS = (
-    Target(name="manifest", run=manifest, sound=_unsigned, mutate=mutate_json),
-    Target(name="bundle", run=bundle, sound=_unsigned, mutate=mutate_json),
+    Target(name="manifest", run=manifest, sound=_unsigned, mutate=mutate_json, examples=60),
+    Target(name="bundle", run=bundle, sound=_unsigned, mutate=mutate_json, examples=60),
     Target(name="draw", run=draw, sound=_unsigned, mutate=mutate_json, examples=30),
     Target(name="plan", run=plan, sound=_plans, mutate=mutate_json),
     Target(name="samplers", run=samplers, sound=file_of(SAMPLERS), mutate=mutate_safetensors, examples=60),

@@ -6,10 +6,13 @@ import functools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from tests.fuzz.mutations import mutate_bytes, mutate_json, mutate_safetensors
@@ -22,6 +25,8 @@ from tgate_export.sampling import compile_sampler
 from tgate_export.tokenizers import export_tokenizers
 
 _MODELS = ("mini-sdxl", "mini-pixart")
+Tensors = dict[str, NDArray[Any]]
+
 _NOT_JSON = ("merges.txt", "spiece.model")
 
 
@@ -93,7 +98,7 @@ def header(data: bytes) -> None:
 
 
 def _headers() -> Sequence[bytes]:
-    tensors = {
+    tensors: Tensors = {
         "a.weight": np.zeros((3, 4), np.float32),
         "b": np.ones(2, np.float16),
         "empty": np.zeros((0, 5), np.int64),
@@ -143,7 +148,8 @@ def _layers() -> Mapping[str, Sequence[str]]:
 def _loras() -> Sequence[bytes]:
     """peft's names with its settings, and kohya's with a strength for each layer."""
     checkpoint = DirectoryCheckpoint(Path(location("mini-sdxl")))
-    peft, kohya = {}, {}
+    peft: Tensors = {}
+    kohya: Tensors = {}
     for component, layers in _layers().items():
         for layer in layers:
             outputs, inputs = checkpoint.tensors(component).stored()[f"{layer}.weight"].shape
@@ -164,10 +170,14 @@ def _loras() -> Sequence[bytes]:
     return [save(peft, {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}), save(kohya), save(peft)]
 
 
-TARGETS = (
-    Target(name="config", run=checkpoint_file, sound=lambda: _named(False), mutate=mutate_named, examples=60),
-    Target(name="vocabulary", run=checkpoint_file, sound=lambda: _named(True), mutate=mutate_named, examples=30),
-    Target(name="header", run=header, sound=_headers, mutate=mutate_safetensors),
-    Target(name="index", run=index, sound=_indices, mutate=mutate_json, examples=60),
-    Target(name="lora", run=lora, sound=_loras, mutate=mutate_safetensors, examples=30),
+TARGETS = tuple(
+    Target(name=name, run=run, sound=sound, mutate=mutate, examples=examples, native=False)
+    for name, run, sound, mutate, examples in (
+        ("config", checkpoint_file, partial(_named, False), mutate_named, 60),
+        ("vocabulary", checkpoint_file, partial(_named, True), mutate_named, 12),
+        ("header", header, _headers, mutate_safetensors, 100),
+        ("index", index, _indices, mutate_json, 60),
+        ("lora", lora, _loras, mutate_safetensors, 30),
+    )
 )
+"""In the tests' own process: to import PyTorch once more takes longer than all of them."""

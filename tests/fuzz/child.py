@@ -7,12 +7,16 @@ import os
 import shutil
 import signal
 import tempfile
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from tests.fuzz.judging import ENDLESS, FAULT, SECONDS, Outcome, bound_memory, judge
-from tests.fuzz.target import Target
+from tests.fuzz.judging import ENDLESS, FAULT, SECONDS, Outcome, bounded_memory, judge
+
+if TYPE_CHECKING:  # the child imports what it is to run, and no more
+    from tests.fuzz.target import Target
 
 _START_S = 120
 """What importing everything, and making what is sound, may take on a machine that is busy."""
@@ -87,13 +91,10 @@ def how_it_ended(code: int) -> str:
 def _serve(connection: Connection, folder: str) -> None:
     tempfile.tempdir = folder
     _quiet()
-    bound_memory()
-    while True:
-        try:
+    with bounded_memory(), suppress(EOFError):
+        while True:
             run, data, seconds, endless = connection.recv()
-        except EOFError:
-            return
-        connection.send(judge(run, data, seconds=seconds, endless=endless))
+            connection.send(judge(run, data, seconds=seconds, endless=endless))
 
 
 def _quiet() -> None:

@@ -16,11 +16,13 @@ import atheris
 
 with atheris.instrument_imports(include=["tgate_engine", "tgate_export", "tgate_runtime", "tgate_cli"]):
     from tests.fuzz.board import MOST_BYTES, Board
-    from tests.fuzz.judging import FAULT, bound_memory, judge
+    from tests.fuzz.judging import FAULT, bounded_memory, judge
     from tests.fuzz.targets import find_target
 
 _OWN_SHARE = 0.8
 """How many inputs are made by the target's own mutations; libFuzzer makes the others."""
+_ANEW = 0.5
+"""How many of those begin with what is sound: what reached something new was mostly refused, and would be again."""
 
 
 def main(name: str, folder: Path, seconds: str) -> None:
@@ -28,8 +30,8 @@ def main(name: str, folder: Path, seconds: str) -> None:
     target = find_target(name)
     board, places = Board(folder / "board"), set[str]()
     tempfile.tempdir = str(folder)
-    target.run(target.sound()[0])
-    bound_memory()
+    sound = target.sound()
+    target.run(sound[0])
 
     def once(data: bytes) -> None:
         board.begin(data)
@@ -44,7 +46,7 @@ def main(name: str, folder: Path, seconds: str) -> None:
     def mutated(data: bytes, most: int, seed: int) -> bytes:
         rng = Random(seed)
         if rng.random() < _OWN_SHARE:
-            data = target.mutate(data, rng)
+            data = target.mutate(rng.choice(sound) if rng.random() < _ANEW else data, rng)
             return data[:most] if len(data) <= MOST_BYTES else data[:0]
         return bytes(atheris.Mutate(data, most))
 
@@ -59,7 +61,8 @@ def main(name: str, folder: Path, seconds: str) -> None:
     options += [f"-max_len={MOST_BYTES}", f"-max_total_time={seconds}", f"-artifact_prefix={folder}/"]
     places_of_inputs = [str(folder / "found"), str(folder / "seeds")]
     atheris.Setup([sys.argv[0], *options, *places_of_inputs], once, custom_mutator=mutated)
-    atheris.Fuzz()
+    with bounded_memory():
+        atheris.Fuzz()
 
 
 if __name__ == "__main__":

@@ -91,12 +91,17 @@ def _stopped_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def held_bytes() -> int:
+def _held_bytes() -> int:
     """The addresses that this process has taken."""
     return int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
 
 
-def bound_memory() -> None:
-    """From now on this process gets :data:`MEMORY_BYTES` more, and no memory beyond."""
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (held_bytes() + MEMORY_BYTES, most))
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """While open, this process gets :data:`MEMORY_BYTES` more, and no memory beyond."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_held_bytes() + MEMORY_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

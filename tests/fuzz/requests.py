@@ -136,7 +136,7 @@ _NPY_WORDS = ("'descr': ", "'fortran_order': ", "'shape': ", "True", "(1, 2)", "
 _TEXT_WORDS = ("</s>", "<|endoftext|>", "\u202e", "🏳️‍🌈", "e\u0301", "\0", "ﷺ", "\ue000", "\ud800", " " * 500, "a" * 99)
 
 TARGETS = (
-    Target(name="tokenizer", run=tokenizer, sound=_tokenizers, mutate=mutate_json),
+    Target(name="tokenizer", run=tokenizer, sound=_tokenizers, mutate=mutate_json, examples=60),
     Target(name="prompt", run=prompt, sound=_prompts, mutate=with_words(*WORDS, *_TEXT_WORDS)),
     Target(name="picture", run=picture, sound=_pictures, mutate=mutate_picture, examples=200),
     Target(name="array", run=array, sound=_arrays, mutate=with_words(*_NPY_WORDS), examples=200),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ CORPUS = Path(__file__).parent / "corpus"
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """``examples``: how many inputs each run of the tests tries; of a slow target few.
+    """``examples``: how many inputs each run of the tests tries; of a slow target few. ``native``: whether the tests
+    read inputs in a process of their own, as where libraries in C or Rust do more than to read numbers.
 
     ``endless``: inputs may ask for much time and memory within the bounds that docs/security-bundle.md states, which
     is no fault then.
@@ -29,6 +32,7 @@ class Target:
     sound: Callable[[], Sequence[bytes]]
     mutate: Mutator
     examples: int = 100
+    native: bool = True
     endless: bool = False
 
     def seeds(self) -> list[bytes]:
@@ -42,8 +46,10 @@ class Target:
 
 @functools.cache
 def workspace() -> Path:
-    """A directory of this process; whoever started the process removes what lies in its TMPDIR."""
-    return Path(tempfile.mkdtemp(prefix="tgate-fuzz-"))
+    """A directory of this process, which removes it in the end; where it is killed, whoever started it does."""
+    folder = tempfile.mkdtemp(prefix="tgate-fuzz-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzz.child import Child
 from tests.fuzz.inputs import inputs
-from tests.fuzz.judging import ACCEPTED, FAULT, REFUSED
+from tests.fuzz.judging import ACCEPTED, FAULT, REFUSED, Outcome, bounded_memory, judge
 from tests.fuzz.target import CORPUS, Target
 from tests.fuzz.targets import every_target
 
@@ -20,26 +20,37 @@ KEPT = [pytest.param(target, name, id=f"{target.name}-{name}") for target in TAR
 SIZE_BYTES = 300_000
 
 
+Judge = Callable[[Target, bytes], Outcome]
+
+
 @pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    with Child() as started:
-        yield started
+def judged() -> Iterator[Judge]:
+    """Judges an input in a process of its own, or here, by what its target says."""
+
+    def found(target: Target, data: bytes) -> Outcome:
+        if target.native:
+            return child.judge(target, data)
+        with bounded_memory():
+            return judge(target.run, data)
+
+    with Child() as child:
+        yield found
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-def test_what_is_sound_is_taken(child: Child, target: Target) -> None:
+def test_what_is_sound_is_taken(judged: Judge, target: Target) -> None:
     """Else nothing beyond the first check would ever be reached."""
-    assert [child.judge(target, data).says for data in target.sound()] == [""] * len(target.sound())
+    assert [judged(target, data).says for data in target.sound()] == [""] * len(target.sound())
 
 
 @pytest.mark.parametrize(("target", "name"), KEPT)
-def test_what_was_a_fault_is_none_any_more(child: Child, target: Target, name: str) -> None:
-    outcome = child.judge(target, target.corpus()[name])
+def test_what_was_a_fault_is_none_any_more(judged: Judge, target: Target, name: str) -> None:
+    outcome = judged(target, target.corpus()[name])
     assert outcome.kind != FAULT, outcome
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-def test_whatever_is_made_up_is_taken_or_refused_in_a_line(child: Child, target: Target, tmp_path: Path) -> None:
+def test_whatever_is_made_up_is_taken_or_refused_in_a_line(judged: Judge, target: Target, tmp_path: Path) -> None:
     outcomes: Counter[str] = Counter()
 
     @settings(
@@ -52,7 +63,7 @@ def test_whatever_is_made_up_is_taken_or_refused_in_a_line(child: Child, target:
     )
     @given(inputs(target))
     def short_run(data: bytes) -> None:
-        outcome = child.judge(target, data)
+        outcome = judged(target, data)
         outcomes[outcome.kind] += 1
         if outcome.kind == FAULT:
             (tmp_path / "fault").write_bytes(data)

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -21,7 +22,7 @@ from tgate_engine.errors import BundleError, RequestError
 
 def key_error(data: bytes) -> None:
     if data.startswith(b"\xff"):
-        {}[data]
+        dict[bytes, int]()[data]
 
 
 def panic(_data: bytes) -> None:
@@ -147,17 +148,20 @@ def sound() -> list[bytes]:
 
 def test_a_child_tells_how_it_ended_and_goes_on(capfd: pytest.CaptureFixture[str]) -> None:
     target = Target(name="planted", run=ends, sound=sound, mutate=mutate_bytes)
-    endless = Target(name="endless", run=ends, sound=sound, mutate=mutate_bytes, endless=True)
     with Child(seconds=0.3) as child:
-        assert child.judge(target, b"").kind == ACCEPTED
-        assert "MemoryError" in child.judge(target, b"m").says
         assert child.judge(target, b"p").kind == ACCEPTED
+        assert "MemoryError" in child.judge(target, b"m").says
         assert child.judge(target, b"a").says == "ended by SIGABRT"
-        assert child.judge(target, b"e").says == "ended with exit status 3"
-        assert "no answer" in child.judge(target, b"n").says
-        assert child.judge(endless, b"n").kind == ENDLESS
         assert child.judge(target, b"").kind == ACCEPTED
+        assert child.judge(target, b"e").says == "ended with exit status 3"
     assert "\x1b" not in capfd.readouterr().err
+
+
+def test_a_child_that_does_not_come_back_is_ended() -> None:
+    target = Target(name="endless", run=ends, sound=sound, mutate=mutate_bytes, endless=True)
+    with Child(seconds=0.3) as child:
+        assert child.judge(replace(target, endless=False), b"n").place == "no answer"
+        assert child.judge(target, b"n").kind == ENDLESS
 
 
 # --- the whole ----------------------------------------------------------------------------------
@@ -165,13 +169,13 @@ def test_a_child_tells_how_it_ended_and_goes_on(capfd: pytest.CaptureFixture[str
 
 def test_a_fault_that_few_inputs_reach_is_found(tmp_path: Path) -> None:
     """Mutations and drawing reach what lies behind one changed byte."""
-    from hypothesis import HealthCheck, given, settings
+    from hypothesis import Phase, given, settings
 
     from tests.fuzz.inputs import inputs
 
     target = Target(name="planted", run=key_error, sound=lambda: [b"sound"], mutate=mutate_bytes)
 
-    @settings(max_examples=500, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=500, derandomize=True, database=None, deadline=None, phases=[Phase.generate])
     @given(inputs(target))
     def short_run(data: bytes) -> None:
         assert judge(target.run, data).kind != FAULT

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from tgate_engine.sampler_tables import dump_tables, load_tables
 from tgate_runtime.engines import open_engine
 from tgate_runtime.graph_check import read_graphs
 from tgate_runtime.pipeline import Pipeline
+from tgate_runtime.verify import verify
 from tgate_runtime.weights import map_weights, read_places
 
 
@@ -111,6 +114,23 @@ def weights(data: bytes) -> None:
         each.array.tobytes()
 
 
+def golden(data: bytes) -> None:
+    """What was recorded, which ``tgate verify`` replays: all goldens of the toy with one file for them."""
+    wanted = b"latents.0" in data
+    name = next(n for n, each in toy().manifest.goldens.items() if (each.plan is not None) == wanted)
+    file = toy().manifest.goldens[name].file
+    (_exchanged().path / file).write_bytes(data)
+    hostile = relisted(_exchanged(), file)
+    goldens = {name: hostile.manifest.goldens[name]}
+    hostile = replace(hostile, manifest=replace(hostile.manifest, goldens=goldens))
+    for checked in verify(hostile, threads=1):
+        assert checked.ok or checked.error > checked.tolerance or math.isnan(checked.error)
+
+
+def _goldens() -> Sequence[bytes]:
+    return [(toy().path / each.file).read_bytes() for each in toy().manifest.goldens.values()]
+
+
 # --- graphs -------------------------------------------------------------------------------------
 
 
@@ -168,6 +188,7 @@ TARGETS = (
     Target(name="plan", run=plan, sound=_plans, mutate=mutate_json),
     Target(name="samplers", run=samplers, sound=file_of(SAMPLERS), mutate=mutate_safetensors, examples=60),
     Target(name="weights", run=weights, sound=file_of(WEIGHTS), mutate=mutate_safetensors),
+    Target(name="golden", run=golden, sound=_goldens, mutate=mutate_safetensors, examples=40),
     Target(name="graph", run=graph, sound=_graph_files, mutate=mutate_graph),
     Target(name="ort", run=partial(on_engine, engine="ort-cpu"), sound=_graph_files, mutate=mutate_graph, endless=True),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ from tgate_engine.regular_file import read_regular
 from tgate_engine.underway import unfinished
 from tgate_runtime.picture import MOST_BYTES as PICTURE_BYTES
 from tgate_runtime.picture import read_picture
+from tgate_runtime.record import Record
+from tgate_runtime.stamps import ffmetadata, read_stamp, save_options
 
 FORMATS = {
     ".png": "PNG",
@@ -97,24 +100,45 @@ def check_place(path: Path) -> None:
         raise RequestError(f"{path} cannot be written ({error.strerror}); name another place") from None
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Write ``image`` in the format of the path's suffix."""
-    content = io.BytesIO()
-    image.save(content, FORMATS[path.suffix.lower()])
-    write_atomically(path, content.getvalue())
+def save_picture(image: Image.Image, path: Path, record: Record | None = None) -> None:
+    """Write ``image`` in the format of the path's suffix, and in it what it was drawn from, where the format has room
+    for that (:data:`~tgate_runtime.stamps.HOLD`)."""
+    write_atomically(path, picture_bytes(image, path.suffix, record))
 
 
-def save_video(frames: Sequence[Image.Image], path: Path, *, fps: int) -> None:
-    """Write frames as MP4 (H.264) or GIF, by the path's suffix.
+def picture_bytes(image: Image.Image, suffix: str, record: Record | None = None) -> bytes:
+    """What :func:`save_picture` writes."""
+    content, kind = io.BytesIO(), FORMATS[suffix.lower()]
+    image.save(content, kind, **save_options(record, kind))
+    return content.getvalue()
+
+
+def save_video(frames: Sequence[Image.Image], path: Path, *, fps: int, record: Record | None = None) -> None:
+    """Write frames as MP4 (H.264) or GIF, by the path's suffix, and in it what they were drawn from.
 
     GIF keeps times in hundredths of a second. Raises :class:`RequestError` where MP4 cannot be written.
     """
-    if path.suffix.lower() == ".gif":
+    try:
+        content = video_bytes(frames, path.suffix, fps=fps, record=record)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
+    write_atomically(path, content)
+
+
+def video_bytes(frames: Sequence[Image.Image], suffix: str, *, fps: int, record: Record | None = None) -> bytes:
+    """What :func:`save_video` writes."""
+    if suffix.lower() == ".gif":
         content = io.BytesIO()
-        duration_ms = 10 * round(100 / fps)
-        frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=duration_ms, loop=0)
-        write_atomically(path, content.getvalue())
-        return
+        frames[0].save(
+            content,
+            "GIF",
+            save_all=True,
+            append_images=frames[1:],
+            duration=10 * round(100 / fps),
+            loop=0,
+            **save_options(record, "GIF"),
+        )
+        return content.getvalue()
     with tempfile.TemporaryDirectory() as folder, unfinished(Path(folder)):
         whole = Path(folder) / "video.mp4"
         try:
@@ -125,11 +149,23 @@ def save_video(frames: Sequence[Image.Image], path: Path, *, fps: int) -> None:
             for frame in frames:
                 writer.send(np.ascontiguousarray(frame).tobytes())
             writer.close()
-            content_bytes = whole.read_bytes()
+            return (whole if record is None else _with_comment(whole, record)).read_bytes()
         except (OSError, RuntimeError, ValueError) as error:
             first = str(error).strip().partition("\n")[0]
-            raise RequestError(f"{path}: the video could not be encoded ({first}); write a .gif instead") from None
-    write_atomically(path, content_bytes)
+            raise RequestError(f"the video could not be encoded ({first}); write a .gif instead") from None
+
+
+def _with_comment(video: Path, record: Record) -> Path:
+    """A copy of an MP4 with its record in it. The text comes from a file: an argument of ffmpeg is short, and everybody
+    on the machine can read it. Raises :class:`RuntimeError`."""
+    facts, copy = video.with_name("comment.txt"), video.with_name("commented.mp4")
+    facts.write_text(ffmetadata(record), encoding="utf-8")
+    inputs = ["-i", str(video), "-f", "ffmetadata", "-i", str(facts)]
+    command = [_ffmpeg().get_ffmpeg_exe(), "-v", "error", *inputs, "-map", "0", "-map_metadata", "1", "-c", "copy", copy]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return copy
 
 
 def _ffmpeg() -> Any:
@@ -148,6 +184,12 @@ def load_picture(path: Path) -> Image.Image:
     return read_picture(read_regular(path, PICTURE_BYTES, RequestError), str(path))
 
 
+def load_record(path: Path) -> Record:
+    """What the picture or video of a file was drawn from. Raises :class:`RequestError`, see
+    :func:`~tgate_runtime.stamps.read_stamp`."""
+    return read_stamp(read_regular(path, PICTURE_BYTES, RequestError), str(path))
+
+
 def load_embeddings(path: Path) -> dict[str, NDArray[Any]]:
     """The tensors of a safetensors file. Raises :class:`RequestError` for a file that is none."""
     content = read_regular(path, TENSOR_BYTES, RequestError)
@@ -161,9 +203,14 @@ def load_embeddings(path: Path) -> dict[str, NDArray[Any]]:
 
 def save_array(array: NDArray[Any], path: Path) -> None:
     """Write ``array`` as .npy."""
+    write_atomically(path, array_bytes(array))
+
+
+def array_bytes(array: NDArray[Any]) -> bytes:
+    """What :func:`save_array` writes."""
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
-    write_atomically(path, content.getvalue())
+    return content.getvalue()
 
 
 def load_array(path: Path) -> NDArray[Any]:

@@ -25,7 +25,7 @@ from tgate_engine.underway import unfinished
 from tgate_runtime.picture import MOST_BYTES as PICTURE_BYTES
 from tgate_runtime.picture import read_picture
 from tgate_runtime.record import Record
-from tgate_runtime.stamps import ffmetadata, read_stamp, save_options
+from tgate_runtime.stamps import HOLD, ffmetadata, read_stamp, save_options
 
 FORMATS = {
     ".png": "PNG",
@@ -65,6 +65,11 @@ def output_paths(output: Path, count: int, *, decoded: bool = True, video: bool 
     if count == 1:
         return [output]
     return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+
+
+def holds_record(suffix: str) -> bool:
+    """Whether a file of that suffix has room for what it was drawn from."""
+    return FORMATS.get(suffix, suffix.removeprefix(".").upper()) in HOLD
 
 
 @contextmanager
@@ -161,7 +166,19 @@ def _with_comment(video: Path, record: Record) -> Path:
     facts, copy = video.with_name("comment.txt"), video.with_name("commented.mp4")
     facts.write_text(ffmetadata(record), encoding="utf-8")
     inputs = ["-i", str(video), "-f", "ffmetadata", "-i", str(facts)]
-    command = [_ffmpeg().get_ffmpeg_exe(), "-v", "error", *inputs, "-map", "0", "-map_metadata", "1", "-c", "copy", copy]
+    command = [
+        _ffmpeg().get_ffmpeg_exe(),
+        "-v",
+        "error",
+        *inputs,
+        "-map",
+        "0",
+        "-map_metadata",
+        "1",
+        "-c",
+        "copy",
+        copy,
+    ]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tgate_engine.errors import RequestError
 from tgate_engine.graph import DECODE
+from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Step
 from tgate_engine.sampler import HISTORY
 from tgate_runtime.decoder import decode
@@ -35,17 +36,9 @@ class Colours:
         self._lock = threading.Lock()
         self._map: NDArray[np.float32] | None = None  # [C + 1, 3], the last row for a constant 1
 
-    def check(self) -> None:
-        """Raises :class:`RequestError` where the bundle makes no pictures."""
-        manifest = self._session.manifest
-        if self._session.graph(DECODE) is None:
-            raise RequestError("the bundle has no decoder (--components), which previews are fitted to: leave them out")
-        if manifest.frames > 1 or len(self._session.shapes()[0].latents) != 3:
-            raise RequestError(f"{manifest.model} makes videos, and previews are of pictures: leave them out")
-
     def picture(self, latents: NDArray[np.float32]) -> Image.Image:
-        """Latents [C, h, w] as a picture of h x w pixels. Raises as :meth:`check` does."""
-        self.check()
+        """Latents [C, h, w] as a picture of h x w pixels. Raises as :func:`check_previews` does."""
+        check_previews(self._session.manifest)
         with self._lock:
             if self._map is None:
                 self._map = self._fitted()
@@ -54,13 +47,21 @@ class Colours:
 
     def _fitted(self) -> NDArray[np.float32]:
         decoder, shape = self._session.graph(DECODE), self._session.shapes()[0].latents
-        assert decoder is not None  # check() has seen it
+        assert decoder is not None  # check_previews() has seen it
         height, width = shape[1:]
         fields = [_field(seed, shape) for seed in range(math.ceil(_PLACES / (height * width)))]
         decoded = [decode(self._session, decoder, field)[0] for field in fields]
         colours = [np.asarray(image.resize((width, height), Image.Resampling.BOX), np.float32) for image in decoded]
         places = np.concatenate([_places(field) for field in fields])
         return np.linalg.lstsq(places, np.concatenate(colours).reshape(-1, 3), rcond=None)[0].astype(np.float32)
+
+
+def check_previews(manifest: Manifest) -> None:
+    """Raises :class:`RequestError` for a bundle that makes no pictures."""
+    if manifest.graph(DECODE) is None:
+        raise RequestError("the bundle has no decoder (--components), which previews are fitted to; draw without them")
+    if manifest.frames > 1 or len(manifest.shapes[0].latents) != 3:
+        raise RequestError(f"{manifest.model} makes videos, and previews are of pictures; draw without them")
 
 
 class Look:

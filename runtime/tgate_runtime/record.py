@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from tgate_engine import __version__
 from tgate_engine.errors import RequestError, TgateError, shown
@@ -21,6 +22,7 @@ from tgate_engine.reader import Reader, parse_json
 from tgate_engine.sampler import MOST_CALLS, Fact, check_facts
 from tgate_runtime.engines.protocol import Engine
 from tgate_runtime.generators import SEED_LIMIT
+from tgate_runtime.picture import as_rgb
 
 FORM = 1
 """Of the JSON; another one means something else."""
@@ -197,6 +199,51 @@ def digest_of_arrays(arrays: Mapping[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
+def digests_of_given(
+    count: int,
+    *,
+    image: Image.Image | None = None,
+    prompt_embeds: Mapping[str, NDArray[Any]] | None = None,
+    initial_latents: NDArray[Any] | None = None,
+) -> list[dict[str, str]]:
+    """Of each of ``count`` images, :attr:`Record.given`: ``image`` is all of them's, as RGB; a row of
+    ``initial_latents`` [count, ...] is one's, and a row of ``prompt_embeds`` [N, ...] that of count / N neighbours."""
+    each: list[dict[str, str]] = [{} for _ in range(count)]
+    if image is not None:
+        shared = digest_of_arrays({"image": np.asarray(as_rgb(image))})
+        each = [{"image": shared} for _ in each]
+    for name, tensors in (
+        ("initial_latents", {} if initial_latents is None else {"": initial_latents}),
+        ("prompt_embeds", prompt_embeds or {}),
+    ):
+        rows = digests_of_rows(tensors)
+        for j in range(count if rows else 0):
+            each[j][name] = rows[j * len(rows) // count]
+    return each
+
+
+def digests_of_rows(tensors: Mapping[str, NDArray[Any]]) -> list[str]:
+    """The :func:`digest_of_arrays` of each row of tensors [N, ...]; those with fewer rows are left out."""
+    rows = _rows(tensors)
+    count = max(map(len, rows.values()), default=0)
+    return [digest_of_arrays({name: array[j] for name, array in rows.items()}) for j in range(count)]
+
+
+def rows_with(digest: str, tensors: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+    """The row of tensors [N, ...] that has a digest, as [1, ...]; all of them where none has."""
+    for j, other in enumerate(digests_of_rows(tensors)):
+        if other == digest:
+            return {name: array[j : j + 1] for name, array in _rows(tensors).items()}
+    return tensors
+
+
+def _rows(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Those that have as many rows as any of them has."""
+    arrays = {name: array for name, array in tensors.items() if np.ndim(array)}
+    count = max(map(len, arrays.values()), default=0)
+    return {name: array for name, array in arrays.items() if len(array) == count}
+
+
 def _is_setting(key: str, fact: Fact) -> bool:
     return key in _OPTIONS and isinstance(fact, int) and not isinstance(fact, bool)
 
@@ -209,7 +256,9 @@ def _record(r: Reader) -> Record:
     facts = plan.get("settings", dict)
     given = r.strings("given")
     if len(facts) > _MOST_FACTS or not given.keys() <= set(GIVEN):
-        raise RequestError(f"{r.where}: expected at most {_MOST_FACTS} settings, and of {', '.join(GIVEN)} what is given")
+        raise RequestError(
+            f"{r.where}: expected at most {_MOST_FACTS} settings, and of {', '.join(GIVEN)} what is given"
+        )
     size = r.text("size")
     if not _SIZE.fullmatch(size):
         raise RequestError(f"{r.where}.size: expected WIDTHxHEIGHT, got '{shown(size, 40)}'; {_AGAIN}")

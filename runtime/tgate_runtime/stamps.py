@@ -87,10 +87,8 @@ def read_stamp(content: bytes, name: str) -> Record:
     Raises :class:`RequestError` for a file in another format than those of :data:`HOLD`, one that is damaged before its
     pixels begin, one without a record, and a record that is none.
     """
-    if content[4:8] == b"ftyp":
-        text = _of_comment(_mp4_comment(content))
-    else:
-        text = _of_picture(content, name)
+    is_mp4 = content[4:8] == b"ftyp"
+    text = _of_comment(_mp4_comment(content)) if is_mp4 else _of_picture(content, name)
     if not text:
         raise RequestError(
             f"{name} holds no record of what it was drawn from: it was saved without one (--no-metadata), by another "

@@ -20,6 +20,7 @@ from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Plan
 from tgate_engine.reader import Reader, parse_json
 from tgate_engine.sampler import MOST_CALLS, Fact, check_facts
+from tgate_engine.step import step_row
 from tgate_runtime.engines.protocol import Engine
 from tgate_runtime.generators import SEED_LIMIT
 from tgate_runtime.picture import as_rgb
@@ -179,16 +180,18 @@ def plan_for(record: Record, manifest: Manifest) -> Plan:
 
 
 def digest_of_plan(plan: Plan) -> str:
-    """The SHA-256, in hex, of a plan's program: its steps and its sampler, whatever it and its baselines are called.
+    """The SHA-256, in hex, of a plan's program: what its graphs are given, in float32 as they take it, and in which
+    order they run, whatever the plan, its sampler and its baselines are called.
 
     The guidance scale is not in it: a request has its own.
     """
-    data = plan.to_json()
-    program = {"sampler": data["sampler"], "steps": data["steps"]}
-    return hashlib.sha256(json.dumps(program, sort_keys=True).encode()).hexdigest()
+    program = [[step.graph, step.reads, step.writes] for step in plan.steps]
+    rows = np.stack([step_row(step.call, 0.0) for step in plan.steps]) + np.float32(0)  # -0 is 0
+    numbers = {"initial_scale": np.float32(plan.sampler.initial_scale), "rows": rows}
+    return hashlib.sha256(f"{json.dumps(program)}{digest_of_arrays(numbers)}".encode()).hexdigest()
 
 
-def digest_of_arrays(arrays: Mapping[str, NDArray[Any]]) -> str:
+def digest_of_arrays(arrays: Mapping[str, NDArray[Any] | np.generic]) -> str:
     """The SHA-256, in hex, of the names, dtypes, shapes and numbers of arrays, in the order of their names."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
@@ -255,10 +258,10 @@ def _record(r: Reader) -> Record:
     plan, engine = (Reader(r.get(key, dict), f"{r.where}.{key}", _AGAIN) for key in ("plan", "engine"))
     facts = plan.get("settings", dict)
     given = r.strings("given")
-    if len(facts) > _MOST_FACTS or not given.keys() <= set(GIVEN):
-        raise RequestError(
-            f"{r.where}: expected at most {_MOST_FACTS} settings, and of {', '.join(GIVEN)} what is given"
-        )
+    if len(facts) > _MOST_FACTS:
+        raise RequestError(f"{plan.where}.settings: expected at most {_MOST_FACTS}, got {len(facts)}; {_AGAIN}")
+    if odd := given.keys() - set(GIVEN):
+        raise RequestError(f"{r.where}.given: expected {', '.join(GIVEN)}, got '{shown(min(odd), 40)}'; {_AGAIN}")
     size = r.text("size")
     if not _SIZE.fullmatch(size):
         raise RequestError(f"{r.where}.size: expected WIDTHxHEIGHT, got '{shown(size, 40)}'; {_AGAIN}")

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -99,7 +100,7 @@ def read_stamp(content: bytes, name: str) -> Record:
 
 def _of_picture(content: bytes, name: str) -> str | bytes:
     try:
-        with Image.open(io.BytesIO(content), formats=READ) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=READ) as image:
             if image.format == "PNG":
                 return str(image.info.get(JSON, ""))
             if image.format == "GIF":

@@ -48,7 +48,8 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate generate``."""
     record = None if args.source is None else _record(args.source)
     texts = _prompts(args)
-    args.bundle = args.bundle or "mini"
+    is_named = args.bundle is not None
+    args.bundle = args.bundle if is_named else "mini"
     place = bundle_place(args)
     report.stage(f"loading {args.engine}")
     with needs("drawing", engine_advice(args)):
@@ -70,6 +71,11 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     report.stage(f"opening {args.bundle}")
     bundle = Bundle.open(place)
     manifest = bundle.manifest
+    if record is not None and not is_named and record.bundle != bundle_digest(manifest):
+        raise RequestError(
+            f"{args.source} was drawn by another bundle than mini, of {shown(record.model)}: tgate generate --from "
+            f"{args.source} BUNDLE names its directory"
+        )
     plan = _plan(args, record, manifest)
     if args.preview is not None:
         check_previews(manifest)
@@ -275,21 +281,13 @@ def _parts(
 
 
 def _plan(args: argparse.Namespace, record: Record | None, manifest: Manifest) -> Plan:
-    """The plan that is meant: --plan, the record's, or the default.
-
-    Raises :class:`RequestError` where the bundle has not the record's, and for one that was left out and is not the one
-    that ships.
-    """
+    """The plan that is meant: --plan, the record's, or the default. Raises :class:`RequestError` where the bundle has
+    not the record's."""
     from tgate_runtime.record import plan_for
     from tgate_runtime.session import plan_of
 
     if record is None:
         return plan_of(manifest, args.plan or "default")
-    if args.bundle == "mini" and record.bundle != bundle_digest(manifest):
-        raise RequestError(
-            f"{args.source} was drawn by another bundle than mini, of {shown(record.model)}; name its directory: tgate "
-            f"generate --from {args.source} BUNDLE"
-        )
     return plan_for(record, manifest) if args.plan is None else plan_of(manifest, args.plan)
 
 

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
+from tests import toy_model
 from tests.cli.running import PROMPT, Run, fails
-from tests.toy_bundle import edit_manifest
+from tests.toy_bundle import Toy, build, edit_manifest
 from tests.toy_model import LATENTS
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
+from tgate_export.plans import add_plan
+from tgate_runtime import files
 from tgate_runtime.generators import noise
+from tgate_runtime.mini import place_of
 from tgate_runtime.pipeline import Pipeline
 
 
@@ -35,6 +46,11 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     monkeypatch.setattr(Pipeline, "__call__", drawing)
     return files
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.convert("RGB").tobytes()
 
 
 # --- pictures -----------------------------------------------------------------------------------
@@ -129,8 +145,8 @@ def test_the_noise_of_another_generator(run: Run, good: Path, tmp_path: Path) ->
     )
     for i, way in enumerate(ways):
         assert run("generate", good, PROMPT, "--seed", 4, *way, "--output", tmp_path / f"{i}.png")[0] == 0
-    pictures = [(tmp_path / f"{i}.png").read_bytes() for i in range(3)]
-    assert pictures[0] == pictures[1] != pictures[2]
+    drawn = [pixels(tmp_path / f"{i}.png") for i in range(3)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_several_pictures_and_given_latents(run: Run, good: Path, tmp_path: Path) -> None:
@@ -142,7 +158,7 @@ def test_several_pictures_and_given_latents(run: Run, good: Path, tmp_path: Path
     assert out.splitlines() == [str(tmp_path / "a-0.png"), str(tmp_path / "a-1.png")]
     run("generate", good, PROMPT, "--num-images", 2, "--seed", 9, "--output", tmp_path / "b.png")
     for j in range(2):
-        assert (tmp_path / f"a-{j}.png").read_bytes() == (tmp_path / f"b-{j}.png").read_bytes()
+        assert pixels(tmp_path / f"a-{j}.png") == pixels(tmp_path / f"b-{j}.png")
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [("png", "PNG"), ("JPG", "JPEG"), ("webp", "WEBP"), ("bmp", "BMP")])
@@ -163,6 +179,293 @@ def test_a_long_prompt_warns_even_when_quiet(run: Run, good: Path, tmp_path: Pat
     (line,) = err.splitlines()
     assert line.startswith("tgate: warning: ")
     assert line.endswith('left out: "Small blue square"')
+
+
+# --- several prompts ----------------------------------------------------------------------------
+
+PROMPTS = ("a red circle", "a blue square", "a large circle", "small", "a circle above a square")
+
+
+def test_prompts_of_every_kind_come_in_their_order(
+    run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p.txt").write_bytes("\ufeff# two\r\n\r\n  a large circle \r\nsmall\n\n#small\n".encode())
+    lines = io.TextIOWrapper(io.BytesIO(b"a large circle\nsmall\n"))
+    ways: dict[str, tuple[object, ...]] = {
+        "a": (PROMPTS[0], "--prompt", PROMPTS[1], "--prompts-file", tmp_path / "p.txt"),
+        "b": ("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--prompt", PROMPTS[2], "--prompt", PROMPTS[3]),
+        "c": ("--prompts-file", "-", "--prompt", PROMPTS[1], "--seed", 3, PROMPTS[0]),
+    }
+    monkeypatch.setattr(sys, "stdin", lines)
+    for name, way in ways.items():
+        status, out, _ = run("generate", good, *way, "--seed", 3, "--output", tmp_path / f"{name}.png")
+        assert (status, out.splitlines()) == (0, [str(tmp_path / f"{name}-{j}.png") for j in range(4)])
+    with Pipeline.open(good, threads=1) as pipe:
+        for j, image in enumerate(pipe(PROMPTS[:4], seed=3).images):
+            for name in ways:
+                assert pixels(tmp_path / f"{name}-{j}.png") == image.tobytes()
+
+
+def test_images_of_several_prompts_are_numbered_prompt_by_prompt(run: Run, good: Path, tmp_path: Path) -> None:
+    """In calls of at most 4 images, however many a prompt has, and with latents and the rest of them joined."""
+    given = [word for text in PROMPTS for word in ("--prompt", text)]
+    options = ["--seed", 5, "--num-images", 3, "--save-latents", tmp_path / "y.npy", "--json", "--quiet"]
+    status, out, err = run("generate", good, *given, *options, "--output", tmp_path / "a.png")
+    assert (status, err) == (0, "")
+    told = json.loads(out)
+    assert told["seeds"] == [*range(5, 20)]
+    assert told["outputs"] == [str(tmp_path / f"a-{j}.png") for j in range(15)]
+    assert [record["prompt"] for record in told["records"]] == [text for text in PROMPTS for _ in range(3)]
+    with Pipeline.open(good, threads=1) as pipe:
+        result = pipe(PROMPTS, seed=5, num_images=3)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), result.latents)
+    assert [pixels(tmp_path / f"a-{j}.png") for j in range(15)] == [image.tobytes() for image in result.images]
+
+
+def test_what_is_drawn_is_kept_when_a_later_prompt_fails(
+    run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw = Pipeline.__call__
+
+    def drawing(self: Pipeline, prompt: Any, **options: Any) -> Any:
+        if "a circle above a square" in prompt:
+            raise EngineError("out of order")
+        return draw(self, prompt, **options)
+
+    monkeypatch.setattr(Pipeline, "__call__", drawing)
+    fails(run("generate", good, *[w for text in PROMPTS for w in ("--prompt", text)]), "out of order")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"toy-000{j}.png" for j in range(1, 5)]
+    assert [len(pixels(path)) for path in tmp_path.iterdir()] == [48] * 4
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "p.txt holds no prompts: one a line"),
+        (b"# only\n \n", "p.txt holds no prompts"),
+        (b"a\xff", "p.txt is no text in UTF-8 (invalid start byte at byte 1)"),
+        (b"a\n" * 10_001, "got 10001 prompts, at most 10000"),
+        (b"a" * (2**24 + 1), "at most 16777216 are read"),
+    ],
+)
+def test_files_that_hold_no_prompts(run: Run, good: Path, tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "p.txt").write_bytes(content)
+    fails(run("generate", good, "--prompts-file", tmp_path / "p.txt", "--output", tmp_path / "x.png"), says)
+
+
+def test_a_prompt_without_quotation_marks(run: Run, good: Path) -> None:
+    fails(run("generate", good, "a", "large", "circle"), "put the prompt in quotation marks", status=2)
+
+
+# --- standard output ----------------------------------------------------------------------------
+
+
+def test_one_picture_goes_to_standard_output(good: Path, tmp_path: Path) -> None:
+    words = ["generate", str(good), PROMPT, "--quiet", "--output"]
+    run = partial(subprocess.run, capture_output=True, timeout=60, check=True)
+    done = run([sys.executable, "-m", "tgate_cli.main", *words, "-"])
+    seed = re.fullmatch(rb"seed (\d+)\n", done.stderr)
+    assert seed is not None
+    run([sys.executable, "-m", "tgate_cli.main", *words, str(tmp_path / "a.png"), "--seed", seed[1].decode()])
+    assert done.stdout == (tmp_path / "a.png").read_bytes()
+
+
+def test_what_standard_output_is_not_for(run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    to = ("generate", good, PROMPT, "--output", "-")
+    fails(run(*to, "--num-images", 2), "--output - writes one result to standard output, asked for are 2; name a file")
+    fails(run(*to, "--json"), "--json and --output - both write to standard output", status=2)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    fails(run(*to), "which is a terminal; redirect it")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- drawn again --------------------------------------------------------------------------------
+
+
+def test_a_picture_of_mini_is_drawn_again_from_itself(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The second of two; its file, and so its record, is the same to the byte."""
+    monkeypatch.setenv("TGATE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    add_plan(place_of("mini"), name="short", m=2, steps=3, force=True)
+    options = ("--seed", 3, "--plan", "short", "--negative-prompt", "blue", "--guidance-scale", 3.3, "--num-images", 2)
+    assert run("generate", "mini", "a green\nstar", *options, "--output", tmp_path / "a.png")[0] == 0
+    status, out, err = run("generate", "--from", tmp_path / "a-1.png", "--output", tmp_path / "b.png", "--quiet")
+    assert (status, out, err) == (0, f"{tmp_path / 'b.png'}\n", "")
+    first, second, again = ((tmp_path / f"{name}.png").read_bytes() for name in ("a-0", "a-1", "b"))
+    assert again == second != first
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".tif", ".PNG"])
+def test_a_picture_of_every_format_is_drawn_again_from_itself(
+    run: Run, good: Path, tmp_path: Path, suffix: str
+) -> None:
+    first, again = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    assert run("generate", good, PROMPT, "--output", first)[0] == 0
+    assert run("generate", good, "--from", first, "--output", again)[0] == 0
+    assert again.read_bytes() == first.read_bytes()
+
+
+@pytest.fixture
+def drawn(run: Run, good: Path, tmp_path: Path) -> Path:
+    """A picture of the toy bundle."""
+    path = tmp_path / "drawn.png"
+    options = ("--seed", 4, "--guidance-scale", 2.5, "--negative-prompt", "small")
+    assert run("generate", good, PROMPT, *options, "--output", path)[0] == 0
+    return path
+
+
+def test_options_come_in_place_of_what_the_record_says(run: Run, good: Path, drawn: Path, tmp_path: Path) -> None:
+    base = {"prompt": PROMPT, "seed": 4, "guidance_scale": 2.5, "negative_prompt": "small", "plan": "default"}
+    ways: list[tuple[tuple[object, ...], dict[str, Any]]] = [
+        ((), {}),
+        (("--seed", 5), {"seed": 5}),
+        (("--prompt", "a blue square"), {"prompt": "a blue square"}),
+        (("a blue square",), {"prompt": "a blue square"}),
+        (("--guidance-scale", 4), {"guidance_scale": 4.0}),
+        (("--negative-prompt", ""), {"negative_prompt": ""}),
+        (("--plan", "ungated"), {"plan": "ungated"}),
+        (("--generator", "torch-cuda"), {"generator": "torch-cuda"}),
+        (("--num-images", 3), {"num_images": 3}),
+    ]
+    with Pipeline.open(good, threads=1) as pipe:
+        for i, (options, instead) in enumerate(ways):
+            out = tmp_path / f"{i}.png"
+            assert run("generate", good, "--from", drawn, *options, "--output", out)[0] == 0
+            images = pipe(**(base | instead)).images
+            paths = [out] if len(images) == 1 else [tmp_path / f"{i}-{j}.png" for j in range(3)]
+            assert [pixels(path) for path in paths] == [image.tobytes() for image in images]
+
+
+def test_what_differs_is_told_in_one_line_even_when_quiet(
+    run: Run, good: Path, toy: Path, drawn: Path, tmp_path: Path
+) -> None:
+    again = ("--from", drawn, "--output", tmp_path / "x.png", "--quiet")
+    assert run("generate", good, *again)[2] == ""
+    assert run("generate", toy, *again)[2] == ""  # a copy
+    assert run("plan", toy, "--name", "other", "--m", 3)[0] == 0
+    assert run("generate", toy, *again)[2] == ""  # the same bundle, with one more plan
+    edit_manifest(toy, lambda d: d.update(model="changed"))
+    _, _, err = run("generate", toy, *again)
+    assert re.fullmatch(
+        r"tgate: warning: this is not how .*drawn\.png was drawn: model changed instead of toy; "
+        r"bundle [0-9a-f]{16}… instead of [0-9a-f]{16}…\n",
+        err,
+    )
+
+
+def test_a_bundle_that_is_left_out_is_mini(
+    run: Run, drawn: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("TGATE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    fails(run("generate", "--from", drawn), "was drawn by another bundle than mini, of toy: tgate generate --from ")
+
+
+def test_a_plan_that_the_bundle_has_not_is_told_with_what_adds_it(run: Run, sizes: Path, drawn: Path) -> None:
+    other = ("generate", sizes, "--from", drawn, "--plan", "early", "--seed", 1, "--output", drawn.parent / "e.png")
+    assert run(*other)[0] == 0
+    early = drawn.parent / "e.png"
+    bundle = shutil.copytree(sizes, drawn.parent / "toy")
+    edit_manifest(bundle, lambda d: [d["plans"].pop(name) for name in list(d["plans"]) if name.startswith("early")])
+    options = "--steps 8 --m 2 --k 1 --warm-up 2 --fidelity-interval 1 --sampler toy"
+    fails(
+        run("generate", bundle, "--from", early),
+        "was drawn by plan 'early' (tgate, n=8, m=2, k=1, w=2, f=1, toy), and the bundle has none like it: "
+        f"`tgate plan BUNDLE --name early {options}` adds it",
+    )
+    assert run("plan", bundle, "--name", "early", *options.split())[0] == 0
+    assert run("generate", bundle, "--from", early, "--output", drawn.parent / "f.png")[0] == 0
+    assert early.read_bytes() == (drawn.parent / "f.png").read_bytes()
+
+
+def test_latents_are_taken_again_if_they_are_the_same(run: Run, good: Path, tmp_path: Path) -> None:
+    """The row of the picture, of a file for several; another file is told."""
+    latents, other = tmp_path / "x.npy", tmp_path / "z.npy"
+    np.save(latents, np.stack([noise(9 + j, LATENTS) for j in range(2)]))
+    np.save(other, noise(1, LATENTS)[None])
+    given = ("--seed", 0, "--num-images", 2, "--initial-latents", latents, "--output", tmp_path / "a.png")
+    assert run("generate", good, PROMPT, *given)[0] == 0
+    again = ("generate", good, "--from", tmp_path / "a-1.png", "--output", tmp_path / "b.png", "--quiet")
+    fails(run(*again), "a-1.png was drawn from --initial-latents, of which its record holds the SHA-256 alone (")
+    assert run(*again, "--initial-latents", latents)[2] == ""
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a-1.png").read_bytes()
+    _, _, err = run(*again, "--initial-latents", other)
+    assert re.search("this is not how .*: initial latents [0-9a-f]{16}… instead of [0-9a-f]{16}…\n", err)
+    assert run(*again, "--seed", 10)[2].endswith("instead of " + err.rpartition("instead of ")[2])
+    assert pixels(tmp_path / "b.png") == pixels(tmp_path / "a-1.png")  # noise 10 is what the file's row was
+
+
+def test_embeddings_and_images_are_taken_again(run: Run, good: Path, tmp_path: Path) -> None:
+    w = toy_model.weights()
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"{name}.{half}": rng.standard_normal(shape).astype(np.float32)
+        for name, shape in (("text", (2, toy_model.LENGTH, toy_model.WIDTH)), ("pooled", (2, w["embed.1"].shape[1])))
+        for half in ("positive", "negative")
+    }
+    save_file(tensors, tmp_path / "e.safetensors")
+    embeds = ("--prompt-embeds", tmp_path / "e.safetensors")
+    assert run("generate", good, *embeds, "--seed", 2, "--output", tmp_path / "a.png")[0] == 0
+    again = ("generate", good, "--from", tmp_path / "a-1.png", "--output", tmp_path / "b.png", "--quiet")
+    fails(run(*again), "was drawn from --prompt-embeds, of which")
+    assert run(*again, *embeds)[2] == ""
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a-1.png").read_bytes()
+    assert "prompt embeds none instead of" in run(*again, PROMPT)[2]
+
+    pictured = build(tmp_path / "pictured", Toy(pictured=True), goldens=False)
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "in.png")
+    image = ("--image", tmp_path / "in.png")
+    assert run("generate", pictured, *image, "--seed", 2, "--output", tmp_path / "p.png")[0] == 0
+    again = ("generate", pictured, "--from", tmp_path / "p.png", "--output", tmp_path / "q.png", "--quiet")
+    fails(run(*again), "was drawn from --image, of which")
+    assert run(*again, *image)[2] == ""
+    assert (tmp_path / "q.png").read_bytes() == (tmp_path / "p.png").read_bytes()
+
+
+def test_a_picture_without_a_record(run: Run, good: Path, tmp_path: Path, drawn: Path) -> None:
+    plain = tmp_path / "plain.png"
+    options = ("--seed", 4, "--no-metadata", "--output", plain)
+    assert run("generate", good, "a secret circle", *options)[0] == 0
+    assert b"circle" not in plain.read_bytes()
+    assert b"circle" in drawn.read_bytes()
+    fails(run("generate", good, "--from", plain), "plain.png holds no record of what it was drawn from")
+    fails(run("generate", good, "--from", tmp_path / "none.png"), "there is no such file")
+    _, _, err = run("generate", good, PROMPT, "--output", tmp_path / "x.bmp", "--seed", 1)
+    assert ".bmp holds no record of what it was drawn from; --json prints it" in err.splitlines()
+
+
+# --- previews -----------------------------------------------------------------------------------
+
+
+def test_previews_are_written_as_steps_go(
+    run: Run, sizes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[tuple[int, int], bytes]] = []
+    save = files.save_picture
+
+    def saving(image: Image.Image, path: Path, *record: Any) -> None:
+        save(image, path, *record)
+        seen.append((image.size, path.read_bytes()))
+
+    monkeypatch.setattr(files, "save_picture", saving)
+    draw = ("generate", sizes, PROMPT, "--seed", 1, "--size", "8x2", "--num-images", 2, "--output", tmp_path / "a.png")
+    plain = run(*draw)
+    assert run(*draw, "--preview", tmp_path / "p.png", "--preview-every", 3)[:2] == plain[:2]
+    assert [size for size, _ in seen] == [(16, 2)] * 2  # of 8 steps, two pictures side by side
+    assert seen[0][1] != seen[1][1] == (tmp_path / "p.png").read_bytes()
+    with Image.open(tmp_path / "p.png") as image:
+        assert (image.format, image.info.keys() & {"parameters", "tgate"}) == ("PNG", set())
+
+
+def test_previews_that_cannot_be(run: Run, toy: Path, tmp_path: Path) -> None:
+    draw = ("generate", toy, PROMPT, "--output", tmp_path / "x.png")
+    fails(run(*draw, "--preview", tmp_path / "p.txt"), "the suffix '.txt' is no picture format")
+    fails(run(*draw, "--preview", tmp_path / "no" / "p.png"), "there is no directory")
+    edit_manifest(toy, lambda d: (d["shapes"][0]["graphs"].pop("decoder"), d["goldens"].clear()))
+    draw = ("generate", toy, PROMPT, "--output", tmp_path / "x.npy")
+    fails(run(*draw, "--preview", tmp_path / "p.png"), "the bundle has no decoder (--components), which previews")
 
 
 # --- requests that are bad ----------------------------------------------------------------------

@@ -15,6 +15,7 @@ from tests.toy_bundle import Toy, build, edit_manifest
 from tgate_engine.bundle import Bundle
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_runtime.engines import ENGINES, EngineEntry
+from tgate_runtime.stamps import read_stamp
 
 # --- what they print ---------------------------------------------------------------------------------
 
@@ -277,7 +278,9 @@ def test_pictures_verification_and_compilation_as_data(run: Run, good: Path, tmp
     options = ["--seed", 7, "--num-images", 2, "--save-latents", tmp_path / "y.npy", "--quiet", "--json"]
     status, told, err = run("generate", good, PROMPT, "--output", out, *options)
     assert (status, err) == (0, "")
-    assert json.loads(told) == {
+    facts = json.loads(told)
+    assert [read_stamp(path.read_bytes(), "").to_json() for path in map(Path, facts["outputs"])] == facts.pop("records")
+    assert facts == {
         "outputs": [str(tmp_path / "x-0.png"), str(tmp_path / "x-1.png")],
         "seeds": [7, 8],
         "plan": "default",

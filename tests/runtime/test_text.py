@@ -224,9 +224,9 @@ def test_a_manifest_that_does_not_fit_its_tokenizer(
     toy_path: Path, tmp_path: Path, fields: dict[str, int], says: str
 ) -> None:
     path = with_json(toy_path, tmp_path / "toy", lambda _: None, **fields)
-    with Session.open(path, check_digests=False, plans=[], threads=1) as session:
-        with pytest.raises(BundleError, match=says):
-            TextEncoder(session)
+    opened = Session.open(path, check_digests=False, plans=[], threads=1)
+    with opened as session, pytest.raises(BundleError, match=says):
+        TextEncoder(session)
 
 
 def test_a_token_beyond_the_embeddings_is_told_by_the_engine(toy_path: Path, tmp_path: Path) -> None:
@@ -292,3 +292,79 @@ def test_many_threads_encode_what_one_does(encoder: TextEncoder) -> None:
     with ThreadPoolExecutor(8) as pool:
         for encoded, expected in zip(pool.map(encoder.encode, prompts), alone, strict=True):
             np.testing.assert_array_equal(encoded.tensors["text"], expected)
+
+
+# --- what other programs read in a prompt -------------------------------------------------------
+
+WEIGHTS = (
+    "a (green:1.5) star",
+    "(a large green star : .8), small",
+    "((green)) star",
+    "a (green star)++",
+    "a (green star)1.3",
+    "a star++",
+    "a star\nBREAK\na circle",
+    "a star, BREAK, a circle",
+)
+PLAIN = (
+    "a (green) star [and] {one} (more)",
+    "a photo (16:9)",
+    "a clock (at 10:30), 3 : 2.5",
+    "(John 3:16.5)",
+    "a book on C++ and Lua--",
+    "a sign that says BREAK",
+    "f((x), (y)), e^(-1.5)",
+    "a <b> tag, <3, a -> b",
+    "(red: 2), (f/2.8)",
+)
+
+
+@pytest.fixture
+def fresh(toy_path: Path) -> Iterator[TextEncoder]:
+    with Session.open(toy_path, check_digests=False, plans=[], threads=1) as session:
+        yield TextEncoder(session)
+
+
+@pytest.mark.parametrize("prompt", WEIGHTS)
+def test_weights_of_other_programs_are_told_once(
+    fresh: TextEncoder, caplog: pytest.LogCaptureFixture, prompt: str
+) -> None:
+    for text in (prompt, "plain", prompt, WEIGHTS[0]):
+        fresh.encode(text)
+    (record,) = caplog.records
+    assert (record.levelname, record.name) == ("WARNING", "tgate")
+    quoted = record.getMessage().partition('"')[2].partition('"')[0]
+    assert quoted in prompt
+    assert "which other programs read as a weight" in record.getMessage()
+
+
+def test_a_lora_of_other_programs_is_told_beside_weights(fresh: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    fresh.encode("(green:1.5) star <lora:my style:0.8>, <lora:other:1>")
+    fresh.encode("<lora:other:1>")
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        'the prompt says "(green:1.5)"',
+        'the prompt says "<lora:my style:0.8>"',
+    ]
+    assert "tgate-export --lora" in caplog.text
+
+
+@pytest.mark.parametrize("prompt", PLAIN)
+def test_plain_signs_are_nothing_to_tell(fresh: TextEncoder, caplog: pytest.LogCaptureFixture, prompt: str) -> None:
+    fresh.encode(prompt)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    "part", ["(", "(a", "((", "a", "(a:", "(a:1", "<lora:", ",BREAK", ", ", "(a)+", "1.", "a+", ")"]
+)
+def test_looking_for_them_takes_no_time(fresh: TextEncoder, part: str) -> None:
+    prompt = (part * MOST_CHARACTERS)[:MOST_CHARACTERS]
+    begin = time.process_time()
+    fresh._tell(prompt)
+    assert time.process_time() - begin < 0.2
+
+
+def test_what_is_told_is_shown_and_not_sent(fresh: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    fresh.encode(f"(\x1b[2J{'x' * 500}:1.5)")
+    assert caplog.records[0].getMessage().isprintable()
+    assert len(caplog.records[0].getMessage()) < 200

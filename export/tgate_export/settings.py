@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from tgate_engine.errors import ExportError
+from tgate_engine.errors import ExportError, shown
 from tgate_export.families import Model, find_model
 from tgate_export.methods import find_method
 from tgate_export.methods.base import Method, Settings
@@ -22,6 +22,15 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 COMPONENTS = ("text", "image", "denoiser", "decoder")
 """Values of ``--components``. A model is conditioned by text or by an image."""
 
+MOST_BATCH = 1024
+MOST_PIXELS = 1 << 14
+"""Of a side."""
+
+MOST_FRAMES = 1024
+MOST_CLIP_SKIP = 256
+MOST_SCALE = 1e10
+"""What a LoRA may be multiplied with."""
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -33,17 +42,31 @@ class Lora:
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise ExportError(f"the scale of LoRA {self.path} is {self.scale}; it must be a finite number")
+        if abs(self.scale) > MOST_SCALE:
+            raise ExportError(f"the scale of LoRA {self.path} is {self.scale:g}; {MOST_SCALE:g} at most is wanted")
 
     @classmethod
     def parse(cls, text: str) -> Lora:
         """``FILE`` or ``FILE:SCALE``. Raises :class:`ExportError` where the scale is no number."""
         file, colon, scale = text.rpartition(":")
         if not colon or "/" in scale or scale.endswith(".safetensors"):
-            return cls(Path(text).expanduser())
+            return cls(_path(text))
         try:
-            return cls(Path(file).expanduser(), float(scale))
+            factor = float(scale)
         except ValueError:
-            raise ExportError(f"--lora {text}: the scale {scale!r} is no number; give FILE or FILE:SCALE") from None
+            raise ExportError(
+                f"--lora '{shown(text)}': the scale '{shown(scale)}' is no number; give FILE or FILE:SCALE"
+            ) from None
+        return cls(_path(file), factor)
+
+
+def _path(text: str) -> Path:
+    try:
+        if text.isprintable():
+            return Path(text).expanduser()
+    except RuntimeError:  # an unknown user's home
+        pass
+    raise ExportError(f"--lora '{shown(text)}': that is the name of no file; give FILE or FILE:SCALE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +129,9 @@ def check_settings(settings: ExportSettings) -> Asked:
     """Raises a :class:`~tgate_engine.errors.TgateError` for what no checkpoint could mend."""
     model = find_model(settings.model)
     if settings.dtype not in DTYPES:
-        raise ExportError(f"unknown dtype {settings.dtype!r}; choose one of {', '.join(DTYPES)}")
+        raise ExportError(f"unknown dtype '{shown(settings.dtype)}'; choose one of {', '.join(DTYPES)}")
     if settings.weights not in WEIGHTS:
-        raise ExportError(f"unknown weights {settings.weights!r}; choose one of {', '.join(WEIGHTS)}")
+        raise ExportError(f"unknown weights '{shown(settings.weights)}'; choose one of {', '.join(WEIGHTS)}")
     method = find_method(settings.method)
     steps = model.steps if settings.steps is None else settings.steps
     method_settings = method.settings(
@@ -124,6 +147,7 @@ def check_settings(settings: ExportSettings) -> Asked:
     scale = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     check_guidance(scale)
     _check_options(settings, model)
+    _check_numbers(settings)
     return Asked(
         model=model,
         method=method,
@@ -163,11 +187,27 @@ def _check_options(settings: ExportSettings, model: Model) -> None:
         )
 
 
+def _check_numbers(settings: ExportSettings) -> None:
+    """Refuse sizes that no model makes; what the checkpoint's own can make is asked for later."""
+    sides = [side for size in settings.sizes for side in size]
+    for name, values, most in (
+        ("--size", [*sides, settings.height, settings.width], MOST_PIXELS),
+        ("--frames", [settings.frames], MOST_FRAMES),
+        ("--clip-skip", [settings.clip_skip], MOST_CLIP_SKIP),
+    ):
+        for value in values:
+            if value is not None and value > most:
+                raise ExportError(f"{name} must be at most {most}, got {shown(value)}")
+
+
 def _batches(settings: ExportSettings, model: Model) -> tuple[tuple[int, int], ...]:
     batches = tuple(settings.batches) or (model.batch,)
     for least, most in batches:
-        if not 1 <= least <= most:
-            raise ExportError(f"--batch takes N or LEAST:MOST with 1 <= LEAST <= MOST, got {least}:{most}")
+        if not 1 <= least <= most <= MOST_BATCH:
+            raise ExportError(
+                f"--batch takes N or LEAST:MOST with 1 <= LEAST <= MOST <= {MOST_BATCH}, got "
+                f"{shown(least)}:{shown(most)}"
+            )
     for (_, most), (least, other) in pairwise(sorted(batches)):
         if least <= most:
             raise ExportError(
@@ -185,7 +225,7 @@ def _components(settings: ExportSettings, model: Model) -> tuple[str, ...]:
     if odd or "denoiser" not in settings.components or len(set(settings.components)) < len(settings.components):
         raise ExportError(
             f"--components of {settings.model} are some of {', '.join(possible)}, the denoiser among them, each once; "
-            f"got {', '.join(settings.components) or 'none'}"
+            f"got {shown(', '.join(settings.components)) or 'none'}"
         )
     if settings.weights != "checkpoint" and "text" in settings.components:
         raise ExportError(

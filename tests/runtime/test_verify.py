@@ -57,6 +57,17 @@ def test_a_good_bundle_reproduces_its_goldens(tmp_path: Path, toy: Toy) -> None:
     assert seen == [(1, 2, "trajectory"), (2, 2, "image")]
 
 
+@pytest.mark.parametrize("tensor", ["latents.0", "conditioning.text.positive", "guidance_scale", "latents.3"])
+def test_a_golden_that_is_not_finite_proves_nothing(tmp_path: Path, tensor: str) -> None:
+    """Neither as what is walked from, nor as what is compared with."""
+    bundle = rewritten(build(tmp_path / "toy"), "trajectory", lambda t: t[tensor].fill(np.nan))
+    if tensor == "latents.3":
+        assert [golden.ok for golden in verify(bundle)] == [False, True]
+        return
+    with pytest.raises(BundleError, match=r"golden trajectory is malformed \(.* finite"):
+        verify(bundle)
+
+
 def test_every_shape_replays_the_goldens_of_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded for one image; on as few rows as each shape takes, all alike."""
     bundle = Bundle.open(build(tmp_path / "toy", Toy(sizes=((4, 4), (8, 2)), batches=((1, 1), (3, 4)))))

@@ -3,7 +3,8 @@
     python -m benchmarks.quality BUNDLE [BUNDLE ...] --output benchmarks/results/quality-mini-sdxl.json
     python -m benchmarks.quality BUNDLE --samplers euler,ddim,dpmpp_2m --captions 250 \\
         --output benchmarks/results/schedulers.json
-    python -m benchmarks.quality BUNDLE --gates 5,10,15,20 --captions 250 --output benchmarks/results/gates-mini-pixart.json
+    python -m benchmarks.quality BUNDLE --gates 3,5,10,15,20 --captions 250 \\
+        --output benchmarks/results/gates-mini-pixart.json
 
 Bundles are of one embedded model, with everything around the denoiser, each exported for another method. All plans draw
 the same captions from the same noise, and one classifier judges them all (training/evaluate.py). The first command

@@ -17,11 +17,13 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 COPIES = "repository"
 LEAVING = re.compile(r"\[([^\]]+)\]\(\.\./([^)#\s]+)\)")
+# The theme's own script would fetch what draws diagrams, which no page has, and what browsers have had since 2020.
 ELSEWHERE = re.compile(
     r"""<(?:script|img|iframe|source|video|audio|embed|object)\b[^>]*?\b(?:src|data|srcset)=["']?(?:https?:)?//
       | <link\b(?![^>]*\brel=["']?canonical)[^>]*?\bhref=["']?(?:https?:)?//
       | url\(\s*["']?(?:https?:)?//
-      | @import\s+["'](?:https?:)?//""",
+      | @import\s+["'](?:https?:)?//
+      | class="mermaid""",
     re.VERBOSE,
 )
 

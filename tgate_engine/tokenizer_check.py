@@ -409,10 +409,18 @@ _MODELS: Mapping[str, Check] = {"BPE": _byte_pairs, "Unigram": _unigram, "WordLe
 
 # --- special tokens -----------------------------------------------------------------------------
 
+
+def _seen(value: Any, where: str) -> str:
+    """Text of more than spaces: of those a normalizer may leave nothing, which the library finds everywhere."""
+    if not _text(value, where).strip():
+        raise ValueError(f"{where} is {shown(repr(value))}, wanted is more than spaces")
+    return str(value)
+
+
 _added_token = _fields(
     {
         "id": _id,
-        "content": _text,
+        "content": _seen,
         **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), _FLAG),
     }
 )

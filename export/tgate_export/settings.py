@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ MOST_PIXELS = 1 << 14
 
 MOST_FRAMES = 1024
 MOST_CLIP_SKIP = 256
+_LONGEST_NAME = 255
+"""Of a file, in characters: as many bytes as file systems take."""
+
 MOST_SCALE = 1e10
 """What a LoRA may be multiplied with."""
 
@@ -61,11 +65,10 @@ class Lora:
 
 
 def _path(text: str) -> Path:
-    try:
-        if text.isprintable():
-            return Path(text).expanduser()
-    except RuntimeError:  # an unknown user's home
-        pass
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long, an unknown user's home, a zero byte
+        path = Path(text).expanduser()
+        if text.isprintable() and len(path.name) <= _LONGEST_NAME:
+            return path
     raise ExportError(f"--lora '{shown(text)}': that is the name of no file; give FILE or FILE:SCALE")
 
 
@@ -146,16 +149,17 @@ def check_settings(settings: ExportSettings) -> Asked:
     check_sampler(sampler)
     scale = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     check_guidance(scale)
-    _check_options(settings, model)
     _check_numbers(settings)
+    batches, components = _batches(settings, model), _components(settings, model)
+    _check_options(settings, model)
     return Asked(
         model=model,
         method=method,
         method_settings=method_settings,
         sampler=sampler,
         guidance_scale=scale,
-        batches=_batches(settings, model),
-        components=_components(settings, model),
+        batches=batches,
+        components=components,
     )
 
 

@@ -113,7 +113,11 @@ def _load(path: Path, spec: Tokenizer, graph: GraphSpec) -> tokenizers.Tokenizer
         known = set(tokenizer.get_vocab().values())
         if spec.pad_id not in known:
             raise ValueError(f"padding is token {shown(spec.pad_id)}, which it does not have")
-        tokenizer.encode("")
+        if (normalizer := tokenizer.normalizer) is not None:
+            for token in tokenizer.get_added_tokens_decoder().values():
+                if token.normalized and not normalizer.normalize_str(token.content):
+                    # A character map may say so. The library then finds it between any two characters, and panics.
+                    raise ValueError(f"its normalizer leaves nothing of the token {shown(token.content)}")
     except BaseException as error:
         if not _from_the_library(error):
             raise

@@ -233,6 +233,7 @@ HOSTILE: dict[str, tuple[Callable[[], Json], Callable[[Json], None], str]] = {
     "long token": (clip, put("model.vocab." + "x" * 300, 9), "1 to 256 characters"),
     "flag as number": (clip, put("pre_tokenizer.pretokenizers.1.use_regex", 1), "use_regex is 1, known is False or"),
     "empty added token": (clip, put("added_tokens.0.content", ""), "content is , wanted is text"),
+    "added token of spaces": (clip, put("added_tokens.0.content", " \t "), "wanted is more than spaces"),
     "special token that is none": (clip, put("post_processor.sep", ["x", 99]), "puts token 99 around a text"),
     "score that is none": (t5, put("model.vocab.3.1", float("nan")), "has the score nan"),
     "score without bounds": (t5, put("model.vocab.3.1", 1e300), "has the score"),

@@ -151,9 +151,9 @@ def test_options_that_mean_nothing_are_refused(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"steps": 10**9}, "number of steps must be a whole number from 1 to 1000"),
-        ({"steps": 10**400}, "number of steps"),
-        ({"steps": 0}, "number of steps"),
+        ({"steps": 10**9}, "steps .n. must be from 1 to 1000"),
+        ({"steps": 10**400}, "steps .n. must be"),
+        ({"steps": 0}, "steps .n. must be"),
         ({"m": 2**63}, "gate step m must be between 1"),
         ({"k": 2**63}, "self_interval must be at most"),
         ({"warm_up": 2**63}, "warm_up must be at most"),
@@ -185,6 +185,7 @@ def test_absurd_numbers_are_refused_before_a_checkpoint_is_opened(settings: dict
 
 def test_a_pipeline_of_no_family_is_refused_before_a_lora_is_read(copied: Path, tmp_path: Path) -> None:
     """Its name would be looked up in diffusers."""
+    (tmp_path / "none.safetensors").touch()
     index = json.loads((copied / "model_index.json").read_text("utf-8"))
     for name in ("utils", "__builtins__", ["StableDiffusionPipeline"], None):
         (copied / "model_index.json").write_text(json.dumps(index | {"_class_name": name}), "utf-8")

@@ -35,7 +35,7 @@ def test_what_is_known_of_a_family_is_what_its_code_says(name: str) -> None:
     ("options", "says"),
     [
         ({"m": 30}, "number of steps n = 25, got m = 30"),
-        ({"steps": 10**6}, "steps \\(n\\) must be from 1 to 10000"),
+        ({"steps": 10**6}, "steps \\(n\\) must be from 1 to 1000"),
         ({"sampler": "heun"}, "calls the network twice"),
         ({"dtype": "int4"}, "unknown dtype 'int4'"),
         ({"weights": "some"}, "unknown weights 'some'"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
+import struct
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -172,6 +174,17 @@ def test_a_file_that_is_no_tokenizer(damaged: Session) -> None:
     assert "\n" not in str(error.value)
 
 
+def vanishing(data: dict[str, Any]) -> None:
+    """A character map of which z becomes nothing, and a token of that alone, for which the library panics."""
+    units = [0] * 256
+    units[0], node = 1 << 10, 1 ^ ord("z")
+    units[node], units[node ^ 2] = ord("z") | 256 | 2 << 10, 1 << 31
+    blob = struct.pack("<I256I", 1024, *units) + b"\0"
+    data["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(blob).decode()}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    data["added_tokens"] = [{"id": 12, "content": "zz", "normalized": True, **flags}]
+
+
 def with_json(source: Path, target: Path, change: Callable[[dict[str, Any]], object], **fields: Any) -> Path:
     """The toy with a first tokenizer that a mischievous hand has changed."""
     data = json.loads(template("<s> $A </s>").to_str())
@@ -195,10 +208,11 @@ def with_json(source: Path, target: Path, change: Callable[[dict[str, Any]], obj
         (lambda d: d["post_processor"].update(special_tokens={}), "not in special_tokens"),
         (lambda d: d["post_processor"].update(single=d["post_processor"]["single"] * 5), "more than once"),
         (lambda d: d["added_tokens"].append({"id": 0, "content": "x"}), "single_word is missing"),
+        (vanishing, r"its normalizer leaves nothing of the token zz"),
         (lambda d: d["model"]["vocab"].clear(), "wanted is an object of 1 to"),
         (lambda d: d.update(model={"type": "WordPiece", "vocab": {}}), "model.type is WordPiece"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_hostile_tokenizers_are_refused_when_they_are_loaded(
     toy_path: Path, tmp_path: Path, change: Any, says: str

@@ -4,14 +4,17 @@ the code's."""
 from __future__ import annotations
 
 import ast
+import asyncio
 import contextlib
 import io
 import re
 import shlex
+import threading
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -183,6 +186,49 @@ def test_a_block_of_python_runs(
 
 def test_there_are_blocks() -> None:
     assert len(PYTHON) >= 9
+
+
+class SlowPipeline:
+    """Takes steps of a millisecond until it is told to end, or stopped from ``on_step``."""
+
+    def __init__(self) -> None:
+        self.end = threading.Event()
+        self.running = self.most = 0
+
+    def __call__(self, prompt: str, *, on_step: Callable[[object], None]) -> str:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            while not self.end.wait(0.001):
+                on_step(None)
+        finally:
+            self.running -= 1
+        return prompt
+
+
+def test_the_server_of_the_page_bounds_what_waits_and_stops_what_is_gone() -> None:
+    tree = ast.parse(blocks(ROOT / "docs" / "serve.md", "python")[0])
+    tree.body.pop()  # which runs it
+    page: dict[str, Any] = {}
+    exec(compile(tree, "serve.md", "exec"), page)  # noqa: S102
+
+    async def visit() -> None:
+        pipe = SlowPipeline()
+        studio = page["Studio"](pipe, at_once=1, waiting=1)
+        first, second = (asyncio.ensure_future(studio.draw(prompt)) for prompt in ("first", "second"))
+        await asyncio.sleep(0.02)
+        with pytest.raises(page["Busy"]):
+            await studio.draw("third")
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        await asyncio.sleep(0.02)
+        assert pipe.running == pipe.most == 1  # the second one's turn began when the first one's thread had ended
+        pipe.end.set()
+        assert await second == "second"
+        assert await studio.draw("fourth") == "fourth"
+
+    asyncio.run(asyncio.wait_for(visit(), 10))
 
 
 # --- messages and names -------------------------------------------------------------------------

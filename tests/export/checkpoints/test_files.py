@@ -20,9 +20,9 @@ from tgate_export.checkpoints.files import (
     parse_object,
     plain,
     present,
+    quoted,
     read_bytes,
     read_json,
-    quoted,
 )
 
 

@@ -189,7 +189,7 @@ def test_there_are_blocks() -> None:
 
 
 class SlowPipeline:
-    """Takes steps of a millisecond until it is told to end, or stopped from ``on_step``."""
+    """Takes steps of 50 ms until it is told to end, or stopped from ``on_step``."""
 
     def __init__(self) -> None:
         self.end = threading.Event()
@@ -199,7 +199,7 @@ class SlowPipeline:
         self.running += 1
         self.most = max(self.most, self.running)
         try:
-            while not self.end.wait(0.001):
+            while not self.end.wait(0.05):
                 on_step(None)
         finally:
             self.running -= 1
@@ -216,13 +216,13 @@ def test_the_server_of_the_page_bounds_what_waits_and_stops_what_is_gone() -> No
         pipe = SlowPipeline()
         studio = page["Studio"](pipe, at_once=1, waiting=1)
         first, second = (asyncio.ensure_future(studio.draw(prompt)) for prompt in ("first", "second"))
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.07)
         with pytest.raises(page["Busy"]):
             await studio.draw("third")
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.07)
         assert pipe.running == pipe.most == 1  # the second one's turn began when the first one's thread had ended
         pipe.end.set()
         assert await second == "second"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +13,7 @@ from tgate_engine.errors import ExportError, shown
 from tgate_export.families import Model, find_model
 from tgate_export.methods import find_method
 from tgate_export.methods.base import Method, Settings
+from tgate_export.places import local
 from tgate_export.plans import check_guidance
 from tgate_export.recipes import check_sampler
 
@@ -29,8 +30,8 @@ MOST_PIXELS = 1 << 14
 
 MOST_FRAMES = 1024
 MOST_CLIP_SKIP = 256
-_LONGEST_NAME = 255
-"""Of a file, in characters: as many bytes as file systems take."""
+_PATH = 1024
+"""Characters of a path in a message."""
 
 MOST_SCALE = 1e10
 """What a LoRA may be multiplied with."""
@@ -65,11 +66,10 @@ class Lora:
 
 
 def _path(text: str) -> Path:
-    with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long, an unknown user's home, a zero byte
-        path = Path(text).expanduser()
-        if text.isprintable() and len(path.name) <= _LONGEST_NAME:
-            return path
-    raise ExportError(f"--lora '{shown(text)}': that is the name of no file; give FILE or FILE:SCALE")
+    path = local(text)
+    if path is None or not text.isprintable():
+        raise ExportError(f"--lora '{shown(text)}': that is the name of no file; give FILE or FILE:SCALE")
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +168,13 @@ def _check_options(settings: ExportSettings, model: Model) -> None:
     if settings.weights != "checkpoint" and (settings.checkpoint is not None or settings.loras):
         raise ExportError(f"--weights {settings.weights} reads no checkpoint; leave out --checkpoint and --lora")
     for lora in settings.loras:
-        if not lora.path.is_file():
+        if not os.path.lexists(lora.path):
             raise ExportError(f"LoRA {lora.path} does not exist; --lora wants a .safetensors file")
-    local = settings.checkpoint is not None and settings.checkpoint.startswith((".", "/", "~"))
-    if local and not Path(str(settings.checkpoint)).expanduser().exists():
+    place = settings.checkpoint or ""
+    path = local(place)
+    if place.startswith((".", "/", "~")) and not (path and path.exists()):
         raise ExportError(
-            f"checkpoint {settings.checkpoint} does not exist; --checkpoint wants a diffusers directory, a single "
+            f"checkpoint {shown(place, _PATH)} does not exist; --checkpoint wants a diffusers directory, a single "
             ".safetensors file or a hub id"
         )
     if settings.frames is not None and not model.facts.video:

@@ -16,6 +16,7 @@ from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.base import Checkpoint, Stored
 from tgate_export.checkpoints.files import check_inside, kind_of, plain, present, quoted, read_bytes, read_json
 from tgate_export.checkpoints.headers import read_header
+from tgate_export.places import local
 
 _WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 _HUB_FILES = (
@@ -234,18 +235,6 @@ def locate(location: str, components: Iterable[str], *, prefer_half: bool = Fals
             "give a local diffusers directory with --checkpoint"
         ) from None
     return Path(snapshot)
-
-
-def local(location: str) -> Path | None:
-    """A location as a path; None where no path is written so."""
-    try:
-        path = Path(location).expanduser()
-        path.lstat()
-    except FileNotFoundError:
-        return path
-    except (OSError, RuntimeError, ValueError):  # too long, an unknown user's home, a zero byte
-        return None
-    return path
 
 
 def _weight_files(directory: Path, prefer_half: bool) -> list[Path]:

@@ -109,7 +109,7 @@ def tiny_bundle(
 ) -> Callable[..., Path]:
     """Bundles of those checkpoints, with every graph of a method (``--fidelity-interval 2``). Read only.
 
-    ``sizes``: (width, height) of each, the default first; None is the variant's own.
+    ``sizes``: (width, height) of each, the default first, with the graphs of f = 1 alone; None is the variant's own.
     """
 
     def get(
@@ -129,7 +129,7 @@ def tiny_bundle(
                 model="sdxl",
                 checkpoint=str(tiny_checkpoint(variant)),
                 method=method,
-                fidelity_interval=every_graph(method),
+                fidelity_interval=every_graph(method) if sizes is None else None,
                 guidance_scale=guidance_scale,
                 sizes=pairs,
                 batches=[batch],

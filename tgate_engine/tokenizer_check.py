@@ -54,6 +54,8 @@ _PRIVATE_USE = range(0xE000, 0xF900)
 
 Check = Callable[[Any, str], Any]
 """(value, where it stands) to the value that is handed on. Raises ValueError."""
+Fields = Callable[[Any, str], dict[str, Any]]
+"""The same for objects."""
 
 
 def check_tokenizer(content: bytes) -> str:
@@ -139,7 +141,7 @@ def _list(check: Check, most: int) -> Check:
     return listed
 
 
-def _fields(known: Mapping[str, Check]) -> Check:
+def _fields(known: Mapping[str, Check]) -> Fields:
     """An object with those fields, all of them and no others."""
 
     def check(value: Any, where: str) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def _fields(known: Mapping[str, Check]) -> Check:
     return check
 
 
-def _one_field(known: Mapping[str, Check]) -> Check:
+def _one_field(known: Mapping[str, Check]) -> Fields:
     """An object with one of those fields."""
 
     def check(value: Any, where: str) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def _one_field(known: Mapping[str, Check]) -> Check:
     return check
 
 
-def _some(known: Mapping[str, Check]) -> Check:
+def _some(known: Mapping[str, Check]) -> Fields:
     def check(value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f"{where or 'it'} is {shown(value)}, wanted is an object")
@@ -360,12 +362,12 @@ def _scored(value: Any, where: str) -> list[Any]:
 
 
 def _table(value: Any, where: str) -> dict[str, Any]:
-    model: dict[str, Any] = _fields({"vocab": _vocabulary, "unk_token": _text})(value, where)
+    model = _fields({"vocab": _vocabulary, "unk_token": _text})(value, where)
     return _unknown_is_known(model, where)
 
 
 def _byte_pairs(value: Any, where: str) -> dict[str, Any]:
-    model: dict[str, Any] = _fields(
+    model = _fields(
         {
             "dropout": _one_of(None),
             "unk_token": _optional(_text),
@@ -394,9 +396,9 @@ def _unknown_is_known(model: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _unigram(value: Any, where: str) -> dict[str, Any]:
-    model: dict[str, Any] = _fields(
-        {"unk_id": _id, "vocab": _list(_scored, _MOST_TOKENS), "byte_fallback": _one_of(False)}
-    )(value, where)
+    model = _fields({"unk_id": _id, "vocab": _list(_scored, _MOST_TOKENS), "byte_fallback": _one_of(False)})(
+        value, where
+    )
     if model["unk_id"] >= len(model["vocab"]):
         raise ValueError(f"{where}.unk_id is {model['unk_id']}, the vocabulary has {len(model['vocab'])} tokens")
     return model
@@ -407,10 +409,18 @@ _MODELS: Mapping[str, Check] = {"BPE": _byte_pairs, "Unigram": _unigram, "WordLe
 
 # --- special tokens -----------------------------------------------------------------------------
 
+
+def _seen(value: Any, where: str) -> str:
+    """Text of more than spaces: of those a normalizer may leave nothing, which the library finds everywhere."""
+    if not _text(value, where).strip():
+        raise ValueError(f"{where} is {shown(repr(value))}, wanted is more than spaces")
+    return str(value)
+
+
 _added_token = _fields(
     {
         "id": _id,
-        "content": _text,
+        "content": _seen,
         **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), _FLAG),
     }
 )

@@ -16,6 +16,7 @@ from tgate_engine.manifest import Guidance
 from tgate_engine.sampler import Sampler
 from tgate_export.attention import AttentionSite, observe
 from tgate_export.checkpoints import Checkpoint, open_checkpoint
+from tgate_export.checkpoints.configs import check_code
 from tgate_export.families import Model, location
 from tgate_export.families.base import ConditioningInput, Family, Size
 from tgate_export.lora import fuse_loras
@@ -129,6 +130,7 @@ def check_checkpoint(
     ``weights``: False where there are none. Raises :class:`ExportError`.
     """
     family.check_pipeline(checkpoint)
+    check_code(checkpoint.where, checkpoint.model_index)
     family.check(checkpoint)
     for component in components if weights else ():
         check_tensors(checkpoint, component, family.skeleton(checkpoint, component))
@@ -158,6 +160,7 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
         elsewhere={} if settings.checkpoint else model.elsewhere,
         prefer_half=settings.dtype != "fp32",
     )
+    family.check_pipeline(checkpoint)  # a LoRA is read by its pipeline's rules
     if not settings.loras:
         return checkpoint
     return fuse_loras(checkpoint, settings.loras, family.build, components=directories(family, components))

@@ -7,7 +7,7 @@ where its dots were.
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -27,12 +27,27 @@ from diffusers.utils.state_dict_utils import (
 from torch import Tensor
 
 from tgate_engine.errors import ExportError
-from tgate_export.checkpoints.base import Checkpoint
+from tgate_export.checkpoints.base import Checkpoint, Stored
+from tgate_export.checkpoints.files import parse_object, present, quoted, read_json
+from tgate_export.checkpoints.headers import read_header
 from tgate_export.quiet import quiet
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
+MOST_RANK = 4096
+MOST_NUMBERS = 1 << 28
+"""Of a tensor; the largest known has a rank of 1024 for 10240 outputs."""
+
+MOST_TENSORS = 1 << 14
+MOST_BYTES = 8 << 30
+MOST_STRENGTH = 1e4
+"""Of a LoRA: alpha over rank."""
+
+MOST_PATTERNS = 4096
+_PATTERN_LENGTH, _REPEATS = 256, 2
+_SETTINGS = "lora_adapter_metadata"
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _PEFT_ROOT = "base_model.model."
 _PEFT_ALPHA = 8.0  # what peft takes where its settings name none
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias)")
@@ -123,7 +138,13 @@ class LoraFile:
             )
         if not math.isfinite(alpha):
             raise ExportError(f"{where} the strength {alpha}; it must be a finite number: download it again")
-        return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        strength = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        if not 0 < abs(strength) <= MOST_STRENGTH:
+            raise ExportError(
+                f"{where} the strength {alpha:g} over the rank {rank:g}; 0 changes nothing, and more than "
+                f"{MOST_STRENGTH:g} times its rank is damage: download it again"
+            )
+        return strength
 
     def _original(self, change: Change) -> str:
         """What diffusers makes of a name which the model has not: for SDXL, kohya's are those of the original code."""
@@ -143,7 +164,7 @@ class LoraFile:
 def read_lora(path: Path, checkpoint: Checkpoint) -> LoraFile:
     """A LoRA's file, for a checkpoint's pipeline. Raises :class:`ExportError`, which names what is wrong in it."""
     tensors, header = _stored(path)
-    with quiet():
+    with quiet():  # the class is one that a family knows: the exporter asks before it comes here
         pipeline: Any = getattr(diffusers, str(checkpoint.model_index["_class_name"]), None)
     denoiser = next(name for name in DENOISERS if name in checkpoint.model_index)
     encoders = TEXT_ENCODERS if hasattr(pipeline, "load_lora_into_text_encoder") else ()
@@ -187,12 +208,15 @@ def read_lora(path: Path, checkpoint: Checkpoint) -> LoraFile:
 
 def _stored(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
     """A file's tensors, and the settings in its header, which diffusers' training scripts write there."""
-    if not path.is_file():
+    if not present(path):
         raise ExportError(f"LoRA {path} does not exist; --lora wants a .safetensors file")
+    if path.suffix in _PICKLES:
+        raise ExportError(f"LoRA {path} is a pickle by its name, which is never read; convert it to .safetensors")
+    said = read_header(path)
+    _check_sizes(path, said.tensors)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
-            header = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+            tensors = {key: file.get_tensor(key) for key in said.tensors}
     except (OSError, safetensors.SafetensorError) as error:
         raise ExportError(f"LoRA {path} is not a whole safetensors file ({error}); download it again") from None
     for kind, marks in _OTHER_KINDS.items():
@@ -202,11 +226,24 @@ def _stored(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         raise ExportError(
             f"LoRA {path} holds no LoRA ({f'its first tensor is {min(tensors)!r}' if tensors else 'it is empty'})"
         )
-    try:
-        settings = json.loads(header)
-    except ValueError as error:
-        raise ExportError(f"LoRA {path} has an unreadable header ({error}); download it again") from None
-    return tensors, settings if isinstance(settings, dict) else {}
+    return tensors, parse_object(said.metadata.get(_SETTINGS, "{}"), f"LoRA {path}: its {_SETTINGS}")
+
+
+def _check_sizes(path: Path, stored: Mapping[str, Stored]) -> None:
+    """Raises :class:`ExportError` for tensors larger than a layer's change can be, before they take memory."""
+    size = path.stat().st_size
+    if len(stored) > MOST_TENSORS or size > MOST_BYTES:
+        raise ExportError(
+            f"LoRA {path} has {len(stored)} tensors in {size} bytes; {MOST_TENSORS} tensors in {MOST_BYTES} bytes are "
+            "the most"
+        )
+    for key, tensor in stored.items():
+        rank = min(tensor.shape[:2], default=0)
+        if math.prod(tensor.shape) > MOST_NUMBERS or rank > MOST_RANK:
+            raise ExportError(
+                f"LoRA {path}: {quoted(key)} has shape {list(tensor.shape)}; a LoRA's tensors have {MOST_NUMBERS} "
+                f"numbers and a rank of {MOST_RANK} at most"
+            )
 
 
 def _component_of_bare_names(path: Path, tensors: Collection[str], takes: tuple[str, ...]) -> str | None:
@@ -276,12 +313,12 @@ def _of_component(settings: Mapping[str, Any], component: str) -> dict[str, Any]
 def _neighbour(path: Path) -> dict[str, Any]:
     """What peft writes beside the file, without which a LoRA's strength is taken to be its rank."""
     file = path.parent / "adapter_config.json"
-    if not file.is_file():
+    if not present(file):
         return {}
     try:
-        return dict(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ExportError(f"{file} is not readable ({error}); LoRA {path} needs it") from None
+        return read_json(file)
+    except ExportError as error:
+        raise ExportError(f"{error}; LoRA {path} needs it") from None
 
 
 def _check_settings(path: Path, component: str, settings: Mapping[str, Any]) -> None:
@@ -299,7 +336,18 @@ def _check_settings(path: Path, component: str, settings: Mapping[str, Any]) -> 
 
 def _matching(settings: Mapping[str, Any], field: str, names: Collection[str], standard: Any) -> Any:
     """A layer's value by peft's rule: that of the first pattern which is the end of one of its names, from a dot on."""
-    for pattern, value in (settings.get(field) or {}).items():
-        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+    patterns = settings.get(field) or {}
+    if len(patterns) > MOST_PATTERNS:
+        raise ValueError(f"{field} has {len(patterns)} patterns, {MOST_PATTERNS} are the most")
+    for pattern, value in patterns.items():
+        if any(_pattern(pattern).match(name) for name in names):
             return value
     return standard
+
+
+@functools.lru_cache(maxsize=2 * MOST_PATTERNS)
+def _pattern(text: str) -> re.Pattern[str]:
+    """One of peft's patterns. Raises ValueError for one that could take a lifetime: names of layers repeat little."""
+    if len(text) > _PATTERN_LENGTH or len(re.findall(r"[*+{]", text)) > _REPEATS or re.search(r"\)[*+?{]", text):
+        raise ValueError(f"the pattern {quoted(text)} repeats too much")
+    return re.compile(rf"(.*\.)?({text})$")

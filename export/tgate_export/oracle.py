@@ -27,11 +27,12 @@ from tgate_export.checkpoints import Checkpoint
 from tgate_export.checkpoints.directory import TensorFiles
 from tgate_export.families.base import Texts
 from tgate_export.job import Job
+from tgate_export.libraries import one_line, refusing
 from tgate_export.modules import real_module
 from tgate_export.quiet import quiet
 from tgate_export.recipes import SAMPLERS
 from tgate_export.sampling import drawing
-from tgate_export.schedulers import TRAINED_UNDER_EDM, one_line
+from tgate_export.schedulers import TRAINED_UNDER_EDM
 
 SPARE = 1.1
 """Memory that a network takes in use, over that of its weights: what is not enough for sure."""
@@ -125,7 +126,7 @@ class Oracle:
         parts: dict[str, Any] = {name: self.module(name) for name in job.family.image_components}
         folder = job.checkpoint.directory("feature_extractor")
         configured = folder is not None and any(folder.glob("*processor_config.json"))
-        with quiet():
+        with quiet(), refusing(f"{folder} makes no CLIPImageProcessor", "correct its preprocessor_config.json"):
             parts["feature_extractor"] = (
                 transformers.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
                 if configured

@@ -6,7 +6,6 @@ Nothing here needs torch, unless a sampler has to be compiled that the bundle ha
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +69,9 @@ def make_plans(
     own = build(name, method.program(settings, sampler.lead_in), method.facts(settings), tuple(baselines))
     return {name: own, **plans}
 
+
+MOST_GUIDANCE = 1e4
+"""Half precision holds six times that, and pictures go grey long before."""
 
 DEFAULT = "default"
 """The plan that a request takes where it names none."""
@@ -151,8 +153,10 @@ def sampler_of(bundle: Bundle, name: str, steps: int) -> Sampler:
 
 def check_guidance(scale: float) -> None:
     """Raises :class:`ExportError` for a guidance scale that means nothing."""
-    if not 0 <= scale < math.inf:
-        raise ExportError(f"the guidance scale must be a finite number of at least 0, got {scale}")
+    if not 0 <= scale <= MOST_GUIDANCE:
+        raise ExportError(
+            f"the guidance scale must be a finite number of at least 0 and at most {MOST_GUIDANCE:g}, got {scale}"
+        )
 
 
 def _guidance(manifest: Manifest, scale: float | None) -> float:

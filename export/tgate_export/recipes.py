@@ -120,11 +120,11 @@ def check_sampler(name: str) -> None:
     if name in SAMPLERS:
         return
     known = f"Known samplers: {', '.join(SAMPLERS)}."
-    plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp").removesuffix("scheduler"))
+    plain = re.sub(r"[^a-z0-9]", "", name[:64].lower().replace("++", "pp").removesuffix("scheduler"))
     plain = re.sub(r"(discrete|multistep|karras|inverse)", "", plain)
     if plain in _REFUSED:
         reason, instead = _REFUSED[plain]
         raise ExportError(f"sampler '{shown(name)}' cannot be exported: {reason}; take {instead}. {known}")
-    near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name[:64], SAMPLERS, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ExportError(f"there is no sampler '{shown(name)}'.{hint} {known}")

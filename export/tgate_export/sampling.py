@@ -27,6 +27,9 @@ from numpy.typing import NDArray
 
 from tgate_engine.errors import ExportError
 from tgate_engine.sampler import HISTORY, Sampler, SamplerStep
+from tgate_export.checkpoints.files import quoted
+from tgate_export.libraries import one_line, refusing
+from tgate_export.methods.base import MOST_STEPS
 from tgate_export.recipes import SAMPLERS
 from tgate_export.schedulers import (
     ADVICE,
@@ -34,7 +37,6 @@ from tgate_export.schedulers import (
     facts,
     from_config,
     make_scheduler,
-    one_line,
     refuse_options,
 )
 
@@ -91,6 +93,12 @@ def _tables(own: str, config: str) -> tuple[Sampler, ...]:
     return tuple(samplers)
 
 
+def check_steps(steps: int) -> None:
+    """Raises :class:`ExportError` for a number of steps that no sampler takes."""
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        raise ExportError(f"the number of steps must be a whole number from 1 to {MOST_STEPS}, got {quoted(steps)}")
+
+
 def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
     """The coefficients of any linear diffusers scheduler for ``steps`` inference steps.
 
@@ -102,8 +110,7 @@ def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
     Raises :class:`ExportError` naming the scheduler, what was measured and what to do.
     """
     kind = type(scheduler).__name__
-    if type(steps) is not int or steps < 1:
-        raise ExportError(f"the number of steps must be a whole number of at least 1, got {steps!r}")
+    check_steps(steps)
     refuse_options(scheduler)
     run = _Run(scheduler, steps)
     lead_in = len(run.timesteps) - steps
@@ -115,7 +122,8 @@ def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
             f"{kind} calls the network {len(run.timesteps)} times for {steps} steps, and the gating rules "
             f"would not know which calls to count. {other}{ADVICE}"
         )
-    initial_scale = float(getattr(run.scheduler, "init_noise_sigma", 1.0))
+    with refusing(f"diffusers cannot run {kind} with {steps} steps", ADVICE):
+        initial_scale = float(getattr(run.scheduler, "init_noise_sigma", 1.0))
     calls, residual = _coefficients(run, kind, initial_scale)
     # A comparison with nan is false, so this also refuses a residual that is not a number.
     if not residual < MAX_RESIDUAL:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import diffusers
@@ -12,6 +13,10 @@ import torch
 
 from tgate_engine.errors import ExportError
 from tgate_engine.sampler import Fact
+from tgate_export.checkpoints.configs import Wanted, check_code, check_value
+from tgate_export.checkpoints.configs import declared as declared_values
+from tgate_export.checkpoints.files import plain
+from tgate_export.libraries import refusing
 from tgate_export.recipes import SAMPLERS, check_sampler
 
 STOCHASTIC = ("DDPM", "KDPM2Ancestral", "TCD", "SDE", "Sde", "SASolver", "Stochastic", "UnCLIP", "RePaint")
@@ -27,6 +32,8 @@ FACTS = (
 """Options worth recording beside the coefficients, where a scheduler has them."""
 
 _LADDER_STEPS = 5
+
+_WHERE = "the checkpoint's scheduler configuration"
 
 ADVICE = f"Choose one of the samplers {', '.join(SAMPLERS)}."
 
@@ -78,6 +85,23 @@ _LADDERS_OWN = ("sigma_min", "sigma_max")
 """Those that a class may list and read for some ways of spacing noise levels alone."""
 
 
+def options_of(class_name: object) -> Collection[str]:
+    """The options that a scheduler of that name lists; none for a name that is not known."""
+    if class_name not in (*TRAINED_UNDER, *TRAINED_UNDER_EDM):
+        return ()
+    return declared_values(getattr(diffusers, str(class_name)))
+
+
+@functools.cache
+def _options() -> Mapping[str, Wanted]:
+    """What some scheduler takes, by option. Samplers read what a checkpoint's own scheduler does not list, too."""
+    known: dict[str, Wanted] = {}
+    for name in (*TRAINED_UNDER, *TRAINED_UNDER_EDM):
+        for key, wanted in declared_values(getattr(diffusers, name)).items():
+            known[key] = known[key] | wanted if key in known else wanted
+    return known
+
+
 def make_scheduler(name: str, base_config: Mapping[str, Any]) -> Any:
     """The diffusers scheduler behind a sampler's name, made from the checkpoint's own configuration.
 
@@ -100,6 +124,10 @@ def make_scheduler(name: str, base_config: Mapping[str, Any]) -> Any:
 
 def _make(name: str, base_config: Mapping[str, Any]) -> Any:
     """A sampler's scheduler, whatever it reads of the configuration."""
+    check_code(_WHERE, base_config)
+    for key, value in base_config.items():
+        if key in _options():
+            check_value(_WHERE, key, value, _options()[key])
     recipe = SAMPLERS[name]
     owner = base_config.get("_class_name", recipe.scheduler)
     kind, options = recipe.scheduler, dict(recipe.overrides)
@@ -113,9 +141,9 @@ def _make(name: str, base_config: Mapping[str, Any]) -> Any:
         kind, options = recipe.edm[0], dict(recipe.edm[1])
     elif owner not in TRAINED_UNDER:
         raise ExportError(
-            f"the checkpoint's scheduler is {owner}; sampler {name!r} would read a noise schedule that such a model "
-            "does not have. Models are exported whose noise is a table of betas (DDIM's, Euler's, DPM-Solver's and "
-            "others' schedulers), or EDM's"
+            f"the checkpoint's scheduler is {plain(owner)}; sampler {name!r} would read a noise schedule that such a "
+            "model does not have. Models are exported whose noise is a table of betas (DDIM's, Euler's, DPM-Solver's "
+            "and others' schedulers), or EDM's"
         )
     if "_class_name" in base_config:
         from_config(getattr(diffusers, owner), base_config)  # diffusers loads it before anything else
@@ -130,12 +158,10 @@ def from_config(cls: Any, config: Mapping[str, Any], **options: Fact) -> Any:
     read them all the same. Without diffusers' warnings about them. Raises :class:`ExportError`."""
     log = diffusers.utils.logging.get_logger("diffusers.configuration_utils")
     log.disabled = True
+    what = f"diffusers cannot make a {cls.__name__} from the checkpoint's scheduler configuration"
     try:
-        return cls.from_config(dict(config), **options)
-    except Exception as error:
-        raise ExportError(
-            f"diffusers cannot make a {cls.__name__} from the checkpoint's scheduler configuration: {one_line(error)}"
-        ) from error
+        with refusing(what, "correct its scheduler_config.json"):
+            return cls.from_config(dict(config), **options)
     finally:
         log.disabled = False
 
@@ -172,12 +198,14 @@ def _reads_all(name: str, config: Mapping[str, Any]) -> bool:
 def _ladder(scheduler: Any) -> tuple[object, ...]:
     """What the noise levels, timesteps and targets of a scheduler come to, to compare."""
     try:
-        scheduler.set_timesteps(_LADDER_STEPS)
-    except Exception as error:  # the compiler of the sampler says so, with the steps that the user wants
-        return (type(error).__name__,)
-    parts = (getattr(scheduler, part, None) for part in ("timesteps", "sigmas", "alphas_cumprod"))
-    numbers = (tuple(torch.as_tensor(part).tolist()) if part is not None else None for part in parts)
-    return (*numbers, float(scheduler.init_noise_sigma), scheduler.config.get("prediction_type"), _scale(scheduler))
+        with refusing("diffusers cannot run it", ADVICE):
+            scheduler.set_timesteps(_LADDER_STEPS)
+            parts = (getattr(scheduler, part, None) for part in ("timesteps", "sigmas", "alphas_cumprod"))
+            numbers = [tuple(torch.as_tensor(part).tolist()) if part is not None else None for part in parts]
+            first = float(scheduler.init_noise_sigma), _scale(scheduler)
+    except ExportError as error:  # the compiler of the sampler says so, with the steps that the user wants
+        return (str(error),)
+    return (*numbers, *first, scheduler.config.get("prediction_type"))
 
 
 def _scale(scheduler: Any) -> object:
@@ -234,9 +262,3 @@ def facts(scheduler: Any) -> dict[str, Fact]:
         if isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
             kept[key] = value
     return kept
-
-
-def one_line(error: Exception) -> str:
-    """A library's exception as the end of our own sentence."""
-    text = " ".join(str(error).split()).rstrip(".")
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from tgate_engine.errors import ExportError
+from tgate_engine.errors import ExportError, shown
 from tgate_export.families import Model, find_model
 from tgate_export.methods import find_method
 from tgate_export.methods.base import Method, Settings
+from tgate_export.places import local
 from tgate_export.plans import check_guidance
 from tgate_export.recipes import check_sampler
 
@@ -21,6 +23,18 @@ WEIGHTS = ("checkpoint", "random", "none")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 COMPONENTS = ("text", "image", "denoiser", "decoder")
 """Values of ``--components``. A model is conditioned by text or by an image."""
+
+MOST_BATCH = 1024
+MOST_PIXELS = 1 << 14
+"""Of a side."""
+
+MOST_FRAMES = 1024
+MOST_CLIP_SKIP = 256
+_PATH = 1024
+"""Characters of a path in a message."""
+
+MOST_SCALE = 1e10
+"""What a LoRA may be multiplied with."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +47,29 @@ class Lora:
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise ExportError(f"the scale of LoRA {self.path} is {self.scale}; it must be a finite number")
+        if abs(self.scale) > MOST_SCALE:
+            raise ExportError(f"the scale of LoRA {self.path} is {self.scale:g}; {MOST_SCALE:g} at most is wanted")
 
     @classmethod
     def parse(cls, text: str) -> Lora:
         """``FILE`` or ``FILE:SCALE``. Raises :class:`ExportError` where the scale is no number."""
         file, colon, scale = text.rpartition(":")
         if not colon or "/" in scale or scale.endswith(".safetensors"):
-            return cls(Path(text).expanduser())
+            return cls(_path(text))
         try:
-            return cls(Path(file).expanduser(), float(scale))
+            factor = float(scale)
         except ValueError:
-            raise ExportError(f"--lora {text}: the scale {scale!r} is no number; give FILE or FILE:SCALE") from None
+            raise ExportError(
+                f"--lora '{shown(text)}': the scale '{shown(scale)}' is no number; give FILE or FILE:SCALE"
+            ) from None
+        return cls(_path(file), factor)
+
+
+def _path(text: str) -> Path:
+    path = local(text)
+    if path is None or not text.isprintable():
+        raise ExportError(f"--lora '{shown(text)}': that is the name of no file; give FILE or FILE:SCALE")
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +132,9 @@ def check_settings(settings: ExportSettings) -> Asked:
     """Raises a :class:`~tgate_engine.errors.TgateError` for what no checkpoint could mend."""
     model = find_model(settings.model)
     if settings.dtype not in DTYPES:
-        raise ExportError(f"unknown dtype {settings.dtype!r}; choose one of {', '.join(DTYPES)}")
+        raise ExportError(f"unknown dtype '{shown(settings.dtype)}'; choose one of {', '.join(DTYPES)}")
     if settings.weights not in WEIGHTS:
-        raise ExportError(f"unknown weights {settings.weights!r}; choose one of {', '.join(WEIGHTS)}")
+        raise ExportError(f"unknown weights '{shown(settings.weights)}'; choose one of {', '.join(WEIGHTS)}")
     method = find_method(settings.method)
     steps = model.steps if settings.steps is None else settings.steps
     method_settings = method.settings(
@@ -123,6 +149,8 @@ def check_settings(settings: ExportSettings) -> Asked:
     check_sampler(sampler)
     scale = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     check_guidance(scale)
+    _check_numbers(settings)
+    batches, components = _batches(settings, model), _components(settings, model)
     _check_options(settings, model)
     return Asked(
         model=model,
@@ -130,8 +158,8 @@ def check_settings(settings: ExportSettings) -> Asked:
         method_settings=method_settings,
         sampler=sampler,
         guidance_scale=scale,
-        batches=_batches(settings, model),
-        components=_components(settings, model),
+        batches=batches,
+        components=components,
     )
 
 
@@ -140,12 +168,13 @@ def _check_options(settings: ExportSettings, model: Model) -> None:
     if settings.weights != "checkpoint" and (settings.checkpoint is not None or settings.loras):
         raise ExportError(f"--weights {settings.weights} reads no checkpoint; leave out --checkpoint and --lora")
     for lora in settings.loras:
-        if not lora.path.is_file():
+        if not os.path.lexists(lora.path):
             raise ExportError(f"LoRA {lora.path} does not exist; --lora wants a .safetensors file")
-    local = settings.checkpoint is not None and settings.checkpoint.startswith((".", "/", "~"))
-    if local and not Path(str(settings.checkpoint)).expanduser().exists():
+    place = settings.checkpoint or ""
+    path = local(place)
+    if place.startswith((".", "/", "~")) and not (path and path.exists()):
         raise ExportError(
-            f"checkpoint {settings.checkpoint} does not exist; --checkpoint wants a diffusers directory, a single "
+            f"checkpoint {shown(place, _PATH)} does not exist; --checkpoint wants a diffusers directory, a single "
             ".safetensors file or a hub id"
         )
     if settings.frames is not None and not model.facts.video:
@@ -163,11 +192,27 @@ def _check_options(settings: ExportSettings, model: Model) -> None:
         )
 
 
+def _check_numbers(settings: ExportSettings) -> None:
+    """Refuse sizes that no model makes; what the checkpoint's own can make is asked for later."""
+    sides = [side for size in settings.sizes for side in size]
+    for name, values, most in (
+        ("--size", [*sides, settings.height, settings.width], MOST_PIXELS),
+        ("--frames", [settings.frames], MOST_FRAMES),
+        ("--clip-skip", [settings.clip_skip], MOST_CLIP_SKIP),
+    ):
+        for value in values:
+            if value is not None and value > most:
+                raise ExportError(f"{name} must be at most {most}, got {shown(value)}")
+
+
 def _batches(settings: ExportSettings, model: Model) -> tuple[tuple[int, int], ...]:
     batches = tuple(settings.batches) or (model.batch,)
     for least, most in batches:
-        if not 1 <= least <= most:
-            raise ExportError(f"--batch takes N or LEAST:MOST with 1 <= LEAST <= MOST, got {least}:{most}")
+        if not 1 <= least <= most <= MOST_BATCH:
+            raise ExportError(
+                f"--batch takes N or LEAST:MOST with 1 <= LEAST <= MOST <= {MOST_BATCH}, got "
+                f"{shown(least)}:{shown(most)}"
+            )
     for (_, most), (least, other) in pairwise(sorted(batches)):
         if least <= most:
             raise ExportError(
@@ -185,7 +230,7 @@ def _components(settings: ExportSettings, model: Model) -> tuple[str, ...]:
     if odd or "denoiser" not in settings.components or len(set(settings.components)) < len(settings.components):
         raise ExportError(
             f"--components of {settings.model} are some of {', '.join(possible)}, the denoiser among them, each once; "
-            f"got {', '.join(settings.components) or 'none'}"
+            f"got {shown(', '.join(settings.components)) or 'none'}"
         )
     if settings.weights != "checkpoint" and "text" in settings.components:
         raise ExportError(

@@ -21,10 +21,13 @@ from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Tokenizer
 from tgate_engine.tokenizer_check import ENDS, check_tokenizer
 from tgate_export.checkpoints import Checkpoint
+from tgate_export.checkpoints.files import plain, quoted
+from tgate_export.checkpoints.vocabularies import checked_vocabulary
 from tgate_export.families.base import Family
+from tgate_export.libraries import refusing
 from tgate_export.quiet import quiet
 
-VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+_DAMAGED = "it is damaged, or another model's"
 
 _PRIVATE_USE = 0xE000
 """The first of Unicode's characters that mean nothing; they stand for vectors of textual inversions."""
@@ -55,18 +58,11 @@ def load(family: Family, checkpoint: Checkpoint, index: int) -> Any:
     """Tokenizer ``index`` of a family as transformers loads it. Raises :class:`ExportError`."""
     name = family.tokenizers[index]
     directory = checkpoint.tokenizer(name)
-    if not any((directory / file).is_file() for file in VOCABULARIES):  # transformers would make one up
-        raise ExportError(f"{directory} holds no vocabulary (one of {', '.join(VOCABULARIES)}); it is incomplete")
-    _check_class(family, checkpoint, name)
-    try:
-        with quiet():
-            loaded: Any = family.tokenizer_class.from_pretrained(directory, local_files_only=True)
-        assert loaded.backend_tokenizer is not None
-    except Exception as error:  # transformers raises many kinds for files that are missing or of another kind
-        message = " ".join(str(error).split())
-        raise ExportError(
-            f"{directory} does not load as a {family.tokenizer_class.__name__} ({type(error).__name__}: {message:.300})"
-        ) from None
+    kind = family.tokenizer_class
+    with checked_vocabulary(directory) as checked:
+        _check_class(family, checkpoint, name)
+        with quiet(), refusing(f"{directory} does not load as a {kind.__name__}", _DAMAGED):
+            loaded: Any = kind.from_pretrained(checked, local_files_only=True)
     encoder, largest = family.text_components[index], max(loaded.get_vocab().values())
     known = int(family.config(checkpoint, encoder)["vocab_size"])
     if largest >= known:
@@ -89,7 +85,7 @@ def transformers_ids(family: Family, loaded: Any, length: int, prompt: str) -> t
     """Ids and mask, each ``length`` long, that diffusers' pipeline gets of a prompt from transformers' tokenizer."""
     if family.lower_prompts:
         prompt = prompt.lower().strip()
-    with quiet():
+    with quiet(), refusing(f"its {type(loaded).__name__} does not read {quoted(prompt)}", _DAMAGED):
         if family.textual_inversions:
             prompt = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, loaded)
         encoded = loaded(prompt, padding="max_length", max_length=length, truncation=True, return_attention_mask=True)
@@ -100,7 +96,8 @@ def token_ids(root: Path, specs: Sequence[Tokenizer], prompt: str) -> dict[str, 
     """``ids.<i>``, int64 [1, T], of a prompt; too long a prompt is cut, with a warning."""
     inputs = {}
     for spec in specs:
-        ids, whole = _ids(tokenizers.Tokenizer.from_file(str(root / spec.file)), spec, prompt)
+        with refusing(f"{spec.file} does not read {quoted(prompt)}", _DAMAGED):
+            ids, whole = _ids(tokenizers.Tokenizer.from_file(str(root / spec.file)), spec, prompt)
         if whole > spec.length:
             log.warning("the prompt has %d tokens, the model takes %d; the end is left out", whole, spec.length)
         inputs[spec.input] = torch.tensor([ids])
@@ -157,7 +154,9 @@ def _check_class(family: Family, checkpoint: Checkpoint, name: str) -> None:
     )
     for place, kind in named.items():
         if kind not in (None, expected, f"{expected}Fast"):
-            raise ExportError(f"{checkpoint.where}: {name} is a {kind} in {place}; {family.name} wants a {expected}")
+            raise ExportError(
+                f"{checkpoint.where}: {name} is a {plain(kind)} in {place}; {family.name} wants a {expected}"
+            )
 
 
 def _compare(
@@ -173,7 +172,8 @@ def _compare(
     end = family.end_token(checkpoint, index)
     for text in (*_PROBES, *(f"a {token} b{token}, {token}" for token in vectors)):
         expected, mask = transformers_ids(family, loaded, spec.length, text)
-        ids, _ = _ids(own, spec, text)
+        with refusing(f"{checkpoint.where}: {family.tokenizers[index]} does not read {quoted(text)}", _DAMAGED):
+            ids, _ = _ids(own, spec, text)
         if ids != expected:
             place = next(i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b)
             raise ExportError(

@@ -37,10 +37,27 @@ _NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def cache_directory() -> Path:
-    """``$TGATE_CACHE``, or ``tgate-engine`` in the user's cache directory. It may not exist yet."""
-    if own := os.environ.get("TGATE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tgate-engine"
+    """``$TGATE_CACHE``, or ``tgate-engine`` in the user's cache directory. It may not exist yet.
+
+    Raises :class:`EngineError` for a user without a home directory.
+    """
+    try:
+        if own := os.environ.get("TGATE_CACHE"):
+            return Path(own).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tgate-engine"
+    except RuntimeError as error:  # what pathlib raises for a user that the system does not know
+        raise EngineError(f"there is no place for a cache ({error}); set TGATE_CACHE to a directory of yours") from None
+
+
+def own_directory() -> Path:
+    """The cache directory, without links in its path: made where it is missing, for its user alone.
+
+    Raises :class:`EngineError` where somebody else could put something there, and OSError where it cannot be made.
+    """
+    root = Path(os.path.realpath(cache_directory()))
+    _make(root)
+    _trusted(root)
+    return root
 
 
 def find(key: Mapping[str, Any]) -> Path | None:
@@ -69,8 +86,7 @@ def find_or_build(key: Mapping[str, Any], build: Callable[[Path], None]) -> Path
     root, name = Path(os.path.realpath(cache_directory())), digest_of(key)
     path = root / name
     try:
-        _make(root)
-        _trusted(root)
+        own_directory()
         with _lock(root / f"{name}.lock"):
             if _whole(path, key):  # another process was faster
                 return path
@@ -133,7 +149,7 @@ def _trusted(root: Path) -> None:
         else:
             continue
         raise EngineError(
-            f"the engine cache {root} cannot be used: {why}; set TGATE_CACHE to a directory of your own "
+            f"the cache {root} cannot be used: {why}; set TGATE_CACHE to a directory of your own "
             "that nobody else can write to"
         )
 

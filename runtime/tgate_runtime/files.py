@@ -20,7 +20,7 @@ from safetensors.numpy import load
 
 from tgate_engine.atomic import write_atomically
 from tgate_engine.errors import RequestError, shown
-from tgate_engine.regular_file import read_regular
+from tgate_engine.plain_files import read_plain
 from tgate_engine.underway import unfinished
 from tgate_runtime.picture import MOST_BYTES as PICTURE_BYTES
 from tgate_runtime.picture import read_picture
@@ -198,7 +198,7 @@ def _ffmpeg() -> Any:
 def load_picture(path: Path) -> Image.Image:
     """The picture of a file, as :func:`~tgate_runtime.picture.as_rgb` makes it. Raises :class:`RequestError` for a file
     that holds none, see :func:`~tgate_runtime.picture.read_picture`."""
-    return read_picture(read_regular(path, PICTURE_BYTES, RequestError), str(path))
+    return read_picture(read_plain(path, PICTURE_BYTES, RequestError), str(path))
 
 
 def load_record(path: Path) -> Record:
@@ -209,7 +209,7 @@ def load_record(path: Path) -> Record:
 
 def load_embeddings(path: Path) -> dict[str, NDArray[Any]]:
     """The tensors of a safetensors file. Raises :class:`RequestError` for a file that is none."""
-    content = read_regular(path, TENSOR_BYTES, RequestError)
+    content = read_plain(path, TENSOR_BYTES, RequestError)
     try:
         return load(content)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -233,7 +233,7 @@ def array_bytes(array: NDArray[Any]) -> bytes:
 def load_array(path: Path) -> NDArray[Any]:
     """The array of a .npy file, in this machine's byte order. Raises :class:`RequestError` for a file that holds none,
     or another number of bytes than its shape says."""
-    content = read_regular(path, TENSOR_BYTES, RequestError)
+    content = read_plain(path, TENSOR_BYTES, RequestError)
     if content.startswith(b"PK"):
         raise RequestError(f"{path} holds several arrays (.npz); save one with numpy.save")
     try:

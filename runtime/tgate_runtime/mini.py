@@ -25,7 +25,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_engine.manifest_json import parse_manifest
-from tgate_runtime.cache import cache_directory
+from tgate_runtime.cache import cache_directory, own_directory
 
 log = logging.getLogger("tgate")
 
@@ -45,7 +45,7 @@ def place_of(source: str | os.PathLike[str]) -> Path:
     Only the text ``"mini"`` is that name; ``"./mini"`` and a ``Path`` are directories. A bundle of that name in the
     working directory comes first, with a warning in the log ``tgate``. The bundle in the cache is the user's own: plans
     may be added to it. Safe where several processes and threads ask at once. Raises :class:`BundleError` where it
-    cannot be made.
+    cannot be made, and :class:`~tgate_engine.errors.EngineError` where somebody else can write to the cache.
     """
     if source != MINI:
         return Path(source)
@@ -53,7 +53,10 @@ def place_of(source: str | os.PathLike[str]) -> Path:
         log.warning("mini is the bundle ./mini here, not the one that ships with tgate-engine; name it ./mini")
         return Path(source)
     digest = hashlib.sha256((MODELS / MINI / MANIFEST_FILE).read_bytes()).hexdigest()
-    place = cache_directory() / f"{MINI}-{digest[:16]}"
+    try:
+        place = own_directory() / f"{MINI}-{digest[:16]}"
+    except OSError as error:
+        raise _unmade(cache_directory(), error) from error
     if not place.is_dir():
         _make(place)
     return place
@@ -62,7 +65,6 @@ def place_of(source: str | os.PathLike[str]) -> Path:
 def _make(place: Path) -> None:
     """Make the bundle there, unless somebody else is faster."""
     try:
-        place.parent.mkdir(0o700, parents=True, exist_ok=True)  # as the engine cache, which lies there too
         with staging(place) as stage:
             assemble(MODELS / MINI, stage)
     except BundleError:
@@ -70,10 +72,14 @@ def _make(place: Path) -> None:
             raise
     except OSError as error:
         if not place.is_dir():
-            raise BundleError(
-                f"the bundle `mini` cannot be made in {place.parent} ({error}); if it cannot be written there, set "
-                "TGATE_CACHE to a directory where it can"
-            ) from error
+            raise _unmade(place.parent, error) from error
+
+
+def _unmade(cache: Path, error: OSError) -> BundleError:
+    return BundleError(
+        f"the bundle `mini` cannot be made in {cache} ({error}); if it cannot be written there, set TGATE_CACHE to a "
+        "directory where it can"
+    )
 
 
 def assemble(shipped: Path, bundle: Path) -> None:

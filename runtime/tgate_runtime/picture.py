@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from tgate_engine.errors import RequestError, shown
 
@@ -43,7 +43,7 @@ def read_picture(content: bytes, name: str) -> Image.Image:
             return as_rgb(image)
     except RequestError as error:
         raise RequestError(f"{name}: {error}") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise RequestError(
             f"{name} is not a picture that can be read: it is none of {', '.join(READ)}; convert it to PNG"
         ) from None

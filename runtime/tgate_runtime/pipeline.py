@@ -18,7 +18,7 @@ from PIL import Image
 from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import decode as to_float
 from tgate_engine.dtypes import encode
-from tgate_engine.errors import RequestError
+from tgate_engine.errors import RequestError, shown
 from tgate_engine.graph import DECODE, IMAGE, TEXT
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
@@ -38,6 +38,9 @@ from tgate_runtime.state import State, most_at_once
 from tgate_runtime.text import TextEncoder
 
 log = logging.getLogger("tgate")
+
+_CUT_SHOWN = 500
+"""How many characters of what was cut off a prompt are quoted."""
 
 _ARTICLE = {"prompt": "a prompt", "image": "an image"}
 
@@ -269,7 +272,7 @@ class Pipeline:
         distinct = dict.fromkeys(text for pair in texts for text in pair if text is not None)
         encoded = {text: self._text.encode(text) for text in distinct}
         for cut in dict.fromkeys(text.cut for text in encoded.values() if text.cut):
-            log.warning('the prompt is longer than the model takes; left out: "%s"', cut)
+            log.warning('the prompt is longer than the model takes; left out: "%s"', shown(cut, _CUT_SHOWN))
         return [
             conditioning_of(
                 self.session,

@@ -6,17 +6,16 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError, RequestError, shown
 from tgate_engine.graph import TEXT, GraphSpec
 from tgate_engine.manifest import Tokenizer
-from tgate_engine.regular_file import read_regular
 from tgate_engine.tokenizer_check import MOST_BYTES, check_tokenizer
 from tgate_runtime.finite import check_computed
 from tgate_runtime.graph_call import GraphCall
@@ -70,7 +69,7 @@ class TextEncoder:
         self._graph: GraphSpec = graph
         self._session = session
         specs = session.manifest.tokenizers
-        self._tokenizers = [_load(session.bundle.file(spec.file), spec, graph) for spec in specs]
+        self._tokenizers = [_load(session.bundle, spec, graph) for spec in specs]
         self._untold = dict(_SYNTAX)
 
     def encode(self, prompt: str) -> EncodedText:
@@ -128,10 +127,10 @@ class TextEncoder:
         return np.array([ids], np.int64), cut
 
 
-def _load(path: Path, spec: Tokenizer, graph: GraphSpec) -> tokenizers.Tokenizer:
+def _load(bundle: Bundle, spec: Tokenizer, graph: GraphSpec) -> tokenizers.Tokenizer:
     """The tokenizer of a bundle's file, checked before the library sees it (:mod:`tgate_engine.tokenizer_check`), and
     that it fills its input of the text graph. Raises :class:`BundleError`."""
-    content = read_regular(path, MOST_BYTES, BundleError)
+    path, content = bundle.file(spec.file), bundle.read(spec.file, MOST_BYTES)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(check_tokenizer(content))
         # The library cuts, at export and here: one rule for what is kept of too long a prompt.
@@ -143,7 +142,11 @@ def _load(path: Path, spec: Tokenizer, graph: GraphSpec) -> tokenizers.Tokenizer
         known = set(tokenizer.get_vocab().values())
         if spec.pad_id not in known:
             raise ValueError(f"padding is token {shown(spec.pad_id)}, which it does not have")
-        tokenizer.encode("")
+        if (normalizer := tokenizer.normalizer) is not None:
+            for token in tokenizer.get_added_tokens_decoder().values():
+                if token.normalized and not normalizer.normalize_str(token.content):
+                    # A character map may say so. The library then finds it between any two characters, and panics.
+                    raise ValueError(f"its normalizer leaves nothing of the token {shown(token.content)}")
     except BaseException as error:
         if not _from_the_library(error):
             raise

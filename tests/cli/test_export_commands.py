@@ -97,7 +97,7 @@ def test_what_is_left_out_is_left_to_the_model(run: Run, exports: list[Any]) -> 
         (["--size", "128x128", "--height", "128"], "give --size, or --height and --width, not both"),
         (["--size", "128x128", "--size", "128x128"], "--size names 128x128 more than once"),
         (["--size", "128x100"], "the height must be a multiple of 8 pixels"),
-        (["--batch", "4:1"], "--batch takes N or LEAST:MOST with 1 <= LEAST <= MOST, got 4:1"),
+        (["--batch", "4:1"], "--batch takes N or LEAST:MOST with 1 <= LEAST <= MOST <= 1024, got 4:1"),
     ],
 )
 def test_an_export_that_cannot_be(run: Run, tmp_path: Path, arguments: list[str], says: str) -> None:

@@ -13,9 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from tests.cli.running import PROMPT
 from tests.toy_bundle import edit_manifest
@@ -43,8 +44,8 @@ def slow(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         graph = model.graph
         made = [
             helper.make_node("ReduceSum", [graph.input[0].name], ["slow.sum"], keepdims=0),
-            helper.make_node("ConstantOfShape", ["slow.shape"], ["slow.zeros"]),
-            helper.make_node("Mul", ["slow.zeros", "slow.sum"], ["slow.0"]),
+            helper.make_node("Sub", ["slow.sum", "slow.sum"], ["slow.zero"]),
+            helper.make_node("Expand", ["slow.zero", "slow.shape"], ["slow.0"]),
             *(helper.make_node("MatMul", [f"slow.{i}", f"slow.{i}"], [f"slow.{i + 1}"]) for i in range(PRODUCTS)),
             helper.make_node("ReduceMax", [f"slow.{PRODUCTS}"], ["slow.end"], keepdims=0),
         ]
@@ -53,7 +54,7 @@ def slow(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         last.output[list(last.output).index(output)] = "slow.own"
         made.append(helper.make_node("Add", ["slow.own", "slow.end"], [output]))
         graph.node.extend(made)
-        graph.initializer.append(helper.make_tensor("slow.shape", onnx.TensorProto.INT64, [2], [SIDE, SIDE]))
+        graph.initializer.append(numpy_helper.from_array(np.array([SIDE, SIDE]), "slow.shape"))
         path.write_bytes(model.SerializeToString())
     entries = digests_of(bundle)
 

@@ -146,9 +146,8 @@ def test_the_charsmap_of_the_example_does_something() -> None:
 def test_a_published_charsmap_is_taken() -> None:
     """SentencePiece's own, as T5's file holds it."""
     sentencepiece = pytest.importorskip("sentencepiece")
-    from sentencepiece import sentencepiece_model_pb2
-
-    model, out = sentencepiece_model_pb2.ModelProto(), io.BytesIO()
+    messages: Any = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    model, out = messages.ModelProto(), io.BytesIO()
     lines = iter(["a red circle above a blue square"] * 20)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines, model_writer=out, vocab_size=30, hard_vocab_limit=False, minloglevel=2
@@ -234,6 +233,7 @@ HOSTILE: dict[str, tuple[Callable[[], Json], Callable[[Json], None], str]] = {
     "long token": (clip, put("model.vocab." + "x" * 300, 9), "1 to 256 characters"),
     "flag as number": (clip, put("pre_tokenizer.pretokenizers.1.use_regex", 1), "use_regex is 1, known is False or"),
     "empty added token": (clip, put("added_tokens.0.content", ""), "content is , wanted is text"),
+    "added token of spaces": (clip, put("added_tokens.0.content", " \t "), "wanted is more than spaces"),
     "special token that is none": (clip, put("post_processor.sep", ["x", 99]), "puts token 99 around a text"),
     "score that is none": (t5, put("model.vocab.3.1", float("nan")), "has the score nan"),
     "score without bounds": (t5, put("model.vocab.3.1", 1e300), "has the score"),
@@ -271,7 +271,22 @@ def leaves(data: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path for key, value in items for path in ((*way, key), *leaves(value, (*way, key)))]
 
 
-OTHER = [None, True, -1, 0.5, 2**63, 10**400, float("inf"), "", "x" * 999, "\ud800", [], [[]], {}, {"type": "NFC"}]
+OTHER: list[Any] = [
+    None,
+    True,
+    -1,
+    0.5,
+    2**63,
+    10**400,
+    float("inf"),
+    "",
+    "x" * 999,
+    "\ud800",
+    [],
+    [[]],
+    {},
+    {"type": "NFC"},
+]
 
 
 @pytest.mark.parametrize("make", [clip, lambda: t5(charsmap())], ids=["clip", "t5"])

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from tests.conftest import family_settings
+from tests.export.checkpoints.leaves import bounded
 from tests.tiny_families import FAMILY_VARIANTS, make_tiny
 from tgate_engine.errors import ExportError, TgateError
 from tgate_export.families import MODELS
 from tgate_export.job import ExportSettings, prepare
+from tgate_export.lora import Lora
 
 VARIANT = "sd15_a"
 
@@ -99,7 +101,11 @@ def test_a_size_of_nothing_is_refused(whole: Path, size: int) -> None:
         ("vae/config.json", {"up_block_types": ["UpDecoderBlock2D"]}, "up_block_types"),
         ("unet/config.json", {"sample_size": [8]}, ""),
         ("unet/config.json", {"quantization_config": "int8"}, "int8"),
-        ("unet/config.json", {"block_out_channels": "text"}, "unet is no UNet2DConditionModel"),
+        (
+            "unet/config.json",
+            {"block_out_channels": "text"},
+            "unet/config.json has block_out_channels = 'text' (text); a list is wanted",
+        ),
         ("text_encoder/config.json", {"is_causal": False}, "is_causal"),
         ("text_encoder/config.json", {"model_type": "t5"}, "model_type"),
     ],
@@ -140,3 +146,82 @@ def test_options_that_mean_nothing_are_refused(
     root = make_tiny(tmp_path / "checkpoint", variant)
     with pytest.raises(ExportError, match=said):
         prepare(family_settings(variant, root, tmp_path / "bundle", **options))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": 10**9}, "steps .n. must be from 1 to 1000"),
+        ({"steps": 10**400}, "steps .n. must be"),
+        ({"steps": 0}, "steps .n. must be"),
+        ({"m": 2**63}, "gate step m must be between 1"),
+        ({"k": 2**63}, "self_interval must be at most"),
+        ({"warm_up": 2**63}, "warm_up must be at most"),
+        ({"fidelity_interval": 2**63}, "fidelity_interval must be at most"),
+        ({"guidance_scale": float("nan")}, "guidance scale must be a finite number"),
+        ({"guidance_scale": float("inf")}, "guidance scale must be a finite number"),
+        ({"guidance_scale": 1e308}, "guidance scale must be a finite number"),
+        ({"sizes": [(999999, 999999)]}, "--size must be at most 16384, got 999999"),
+        ({"height": 10**400}, "--size must be at most 16384"),
+        ({"frames": 10**9}, "--frames must be at most 1024"),
+        ({"clip_skip": 10**9}, "--clip-skip must be at most 256"),
+        ({"batches": [(1, 10**9)]}, "--batch takes"),
+        ({"model": "x" * 10**5}, "unknown model"),
+        ({"dtype": "x\n" * 10**5}, "unknown dtype"),
+        ({"weights": "x\n"}, "unknown weights"),
+        ({"components": ["x\n" * 10**5]}, "--components"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_absurd_numbers_are_refused_before_a_checkpoint_is_opened(settings: dict[str, Any], said: str) -> None:
+    """There is none, and nothing says so."""
+    with bounded(), pytest.raises(TgateError, match=said) as caught:
+        prepare(ExportSettings(**{"model": "sd15", "checkpoint": "/nowhere", **settings}))
+    line = str(caught.value)
+    assert "\n" not in line
+    assert "nowhere" not in line
+    assert len(line) < 600
+
+
+def test_a_pipeline_of_no_family_is_refused_before_a_lora_is_read(copied: Path, tmp_path: Path) -> None:
+    """Its name would be looked up in diffusers."""
+    (tmp_path / "none.safetensors").touch()
+    index = json.loads((copied / "model_index.json").read_text("utf-8"))
+    for name in ("utils", "__builtins__", ["StableDiffusionPipeline"], None):
+        (copied / "model_index.json").write_text(json.dumps(index | {"_class_name": name}), "utf-8")
+        assert "wanted is a StableDiffusionPipeline" in refusal(copied, loras=[Lora(tmp_path / "none.safetensors")])
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        (
+            "model_index.json",
+            {"unet": ["my_unet", "UNet2DConditionModel"]},
+            "code of the checkpoint's own is never run",
+        ),
+        ("model_index.json", {"unet": [None, "UNet2DConditionModel"]}, "code of the checkpoint's own is never run"),
+        ("model_index.json", {"auto_map": {"a": "b.C"}}, "auto_map"),
+        ("unet/config.json", {"auto_map": {"a": "b.C"}}, "auto_map"),
+        (
+            "unet/config.json",
+            {"_class_name": ["UNet2DConditionModel"]},
+            "_class_name = ['UNet2DConditionModel'] (a list)",
+        ),
+        ("unet/config.json", {"_class_name": "a.b\n"}, "the name of a class is wanted"),
+        ("text_encoder/config.json", {"auto_map": {"a": "b.C"}}, "auto_map"),
+        ("text_encoder/config.json", {"attn_implementation": "a/b"}, "attn_implementation"),
+        ("scheduler/scheduler_config.json", {"_class_name": {}}, "_class_name"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**7}, "num_train_timesteps = 10000000"),
+        ("scheduler/scheduler_config.json", {"beta_start": "text"}, "beta_start = 'text'"),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1] * 20_000}, "trained_betas"),
+        ("scheduler/scheduler_config.json", {"solver_order": 10**7}, "solver_order = 10000000"),
+    ],
+    ids=str,
+)
+def test_files_of_a_stranger_are_refused(copied: Path, file: str, changes: dict[str, Any], said: str) -> None:
+    config = json.loads((copied / file).read_text("utf-8")) | changes
+    (copied / file).write_text(json.dumps(config), "utf-8")
+    line = refusal(copied)
+    assert said in line
+    assert "\n" not in line

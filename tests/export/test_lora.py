@@ -332,3 +332,27 @@ def test_biases(directory: Path, tmp_path: Path) -> None:
     assert_values(fused(directory, [(path, 0.5)]), plain, "text_encoder", wanted)
     save_file({**tensors, f"{stem}.lora_B.bias": torch.randn(3)}, path)
     assert_refused(directory, path, "with a bias [3], and this model's is [16]")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("a.safetensors:nan", "finite"),
+        ("a.safetensors:inf", "finite"),
+        ("a.safetensors:1e400", "finite"),
+        ("a.safetensors:1e38", "at most"),
+        ("a.safetensors:", "is no number"),
+        ("a.safetensors:1\n2", "is no number"),
+        ("a.safetensors:" + "x" * 10**5, "is no number"),
+        ("x" * 10**5, "the name of no file"),
+        ("a\n.safetensors", "the name of no file"),
+        ("a\0.safetensors", "the name of no file"),
+        ("~nobody-of-that-name/a.safetensors", "the name of no file"),
+    ],
+    ids=lambda text: repr(text)[:30],
+)
+def test_what_is_typed_after_lora_ends_in_one_line(text: str, why: str) -> None:
+    with pytest.raises(ExportError, match=why) as caught:
+        Lora.parse(text)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400

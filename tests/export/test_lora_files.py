@@ -6,7 +6,11 @@ Nothing here knows a loader: files are written key by key, and W + scale * alpha
 from __future__ import annotations
 
 import json
+import math
+import os
+import random
 import re
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.export.checkpoints.ldm import unet_key
+from tests.export.checkpoints.leaves import bounded
 from tests.export.loras import (
     Held,
     assert_refused,
@@ -243,7 +248,10 @@ def test_strength_in_settings(directory: Path, tmp_path: Path, settings: dict[st
         ({"r": 2, "lora_alpha": "much"}, "its settings for the text_encoder are damaged"),
         ({"r": 2, "lora_alpha": 2, "alpha_pattern": {"(": 1}}, "its settings for the text_encoder are damaged"),
         ({"r": 2, "lora_alpha": 2, "alpha_pattern": [1]}, "its settings for the text_encoder are damaged"),
-        ({"r": 2, "lora_alpha": float("inf")}, "the strength inf; it must be a finite number"),
+        (
+            {"r": 2, "lora_alpha": float("inf")},
+            "text_encoder.lora_alpha = inf, or another number that large; a finite number is wanted",
+        ),
         ({"r": 2, "lora_alpha": 2, "use_dora": True}, "was trained with use_dora=True, and only a plain LoRA"),
         (
             {"r": 2, "lora_alpha": 2, "init_lora_weights": "pissa_niter_4"},
@@ -393,3 +401,132 @@ def test_bare_names_of_a_text_encoder(directory: Path, tmp_path: Path) -> None:
     checkpoint = fuse_loras(held, [Lora(path)], build, components=["text_encoder"])
     wanted = {f"{name}.weight": product(up, down, layer.weight.shape, 2.5)}
     assert_values(checkpoint, plain, "text_encoder", wanted)
+
+
+# --- files of strangers -------------------------------------------------------------------------
+
+QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+DOWN = f"unet.{QUERY}.lora_A.weight"
+
+
+def refusal(directory: Path, path: Path) -> str:
+    with pytest.raises(ExportError) as caught:
+        fused(directory, [(path, 1.0)])
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) < 500 + 2 * len(str(path))
+    return line
+
+
+def sparse(path: Path, shape: list[int], dtype: str = "F16", width: int = 2) -> Path:
+    """A file of one tensor that holds nothing, however large it is."""
+    size = width * math.prod(shape)
+    header = json.dumps({DOWN: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + size)
+    return path
+
+
+@pytest.mark.parametrize("shape", [[2, 1 << 29], [1 << 13, 1 << 13], [1 << 14, 1 << 14], [1 << 38]], ids=str)
+def test_a_tensor_that_no_layer_has_takes_no_memory(directory: Path, tmp_path: Path, shape: list[int]) -> None:
+    with bounded():
+        line = refusal(directory, sparse(tmp_path / "a.safetensors", shape))
+    assert "shape" in line or "are the most" in line
+
+
+def test_tensors_without_number_are_refused(directory: Path, tmp_path: Path) -> None:
+    many = {f"unet.x{i}.lora_A.weight": torch.zeros(0) for i in range(1 << 14)}
+    save_file({**many, DOWN: torch.zeros(1)}, path := tmp_path / "a.safetensors")
+    assert "16385 tensors" in refusal(directory, path)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (os.mkfifo, "is a FIFO"),
+        (lambda path: path.mkdir(), "is a directory"),
+        (lambda path: path.symlink_to("nowhere"), "is not there"),
+        (lambda path: path.write_bytes(b"PK\3\4" + bytes(200)), "is not a whole safetensors file"),
+        (lambda path: path.write_bytes(struct.pack("<Q", 8) + b'{"a": []' + b"}"), "not readable JSON"),
+    ],
+    ids=["fifo", "directory", "link", "archive", "header"],
+)
+def test_what_is_no_safetensors_file(directory: Path, tmp_path: Path, make: Callable[[Path], object], why: str) -> None:
+    make(tmp_path / "a.safetensors")
+    assert why in refusal(directory, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl"])
+def test_a_pickle_is_never_read(directory: Path, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    assert "is a pickle by its name" in refusal(directory, path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1e38, -1e38, float("nan"), float("inf")])
+def test_a_strength_that_means_nothing(directory: Path, tmp_path: Path, alpha: float) -> None:
+    path = tmp_path / "a.safetensors"
+    kohya = f"lora_unet_{QUERY.replace('.', '_')}"
+    layer: Any = layers_of(DirectoryCheckpoint(directory), "unet", (".to_q",))[QUERY]
+    weight = layer.weight
+    tensors = {
+        f"{kohya}.lora_down.weight": torch.ones(2, weight.shape[1]),
+        f"{kohya}.lora_up.weight": torch.ones(weight.shape[0], 2),
+        f"{kohya}.alpha": torch.tensor(alpha),
+    }
+    save_file(tensors, path)
+    line = refusal(directory, path)
+    assert "strength" in line or "is not one finite number" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ("[" * 10_000, "deeper than"),
+        ("[]", "holds a list"),
+        ('{"a": 1, "a": 2}', "twice"),
+        ('{"unet.r": 1e400}', "finite"),
+        (json.dumps({"unet.r": 2, "unet.alpha_pattern": {"(a+)+": 1}}), "repeats too much"),
+        (json.dumps({"unet.r": 2, "unet.rank_pattern": {".*.*.*x": 2}}), "repeats too much"),
+        (json.dumps({"unet.r": 2, "unet.rank_pattern": {f"x{i}": 2 for i in range(5000)}}), "5000 patterns"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_settings_of_a_stranger(directory: Path, tmp_path: Path, settings: str, why: str) -> None:
+    layer: Any = layers_of(DirectoryCheckpoint(directory), "unet", (".to_q",))[QUERY]
+    tensors = {
+        DOWN: torch.ones(2, layer.weight.shape[1]),
+        DOWN.replace("lora_A", "lora_B"): torch.ones(layer.weight.shape[0], 2),
+    }
+    save_file(tensors, path := tmp_path / "a.safetensors", {"lora_adapter_metadata": settings})
+    with bounded():
+        assert why in refusal(directory, path)
+
+
+def test_names_of_all_kinds_are_read_or_refused(directory: Path, tmp_path: Path) -> None:
+    """Names as they are and damaged: the converters that they go through are other people's."""
+    generator = random.Random(0)
+    known = [DOWN, "lora_unet_x.lora_down.weight", "lora_te1_text_model_x.alpha", "text_model.x.lora.down.weight"]
+    pieces = [
+        ".",
+        "_",
+        "lora",
+        "lora_A",
+        "weight",
+        "unet",
+        "text_encoder",
+        "down",
+        "0",
+        "processor",
+        "q_proj",
+        "é",
+        " ",
+    ]
+    for _ in range(60):
+        name = generator.choice(known)
+        for _ in range(generator.randrange(4)):
+            place = generator.randrange(len(name))
+            name = name[:place] + generator.choice(pieces) + name[place + generator.randrange(3) :]
+        save_file({name: torch.ones(2, 2), f"{name}.lora": torch.ones(1)}, path := tmp_path / "a.safetensors")
+        refusal(directory, path)

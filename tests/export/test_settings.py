@@ -35,7 +35,7 @@ def test_what_is_known_of_a_family_is_what_its_code_says(name: str) -> None:
     ("options", "says"),
     [
         ({"m": 30}, "number of steps n = 25, got m = 30"),
-        ({"steps": 10**6}, "steps \\(n\\) must be from 1 to 10000"),
+        ({"steps": 10**6}, "steps \\(n\\) must be from 1 to 1000"),
         ({"sampler": "heun"}, "calls the network twice"),
         ({"dtype": "int4"}, "unknown dtype 'int4'"),
         ({"weights": "some"}, "unknown weights 'some'"),
@@ -47,12 +47,18 @@ def test_what_is_known_of_a_family_is_what_its_code_says(name: str) -> None:
         ({"guidance_scale": float("nan")}, "finite number"),
         ({"loras": [Lora(Path("/nowhere/x"))]}, "LoRA /nowhere/x does not exist"),
         ({"checkpoint": "/nowhere/x"}, "checkpoint /nowhere/x does not exist"),
+        ({"checkpoint": "~nobody-of-that-name/x"}, "checkpoint ~nobody-of-that-name/x does not exist"),
+        ({"checkpoint": "/" + "x" * 10**5}, "does not exist"),
+        ({"checkpoint": "/" + "x/" * 10**4}, "does not exist"),
+        ({"checkpoint": "/a\0b\n"}, "does not exist"),
         ({"components": ["text"]}, "the denoiser among them"),
     ],
 )
 def test_what_no_checkpoint_could_mend(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(TgateError, match=says):
+    with pytest.raises(TgateError, match=says) as caught:
         check_settings(ExportSettings(model="sdxl", **options))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1500
 
 
 def test_options_that_a_model_does_not_have() -> None:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.toy_bundle import Toy, build
 from tgate_engine.bundle import Bundle
-from tgate_engine.errors import BundleError, RequestError
+from tgate_engine.errors import BundleError, EngineError, RequestError
 from tgate_engine.graph import GraphSpec
 from tgate_export.methods.base import Settings
 from tgate_runtime import benchmark
@@ -39,6 +40,12 @@ def quick() -> Any:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle.open(build(tmp_path_factory.mktemp("bench") / "toy", TOY))
+
+
+def test_times_of_numbers_that_are_none_are_not_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "noise", lambda _, shape: np.full(shape, 2.5e38, np.float32))
+    with pytest.raises(EngineError, match=r"the latents after the last step of plan 'default': \d+ of 32 values"):
+        bench(bundle, threads=1, repeats=1, warm_ups=0)
 
 
 def test_a_plan_and_its_baselines_are_measured_in_turns(bundle: Bundle) -> None:

@@ -122,7 +122,7 @@ def test_embeddings_that_do_not_fit(several: Session, change: dict[str, Any], sa
 
 def test_rows_are_those_of_the_tensors_that_the_bundle_takes(several: Session) -> None:
     """Whatever else a stranger's file holds does not ask for more images."""
-    more = {**embeddings(2), "foreign": np.zeros((1000, 3), np.float32), "scale": np.float32(1)}
+    more: dict[str, Any] = {**embeddings(2), "foreign": np.zeros((1000, 3), np.float32), "scale": np.float32(1)}
     assert rows_of(more, several.manifest) == 2
     assert len(from_embeddings(several, more)["text.positive"]) == 2
     assert rows_of({"foreign": np.zeros((9, 3))}, several.manifest) == 0

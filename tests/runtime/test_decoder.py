@@ -39,6 +39,16 @@ def test_one_picture_of_the_size_of_its_latents(several: Session, size: str, wid
     assert np.abs(np.asarray(image) - expected).max() <= 1
 
 
+def test_a_picture_that_is_black_throughout_is_told(several: Session, caplog: pytest.LogCaptureFixture) -> None:
+    """Bytes hold no NaN: numbers that are none become 0."""
+    graph = several.graph(DECODE, "4x4")
+    assert graph is not None
+    decode(several, graph, np.zeros((2, 4, 4), np.float32))
+    assert caplog.text == ""
+    decode(several, graph, np.full((2, 4, 4), np.nan, np.float32))
+    assert "the decoder's picture is black throughout, as it is where its numbers are not finite" in caplog.text
+
+
 def test_a_videos_frames_in_their_order(toy_path: Path, tmp_path: Path) -> None:
     """Latents [F, 3, h, w] whose numbers are the pixels."""
     nodes = [

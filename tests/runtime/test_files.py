@@ -280,7 +280,7 @@ def npy(header: str, data: bytes = b"", version: int = 1) -> bytes:
         (npy("{'descr': '<c8', 'fortran_order': False, 'shape': (1,)}", bytes(8)), "not of numbers"),
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (10**9,)}"), "is not an array"),
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,)}"), "takes 4000000000000"),
-        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 300 + ", 9)}"), "a whole number of"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 300 + ", 9)}"), "0 bytes of numbers, shape"),
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -1)}", bytes(4)), "is not an array"),
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}", bytes(4)), "4 bytes of numbers, shape"),
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}", bytes(5)), "5 bytes of numbers, shape"),
@@ -325,7 +325,7 @@ def test_an_array_of_one_number_and_of_none(tmp_path: Path) -> None:
 def test_only_regular_files_are_read(tmp_path: Path, load: Callable[[Path], Any]) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-        with pytest.raises(RequestError, match="is not a regular file"):
+        with pytest.raises(RequestError, match="is not a plain file"):
             load(path)
     with (tmp_path / "hole").open("wb") as file:
         file.truncate(2**40)

@@ -182,7 +182,7 @@ def sparse(model: Any) -> None:
 
 
 def strings(model: Any) -> None:
-    model.graph.initializer.append(helper.make_tensor("text", TensorProto.STRING, [1], [b"x"]))
+    model.graph.initializer.append(TensorProto(name="text", data_type=TensorProto.STRING, dims=[1], string_data=[b"x"]))
 
 
 def training(model: Any) -> None:

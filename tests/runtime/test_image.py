@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 
 from tests.runtime.engines.small import save, tensor
 from tgate_engine.bundle import Bundle
+from tgate_engine.errors import RequestError
 from tgate_engine.graph import IMAGE, GraphSpec
 from tgate_runtime.engines import open_engine
 from tgate_runtime.engines.ort import OrtCpu
@@ -106,6 +109,34 @@ def test_another_size_is_resized_with_a_warning(
     np.testing.assert_array_equal(np.asarray(fitted), np.asarray(expected))
     (record,) = caplog.records
     assert record.getMessage().startswith("the picture of 12 x 16 pixels is resized to 6 x 4, whatever its proportions")
+
+
+def test_a_picture_is_turned_and_laid_over_white(loaded: tuple[Session, GraphSpec]) -> None:
+    """What reaches the graph, of an image handed over in Python: EXIF's orientation 6 of a quarter turn, and alpha."""
+    rgba = np.random.default_rng(0).integers(0, 256, (WIDTH, HEIGHT, 4), np.uint8)
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(rgba).save(out, "PNG", exif=exif)
+    turned = rgba[::-1].transpose(1, 0, 2).astype(float)
+    share = turned[..., 3:] / 255
+    fitted = fit_picture(Image.open(out), loaded[1])
+    assert np.abs(np.asarray(fitted) - (turned[..., :3] * share + 255 * (1 - share))).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "odd", ["a.png", np.zeros((4, 6, 3), np.uint8), Image.new("F", (6, 4)), Image.new("L", (0, 4))]
+)
+def test_what_is_no_picture_is_refused(loaded: tuple[Session, GraphSpec], odd: Any) -> None:
+    with pytest.raises(RequestError, match=r"an image must be|range is not known|has 0 x 4 pixels"):
+        fit_picture(odd, loaded[1])
+
+
+def test_an_opened_file_that_is_damaged_is_refused(loaded: tuple[Session, GraphSpec]) -> None:
+    """Pillow decodes when pixels are asked for, which is here."""
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(out, "PNG")
+    with pytest.raises(RequestError, match=r"the image cannot be decoded \(\w+: "):
+        fit_picture(Image.open(io.BytesIO(out.getvalue()[:500])), loaded[1])
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])

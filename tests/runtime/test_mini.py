@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tgate_engine.bundle import Bundle
-from tgate_engine.errors import BundleError
+from tgate_engine.errors import BundleError, EngineError
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_export.plans import add_plan
 from tgate_runtime import mini
@@ -163,3 +163,10 @@ def test_damaged_files_of_the_package_are_told_and_nothing_is_left(
     with pytest.raises(BundleError, match=r"install tgate-engine again"):
         place_of(MINI)
     assert list(cache.iterdir()) == []
+
+
+def test_a_cache_that_others_can_write_to_is_not_read(cache: Path) -> None:
+    place_of(MINI)
+    cache.chmod(0o777)
+    with pytest.raises(EngineError, match="others may write to"):
+        place_of(MINI)

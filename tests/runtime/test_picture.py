@@ -144,7 +144,8 @@ def test_orientation_is_applied_once(kind: str, orientation: int) -> None:
     large = CORNERS.repeat(16, axis=0).repeat(16, axis=1)  # what JPEG does to colours stays within a block
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options: dict[str, Any] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    every: dict[str, dict[str, Any]] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
+    options = every.get(kind, {})
     content = saved(Image.fromarray(large), kind, exif=exif, **options)
     expected = TURNED[orientation](large).astype(int)
     got = read(content).astype(int)
@@ -338,11 +339,11 @@ def test_pixels_are_counted_before_any_is_decoded() -> None:
 
 def test_a_jpeg_of_many_scans_is_not_begun() -> None:
     """Each costs a walk over all pixels: the last scan of a progressive file, a thousand times, takes minutes."""
-    content = saved(Image.new("L", (4096, 4096)), "JPEG", progressive=True)
+    content = saved(Image.new("L", (2048, 2048)), "JPEG", progressive=True)
     last = content.rindex(b"\xff\xda")
     bomb = content[:last] + content[last:-2] * 1000 + content[-2:]
     begin = time.process_time()
-    with pytest.raises(RequestError, match=r"the JPEG of 4096 x 4096 pixels has \d+ scans; save it anew"):
+    with pytest.raises(RequestError, match=r"the JPEG of 2048 x 2048 pixels has \d+ scans; save it anew"):
         read(bomb)
     assert time.process_time() - begin < 1
     read(content)
@@ -388,5 +389,5 @@ def test_garbage_ends_in_one_line() -> None:
 def test_only_regular_files_are_pictures(tmp_path: Path, kind: str) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     path = {"fifo": tmp_path / "pipe.png", "directory": tmp_path, "zeros": Path("/dev/zero")}[kind]
-    with pytest.raises(RequestError, match="is not a regular file; name one"):
+    with pytest.raises(RequestError, match="is not a plain file"):
         load_picture(path)

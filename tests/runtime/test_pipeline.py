@@ -607,13 +607,73 @@ def test_embeddings_stand_for_prompts(pipe: Pipeline, called: collections.Counte
         ({"guidance_scale": [1.0]}, "takes a scale above 1"),
         ({"guidance_scale": float("nan")}, "must be finite, got nan"),
         ({"initial_latents": np.zeros((2, *LATENTS), np.float32)}, r"shape \[1, 2, 4, 4\].*of shape \[2, 2, 4, 4\]"),
-        ({"initial_latents": np.full((1, *LATENTS), np.nan, np.float32)}, "not finite"),
+        ({"initial_latents": np.full((1, *LATENTS), np.nan, np.float32)}, "32 of 32 values are not finite"),
+        ({"num_images": 10**10}, r"10000000000 images of 4x4 in one request take \d+ bytes each"),
+        ({"num_images": 10**400}, r"a whole number of 1329 bits images of 4x4 in one request"),
+        ({"num_images": True}, "at least 1, got True"),
+        ({"seed": 10**400}, "a seed is a whole number .* got a whole number of 1329 bits"),
+        ({"guidance_scale": 10**400}, "must be finite, got a whole number of 1329 bits"),
+        ({"guidance_scale": 1e30}, r"must be finite, got 1e\+30; at most 1000000 is taken"),
+        ({"guidance_scale": "\x1b[2J"}, r"must be a number, got str \\x1b\[2J"),
+        ({"prompt": "a" * 10**5}, "the prompt has 100000 characters, at most 32768 are read"),
+        ({"negative_prompt": "a" * 10**5}, "the prompt has 100000 characters, at most 32768 are read"),
+        ({"prompt": "\ud800"}, r"valid Unicode, got '\\ud800'"),
     ],
 )
 def test_requests_that_cannot_be_served(pipe: Pipeline, arguments: dict[str, Any], says: str) -> None:
     steps: list[Progress] = []
     with pytest.raises(RequestError, match=says):
         pipe(**{"prompt": PROMPT, "on_step": steps.append, **arguments})
+    assert steps == []
+
+
+def embeds(rows: int = 1, **changes: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    shapes = {"text": (rows, LENGTH, 4), "pooled": (rows, 4)}
+    halves = {f"{n}.{half}": np.ones(s, np.float32) for n, s in shapes.items() for half in ("negative", "positive")}
+    return halves | {name.replace("_", "."): values for name, values in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({}, "the embeddings lack text.negative"),
+        (embeds(0), r"for as many images each, got \[0\]"),
+        (embeds(2, pooled_positive=np.ones((3, 4), np.float32)), r"for as many images each, got \[2, 3\]"),
+        (
+            embeds(text_positive=np.full((1, LENGTH, 4), np.inf, np.float32)),
+            r"text\.positive must be finite .*32",
+        ),
+        (embeds(text_positive=np.ones((1, LENGTH, 4), np.int32)), r"text\.positive must be float32, got int32"),
+    ],
+    ids=range(5),
+)
+def test_embeddings_that_cannot_be_served(pipe: Pipeline, tensors: Any, says: str) -> None:
+    steps: list[Progress] = []
+    with pytest.raises(RequestError, match=says):
+        pipe(prompt_embeds=tensors, on_step=steps.append)
+    assert steps == []
+
+
+def test_a_foreign_tensor_among_embeddings_asks_for_no_more_images(pipe: Pipeline) -> None:
+    result = pipe(prompt_embeds=embeds(2, foreign=np.ones((50, 3), np.float32)), seed=1)
+    assert len(result.images) == 2
+
+
+def test_latents_that_are_not_finite_are_no_picture(pipe: Pipeline) -> None:
+    """What comes in is finite, and not what it becomes: told with its image and its plan; the next request is drawn as
+    ever."""
+    start = np.ones((3, *LATENTS), np.float32)
+    start[1] = 2.5e38
+    says = r"^the latents of image 1 after step 7, the last of plan 'default': \d+ of 32 values are not finite; "
+    with pytest.raises(EngineError, match=says):
+        pipe(PROMPT, seed=1, num_images=3, initial_latents=start)
+    assert close(pipe(PROMPT, seed=1).latents[0], reference(pipe, PROMPT, None, seed=1))
+
+
+def test_latents_that_overflow_where_they_begin_are_refused(pipe: Pipeline) -> None:
+    steps: list[Progress] = []
+    with pytest.raises(RequestError, match="the initial latents must be finite numbers in float32; 32 of 32"):
+        pipe(PROMPT, initial_latents=np.full((1, *LATENTS), 3e38, np.float32), on_step=steps.append)
     assert steps == []
 
 

@@ -117,12 +117,15 @@ def test_whatever_stands_for_a_number_ends_in_one_short_line(manifest: Manifest,
     calls: list[Any] = [
         lambda: check_room(check_count(value), shape, 1),
         lambda: seeds_of([value], 1),
-        lambda: scales_of([value if value is not None else "none"], 1, plan, manifest),
-        lambda: check_prompts([value] if not isinstance(value, str) else 5, None),  # type: ignore[list-item]
-        lambda: check_prompts("a", [value] if value is not None and not isinstance(value, str) else 5),  # type: ignore
         lambda: noise(1, (1,), generator=value),
     ]
-    if value is not None and not isinstance(value, (list, tuple)):
+    if value is not None:  # which stands for what is usual
+        calls.append(lambda: scales_of([value], 1, plan, manifest))
+    if not isinstance(value, str):
+        calls.append(lambda: check_prompts([value], None))
+    if value is not None and not isinstance(value, str):
+        calls.append(lambda: check_prompts("a", [value]))
+    if value is not None and not isinstance(value, list):
         calls.append(lambda: seeds_of(value, 1))
     for call in calls:
         with pytest.raises(RequestError) as caught:

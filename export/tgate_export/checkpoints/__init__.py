@@ -6,7 +6,6 @@ Whatever the source, the exporter reads configurations by component and tensors 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 
 from torch import nn
 
@@ -14,6 +13,7 @@ from tgate_export.checkpoints.base import Checkpoint, Stored, Tensors
 from tgate_export.checkpoints.directory import DirectoryCheckpoint, locate
 from tgate_export.checkpoints.published import PublishedCheckpoint
 from tgate_export.checkpoints.single_file import SingleFileCheckpoint
+from tgate_export.places import local
 
 __all__ = ["Checkpoint", "Stored", "Tensors", "open_checkpoint"]
 
@@ -36,8 +36,8 @@ def open_checkpoint(
     """
     if weights != "checkpoint":
         return PublishedCheckpoint(model, build)
-    path = Path(location).expanduser()
-    if path.suffix == ".safetensors" and not path.is_dir():
+    path = local(location)
+    if path is not None and path.suffix == ".safetensors" and not path.is_dir():
         return SingleFileCheckpoint(path, model, build)
     names = tuple(components)
     root = locate(location, [name for name in names if name not in elsewhere], prefer_half=prefer_half)

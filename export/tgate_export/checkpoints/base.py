@@ -11,6 +11,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tgate_engine.errors import ExportError
+from tgate_export.checkpoints.files import quoted
+
+_LIBRARIES = ("diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,17 @@ class Checkpoint(ABC):
             return None
         if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not all(isinstance(e, str | None) for e in entry):
             raise ExportError(
-                f"{self.where}: model_index.json has {component} = {entry!r}; a library and a class are wanted"
+                f"{self.where}: model_index.json has {component} = {quoted(entry)}; a library and a class are wanted"
             )
-        if entry[1] is None:
+        library, name = entry
+        if name is None:
             raise ExportError(f"{self.where}: model_index.json says that there is no {component}, which is needed")
-        return str(entry[1])
+        if library not in _LIBRARIES or not name.isidentifier():
+            raise ExportError(
+                f"{self.where}: model_index.json has {component} = {quoted(entry)}, and classes are taken from "
+                f"{' and '.join(_LIBRARIES)} alone: code of the checkpoint's own is never run"
+            )
+        return str(name)
 
     @abstractmethod
     def config(self, component: str) -> Mapping[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.base import Checkpoint, Stored
+from tgate_export.checkpoints.files import check_inside, kind_of, plain, present, quoted, read_bytes, read_json
+from tgate_export.checkpoints.headers import read_header
+from tgate_export.places import local
 
 _WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 _HUB_FILES = (
@@ -24,6 +27,15 @@ _HUB_FILES = (
     "*/config.json",
     "*/tokenizer_config.json",
 )
+_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+_PATH = 1024
+"""Characters of a path in a message."""
+
+_CARD_BYTES = 1 << 20
+_INDEX_BYTES = 16 << 20
+_ADAPTER = "adapter_config.json"
+"""With it, transformers loads another model than that of the directory."""
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 # T5 shares one table of embeddings under two names; files hold either.
@@ -41,37 +53,47 @@ class DirectoryCheckpoint(Checkpoint):
 
     def __init__(self, root: Path, *, prefer_half: bool = False, elsewhere: Mapping[str, Path] | None = None) -> None:
         """``prefer_half``: where a component has both, read its fp16 file rather than its full one."""
-        if not (root / "model_index.json").is_file():
+        if not present(root / "model_index.json"):
             raise ExportError(f"{root} has no model_index.json; --checkpoint wants a directory in diffusers layout")
         self.root = root
         self.where = str(root)
-        self.model_index: Mapping[str, Any] = _read_json(root / "model_index.json")
         self._prefer_half = prefer_half
         self._elsewhere = dict(elsewhere or {})
+        self.model_index: Mapping[str, Any] = self._read(root / "model_index.json")
         self._configs: dict[str, dict[str, Any]] = {}
         self._tensors: dict[str, TensorFiles] = {}
 
     def config(self, component: str) -> dict[str, Any]:
         if component not in self._configs:
             path = self.directory(component) / "config.json"
-            if not path.is_file():
+            if not present(path):
                 raise ExportError(f"{path} is missing; the checkpoint is incomplete")
-            self._configs[component] = _read_json(path)
+            if present(path.with_name(_ADAPTER)):
+                raise ExportError(
+                    f"{path.with_name(_ADAPTER)} makes the {component} an adapter of another model; merge it into its "
+                    "model, or give it with --lora"
+                )
+            self._configs[component] = self._read(path)
         return self._configs[component]
 
     def scheduler_config(self) -> dict[str, Any]:
         path = self.root / "scheduler" / "scheduler_config.json"
-        if not path.is_file():
+        if not present(path):
             raise ExportError(f"{path} is missing; the checkpoint is incomplete")
-        return _read_json(path)
+        # How diffusers writes that nothing is clipped.
+        return self._read(path, infinite=("lambda_min_clipped",))
 
     def tensors(self, component: str) -> TensorFiles:
         if component not in self._tensors:
-            self._tensors[component] = TensorFiles.open(self.directory(component), self._prefer_half)
+            directory = self.directory(component)
+            self._tensors[component] = TensorFiles.open(directory, self._prefer_half, self._root_of(directory))
         return self._tensors[component]
 
     def tokenizer(self, name: str) -> Path:
-        return self.root / name
+        directory = self.root / name
+        for file in sorted(directory.glob("*")):
+            check_inside(self.root, file)
+        return directory
 
     def token_limit(self, name: str) -> int | None:
         limit = (self.further(f"{name}/tokenizer_config.json") or {}).get("model_max_length")
@@ -86,7 +108,7 @@ class DirectoryCheckpoint(Checkpoint):
 
     def further(self, file: str) -> dict[str, Any] | None:
         path = self.root / file
-        return _read_json(path) if path.is_file() else None
+        return self._read(path) if present(path) else None
 
     def directory(self, component: str) -> Path:
         return self._elsewhere.get(component, self.root / component)
@@ -95,7 +117,8 @@ class DirectoryCheckpoint(Checkpoint):
         """The licence that the model card's front matter names, or "unknown"."""
         card = self.root / "README.md"
         if card.is_file():
-            lines = card.read_text("utf-8", "replace").splitlines()
+            check_inside(self.root, card)
+            lines = read_bytes(card, _CARD_BYTES).decode("utf-8", "replace").splitlines()
             if lines and lines[0].strip() == "---":
                 for line in lines[1:]:
                     if line.strip() == "---":
@@ -104,6 +127,14 @@ class DirectoryCheckpoint(Checkpoint):
                     if key.strip() == "license":
                         return value.strip().strip("\"'") or "unknown"
         return "unknown"
+
+    def _root_of(self, path: Path) -> Path:
+        """The directory out of which a path may not lead."""
+        return next((root for root in self._elsewhere.values() if path.is_relative_to(root)), self.root)
+
+    def _read(self, path: Path, infinite: tuple[str, ...] = ()) -> dict[str, Any]:
+        check_inside(self._root_of(path), path)
+        return read_json(path, infinite=infinite)
 
 
 @dataclass
@@ -116,25 +147,19 @@ class TensorFiles:
     _open: dict[Path, Any] = field(default_factory=dict)
 
     @staticmethod
-    def open(directory: Path, prefer_half: bool) -> TensorFiles:
-        paths = _weight_files(directory, prefer_half)
+    def open(directory: Path, prefer_half: bool, root: Path | None = None) -> TensorFiles:
+        """``root``: the checkpoint, out of which no file may lead; the directory itself where it is not given."""
         keys: dict[str, Path] = {}
         held: dict[str, Stored] = {}
-        for path in paths:
-            try:
-                with safetensors.safe_open(path, framework="pt") as file:
-                    for key in file.keys():  # noqa: SIM118  a safe_open is no mapping
-                        if key in keys:
-                            raise ExportError(
-                                f"{directory} has tensor {key!r} in {keys[key].name} and in {path.name}; "
-                                "download the checkpoint again"
-                            )
-                        part = file.get_slice(key)
-                        keys[key], held[key] = path, Stored(part.get_dtype(), tuple(part.get_shape()))
-            except (OSError, safetensors.SafetensorError) as error:
-                raise ExportError(
-                    f"{path} is not a whole safetensors file ({error}); download the checkpoint again"
-                ) from None
+        for path in _weight_files(directory, prefer_half):
+            check_inside(root or directory, path)
+            for key, stored in read_header(path).tensors.items():
+                if key in keys:
+                    raise ExportError(
+                        f"{directory} has tensor {key!r} in {keys[key].name} and in {path.name}; "
+                        "download the checkpoint again"
+                    )
+                keys[key], held[key] = path, stored
         return TensorFiles(directory, keys, held)
 
     def stored(self) -> Mapping[str, Stored]:
@@ -184,15 +209,15 @@ def locate(location: str, components: Iterable[str], *, prefer_half: bool = Fals
 
     A component ``""`` stands for files that lie in no folder.
     """
-    path = Path(location).expanduser()
-    if path.is_dir():
+    path = local(location)
+    if path is not None and path.is_dir():
         return path
-    looks_local = location.startswith((".", "/", "~")) or location.count("/") != 1 or path.exists()
-    if looks_local:
-        what = "is neither a directory nor a .safetensors file" if path.exists() else "does not exist"
+    there = path is not None and path.exists()
+    if there or not _HUB_ID.fullmatch(location):
+        what = "is neither a directory nor a .safetensors file" if there else "does not exist"
         raise ExportError(
-            f"checkpoint {location} {what}; --checkpoint wants a diffusers directory, a single .safetensors file or "
-            "a hub id"
+            f"checkpoint {plain(location, _PATH)} {what}; --checkpoint wants a diffusers directory, a single "
+            ".safetensors file or a hub id"
         )
     import huggingface_hub
 
@@ -231,32 +256,33 @@ def _weight_files(directory: Path, prefer_half: bool) -> list[Path]:
             for index in indices:
                 _follow(directory / index)
                 if (directory / index).is_file():
-                    places = _read_json(directory / index).get("weight_map")
-                    if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
-                        raise ExportError(
-                            f"{directory / index} has no weight_map from tensors to files; the checkpoint is damaged"
-                        )
-                    names = sorted(set(places.values()))
-                    missing = [n for n in names if os.path.basename(n) != n or not (directory / n).is_file()]
-                    if missing or not names:
-                        raise ExportError(f"{directory / index} names {missing or 'no files'}, not in that directory")
-                    return [directory / n for n in names]
-    pickles = sorted(p.name for p in directory.glob("*.bin"))
+                    return _shards(directory / index)
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
     hint = f" (it has {pickles[0]}, which is a pickle and is not read)" if pickles else ""
     raise ExportError(f"{directory} has no safetensors weights{hint}; the checkpoint is incomplete")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, all of them beside it."""
+    places = read_json(index, limit=_INDEX_BYTES).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ExportError(
+            f"{index} has weight_map = {quoted(places)} ({kind_of(places)}), and an object from tensors to files is "
+            "wanted; the checkpoint is damaged"
+        )
+    names = sorted(set(places.values()))
+    odd = [name for name in names if os.path.basename(name) != name or not name.endswith(".safetensors")]
+    if odd:
+        raise ExportError(
+            f"{index} names {plain(odd[0], _PATH)}; a .safetensors file beside it is wanted, and nothing else is read"
+        )
+    missing = [name for name in names if not present(index.with_name(name))]
+    if missing or not names:
+        raise ExportError(f"{index} names {plain(missing[0], _PATH) if names else 'no files'}, not in that directory")
+    return [index.with_name(name) for name in names]
 
 
 def _follow(path: Path) -> None:
     """Raises :class:`ExportError` for a link to nothing, which is no sign that another file is meant."""
     if path.is_symlink() and not path.exists():
         raise ExportError(f"{path} is a link to {os.readlink(path)}, which is not there; download the checkpoint again")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} is not readable JSON ({error}); the checkpoint is damaged") from None
-    if not isinstance(data, dict):
-        raise ExportError(f"{path} holds {type(data).__name__}, not an object; the checkpoint is damaged")
-    return data

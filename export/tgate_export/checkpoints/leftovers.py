@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -10,6 +11,9 @@ from tgate_export.checkpoints.base import Stored
 
 FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """dtypes of weights, as safetensors writes them. Eight bits without a scale beside them are plain numbers."""
+
+_MARK_SIZE = 1 << 16
+"""Numbers that a mark may hold; a noise schedule has a thousand."""
 
 _PLAIN = "give the checkpoint in float32, float16 or bfloat16"
 
@@ -50,6 +54,16 @@ _HARMLESS: Mapping[str, re.Pattern[str]] = {
     "text_encoder": _CLIP,
     "text_encoder_2": _CLIP,
 }
+
+
+def check_marks(where: str, held: Mapping[str, Stored]) -> None:
+    """Raises :class:`ExportError` for marks that are not as small as marks are: they are read whole."""
+    for key, stored in held.items():
+        if math.prod(stored.shape) > _MARK_SIZE or stored.dtype not in (*FLOATING, "I64", "I32", "U8", "BOOL"):
+            raise ExportError(
+                f"{where}: tensor {key!r} is {stored.dtype} {list(stored.shape)}, and a mark is at most {_MARK_SIZE} "
+                "numbers; correct the file"
+            )
 
 
 def check_storage(where: str, component: str, held: Mapping[str, Stored]) -> None:

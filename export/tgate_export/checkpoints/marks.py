@@ -98,6 +98,9 @@ _SD2_BETWEEN = 640
 # Steps that SD 2's base, which predicts noise, was trained for; diffusers tells it by them too.
 _EPSILON_STEP = 875_000
 
+_LONGEST = 256
+"""Characters of a metadata value that is read."""
+
 _Value = TypeVar("_Value")
 
 
@@ -360,13 +363,18 @@ class _Reader:
         text = self._metadata_value(key)
         if text is None or self.model not in ("sd15", "sd21"):
             return 0
-        if not text.isdigit() or int(text) < 1:
+        if not text.isdecimal() or int(text) < 1:
             raise self._refusal(f"its metadata says {key} = {text!r}, and 1 is the last layer", "correct the file")
         return int(text) - 1
 
     def _metadata_value(self, key: str) -> str | None:
         """A metadata value in lower case; None where it says nothing."""
         text = self.metadata.get(key, "").strip().lower()
+        if len(text) > _LONGEST:
+            raise self._refusal(
+                f"its metadata says {key} = {text[:20]!r}… in {len(text)} characters, and {_LONGEST} are read",
+                "correct the file",
+            )
         return None if text in ("", "none", "null") else text
 
     def _flag(self, key: str) -> bool | None:

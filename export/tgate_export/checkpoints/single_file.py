@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.base import Checkpoint, Stored
 from tgate_export.checkpoints.directory import spellings
-from tgate_export.checkpoints.leftovers import check_read, check_rest, check_storage
+from tgate_export.checkpoints.files import plain, present
+from tgate_export.checkpoints.headers import read_header
+from tgate_export.checkpoints.leftovers import check_marks, check_read, check_rest, check_storage
 from tgate_export.checkpoints.marks import CONVERT, MARKS, check_scale, read_marks
 from tgate_export.checkpoints.published import PublishedCheckpoint
 
@@ -114,6 +116,7 @@ class SingleFileCheckpoint(Checkpoint):
         self._check_layout()
         check_storage(self.where, "unet", self._held("unet"))
         self._check_model()
+        check_marks(self.where, {key: self._file.stored(key) for key in MARKS if key in self._file})
         self._marks = read_marks(self.where, model, self._file, self._file.metadata(), self._configs.scheduler_config())
         self._check_rest()
         if "_class_name" in self._marks.scheduler:
@@ -260,12 +263,14 @@ class _File(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self._path = path
         self.prefix = ""
-        if not path.is_file():
-            raise ExportError(f"checkpoint {path} does not exist; --checkpoint wants an existing .safetensors file")
+        if not present(path):
+            raise ExportError(
+                f"checkpoint {plain(str(path), 1024)} does not exist; --checkpoint wants an existing .safetensors file"
+            )
+        self._header = read_header(path)
+        self._keys = dict.fromkeys(self._header.tensors)
         try:
-            file: Any = safetensors.safe_open(path, framework="pt")
-            self._open = file
-            self._keys = dict.fromkeys(file.keys())
+            self._open: Any = safetensors.safe_open(path, framework="pt")
         except (OSError, safetensors.SafetensorError) as error:
             raise ExportError(
                 f"{path} is not a whole safetensors file ({error}); download the checkpoint again"
@@ -277,18 +282,18 @@ class _File(Mapping[str, Tensor]):
             keys = dict.fromkeys(key for key in self._keys if key.startswith(prefix))
             if keys:
                 part = object.__new__(_File)
-                part._path, part._open, part._keys, part.prefix = self._path, self._open, keys, prefix
+                part._path, part._header, part._open = self._path, self._header, self._open
+                part._keys, part.prefix = keys, prefix
                 return part
         raise ExportError(
             f"{self._path} has no {component}; merge one into it, leave it out with --components, or {CONVERT}"
         )
 
     def metadata(self) -> Mapping[str, str]:
-        return self._open.metadata() or {}
+        return self._header.metadata
 
     def stored(self, key: str) -> Stored:
-        held = self._open.get_slice(key)
-        return Stored(held.get_dtype(), tuple(held.get_shape()))
+        return self._header.tensors[key]
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._keys:

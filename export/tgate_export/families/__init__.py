@@ -184,7 +184,7 @@ def find_model(name: str) -> Model:
     """The model of that name. Raises :class:`ExportError` with the nearest name."""
     if name in MODELS:
         return MODELS[name]
-    near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(name[:64], MODELS, n=1, cutoff=0.0)
     raise ExportError(f"unknown model '{shown(name)}'; did you mean {near[0]!r}? Models: {', '.join(MODELS)}")
 
 

@@ -17,7 +17,10 @@ from transformers.initialization import no_init_weights
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning, Guidance
 from tgate_export.checkpoints import Checkpoint
+from tgate_export.checkpoints.configs import bounded_module, check_code, check_config, class_name
+from tgate_export.checkpoints.files import plain, quoted
 from tgate_export.families.facts import Facts
+from tgate_export.libraries import refusing
 from tgate_export.methods.base import Halves
 
 Texts = Mapping[str, Tensor]
@@ -113,7 +116,9 @@ class Family(ABC):
         """Raises :class:`~tgate_engine.errors.ExportError` for a checkpoint of another pipeline."""
         name = checkpoint.model_index.get("_class_name")
         if name not in self.pipeline_classes:
-            raise ExportError(f"{checkpoint.where} holds a {name}; wanted is a {' or '.join(self.pipeline_classes)}")
+            raise ExportError(
+                f"{checkpoint.where} holds a {plain(name)}; wanted is a {' or '.join(self.pipeline_classes)}"
+            )
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises :class:`~tgate_engine.errors.ExportError` where the configs are of another architecture, or ask for
@@ -159,32 +164,21 @@ class Family(ABC):
 
     def build(self, checkpoint: Checkpoint, component: str) -> nn.Module:
         """A component's module in evaluation mode, its weights uninitialised."""
-        cls, config = self.classes[component], dict(checkpoint.config(component))
-        try:
-            if issubclass(cls, transformers.PreTrainedModel):
-                config = self._own_config(checkpoint, component, config)
-                self._check_class(checkpoint, component, config)
-                parsed = cls.config_class.from_dict(config)
-                if not parsed.return_dict:
-                    raise ExportError(
-                        f"{checkpoint.where}: {component}/config.json has return_dict = false, which pipelines of "
-                        "diffusers do not expect; leave it out"
-                    )
-                parsed._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"
-                with no_init_weights():
-                    module: nn.Module = cls(parsed)
-            else:
-                self._check_class(checkpoint, component, config)
-                with no_init_weights():
-                    module = cls.from_config(config)
-        except ExportError:
-            raise
-        except Exception as error:  # diffusers, transformers and PyTorch raise many kinds for values they cannot use
-            message = " ".join(str(error).split())
+        cls: Any = self.classes[component]
+        where, config = f"{checkpoint.where}: {component}/config.json", dict(checkpoint.config(component))
+        own = issubclass(cls, transformers.PreTrainedModel)
+        if own:
+            check_code(where, config)  # what lies around the component's part
+            config = self._own_config(checkpoint, component, config)
+        self._check_class(checkpoint, component, config)
+        check_config(where, cls.config_class if own else cls, config)
+        if own and config.get("return_dict") is False:
             raise ExportError(
-                f"{checkpoint.where}: {component} is no {cls.__name__} ({type(error).__name__}: {message:.300}); the "
-                "checkpoint is of another architecture, or damaged"
-            ) from None
+                f"{where} has return_dict = false, which pipelines of diffusers do not expect; leave it out"
+            )
+        advice = "the checkpoint is of another architecture, or damaged"
+        with refusing(f"{checkpoint.where}: {component} is no {cls.__name__}", advice), bounded_module(where):
+            module = _transformers_module(cls, config) if own else _diffusers_module(cls, config)
         return module.eval()
 
     def _own_config(self, checkpoint: Checkpoint, component: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -201,11 +195,11 @@ class Family(ABC):
             kind = config.get("model_type")
             if kind not in (None, cls.config_class.model_type):
                 raise ExportError(
-                    f"{checkpoint.where}: {component}/config.json has model_type = {kind!r}, {cls.__name__} has "
+                    f"{checkpoint.where}: {component}/config.json has model_type = {quoted(kind)}, {cls.__name__} has "
                     f"{cls.config_class.model_type!r}; the checkpoint is of another architecture"
                 )
         else:
-            named["its config.json"] = config.get("_class_name")
+            named["its config.json"] = class_name(f"{checkpoint.where}: {component}/config.json", config)
         for place, name in named.items():
             if name is not None and name not in names:
                 raise ExportError(
@@ -216,7 +210,7 @@ class Family(ABC):
             method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised
             raise ExportError(
                 f"{checkpoint.where}: {component} is quantised (quantization_config in its config.json, method "
-                f"{method!r}); give the checkpoint with floating-point weights"
+                f"{quoted(method)}); give the checkpoint with floating-point weights"
             )
 
     @abstractmethod
@@ -278,6 +272,7 @@ class Family(ABC):
     def scheduler_config(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
         """The scheduler's configuration as the pipeline uses it; its class is the one that model_index.json names."""
         config = dict(checkpoint.scheduler_config())
+        class_name(f"{checkpoint.where}: scheduler/scheduler_config.json", config)
         if named := checkpoint.named_class("scheduler"):
             config["_class_name"] = named
         return config
@@ -379,6 +374,20 @@ class Family(ABC):
         """Arguments that have diffusers' own pipeline denoise with that conditioning, ``<name>.<half>`` to [B, ...].
 
         ``pipe`` is the caller's to throw away: parts of it may be put out of action."""
+
+
+def _transformers_module(cls: Any, config: Mapping[str, Any]) -> nn.Module:
+    parsed = cls.config_class.from_dict(dict(config))
+    parsed._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"
+    with no_init_weights():
+        module: nn.Module = cls(parsed)
+    return module
+
+
+def _diffusers_module(cls: Any, config: Mapping[str, Any]) -> nn.Module:
+    with no_init_weights():
+        module: nn.Module = cls.from_config(dict(config))
+    return module
 
 
 def side(checkpoint: Checkpoint, component: str, sample_size: object) -> tuple[int, int]:

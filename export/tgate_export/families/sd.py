@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Size, Texts
 from tgate_export.families.facts import SD
 from tgate_export.families.unet import TextUNet
+from tgate_export.schedulers import options_of
 
 _SIZED = Version("0.9.0.dev0")
 """The version of diffusers from which on checkpoints say their size; the pipeline knows what earlier ones meant."""
@@ -63,8 +63,7 @@ class StableDiffusion(TextUNet):
         scheduler replace by their own.
         """
         config = dict(super().scheduler_config(checkpoint))
-        cls = getattr(diffusers, str(config.get("_class_name")), None)
-        own = inspect.signature(cls.__init__).parameters if inspect.isclass(cls) else {}
+        own = options_of(config.get("_class_name"))
         if config.get("clip_sample") is True:
             config["clip_sample"] = False
         if "steps_offset" not in config and "steps_offset" in own:

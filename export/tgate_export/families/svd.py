@@ -16,6 +16,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
+from tgate_export.checkpoints.configs import check_code
+from tgate_export.checkpoints.files import quoted
 from tgate_export.families.base import ConditioningInput, Family, Size, Texts
 from tgate_export.families.facts import SVD
 from tgate_export.methods.base import Halves
@@ -166,6 +168,12 @@ def _normalisation(checkpoint: Checkpoint) -> tuple[list[float], list[float]]:
     The pipeline sets everything else about it."""
     nested = checkpoint.further("feature_extractor/processor_config.json") or {}
     own = nested.get("image_processor") or checkpoint.further("feature_extractor/preprocessor_config.json") or {}
+    if not isinstance(own, Mapping):
+        raise ExportError(
+            f"{checkpoint.where}: feature_extractor/processor_config.json has image_processor = {quoted(own)}; an "
+            "object is wanted"
+        )
+    check_code(f"{checkpoint.where}: feature_extractor", own)
     numbers = []
     for key, default in (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD)):
         values = own.get(key)

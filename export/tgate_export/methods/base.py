@@ -15,7 +15,7 @@ from tgate_engine.errors import MethodError, shown
 from tgate_engine.plan import Call
 from tgate_engine.sampler import Fact
 
-MOST_STEPS = 10_000
+MOST_STEPS = 1000
 """A plan names each of its steps; networks are trained on a thousand."""
 
 Halves = Literal["both", "negative", "positive"]
@@ -28,6 +28,10 @@ UNGUIDED = "unguided"
 PLANNING = "semantics-planning"
 FIDELITY = "fidelity-improving"
 """The two stretches of a trajectory, in the paper's words: before the gate and after it."""
+
+
+MOST = 10_000
+"""Of an interval or a warm-up, in steps: longer than any trajectory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,9 @@ class Settings:
                 f"the gate step m must be between 1 and the number of steps n = {self.steps}, got m = "
                 f"{shown(self.gate)}"
             )
+        for name in ("self_interval", "warm_up", "fidelity_interval"):
+            if getattr(self, name) > MOST:
+                raise MethodError(f"{name} must be at most {MOST}, got {getattr(self, name):.6g}")
         if self.self_interval < 1:
             raise MethodError(
                 "the self-attention interval k must be at least 1 (1 switches its reuse off), "

@@ -333,3 +333,61 @@ def test_a_link_that_points_nowhere_does_not_choose_another_file(whole: Copy, co
 
 def test_families_have_these_variants() -> None:
     assert all(FAMILY_VARIANTS[name].model == MODELS[name] for name in (SD, PIXART))
+
+
+# --- a stranger's -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/config.json",
+        "unet",
+        f"unet/{DIFFUSERS}.safetensors",
+        "scheduler/scheduler_config.json",
+        "model_index.json",
+    ],
+)
+def test_a_link_that_leads_out(whole: Copy, copy: Copy, name: str) -> None:
+    """A file of somebody else's, whose content would come into the bundle or into a message."""
+    directory = copy(SD)
+    path = directory / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.symlink_to(whole(SD) / name)
+    assert "outside the checkpoint" in refused(directory, SD)
+
+
+@pytest.mark.parametrize("name", ["unet/config.json", "model_index.json", f"unet/{DIFFUSERS}.safetensors"])
+def test_a_fifo_in_place_of_a_file(copy: Copy, name: str) -> None:
+    directory = copy(SD)
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    line = refused(directory, SD)
+    assert "FIFO" in line or "no safetensors weights" in line
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pth", ".pkl"])
+def test_pickles_are_never_read(copy: Copy, tmp_path: Path, suffix: str) -> None:
+    directory = copy(SD)
+    (directory / "unet" / f"{DIFFUSERS}.safetensors").unlink()
+    pickle = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
+    (directory / "unet" / f"{DIFFUSERS}{suffix}").write_bytes(pickle)
+    assert f"{DIFFUSERS}{suffix}, which is a pickle and is not read" in refused(directory, SD)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_shard_by_the_name_of_a_pickle(copy: Copy) -> None:
+    directory = copy(SD)
+    index = sharded(directory)
+    name = sorted(set(index["weight_map"].values()))[0]
+    shutil.move(directory / "unet" / name, directory / "unet" / "a.bin")
+    index["weight_map"] = {key: "a.bin" if file == name else file for key, file in index["weight_map"].items()}
+    index_of(directory).write_text(json.dumps(index))
+    assert "names a.bin; a .safetensors file beside it is wanted" in refused(directory, SD)
+
+
+def test_an_adapter_of_another_model(copy: Copy) -> None:
+    """transformers would load the model that it names, wherever that lies."""
+    directory = copy(SD)
+    (directory / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+    assert "an adapter of another model" in refused(directory, SD)

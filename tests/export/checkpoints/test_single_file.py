@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.export.checkpoints.ldm import Small, build, changed, written
@@ -288,3 +289,44 @@ def test_configurations_are_read_with_defaults(written: Callable[[str], tuple[Pa
         tensors = checkpoint.tensors(component)
         for name, parameter in networks.modules[component].named_parameters():
             assert torch.equal(tensors.read(name), parameter)
+
+
+# --- a stranger's -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda d: {**d, "denoiser.sigmas": torch.zeros(1 << 17)}, "a mark is at most"),
+        (lambda d: {**d, "scale_factor": torch.zeros(1, dtype=torch.complex64)}, "is C64"),
+    ],
+    ids=["size", "kind"],
+)
+def test_a_mark_is_as_small_as_marks_are(
+    written: Callable[[str], tuple[Path, Small]], tmp_path: Path, change: Any, why: str
+) -> None:
+    path, networks = written("sd15")
+    with pytest.raises(ExportError, match=why):
+        SingleFileCheckpoint(changed(path, tmp_path / "a.safetensors", change), "sd15", build, configs=networks)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"modelspec.encoder_layer": "²"},
+        {"modelspec.encoder_layer": "9" * 10_000},
+        {"modelspec.timestep_range": "9" * 10_000 + ",0"},
+        {"ss_base_model_version": "sd_v1" * 10_000},
+    ],
+    ids=lambda metadata: next(iter(metadata)),
+)
+def test_metadata_of_a_stranger(
+    written: Callable[[str], tuple[Path, Small]], tmp_path: Path, metadata: dict[str, str]
+) -> None:
+    """Numbers that Python takes for digits and for none, and longer than it reads."""
+    path, networks = written("sd15")
+    target = tmp_path / "a.safetensors"
+    save_file(load_file(path), target, metadata)
+    with pytest.raises(ExportError, match=next(iter(metadata))) as caught:
+        SingleFileCheckpoint(target, "sd15", build, configs=networks)
+    assert len(str(caught.value)) < 400 + len(str(target))

@@ -30,7 +30,7 @@ from tgate_engine.errors import RequestError, shown
 from tgate_engine.graph import DECODE
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.manifest_json import bundle_digest
-from tgate_engine.regular_file import read_regular
+from tgate_engine.plain_files import read_plain
 from tgate_engine.report import Reporter
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _prompts_of(path: Path) -> list[str]:
         if len(content) > MOST_BYTES:
             raise RequestError(f"standard input holds more than {MOST_BYTES} bytes of prompts")
     else:
-        content = read_regular(path, MOST_BYTES, RequestError)
+        content = read_plain(path, MOST_BYTES, RequestError)
     name = "standard input" if path == STDOUT else str(path)
     try:
         lines = [line.strip() for line in content.decode("utf-8-sig").split("\n")]

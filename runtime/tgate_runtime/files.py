@@ -204,7 +204,7 @@ def load_picture(path: Path) -> Image.Image:
 def load_record(path: Path) -> Record:
     """What the picture or video of a file was drawn from. Raises :class:`RequestError`, see
     :func:`~tgate_runtime.stamps.read_stamp`."""
-    return read_stamp(read_regular(path, PICTURE_BYTES, RequestError), str(path))
+    return read_stamp(read_plain(path, PICTURE_BYTES, RequestError), str(path))
 
 
 def load_embeddings(path: Path) -> dict[str, NDArray[Any]]:

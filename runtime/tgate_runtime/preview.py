@@ -53,7 +53,8 @@ class Colours:
         decoded = [decode(self._session, decoder, field)[0] for field in fields]
         colours = [np.asarray(image.resize((width, height), Image.Resampling.BOX), np.float32) for image in decoded]
         places = np.concatenate([_places(field) for field in fields])
-        return np.linalg.lstsq(places, np.concatenate(colours).reshape(-1, 3), rcond=None)[0].astype(np.float32)
+        fitted, *_ = np.linalg.lstsq(places, np.concatenate(colours).reshape(-1, 3), rcond=None)
+        return np.asarray(fitted, np.float32)
 
 
 def check_previews(manifest: Manifest) -> None:

@@ -187,11 +187,14 @@ def digest_of_plan(plan: Plan) -> str:
     """
     program = [[step.graph, step.reads, step.writes] for step in plan.steps]
     rows = np.stack([step_row(step.call, 0.0) for step in plan.steps]) + np.float32(0)  # -0 is 0
-    numbers = {"initial_scale": np.float32(plan.sampler.initial_scale), "rows": rows}
+    numbers: dict[str, NDArray[Any] | np.generic] = {
+        "initial_scale": np.float32(plan.sampler.initial_scale),
+        "rows": rows,
+    }
     return hashlib.sha256(f"{json.dumps(program)}{digest_of_arrays(numbers)}".encode()).hexdigest()
 
 
-def digest_of_arrays(arrays: Mapping[str, NDArray[Any] | np.generic]) -> str:
+def digest_of_arrays(arrays: Mapping[str, NDArray[Any]]) -> str:
     """The SHA-256, in hex, of the names, dtypes, shapes and numbers of arrays, in the order of their names."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):

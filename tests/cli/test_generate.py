@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,11 +262,15 @@ def test_a_prompt_without_quotation_marks(run: Run, good: Path) -> None:
 
 def test_one_picture_goes_to_standard_output(good: Path, tmp_path: Path) -> None:
     words = ["generate", str(good), PROMPT, "--quiet", "--output"]
-    run = partial(subprocess.run, capture_output=True, timeout=60, check=True)
-    done = run([sys.executable, "-m", "tgate_cli.main", *words, "-"])
+
+    def tgate(*more: str) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", "tgate_cli.main", *words, *more]
+        return subprocess.run(command, capture_output=True, timeout=60, check=True)
+
+    done = tgate("-")
     seed = re.fullmatch(rb"seed (\d+)\n", done.stderr)
     assert seed is not None
-    run([sys.executable, "-m", "tgate_cli.main", *words, str(tmp_path / "a.png"), "--seed", seed[1].decode()])
+    tgate(str(tmp_path / "a.png"), "--seed", seed[1].decode())
     assert done.stdout == (tmp_path / "a.png").read_bytes()
 
 
@@ -318,7 +321,13 @@ def drawn(run: Run, good: Path, tmp_path: Path) -> Path:
 
 
 def test_options_come_in_place_of_what_the_record_says(run: Run, good: Path, drawn: Path, tmp_path: Path) -> None:
-    base = {"prompt": PROMPT, "seed": 4, "guidance_scale": 2.5, "negative_prompt": "small", "plan": "default"}
+    base: dict[str, Any] = {
+        "prompt": PROMPT,
+        "seed": 4,
+        "guidance_scale": 2.5,
+        "negative_prompt": "small",
+        "plan": "default",
+    }
     ways: list[tuple[tuple[object, ...], dict[str, Any]]] = [
         ((), {}),
         (("--seed", 5), {"seed": 5}),

@@ -18,7 +18,7 @@ from tests.toy_bundle import Toy, build, edit_manifest, sampler
 from tgate_engine.errors import RequestError
 from tgate_engine.plan import Plan, Step
 from tgate_engine.sampler import Sampler, SamplerStep
-from tgate_runtime import preview
+from tgate_runtime import decoder, preview
 from tgate_runtime.pipeline import Pipeline, Progress
 from tgate_runtime.preview import Colours, ahead
 
@@ -50,7 +50,7 @@ def test_the_colours_are_the_decoders_where_that_is_linear(pipe: Pipeline) -> No
 
 def test_the_map_is_fitted_once_at_the_first_preview(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
-    decode = preview.decode
+    decode = decoder.decode
 
     def counted(*arguments: Any) -> Any:
         decoded.append(1)
@@ -188,12 +188,14 @@ def test_the_last_preview_is_of_the_final_latents(pipe: Pipeline) -> None:
 
 
 def test_what_has_no_decoder_or_makes_videos_says_so(tmp_path: Path) -> None:
+    looked: list[Any] = []
     path = build(tmp_path / "toy", goldens=False)
     edit_manifest(path, lambda d: d["shapes"][0]["graphs"].pop("decoder"))
     with Pipeline.open(path, threads=1, check_digests=False) as own:
         with pytest.raises(RequestError, match=r"no decoder \(--components\), which previews are fitted to"):
-            own(PROMPT, on_step=lambda progress: [progress.preview()])
-        assert own(PROMPT, on_step=lambda progress: [progress.latents()]).images == []
+            own(PROMPT, on_step=lambda progress: looked.append(progress.preview()))
+        assert own(PROMPT, on_step=lambda progress: looked.append(progress.latents())).images == []
+    assert len(looked) == 8
     manifest = own.session.manifest
     with pytest.raises(RequestError, match="toy makes videos, and previews are of pictures"):
         preview.check_previews(replace(manifest, frames=2, shapes=(with_decoder(tmp_path),)))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from tests.runtime.records import PROMPTS, record
@@ -177,14 +178,14 @@ def test_the_digest_is_of_all_that_a_plan_does_and_of_no_name(manifest: Manifest
         replace(plan, steps=plan.steps[:-1]),
         replace(plan, sampler=replace(plan.sampler, initial_scale=1.0)),
         *(
-            replace(plan, steps=(*plan.steps[:-1], replace(plan.steps[-1], call=replace(last, **{name: value}))))
-            for name, value in {
-                "timestep": 1.0,
-                "input_scale": 0.1,
-                "noise": 0.5,
-                "latents": (0.8, 0, 0, 0),
-                "outputs": (0.1, 0, 0, 0),
-            }.items()
+            replace(plan, steps=(*plan.steps[:-1], replace(plan.steps[-1], call=call)))
+            for call in (
+                replace(last, timestep=1.0),
+                replace(last, input_scale=0.1),
+                replace(last, noise=0.5),
+                replace(last, latents=(0.8, 0, 0, 0)),
+                replace(last, outputs=(0.1, 0, 0, 0)),
+            )
         ),
     ]
     digests = {digest_of_plan(other) for other in [plan, *others]}
@@ -277,13 +278,23 @@ def test_the_digest_of_an_array_is_of_its_form_and_numbers() -> None:
         assert digest_of_arrays({"": values}) == expected
     two = {"b": np.zeros(2), "a": np.ones(1)}
     assert digest_of_arrays(two) == digest_of_arrays(dict(reversed(two.items())))
-    others = [{"a": np.zeros(2)}, {"b": np.zeros((2, 1))}, {"b": np.zeros(2, "f4")}, {"b": np.array([0, -0.0])}]
+    others: list[dict[str, NDArray[Any]]] = [
+        {"a": np.zeros(2)},
+        {"b": np.zeros((2, 1))},
+        {"b": np.zeros(2, "f4")},
+        {"b": np.array([0, -0.0])},
+    ]
     assert len({digest_of_arrays(each) for each in others}) == 4
 
 
 def test_every_image_has_its_own_rows() -> None:
     latents = np.random.default_rng(0).standard_normal((4, 2, 3)).astype(np.float32)
-    embeds = {"a": np.arange(4.0).reshape(2, 2), "b": np.ones((2, 1)), "fewer": np.ones(1), "none": np.float64(1)}
+    embeds: dict[str, Any] = {
+        "a": np.arange(4.0).reshape(2, 2),
+        "b": np.ones((2, 1)),
+        "fewer": np.ones(1),
+        "none": np.float64(1),
+    }
     given = digests_of_given(4, initial_latents=latents, prompt_embeds=embeds)
     alone = [
         digests_of_given(

@@ -64,12 +64,13 @@ def parsed(text: str) -> dict[str, str]:
     pairs = re.findall(r'([A-Za-z][\w /-]*): ?("(?:[^"\\]|\\.)*"|[^,]*)(?:,\s*|$)', last)
     assert len(pairs) >= 3
     found = {key: json.loads(value) if value[:1] == '"' else value for key, value in pairs}
-    prompt, negative, halves = [], [], "prompt"
+    halves: dict[str, list[str]] = {"Prompt": [], "Negative prompt": []}
+    half = "Prompt"
     for line in map(str.strip, lines):
         if line.startswith("Negative prompt:"):
-            halves, line = "negative", line.removeprefix("Negative prompt:").strip()
-        (prompt if halves == "prompt" else negative).append(line)
-    return {**found, "Prompt": "\n".join(prompt), "Negative prompt": "\n".join(negative)}
+            half, line = "Negative prompt", line.removeprefix("Negative prompt:").strip()
+        halves[half].append(line)
+    return {**found, **{half: "\n".join(of) for half, of in halves.items()}}
 
 
 # --- the text that other programs read ----------------------------------------------------------

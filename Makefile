@@ -15,7 +15,7 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow lint format docs clean
+.PHONY: help setup demo test slow fuzz lint format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
@@ -43,6 +43,11 @@ test: setup lint  ## what CI runs
 
 slow: setup  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+# What it finds stays in tests/fuzz/corpus, for the tests; led by coverage where atheris is: pip install '.[fuzz]'
+TIME ?= 600
+fuzz: setup  ## make up files as a stranger would, for TIME=600 seconds
+	nice -n 10 $(BIN)/python -m tests.fuzz --seconds $(TIME)
 
 lint: setup  ## style, format and types; changes nothing
 	$(BIN)/ruff check .

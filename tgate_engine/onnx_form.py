@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import BundleError
 from tgate_engine.graph import GraphSpec, TensorSpec
+from tgate_engine.onnx_operators import MOST_DIMENSIONS, OPERATORS, may_say, takes
 
 MOST_BYTES = 64 << 20
 """How large a graph's file may be. SDXL's hold one megabyte, and constants of a few megabytes are imaginable."""
@@ -28,23 +29,12 @@ MOST_NODES = 100_000
 IR_VERSIONS = range(10, 12)
 OPSETS = range(21, 24)
 
-_WRITTEN = """Add And ArgMax Attention Cast Clip Concat Conv Cos Div Einsum Equal Expand Flatten Gather GatherND Gelu
-    GroupNormalization Identity LayerNormalization LessOrEqual MatMul Max Min Mul Not Pad Pow Reciprocal ReduceMax
-    ReduceMean ReduceSum Reshape Resize Round Shape Sigmoid Sin Slice Split Sqrt Squeeze Sub Sum Tanh Tile Transpose
-    Unsqueeze Where"""  # by export today, over all families, methods and rewrites
-_NEIGHBOURS = """Abs AveragePool Ceil Erf Exp Floor Gemm GlobalAveragePool Greater GreaterOrEqual InstanceNormalization
-    IsInf IsNaN LeakyRelu Less Log MaxPool Mod Neg Or PRelu RMSNormalization ReduceMin ReduceProd Relu Sign Softmax
-    Softplus Trilu"""  # plain arithmetic, which another network may need
-OPERATORS = frozenset(f"{_WRITTEN} {_NEIGHBOURS}".split())
-"""What a node may be, of the default domain: no control flow, nothing random, no text, nothing that holds a graph."""
-
 _SIZES = {1: 4, 2: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}
 """Bytes of an element, by its number in ``TensorProto.DataType``: float32, uint8, int32, int64, bool, float16, float64,
 bfloat16."""
 _EXTERNAL = 1  # TensorProto.EXTERNAL
 _VALUES = {1: "f", 2: "i", 3: "s", 6: "floats", 7: "ints"}
 """Which field holds the value of an attribute, by its type: a number, a text, or a list of numbers."""
-_MOST_RANK = 8
 _MOST_SEARCHED = 100_000  # messages, for what to name in an error
 _NUMBER = re.compile("0|[1-9][0-9]{0,18}")
 
@@ -159,6 +149,7 @@ class _Check:
         opsets = [(entry.domain, entry.version) for entry in model.opset_import[:2]]
         if len(opsets) != 1 or opsets[0][0] or opsets[0][1] not in OPSETS:
             self._refuse(f"imports operators {opsets!r:.80}; the default ones of {OPSETS[0]} to {OPSETS[-1]} are known")
+        self._text(model.producer_name, model.producer_version)
         self._graph(model.graph)
 
     def _canonical(self, data: bytes, model: Any) -> None:
@@ -175,6 +166,9 @@ class _Check:
             self._refuse(f"has {len(graph.node)} nodes, of at most {MOST_NODES}")
         self._interface("inputs", graph.input, self._spec.inputs)
         self._interface("outputs", graph.output, self._spec.outputs)
+        self._text(graph.name)
+        for value in graph.value_info:
+            self._text(value.name, *(dim.dim_param for dim in value.type.tensor_type.shape.dim))
         made: set[str] = set()
         for value in graph.input:
             self._make(made, value.name)
@@ -187,14 +181,26 @@ class _Check:
             self._refuse(f"makes no output {missing[0]!r:.60}")
 
     def _make(self, made: set[str], name: str) -> None:
+        self._text(name)
         if not name or name in made:
             self._refuse(f"makes the value {name!r:.60} twice" if name else "makes a value without a name")
         made.add(name)
 
+    def _text(self, *texts: object) -> None:
+        """They are UTF-8, which protobuf does not ask for: it gives bytes where they are not."""
+        if not all(isinstance(text, str) for text in texts):
+            self._refuse("holds a text that is no UTF-8")
+
     def _node(self, node: Any, made: set[str]) -> None:
         operator = node.op_type
+        self._text(node.name)
         if operator not in OPERATORS or node.domain:
             self._refuse(f"has operator {f'{node.domain}.' * bool(node.domain)}{operator!r:.60}, which no bundle has")
+        if not takes(operator, node.input, node.output):
+            self._refuse(
+                f"has operator {operator} of inputs {[*node.input]!r:.60} and outputs {[*node.output]!r:.60}, which no "
+                "bundle has"
+            )
         for name in node.input:
             if name and name not in made:
                 self._refuse(f"has operator {operator} that reads {name!r:.60}, which nothing before it makes")
@@ -208,11 +214,15 @@ class _Check:
                 self._refuse(f"has operator {operator} with attribute {name!r:.60} of type {attribute.type}")
             if name in names or any(there.name not in ("name", "type", field) for there, _ in attribute.ListFields()):
                 self._refuse(f"has operator {operator} with attribute {name!r:.60} of two values")
+            if not may_say(operator, name, attribute.type, value := getattr(attribute, field)):
+                self._refuse(
+                    f"has operator {operator} with attribute {name!r:.60} of {value!r:.60}, which no bundle has"
+                )
             names.add(name)
 
     def _tensor(self, tensor: Any) -> None:
         name, dims = tensor.name, tuple(tensor.dims)
-        if tensor.data_type not in _SIZES or len(dims) > _MOST_RANK or any(dim < 0 for dim in dims):
+        if tensor.data_type not in _SIZES or len(dims) > MOST_DIMENSIONS or any(dim < 0 for dim in dims):
             self._refuse(f"has constant {name!r:.60} of type {tensor.data_type} and shape {dims!r:.60}")
         length = prod(dims) * _SIZES[tensor.data_type]
         if tensor.data_location == _EXTERNAL:
@@ -234,6 +244,7 @@ class _Check:
             self._refuse(
                 f"has weight {name!r:.60} in {place['location']!r:.60}; weights lie in {self._weights_file!r} alone"
             )
+        self._text(*place.values())
         if not all(_NUMBER.fullmatch(place[key]) for key in ("offset", "length")):
             self._refuse(f"has weight {name!r:.60} with {entries!r:.120}, which are no numbers of bytes")
         own = self._weights.get(name)
@@ -269,7 +280,7 @@ class _Check:
             return False
         least, most = self._spec.batch
         if isinstance(size, str):
-            return bool(dim.dim_param) or least == most == dim.dim_value
+            return (bool(dim.dim_param) and isinstance(dim.dim_param, str)) or least == most == dim.dim_value
         return bool(dim.dim_value == size)
 
 

@@ -128,7 +128,8 @@ class LoraFile:
                 alpha = float(_matching(settings, "alpha_pattern", names, standard))
         except (TypeError, ValueError, AttributeError, re.error) as error:
             raise ExportError(
-                f"LoRA {self.path}: its settings for the {change.component} are damaged ({error}); download it again"
+                f"LoRA {self.path}: its settings for the {change.component} are damaged ({error!s:.200}); download it "
+                "again"
             ) from None
         where = f"LoRA {self.path}: its settings give {change.component}.{change.name}"
         if rank != change.rank:
@@ -218,7 +219,7 @@ def _stored(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in said.tensors}
     except (OSError, safetensors.SafetensorError) as error:
-        raise ExportError(f"LoRA {path} is not a whole safetensors file ({error}); download it again") from None
+        raise ExportError(f"LoRA {path} is not a whole safetensors file ({error!s:.200}); download it again") from None
     for kind, marks in _OTHER_KINDS.items():
         if any(mark in key for key in tensors for mark in marks):
             raise ExportError(f"LoRA {path} is {kind}; only a plain LoRA can be fused")

@@ -187,7 +187,7 @@ def digest_of_plan(plan: Plan) -> str:
     """
     program = [[step.graph, step.reads, step.writes] for step in plan.steps]
     rows = np.stack([step_row(step.call, 0.0) for step in plan.steps]) + np.float32(0)  # -0 is 0
-    numbers = {"initial_scale": np.array(plan.sampler.initial_scale, np.float32), "rows": rows}
+    numbers = {"initial_scale": np.asarray(plan.sampler.initial_scale, np.float32), "rows": rows}
     return hashlib.sha256(f"{json.dumps(program)}{digest_of_arrays(numbers)}".encode()).hexdigest()
 
 

@@ -71,7 +71,7 @@ def verify(
                 tensors = load(bundle.read(golden.file))
                 error = _replay(session, golden, tensors, each_step=rounding > 0)
             except (KeyError, ValueError, SafetensorError, RequestError) as fault:
-                raise BundleError(f"{bundle.path}: golden {name} is malformed ({fault}); export again") from None
+                raise BundleError(f"{bundle.path}: golden {name} is malformed ({fault!s:.200}); export again") from None
             tolerance = max(golden.tolerance, rounding)
             checked.append(Checked(name=name, error=error, tolerance=tolerance))
             if on_golden is not None:

@@ -6,9 +6,7 @@ import onnx
 from google.protobuf import descriptor_pb2, descriptor_pool
 from onnx import defs, onnx_ml_pb2
 
-from tgate_engine.onnx_form import FORM, MODEL, OPERATORS, OPSETS, REFUSED, describe
-from tgate_runtime.engines.aoti.operators import OPERATORS as IN_TORCH
-from tgate_runtime.engines.aoti.operators import SHAPE_OPERATORS
+from tgate_engine.onnx_form import FORM, MODEL, OPSETS, REFUSED, describe
 
 NESTED = {"TensorTypeProto": "TypeProto.Tensor", "DimensionProto": "TensorShapeProto.Dimension"}
 """Messages that ONNX has inside others."""
@@ -54,19 +52,6 @@ def test_protobuf_takes_the_form() -> None:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(described())
     assert pool.FindMessageTypeByName(MODEL).fields_by_name["graph"].number == 7
-
-
-def test_operators_are_onnx_own_and_hold_no_graph() -> None:
-    for name in OPERATORS:
-        schema = defs.get_schema(name, OPSETS[-1])
-        assert all(attribute.type != defs.OpSchema.AttrType.GRAPH for attribute in schema.attributes.values()), name
-    random = {"RandomNormal", "RandomUniform", "Bernoulli", "Multinomial", "Dropout"}
-    flow = {"If", "Loop", "Scan", "SequenceMap"}
-    assert not OPERATORS & (random | flow | {"Optional", "StringConcat", "Constant", "ConstantOfShape", "Range"})
-
-
-def test_every_operator_that_is_translated_may_occur() -> None:
-    assert IN_TORCH.keys() | SHAPE_OPERATORS.keys() | {"Shape"} <= OPERATORS
 
 
 def test_the_versions_are_ones_that_onnx_knows() -> None:

@@ -243,6 +243,11 @@ def one_more(model: Any) -> None:
     model.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
 
 
+def nameless(model: Any) -> None:
+    """Which makes ONNX Runtime read at address 0."""
+    model.graph.node.append(helper.make_node("Sum", ["latents", ""], ["more"]))
+
+
 ODD: dict[str, tuple[Callable[[Any], object], str]] = {
     "an endless loop": (loop, "g in a AttributeProto"),
     "a branch": (append_node("If", then_branch=body(), else_branch=body()), "g in a AttributeProto"),
@@ -254,6 +259,10 @@ ODD: dict[str, tuple[Callable[[Any], object], str]] = {
     "a tensor in an attribute": (append_node("Gelu", v=numpy_helper.from_array(np.ones(1))), "t in a AttributeProto"),
     "texts in an attribute": (append_node("Gelu", v=["a", "b"]), "strings in a AttributeProto"),
     "an attribute with two values": (two_values, "attribute 'axis' of two values"),
+    "an attribute of no meaning": (append_node("Gelu", approximate="x"), "'approximate' of b'x', which no bundle has"),
+    "an attribute of another operator": (append_node("Gelu", axis=1), "operator Gelu with attribute 'axis' of 1,"),
+    "an input that has no name": (nameless, r"operator Sum of inputs \['latents', ''\] and outputs \['more'\], which"),
+    "an input too few": (append_node("Add"), r"operator Add of inputs \['latents'\]"),
     "a function in place of an operator": (function, "functions in a ModelProto"),
     "a sparse tensor": (sparse, "sparse_initializer in a GraphProto"),
     "texts": (strings, "string_data in a TensorProto"),
@@ -290,6 +299,59 @@ def test_a_graph_with(bundle: Bundle, what: str) -> None:
     with pytest.raises(BundleError, match=says) as error:
         check(with_graph(bundle, "full.onnx", edit))
     assert str(error.value).startswith("full.onnx ")
+    assert str(error.value).isprintable()
+
+
+def named(field: str) -> Callable[[Any], None]:
+    """Sets a text of the file, which :func:`test_texts_are_utf_8` finds again."""
+
+    def edit(model: Any) -> None:
+        graph = model.graph
+        match field:
+            case "producer":
+                model.producer_name = "@@"
+            case "graph":
+                graph.name = "@@"
+            case "node":
+                graph.node[0].name = "@@"
+            case "output of a node":
+                graph.node.append(helper.make_node("Gelu", ["latents"], ["@@"]))
+            case "value":
+                graph.value_info.append(helper.make_tensor_value_info("@@", TensorProto.FLOAT, [1]))
+            case "dimension of a value":
+                graph.value_info.append(helper.make_tensor_value_info("inner", TensorProto.FLOAT, ["@@"]))
+            case "batch":
+                graph.input[0].type.tensor_type.shape.dim[0].dim_param = "@@"
+            case "operator":
+                graph.node[0].op_type = "@@"
+            case "attribute":
+                node = helper.make_node("Gelu", ["latents"], ["more"])
+                node.attribute.append(helper.make_attribute("@@", 1))
+                graph.node.append(node)
+            case "constant":
+                graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.float32), "@@"))
+            case _:
+                entry(model, field).value = "@@"
+
+    return edit
+
+
+TEXTS = ("producer", "graph", "node", "output of a node", "value", "dimension of a value", "batch", "operator")
+MORE_TEXTS = ("attribute", "constant", "location", "offset", "length")
+
+
+@pytest.mark.parametrize("field", TEXTS + MORE_TEXTS)
+def test_texts_are_utf_8(bundle: Bundle, field: str) -> None:
+    """protobuf does not see to it, and gives bytes in place of text."""
+
+    def edit(model: Any) -> bytes:
+        named(field)(model)
+        content = model.SerializeToString()
+        assert content.count(b"@@") == 1
+        return bytes(content.replace(b"@@", b"\xff@"))
+
+    with pytest.raises(BundleError, match=r"^full\.onnx ") as error:
+        check(with_graph(bundle, "full.onnx", edit))
     assert str(error.value).isprintable()
 
 

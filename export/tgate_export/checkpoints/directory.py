@@ -184,7 +184,7 @@ class TensorFiles:
                 self._open[path] = safetensors.safe_open(path, framework="pt")
             tensor: Tensor = self._open[path].get_tensor(name)
         except (OSError, safetensors.SafetensorError) as error:
-            raise ExportError(f"{path}: tensor {name!r} cannot be read ({error}); download it again") from None
+            raise ExportError(f"{path}: tensor {name!r} cannot be read ({error!s:.200}); download it again") from None
         return tensor
 
     def close(self) -> None:

@@ -154,6 +154,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(digits: str) -> int | float:
+    if digits == "-0":  # no whole number to others: safetensors' library refuses a size of it
+        return -0.0
     return int(digits) if len(digits) <= _DIGITS else math.inf
 
 

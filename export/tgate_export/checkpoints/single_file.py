@@ -251,7 +251,7 @@ class SingleFileCheckpoint(Checkpoint):
                 converted = convert_ldm_clip_checkpoint(tensors)
         except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise ExportError(
-                f"{self.where}: its {component} cannot be converted ({type(error).__name__}: {error}); "
+                f"{self.where}: its {component} cannot be converted ({type(error).__name__}: {error!s:.200}); "
                 "the file is incomplete, or of another model"
             ) from None
         return converted
@@ -273,7 +273,7 @@ class _File(Mapping[str, Tensor]):
             self._open: Any = safetensors.safe_open(path, framework="pt")
         except (OSError, safetensors.SafetensorError) as error:
             raise ExportError(
-                f"{path} is not a whole safetensors file ({error}); download the checkpoint again"
+                f"{path} is not a whole safetensors file ({error!s:.200}); download the checkpoint again"
             ) from None
 
     def part(self, component: str) -> _File:
@@ -301,7 +301,9 @@ class _File(Mapping[str, Tensor]):
         try:
             tensor: Tensor = self._open.get_tensor(key)
         except (OSError, safetensors.SafetensorError) as error:
-            raise ExportError(f"{self._path}: tensor {key!r} cannot be read ({error}); download it again") from None
+            raise ExportError(
+                f"{self._path}: tensor {key!r} cannot be read ({error!s:.200}); download it again"
+            ) from None
         return tensor
 
     def __contains__(self, key: object) -> bool:

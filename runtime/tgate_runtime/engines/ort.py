@@ -17,13 +17,14 @@ import onnxruntime as ort
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import DTYPES
-from tgate_engine.errors import EngineError
+from tgate_engine.errors import EngineError, shown
 from tgate_engine.graph import GraphSpec
 from tgate_engine.underway import Cancellable
 from tgate_runtime.engines.host import CpuBuffer
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers, check_interface
 from tgate_runtime.graph_check import read_graphs
 
+_LONGEST = 500  # characters of a message of the engine's
 _DTYPE_OF = {f"tensor({dtype})": dtype for dtype in DTYPES} | {"tensor(float)": "float32"}
 
 
@@ -163,10 +164,11 @@ def check_nodes(session: ort.InferenceSession, spec: GraphSpec) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The engine's message without its line breaks, source positions and status prefixes."""
+    """The engine's message without its line breaks, source positions and status prefixes, and not all of it where it is
+    long: it quotes names of the graph."""
     text = " ".join(str(error).split())
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    return re.sub(r"/\S+\.(?:cc|h):\d+ \S+ ", "", text)
+    return shown(re.sub(r"/\S+\.(?:cc|h):\d+ \S+ ", "", text), _LONGEST)
 
 
 def _hint(spec: GraphSpec) -> str:

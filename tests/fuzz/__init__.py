@@ -1,0 +1,1 @@
+"""Inputs as a stranger might write them, made up without end: see docs/security-fuzz.md."""

@@ -7,13 +7,15 @@ EXTRAS ?= cpu,openvino,tensorrt,video,export,dev
 # The demo installs what it uses; where all of the above is installed, that will do.
 DEMO_STAMP := $(VENV)/.demo-stamp
 $(DEMO_STAMP): EXTRAS := cpu,export
+# The documentation is built with what it takes alone, beside whatever else is installed.
+DOCS_STAMP := $(VENV)/.docs-stamp
 # Installed first and by itself, so that the resolver never weighs another build of it.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow fuzz lint format clean
+.PHONY: help setup demo test slow fuzz lint format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
@@ -27,6 +29,10 @@ $(BIN)/python:
 $(STAMP) $(DEMO_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(DOCS_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 demo: $(or $(wildcard $(STAMP)),$(DEMO_STAMP))  ## draw with the bundle that ships, export its model, draw gated and ungated, time it
@@ -52,6 +58,10 @@ format: setup  ## rewrite what can be rewritten
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS_STAMP)  ## build the documentation into site/, its links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo site/index.html
+
 clean:  ## remove what was made, the environment and bundles included
-	rm -rf $(VENV) bundles build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) bundles build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,12 +3,14 @@
     python -m benchmarks.quality BUNDLE [BUNDLE ...] --output benchmarks/results/quality-mini-sdxl.json
     python -m benchmarks.quality BUNDLE --samplers euler,ddim,dpmpp_2m --captions 250 \\
         --output benchmarks/results/schedulers.json
+    python -m benchmarks.quality BUNDLE --gates 3,5,10,15,20 --captions 250 \\
+        --output benchmarks/results/gates-mini-pixart.json
 
 Bundles are of one embedded model, with everything around the denoiser, each exported for another method. All plans draw
 the same captions from the same noise, and one classifier judges them all (training/evaluate.py). The first command
 compares the first bundle's baselines with every bundle's default plan, and where that reuses self-attention before the
-gate (k above 1) with the same for k = 1; the second one the ungated and the gated way under each sampler. What a file
-of the same settings holds already is not drawn again.
+gate (k above 1) with the same for k = 1; the second one the ungated and the gated way under each sampler, the third one
+gates at several steps, nothing else reused. What a file of the same settings holds already is not drawn again.
 """
 
 from __future__ import annotations
@@ -54,6 +56,13 @@ def sampler_rows(bundle: Bundle, samplers: Sequence[str]) -> dict[str, Plan]:
         ungated = _plans(bundle, sampler, _settings(bundle))["other.ungated"]
         plans |= {f"{sampler}, {_label(plan)}": plan for plan in (ungated, gated)}
     return plans
+
+
+def gate_rows(bundle: Bundle, gates: Sequence[int]) -> dict[str, Plan]:
+    """The default plan's method with its gate at each of those steps, k = 1, and the ungated way."""
+    sampler = bundle.manifest.plan("default").sampler.name
+    plans = [_variation(bundle, sampler, gate=gate, self_interval=1) for gate in gates]
+    return {_label(plan): plan for plan in (bundle.manifest.plan("ungated"), *plans)}
 
 
 def _settings(bundle: Bundle) -> Settings:
@@ -155,6 +164,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--samplers", metavar="A,B", help="compare these, ungated and gated, in place of methods")
+    parser.add_argument("--gates", metavar="M,M", help="compare gates at these steps in place of methods")
     parser.add_argument("--captions", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
@@ -164,11 +174,12 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for place, path in enumerate(args.bundle):
         bundle = Bundle.open(path)
-        own = (
-            rows(bundle, baselines=place == 0)
-            if args.samplers is None
-            else sampler_rows(bundle, args.samplers.split(","))
-        )
+        if args.gates is not None:
+            own = gate_rows(bundle, [int(gate) for gate in args.gates.split(",")])
+        elif args.samplers is not None:
+            own = sampler_rows(bundle, args.samplers.split(","))
+        else:
+            own = rows(bundle, baselines=place == 0)
         measure(
             bundle,
             own,

@@ -58,16 +58,16 @@ class Bundle:
             raise BundleError(f"{self.path}: the manifest lists no file {name!r:.60}; export the bundle again")
         return self.path / check_name(name)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most_bytes: int = MOST_READ_BYTES) -> bytes:
         """A listed file whole, of the size and the SHA-256 that the manifest says, however the bundle was opened.
 
-        Raises :class:`BundleError` for anything else.
+        Raises :class:`BundleError` for anything else, and for more than ``most_bytes``.
         """
         self.file(name)
         want = self.manifest.files[name]
         with self._opened(name) as file:
             self._check_size(name, state_of(file))
-            content = read_most(file, MOST_READ_BYTES)
+            content = read_most(file, most_bytes)
         self._check_digest(name, hashlib.sha256(content).hexdigest())
         if len(content) != want.bytes:
             raise BundleError(self._changed(name))

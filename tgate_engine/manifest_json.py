@@ -102,6 +102,14 @@ def content_digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def bundle_digest(manifest: Manifest) -> str:
+    """What a bundle is known by: :func:`content_digest` of its manifest without the plans, which are added to a bundle
+    that stays the same."""
+    data = _encode(manifest)
+    del data["plans"]
+    return content_digest(data)
+
+
 def _encode(value: Any) -> Any:
     """Dataclasses to objects, in the order of their fields; plans write themselves."""
     if isinstance(value, Plan):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from tgate_engine.errors import BundleError
+from tgate_engine.errors import BundleError, TgateError
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC
 
@@ -65,6 +65,26 @@ def open_plain(path: Path) -> Iterator[BufferedReader]:
     """The plain file that ``path`` leads to, for reading. Raises :class:`OSError`, also for what is no plain file."""
     with _plain(os.open(path, _FLAGS | os.O_NONBLOCK)) as file:
         yield file
+
+
+def read_plain(path: Path, most_bytes: int, error: type[TgateError]) -> bytes:
+    """What a file of a user's holds; a link to it is followed.
+
+    Raises ``error`` at once for one that is not there, cannot be read, holds more than ``most_bytes``, or is no plain
+    file: a pipe would keep the reader waiting, a device never ends.
+    """
+    try:
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = b"" if size > most_bytes else file.read(most_bytes + 1)
+    except FileNotFoundError:
+        raise error(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as fault:  # ValueError: a NUL in the name
+        raise error(f"{path} cannot be read ({getattr(fault, 'strerror', None) or fault}); name a file") from None
+    size = max(size, len(content))
+    if size > most_bytes:
+        raise error(f"{path} holds {size} bytes; at most {most_bytes} are read")
+    return content
 
 
 def read_most(file: BufferedReader, most_bytes: int) -> bytes:

@@ -107,22 +107,26 @@ _WORD = f"expected a name of 1 to {MOST_LETTERS} printable characters"
 
 
 class Reader:
-    """Typed access to a JSON object; every error says where it is, what was got and what was wanted."""
+    """Typed access to a JSON object; every error says where it is, what was got and what was wanted.
 
-    def __init__(self, data: Any, where: str) -> None:
+    ``advice``: what to do where a file is not what it should be.
+    """
+
+    def __init__(self, data: Any, where: str, advice: str = "export the bundle again") -> None:
         if not isinstance(data, dict):
-            raise BundleError(f"{where}: expected an object, got {type(data).__name__}; export the bundle again")
+            raise BundleError(f"{where}: expected an object, got {type(data).__name__}; {advice}")
         self.data: dict[str, Any] = data
         self.where = where
+        self.advice = advice
 
     def get(self, key: str, kind: type | tuple[type, ...]) -> Any:
         if key not in self.data:
-            raise BundleError(f"{self.where}: {key!r} is missing; export the bundle again")
+            raise BundleError(f"{self.where}: {key!r} is missing; {self.advice}")
         value = self.data[key]
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join(k.__name__ for k in kinds)
-            raise BundleError(f"{self.where}.{key}: expected {names}, got {value!r:.60}; export the bundle again")
+            raise BundleError(f"{self.where}.{key}: expected {names}, got {value!r:.60}; {self.advice}")
         return value
 
     def text(self, key: str) -> str:
@@ -141,15 +145,15 @@ class Reader:
     def whole(self, key: str, least: int = 0, most: int = LARGEST_WHOLE) -> int:
         value = int(self.get(key, int))
         if value < least:
-            raise BundleError(f"{self.where}.{key}: expected at least {least}, got {value}; export the bundle again")
+            raise BundleError(f"{self.where}.{key}: expected at least {least}, got {value}; {self.advice}")
         if value > most:
-            raise BundleError(f"{self.where}.{key}: expected at most {most}, got {value}; export the bundle again")
+            raise BundleError(f"{self.where}.{key}: expected at most {most}, got {value}; {self.advice}")
         return value
 
     def number(self, key: str, least: float = -LARGEST_NUMBER, most: float = LARGEST_NUMBER) -> float:
         number = self.finite(key, self.get(key, (int, float)))
         if not least <= number <= most:
-            raise BundleError(f"{self.where}.{key}: expected {least} to {most}, got {number}; export the bundle again")
+            raise BundleError(f"{self.where}.{key}: expected {least} to {most}, got {number}; {self.advice}")
         return number
 
     def finite(self, key: str, value: Any) -> float:
@@ -192,11 +196,11 @@ class Reader:
 
     def items(self, key: str, build: Callable[[Reader], T], most: int = LARGEST_WHOLE) -> tuple[T, ...]:
         values = self._at_most(most, key, self.get(key, list))
-        return tuple(build(Reader(v, f"{self.where}.{key}[{i}]")) for i, v in enumerate(values))
+        return tuple(build(Reader(v, f"{self.where}.{key}[{i}]", self.advice)) for i, v in enumerate(values))
 
     def table(self, key: str, build: Callable[[Reader], T], most: int = LARGEST_WHOLE) -> dict[str, T]:
         """An object of objects, whose keys are names that the bundle chose."""
-        return {k: build(Reader(v, f"{self.where}.{key}.{k}")) for k, v in self.named(key, most).items()}
+        return {k: build(Reader(v, f"{self.where}.{key}.{k}", self.advice)) for k, v in self.named(key, most).items()}
 
     def named(self, key: str, most: int = LARGEST_WHOLE) -> dict[str, Any]:
         """An object whose keys are names that the bundle chose."""

@@ -81,22 +81,33 @@ def tgate_parser() -> argparse.ArgumentParser:
         _common(added)
         return added
 
-    p = command("generate", "Draw pictures, or a video, from a prompt or an image.")
-    p.add_argument("prompt", metavar="PROMPT", nargs="?", help="left out with --image or --prompt-embeds")
-    several = "several become OUT-0.png, …; videos: .mp4, .gif; BUNDLE-0001.png, the next that is free, if left out"
-    p.add_argument("--output", type=Path, metavar="OUT.png", help=several)
+    p = command("generate", "Draw pictures, or a video, from a prompt or an image.", bundle=False)
+    which = "the bundle's directory; mini is the one that ships, and is meant with --from if this is left out"
+    p.add_argument("bundle", metavar="BUNDLE", nargs="?", help=which)
+    p.add_argument("prompt", metavar="PROMPT", nargs="?", help="left out with --image, --prompt-embeds or --from")
+    p.add_argument("--prompt", dest="prompts", action="append", default=[], metavar="TEXT", help="one more; repeatable")
+    lines = "more of them, one a line; empty lines and those that begin with # are none; - is standard input"
+    p.add_argument("--prompts-file", type=Path, metavar="FILE", help=lines)
+    again = "draw it again from the record in it; other options come in place of what that says"
+    p.add_argument("--from", dest="source", type=Path, metavar="PICTURE", help=again)
+    several = "several become OUT-0.png, …; videos: .mp4, .gif; BUNDLE-0001.png, the next that is free, if left out; "
+    p.add_argument("--output", type=Path, metavar="OUT.png", help=f"{several}- is standard output")
     p.add_argument("--image", type=Path, metavar="IN.png", help="what an image-to-video model starts from")
     p.add_argument("--prompt-embeds", type=Path, metavar="E.safetensors", help="from `tgate embed`, for a prompt")
     p.add_argument("--seed", type=_seed, metavar="S", help="image j has seed S + j; drawn, and told, if left out")
-    p.add_argument("--generator", default="numpy", metavar="NAME", help="of noise: numpy or, as diffusers, torch-cuda")
+    p.add_argument("--generator", metavar="NAME", help="of noise: numpy, if left out, or, as diffusers, torch-cuda")
     p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
     p.add_argument("--guidance-scale", type=_number, metavar="G", help="above 1; the plan's if left out")
-    _plan(p, default="default")
+    _plan(p)
     _size(p)
-    p.add_argument("--num-images", type=_count, default=1, metavar="N")
+    p.add_argument("--num-images", type=_count, default=1, metavar="N", help="of each prompt")
     p.add_argument("--initial-latents", type=Path, metavar="X.npy", help="standard normal noise, in place of a seed's")
     _json(p)
     p.add_argument("--save-latents", type=Path, metavar="Y.npy", help="the final latents, before decoding")
+    unnoted = "leave what it was drawn from, the prompt too, out of the files"
+    p.add_argument("--no-metadata", dest="metadata", action="store_false", help=unnoted)
+    p.add_argument("--preview", type=Path, metavar="P.png", help="a rough picture of where it is heading, as steps go")
+    p.add_argument("--preview-every", type=_count, default=5, metavar="N", help="steps; 5 if left out")
     _engine(p)
 
     p = command("embed", "Encode prompts ahead of time, for bundles without a text encoder.", bundle=False)
@@ -226,8 +237,16 @@ def _method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=_number, metavar="G", help="of classifier-free guidance: 1 is without")
 
 
-def _plan(parser: argparse.ArgumentParser, *, default: str | None = None, help: str | None = None) -> None:
-    parser.add_argument("--plan", default=default, metavar="NAME|FILE.json", help=help or "the bundle's, or a file")
+def check_generate(args: argparse.Namespace) -> None:
+    """Ends as a wrong command line does where options of ``tgate generate`` do not go together."""
+    if args.bundle is None and args.source is None:
+        args.parser.error("the following arguments are required: BUNDLE")
+    if args.json and args.output == Path("-"):
+        args.parser.error("--json and --output - both write to standard output; give one of them")
+
+
+def _plan(parser: argparse.ArgumentParser, *, help: str | None = None) -> None:
+    parser.add_argument("--plan", metavar="NAME|FILE.json", help=help or "the bundle's, or a file")
 
 
 def _size(parser: argparse.ArgumentParser, *, help: str = "one of the bundle's; its first if left out") -> None:

@@ -7,11 +7,14 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError, shown
 from tgate_engine.manifest import MANIFEST_FILE
+
+if TYPE_CHECKING:
+    from tgate_runtime.engines.protocol import Engine
 
 Show = Callable[[], None]
 """Prints a command's results on stdout, once the reporter has let go of the terminal."""
@@ -46,6 +49,28 @@ def bundle_place(args: argparse.Namespace) -> Path:
     if not (place / MANIFEST_FILE).exists():
         Bundle.open(place)  # which says what is missing
     return place
+
+
+def asked_engine(args: argparse.Namespace) -> Engine:
+    """The engine that the command line asks for. Asked for before a bundle is opened, which reads all of it."""
+    from tgate_runtime.engines import open_engine
+
+    return open_engine(
+        args.engine,
+        threads=args.threads,
+        device=args.device,
+        architecture=args.architecture,
+        precision=args.precision,
+        memory=args.memory,
+    )
+
+
+def engine_advice(args: argparse.Namespace) -> str:
+    """What brings all that running on the engine of the command line takes: the extra that has its name, but for ORT's.
+
+    No table is asked, since importing the run time may be what fails.
+    """
+    return ADVICE.format(args.engine.removeprefix("ort-"))
 
 
 def print_lines(lines: Iterable[object]) -> None:

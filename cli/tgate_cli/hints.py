@@ -57,6 +57,8 @@ def hint(unknown: Sequence[str], *, known: Collection[str], exports: bool) -> st
 
     ``known``: the options that the command has. ``exports``: whether it makes graphs.
     """
+    if "--prompts-file" in known and not any(text.startswith("-") for text in unknown):
+        return "put the prompt in quotation marks, and several after --prompt each"
     table = _AT_EXPORT if exports else _AT_RUN_TIME
     names = [text.partition("=")[0].replace("_", "-") for text in unknown if text.startswith("--")]
     return "; ".join(dict.fromkeys(text for name in names if (text := table.get(name) or _near(name, known))))

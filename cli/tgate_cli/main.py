@@ -19,9 +19,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 from tgate_cli import export_commands, run_commands
-from tgate_cli.arguments import FAILED, export_parser, tgate_parser
+from tgate_cli.arguments import FAILED, check_generate, export_parser, tgate_parser
 from tgate_cli.command import LONGEST, Show
 from tgate_cli.display import reporter
+from tgate_cli.generate import generate
 from tgate_cli.signals import Signals
 from tgate_engine.errors import TgateError, shown
 from tgate_engine.report import Reporter
@@ -29,7 +30,7 @@ from tgate_engine.report import Reporter
 FAULT = 70
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Reporter], Show]] = {
-    "generate": run_commands.generate,
+    "generate": generate,
     "inspect": run_commands.inspect,
     "verify": run_commands.verify,
     "bench": run_commands.bench,
@@ -58,6 +59,8 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
         args.prompt = left.pop(0)
     if left:
         args.parser.unknown(left)
+    if args.command == "generate":
+        check_generate(args)
     return args
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,10 +20,12 @@ from safetensors.numpy import load
 
 from tgate_engine.atomic import write_atomically
 from tgate_engine.errors import RequestError, shown
-from tgate_engine.regular_file import read_regular
+from tgate_engine.plain_files import read_plain
 from tgate_engine.underway import unfinished
 from tgate_runtime.picture import MOST_BYTES as PICTURE_BYTES
 from tgate_runtime.picture import read_picture
+from tgate_runtime.record import Record
+from tgate_runtime.stamps import HOLD, ffmetadata, read_stamp, save_options
 
 FORMATS = {
     ".png": "PNG",
@@ -64,6 +67,11 @@ def output_paths(output: Path, count: int, *, decoded: bool = True, video: bool 
     return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
 
 
+def holds_record(suffix: str) -> bool:
+    """Whether a file of that suffix has room for what it was drawn from."""
+    return FORMATS.get(suffix, suffix.removeprefix(".").upper()) in HOLD
+
+
 @contextmanager
 def new_files(stem: str, suffix: str, count: int) -> Iterator[list[Path]]:
     """``count`` files in the working directory that were not there, ``<stem>-0001<suffix>`` or the next numbers.
@@ -97,24 +105,45 @@ def check_place(path: Path) -> None:
         raise RequestError(f"{path} cannot be written ({error.strerror}); name another place") from None
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Write ``image`` in the format of the path's suffix."""
-    content = io.BytesIO()
-    image.save(content, FORMATS[path.suffix.lower()])
-    write_atomically(path, content.getvalue())
+def save_picture(image: Image.Image, path: Path, record: Record | None = None) -> None:
+    """Write ``image`` in the format of the path's suffix, and in it what it was drawn from, where the format has room
+    for that (:data:`~tgate_runtime.stamps.HOLD`)."""
+    write_atomically(path, picture_bytes(image, path.suffix, record))
 
 
-def save_video(frames: Sequence[Image.Image], path: Path, *, fps: int) -> None:
-    """Write frames as MP4 (H.264) or GIF, by the path's suffix.
+def picture_bytes(image: Image.Image, suffix: str, record: Record | None = None) -> bytes:
+    """What :func:`save_picture` writes."""
+    content, kind = io.BytesIO(), FORMATS[suffix.lower()]
+    image.save(content, kind, **save_options(record, kind))
+    return content.getvalue()
+
+
+def save_video(frames: Sequence[Image.Image], path: Path, *, fps: int, record: Record | None = None) -> None:
+    """Write frames as MP4 (H.264) or GIF, by the path's suffix, and in it what they were drawn from.
 
     GIF keeps times in hundredths of a second. Raises :class:`RequestError` where MP4 cannot be written.
     """
-    if path.suffix.lower() == ".gif":
+    try:
+        content = video_bytes(frames, path.suffix, fps=fps, record=record)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
+    write_atomically(path, content)
+
+
+def video_bytes(frames: Sequence[Image.Image], suffix: str, *, fps: int, record: Record | None = None) -> bytes:
+    """What :func:`save_video` writes."""
+    if suffix.lower() == ".gif":
         content = io.BytesIO()
-        duration_ms = 10 * round(100 / fps)
-        frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=duration_ms, loop=0)
-        write_atomically(path, content.getvalue())
-        return
+        frames[0].save(
+            content,
+            "GIF",
+            save_all=True,
+            append_images=frames[1:],
+            duration=10 * round(100 / fps),
+            loop=0,
+            **save_options(record, "GIF"),
+        )
+        return content.getvalue()
     with tempfile.TemporaryDirectory() as folder, unfinished(Path(folder)):
         whole = Path(folder) / "video.mp4"
         try:
@@ -125,11 +154,35 @@ def save_video(frames: Sequence[Image.Image], path: Path, *, fps: int) -> None:
             for frame in frames:
                 writer.send(np.ascontiguousarray(frame).tobytes())
             writer.close()
-            content_bytes = whole.read_bytes()
+            return (whole if record is None else _with_comment(whole, record)).read_bytes()
         except (OSError, RuntimeError, ValueError) as error:
             first = str(error).strip().partition("\n")[0]
-            raise RequestError(f"{path}: the video could not be encoded ({first}); write a .gif instead") from None
-    write_atomically(path, content_bytes)
+            raise RequestError(f"the video could not be encoded ({first}); write a .gif instead") from None
+
+
+def _with_comment(video: Path, record: Record) -> Path:
+    """A copy of an MP4 with its record in it. The text comes from a file: an argument of ffmpeg is short, and everybody
+    on the machine can read it. Raises :class:`RuntimeError`."""
+    facts, copy = video.with_name("comment.txt"), video.with_name("commented.mp4")
+    facts.write_text(ffmetadata(record), encoding="utf-8")
+    inputs = ["-i", str(video), "-f", "ffmetadata", "-i", str(facts)]
+    command = [
+        _ffmpeg().get_ffmpeg_exe(),
+        "-v",
+        "error",
+        *inputs,
+        "-map",
+        "0",
+        "-map_metadata",
+        "1",
+        "-c",
+        "copy",
+        copy,
+    ]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return copy
 
 
 def _ffmpeg() -> Any:
@@ -145,12 +198,18 @@ def _ffmpeg() -> Any:
 def load_picture(path: Path) -> Image.Image:
     """The picture of a file, as :func:`~tgate_runtime.picture.as_rgb` makes it. Raises :class:`RequestError` for a file
     that holds none, see :func:`~tgate_runtime.picture.read_picture`."""
-    return read_picture(read_regular(path, PICTURE_BYTES, RequestError), str(path))
+    return read_picture(read_plain(path, PICTURE_BYTES, RequestError), str(path))
+
+
+def load_record(path: Path) -> Record:
+    """What the picture or video of a file was drawn from. Raises :class:`RequestError`, see
+    :func:`~tgate_runtime.stamps.read_stamp`."""
+    return read_stamp(read_plain(path, PICTURE_BYTES, RequestError), str(path))
 
 
 def load_embeddings(path: Path) -> dict[str, NDArray[Any]]:
     """The tensors of a safetensors file. Raises :class:`RequestError` for a file that is none."""
-    content = read_regular(path, TENSOR_BYTES, RequestError)
+    content = read_plain(path, TENSOR_BYTES, RequestError)
     try:
         return load(content)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -161,15 +220,20 @@ def load_embeddings(path: Path) -> dict[str, NDArray[Any]]:
 
 def save_array(array: NDArray[Any], path: Path) -> None:
     """Write ``array`` as .npy."""
+    write_atomically(path, array_bytes(array))
+
+
+def array_bytes(array: NDArray[Any]) -> bytes:
+    """What :func:`save_array` writes."""
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
-    write_atomically(path, content.getvalue())
+    return content.getvalue()
 
 
 def load_array(path: Path) -> NDArray[Any]:
     """The array of a .npy file, in this machine's byte order. Raises :class:`RequestError` for a file that holds none,
     or another number of bytes than its shape says."""
-    content = read_regular(path, TENSOR_BYTES, RequestError)
+    content = read_plain(path, TENSOR_BYTES, RequestError)
     if content.startswith(b"PK"):
         raise RequestError(f"{path} holds several arrays (.npz); save one with numpy.save")
     try:

@@ -6,8 +6,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -20,6 +20,7 @@ from tgate_engine.dtypes import decode as to_float
 from tgate_engine.dtypes import encode
 from tgate_engine.errors import RequestError, shown
 from tgate_engine.graph import DECODE, IMAGE, TEXT
+from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
 from tgate_runtime.conditioning import conditioning_of, from_embeddings, rows_of
 from tgate_runtime.decoder import decode
@@ -28,6 +29,8 @@ from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import check_generator, in_step, noise
 from tgate_runtime.image import encode_image, fit_picture
 from tgate_runtime.names import with_hints
+from tgate_runtime.preview import Colours, Look
+from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given
 from tgate_runtime.request import check_count, check_latents, check_prompts, check_room, scales_of, seeds_of
 from tgate_runtime.runner import StepDone, run
 from tgate_runtime.session import PlanLike, Session
@@ -49,21 +52,39 @@ Row = Mapping[str, NDArray[Any]]
 class Result:
     """``images``: one RGB picture for each image asked for, prompt by prompt; empty where the bundle makes videos
     or has no decoder. ``videos``: likewise, the frames of each. ``latents``: float32 [N, ...], the final latents
-    before decoding. ``seeds``: each image's own, with which it can be drawn alone."""
+    before decoding. ``seeds``: each image's own, with which it can be drawn alone. ``records``: what each was drawn
+    from, for :func:`tgate_runtime.files.save_picture`."""
 
     images: list[Image.Image]
     videos: list[list[Image.Image]]
     latents: NDArray[np.float32]
     seeds: tuple[int, ...]
+    records: tuple[Record, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """``done`` of ``total`` steps of the whole request are taken; ``step`` is the last one."""
+    """``done`` of ``total`` steps of the whole request are taken; ``step`` is the last one, of the request's
+    ``images``. What they look like is worked out when it is asked for, and can be until ``on_step`` returns."""
 
     done: int
     total: int
     step: StepDone
+    images: range
+    plan: Plan
+    look: Look = field(repr=False, compare=False)
+
+    def latents(self) -> NDArray[np.float32]:
+        """The images' latents after the step, float32 [images, ...], a copy."""
+        return self.look.latents()
+
+    def preview(self) -> list[Image.Image]:
+        """Of each image, a small RGB picture, one pixel for each place of the latents: where it is heading, roughly.
+
+        Latents become colours by a linear map, which is fitted at the first preview of a Pipeline, for a few calls of
+        the decoder. Raises :class:`RequestError` for a bundle without a decoder, or one of videos.
+        """
+        return self.look.pictures(self.plan.steps[self.step.index + 1 :])
 
 
 class Pipeline:
@@ -77,6 +98,7 @@ class Pipeline:
         """Draw with an open session, which stays the caller's to close."""
         self.session = session
         self._text = TextEncoder(session) if session.graph(TEXT) else None
+        self._colours = Colours(session)
 
     @staticmethod
     def open(
@@ -130,8 +152,8 @@ class Pipeline:
         text that ends in .json). ``size``: one of the session's, such as ``"832x1216"``; None is its default.
         ``initial_latents``: float32 [N, ...], standard normal noise in place of the seeds', for videos also with
         frames; stochastic samplers still draw their steps' noise from the seeds. ``generator``: what draws the noise,
-        one of :data:`tgate_runtime.generators.GENERATORS`. ``on_step`` is called after each step in the calling thread;
-        an exception from it stops the request and comes out here.
+        one of :data:`tgate_runtime.generators.GENERATORS`. ``on_step`` is called after each step in the calling thread,
+        and may look at the images (:class:`Progress`); an exception from it stops the request and comes out here.
 
         A prompt longer than the tokenizer takes is cut, with a warning in the log ``tgate`` that quotes what
         was cut. Raises :class:`RequestError` for a request that cannot be served, before any step is taken, and
@@ -159,6 +181,7 @@ class Pipeline:
             start = np.stack([drawn(j, 0) for j in range(count)])
         else:
             start = check_latents(initial_latents, (count, *latents_shape))
+        given = digests_of_given(count, image=image, prompt_embeds=prompt_embeds, initial_latents=initial_latents)
         latents = self._denoise(chosen, size, start, rows, scales, drawn, on_step)
         decoder = self.session.graph(DECODE, size)
         decoded = [decode(self.session, decoder, each) for each in latents] if decoder else []
@@ -168,6 +191,7 @@ class Pipeline:
             videos=decoded if video else [],
             latents=latents,
             seeds=seeds,
+            records=self._records(chosen, size, texts, scales, seeds, generator, given),
         )
 
     def close(self) -> None:
@@ -259,6 +283,42 @@ class Pipeline:
             for prompt, negative in texts
         ]
 
+    def _records(
+        self,
+        plan: Plan,
+        size: str,
+        texts: Sequence[tuple[str, str | None]],
+        scales: Sequence[float],
+        seeds: Sequence[int],
+        generator: str,
+        given: Sequence[Mapping[str, str]],
+    ) -> tuple[Record, ...]:
+        """What each image was drawn from."""
+        manifest, number = self.session.manifest, len(seeds) // (len(texts) or 1)
+        each: Sequence[tuple[str | None, str | None]] = texts or [(None, None)]
+        of_image = [text for text in each for _ in range(number)]
+        made, engine = PlanRecord.of(plan), EngineRecord.of(self.session.engine)
+        return tuple(
+            Record(
+                prompt=prompt,
+                negative_prompt=negative if manifest.guided else None,
+                seed=seed,
+                generator=generator,
+                guidance_scale=scale,
+                size=size,
+                plan=made,
+                model=manifest.model,
+                bundle=self._digest,
+                engine=engine,
+                given=digests,
+            )
+            for (prompt, negative), seed, scale, digests in zip(of_image, seeds, scales, given, strict=True)
+        )
+
+    @cached_property
+    def _digest(self) -> str:
+        return bundle_digest(self.session.manifest)
+
     def _denoise(
         self,
         plan: Plan,
@@ -289,7 +349,11 @@ class Pipeline:
                     for step in steps:
                         done += 1
                         if on_step is not None:
-                            on_step(Progress(done=done, total=total, step=step))
+                            own = range(step.rows.start, min(step.rows.stop, count))
+                            look = Look(self._colours, state, own)
+                            seen = range(first + own.start, first + own.stop)
+                            on_step(Progress(done=done, total=total, step=step, images=seen, plan=plan, look=look))
+                            look.over()
                 final[first : first + count] = state.latents()[:count]
                 last = plan.steps[-1].index
                 for j in range(first, first + count):

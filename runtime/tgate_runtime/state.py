@@ -17,6 +17,7 @@ from tgate_engine.errors import RequestError
 from tgate_engine.footprint import buffers
 from tgate_engine.manifest import Shape
 from tgate_engine.plan import Plan, Step
+from tgate_engine.sampler import HISTORY
 from tgate_engine.step import LATENTS, NEXT_LATENTS, NOISE, OUTPUT, STEP, STEP_OUTPUTS, past, step_row
 from tgate_runtime.engines.protocol import Buffer, Call
 from tgate_runtime.finite import check_given
@@ -158,6 +159,17 @@ class State:
             return self._buffers[LATENTS].read()
         array: NDArray[np.float32] = self._view(row, 1)[LATENTS].read()[0]
         return array
+
+    def history(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Copies of what a row's next step i goes on from: x_i, x_{i-1}, … as float32 [4, ...], and e_{i-1}, e_{i-2}, …
+        as float32 [3, ...]. Zeros where there is none yet, or the plan's sampler does not look back so far."""
+        own, image = self._view(row, 1), self._images[row]
+        latents, outputs = (np.zeros((n, *own[LATENTS].shape[1:]), np.float32) for n in (HISTORY + 1, HISTORY))
+        latents[0], outputs[0] = own[LATENTS].read()[0], own[OUTPUT].read()[0]
+        for lag in range(1, image.reach + 1 if image else 1):
+            latents[lag] = own[past(LATENTS, lag)].read()[0]
+            outputs[lag - 1] = own[past(OUTPUT, lag)].read()[0]
+        return latents, outputs
 
     def replace_latents(self, row: int, latents: NDArray[np.float32]) -> None:
         """Put float32 [...] in place of a row's latents; its next step goes on from them."""

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError, RequestError, shown
 from tgate_engine.graph import TEXT, GraphSpec
 from tgate_engine.manifest import Tokenizer
-from tgate_engine.regular_file import read_regular
 from tgate_engine.tokenizer_check import MOST_BYTES, check_tokenizer
 from tgate_runtime.finite import check_computed
 from tgate_runtime.graph_call import GraphCall
 from tgate_runtime.session import Session
 
+log = logging.getLogger("tgate")
+
 MOST_CHARACTERS = 2**15
 """Of a prompt. Models take some hundred tokens of it; this keeps what a prompt can cost below a second."""
+
+_LORA = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>")
+_WEIGHT = re.compile(
+    r"\([^()]*[^()\d\s]\s*:\s*\d?\.\d+\s*\)"  # (green:1.5), and no ratio (of 16:9)
+    r"|\(\([^()]+\)\)"
+    r"|\([^()]+\)(?:\+\+|--|[01]\.\d)"  # (a green star)++, (a green star)1.3
+    r"|(?<![^\W\d_])[^\W\d_]{3,}\+\+"  # star++, and not C++
+    r"|(?:^|[,\n])[ \t]*BREAK[ \t]*(?:[,\n]|$)"
+)
+_SYNTAX = {
+    _WEIGHT: 'the prompt says "%s", which other programs read as a weight; here it is plain text like the rest',
+    _LORA: 'the prompt says "%s", which is plain text here; a LoRA is fused at export: tgate-export --lora FILE:SCALE',
+}
+"""What other programs read as more than words, and nobody writes who does not mean that. Linear in the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +54,11 @@ class EncodedText:
 
 
 class TextEncoder:
-    """The bundle's tokenizers and its text graph. Immutable and thread-safe."""
+    """The bundle's tokenizers and its text graph. Thread-safe.
+
+    The first prompt with weights in other programs' syntax, and the first that names a LoRA, is warned of in the log
+    ``tgate``: both are read as plain text.
+    """
 
     def __init__(self, session: Session) -> None:
         """Load the tokenizers. Raises :class:`BundleError` for a bundle without a text graph, or a file that is no
@@ -48,7 +69,8 @@ class TextEncoder:
         self._graph: GraphSpec = graph
         self._session = session
         specs = session.manifest.tokenizers
-        self._tokenizers = [_load(session.bundle.file(spec.file), spec, graph) for spec in specs]
+        self._tokenizers = [_load(session.bundle, spec, graph) for spec in specs]
+        self._untold = dict(_SYNTAX)
 
     def encode(self, prompt: str) -> EncodedText:
         """Tokenize ``prompt`` (it may be empty) and run the text graph once.
@@ -61,6 +83,7 @@ class TextEncoder:
                 f"the prompt has {len(prompt)} characters, at most {MOST_CHARACTERS} are read, and a model takes "
                 "a few hundred words of them; shorten it"
             )
+        self._tell(prompt)
         specs = self._session.manifest.tokenizers
         tokens = [
             self._tokenize(tokenizer, spec, prompt) for tokenizer, spec in zip(self._tokenizers, specs, strict=True)
@@ -73,6 +96,12 @@ class TextEncoder:
             for name, buffer in encoder.outputs.items():
                 check_computed(tensors[name], f"the text encoder's {name} of this prompt", dtype=buffer.dtype)
         return EncodedText(tensors=tensors, cut=max((cut for _, cut in tokens), key=len, default=""))
+
+    def _tell(self, prompt: str) -> None:
+        """Warn of syntax that means nothing here, once of each kind."""
+        for syntax in list(self._untold):
+            if (found := syntax.search(prompt)) and (says := self._untold.pop(syntax, None)):
+                log.warning(says, shown(found[0].strip(", \n\t")))
 
     @staticmethod
     def _tokenize(tokenizer: tokenizers.Tokenizer, spec: Tokenizer, prompt: str) -> tuple[NDArray[np.int64], str]:
@@ -98,10 +127,10 @@ class TextEncoder:
         return np.array([ids], np.int64), cut
 
 
-def _load(path: Path, spec: Tokenizer, graph: GraphSpec) -> tokenizers.Tokenizer:
+def _load(bundle: Bundle, spec: Tokenizer, graph: GraphSpec) -> tokenizers.Tokenizer:
     """The tokenizer of a bundle's file, checked before the library sees it (:mod:`tgate_engine.tokenizer_check`), and
     that it fills its input of the text graph. Raises :class:`BundleError`."""
-    content = read_regular(path, MOST_BYTES, BundleError)
+    path, content = bundle.file(spec.file), bundle.read(spec.file, MOST_BYTES)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(check_tokenizer(content))
         # The library cuts, at export and here: one rule for what is kept of too long a prompt.

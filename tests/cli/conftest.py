@@ -9,14 +9,23 @@ from pathlib import Path
 import pytest
 
 from tests.cli.running import Run
-from tests.toy_bundle import build
+from tests.toy_bundle import Toy, build
 from tgate_cli import main as cli
+from tgate_export.methods.base import Settings
 
 
 @pytest.fixture(scope="package")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy bundle. Read only."""
     return build(tmp_path_factory.mktemp("cli") / "toy")
+
+
+@pytest.fixture(scope="package")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of two sizes and two gated plans. Read only."""
+    settings = {"default": Settings(steps=8, gate=5, self_interval=2), "early": Settings(steps=8, gate=2)}
+    toy = Toy(sizes=((4, 4), (8, 2)), settings=settings)
+    return build(tmp_path_factory.mktemp("sizes") / "toy", toy, goldens=False)
 
 
 @pytest.fixture

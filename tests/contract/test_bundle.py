@@ -412,7 +412,8 @@ def test_a_bundle_that_may_not_be_written_to_is_one_line(good: Path) -> None:
     """Root may write anywhere, so it becomes somebody else for a moment."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(shutil.copytree(good, Path(folder) / "toy"))
-        Path(folder).chmod(0o755)
+        for path in (Path(folder), *place.rglob("*")):
+            path.chmod(0o755)
         place.chmod(0o555)
         bundle = Bundle.open(place)
         plan = planned(bundle, "new", steps=4, gate=2)

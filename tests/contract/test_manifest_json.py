@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.toy_bundle import edit_manifest
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError, PlanError, TgateError
 from tgate_engine.manifest import MANIFEST_FILE, SCHEMA_VERSION
-from tgate_engine.manifest_json import content_digest, dump_manifest, parse_manifest
+from tgate_engine.manifest_json import bundle_digest, content_digest, dump_manifest, parse_manifest
 
 Path_ = tuple[str | int, ...]
 
@@ -77,6 +78,17 @@ def test_a_manifest_survives_the_round_trip(large: Path) -> None:
     again = parse_manifest(dump_manifest(manifest))
     assert again == manifest
     assert dump_manifest(again) == dump_manifest(manifest)
+
+
+def test_a_bundle_is_known_by_all_of_its_manifest_but_the_plans(large: Path) -> None:
+    manifest = Bundle.open(large).manifest
+    data = json.loads((large / MANIFEST_FILE).read_bytes())
+    del data["plans"], data["digest"]
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    assert bundle_digest(manifest) == hashlib.sha256(canonical).hexdigest()
+    some = dict(list(manifest.plans.items())[1:])
+    assert bundle_digest(replace(manifest, plans=some)) == bundle_digest(manifest)
+    assert bundle_digest(replace(manifest, guidance_rescale=0.5)) != bundle_digest(manifest)
 
 
 def test_it_is_json_that_others_can_read(large: Path) -> None:

@@ -70,6 +70,20 @@ def test_what_is_refused_says_where(read: Any, says: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_what_to_do_is_the_files_own() -> None:
+    """What a bundle says is what a bundle needs; another file's reader says another thing, inside of it too."""
+    for advice in ("export the bundle again", "save it again"):
+        r = Reader({"a": [{}], "b": {"c": {}}}, "here", advice) if "save" in advice else reader(a=[{}], b={"c": {}})
+        for read in (
+            lambda r=r: r.text("x"),
+            lambda r=r: r.items("a", lambda inner: inner.flag("n")),
+            lambda r=r: r.table("b", lambda inner: inner.whole("n")),
+            lambda advice=advice: Reader(1, "here", advice),
+        ):
+            with pytest.raises(BundleError, match=f"; {advice}$"):
+                read()
+
+
 def test_long_values_are_cut_in_errors() -> None:
     with pytest.raises(BundleError) as error:
         reader(a="x" * 10_000).whole("a")

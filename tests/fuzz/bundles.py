@@ -188,7 +188,7 @@ TARGETS = (
     Target(name="plan", run=plan, sound=_plans, mutate=mutate_json),
     Target(name="samplers", run=samplers, sound=file_of(SAMPLERS), mutate=mutate_safetensors, examples=60),
     Target(name="weights", run=weights, sound=file_of(WEIGHTS), mutate=mutate_safetensors),
-    Target(name="golden", run=golden, sound=_goldens, mutate=mutate_safetensors, examples=40),
+    Target(name="golden", run=golden, sound=_goldens, mutate=mutate_safetensors, examples=120),
     Target(name="graph", run=graph, sound=_graph_files, mutate=mutate_graph),
     Target(name="ort", run=partial(on_engine, engine="ort-cpu"), sound=_graph_files, mutate=mutate_graph, endless=True),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import json
@@ -14,6 +15,7 @@ from safetensors.numpy import save
 from tests.contract.test_tokenizer_check import charsmap, clip, t5
 from tests.fuzz.mutations import mutate_json, mutate_picture, mutate_safetensors, with_words
 from tests.fuzz.target import Target, file_of, session, toy, written
+from tests.hostile import relisted
 from tests.toy_model import WORDS
 from tgate_engine.graph import DENOISE
 from tgate_runtime.conditioning import from_embeddings
@@ -32,11 +34,14 @@ def tokenizer(data: bytes) -> None:
 
 
 def _encoder(data: bytes) -> TextEncoder:
-    file = session().bundle.path / session().manifest.tokenizers[0].file
+    opened = copy.copy(session())
+    name = opened.manifest.tokenizers[0].file
+    file = opened.bundle.path / name
     sound = file.read_bytes()
     file.write_bytes(data)
+    opened.bundle = relisted(opened.bundle, name)
     try:
-        return TextEncoder(session())
+        return TextEncoder(opened)
     finally:
         file.write_bytes(sound)
 

@@ -389,5 +389,5 @@ def test_garbage_ends_in_one_line() -> None:
 def test_only_regular_files_are_pictures(tmp_path: Path, kind: str) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     path = {"fifo": tmp_path / "pipe.png", "directory": tmp_path, "zeros": Path("/dev/zero")}[kind]
-    with pytest.raises(RequestError, match="is not a regular file; name one"):
+    with pytest.raises(RequestError, match="is not a plain file"):
         load_picture(path)

@@ -20,6 +20,7 @@ from PIL import Image
 from tests import toy_model
 from tests.toy_bundle import Toy, build, edit_manifest, make_plan, sampler
 from tests.toy_model import LATENTS, LENGTH, TIME_IDS, WORDS
+from tgate_engine import __version__
 from tgate_engine.errors import BundleError, EngineError, PlanError, RequestError
 from tgate_engine.plan import Plan
 from tgate_export.methods.base import Settings
@@ -27,6 +28,7 @@ from tgate_runtime import pipeline
 from tgate_runtime.engines.ort import OrtCpu, OrtExecutable, _OrtCall
 from tgate_runtime.generators import CONDITIONING, in_step, noise
 from tgate_runtime.pipeline import Pipeline, Progress
+from tgate_runtime.record import plan_for
 from tgate_runtime.state import State
 from tgate_runtime.text import EncodedText, TextEncoder
 
@@ -128,6 +130,27 @@ def test_a_picture_from_its_prompt(pipe: Pipeline, seed: int, negative: str | No
     assert np.abs(np.asarray(image) - expected).max() <= 1.01
 
 
+def test_every_image_has_a_record_with_which_it_is_drawn_again(pipe: Pipeline) -> None:
+    asked = ["a red circle", "a blue square"]
+    result = pipe(
+        asked, seed=7, num_images=2, negative_prompt=[None, "small"], guidance_scale=[2, 3, 4, 5], plan="fast"
+    )
+    assert [record.prompt for record in result.records] == [text for text in asked for _ in range(2)]
+    assert [record.negative_prompt for record in result.records] == [None, None, "small", "small"]
+    assert [(record.seed, record.guidance_scale) for record in result.records] == [(7, 2), (8, 3), (9, 4), (10, 5)]
+    for record, latents in zip(result.records, result.latents, strict=True):
+        assert (record.size, record.model, record.plan.name, record.plan.sampler) == ("4x4", "toy", "fast", "toy")
+        assert (record.engine.name, record.version, record.given) == ("ort-cpu", __version__, {})
+        again = pipe(**record.request(), plan=plan_for(record, pipe.session.manifest))
+        assert same(again.latents[0], latents)
+        assert again.records == (record,)
+    start = np.stack([noise(seed, LATENTS) for seed in (1, 2)])
+    given = pipe("a", seed=0, num_images=2, initial_latents=start)
+    alone = pipe("a", seed=1, initial_latents=start[1:])
+    assert given.records[1] == alone.records[0]
+    assert given.records[0].given != alone.records[0].given
+
+
 def test_no_negative_prompt_is_the_empty_one_where_the_model_says_so(tmp_path: Path) -> None:
     with Pipeline.open(build(tmp_path / "toy", Toy(zero_negative=False)), threads=1) as pipe:
         none = pipe(PROMPT, seed=1).latents
@@ -141,8 +164,9 @@ def test_without_guidance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         pipe(PROMPT, seed=1, guidance_scale=1.0)
         with pytest.raises(RequestError, match=r"without guidance and takes no scale above 1, got 3\.0"):
             pipe(PROMPT, guidance_scale=3.0)
-        pipe(PROMPT, seed=1, negative_prompt="blue")
+        (record,) = pipe(PROMPT, seed=1, negative_prompt="blue").records
         assert "the negative prompt is not used" in caplog.text
+        assert (record.negative_prompt, record.guidance_scale) == (None, 3.0)
 
 
 def test_the_same_seed_is_the_same_picture(pipe: Pipeline) -> None:

@@ -13,9 +13,10 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.runtime.pictures import GUIDANCE, Picture, planned
-from tests.toy_bundle import Toy, build
+from tests.toy_bundle import Toy, build, make_plan, sampler
 from tgate_engine.errors import EngineError, PlanError, RequestError
 from tgate_engine.plan import Plan
+from tgate_export.methods.base import Settings
 from tgate_runtime.engines.ort import OrtCpu
 from tgate_runtime.runner import StepDone, advance, run
 from tgate_runtime.session import Session
@@ -336,6 +337,27 @@ def test_history_moves_back_by_one_place_each_step(session: Session) -> None:
             before = latents[-1 - lag] if lag < len(latents) else zeros
             np.testing.assert_array_equal(now[f"latents.{lag}"][0], before)
             np.testing.assert_array_equal(now[f"output.{lag}"][0], outputs[-lag] if lag <= len(outputs) else zeros)
+        for lag, before in enumerate(state.history(0)[0]):
+            np.testing.assert_array_equal(before, latents[-1 - lag] if lag < len(latents) else zeros)
+        for lag, before in enumerate(state.history(0)[1]):
+            np.testing.assert_array_equal(before, outputs[-1 - lag] if lag < len(outputs) else zeros)
+    assert [len(each) for each in state.history(0)] == [4, 3]
+
+
+def test_history_ends_where_the_sampler_does(session: Session, plans: dict[str, Plan]) -> None:
+    """Of one that looks at nothing but what is there, the last output is kept, and no more is read."""
+    own = sampler(3, lag=0)
+    plan = make_plan("short", Settings(steps=3, gate=3), Toy(), session.shapes()[0].graphs, own_sampler=own)
+    state = State(session, plan)
+    assert not any(each.any() for each in state.history(0))
+    Picture(plan, 1).begin(session, state, 0)
+    for _ in plan.steps:
+        advance(state)
+    latents, outputs = state.history(0)
+    np.testing.assert_array_equal(latents[0], state.latents(0))
+    np.testing.assert_array_equal(outputs[0], contents(state)["output"][0])
+    assert not latents[1:].any()
+    assert not outputs[1:].any()
 
 
 def test_latents_are_copies(session: Session, plans: dict[str, Plan]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import shutil
@@ -90,7 +91,8 @@ def with_tokenizer(source: Path, target: Path, tokenizer: Any, **fields: Any) ->
 
     def edit(data: dict[str, Any]) -> None:
         data["tokenizers"][0].update(fields)
-        data["files"]["tokenizer/0.json"]["bytes"] = (target / "tokenizer" / "0.json").stat().st_size
+        content = (target / "tokenizer" / "0.json").read_bytes()
+        data["files"]["tokenizer/0.json"] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
     edit_manifest(target, edit)
     return target
@@ -114,7 +116,7 @@ def test_a_long_prompt_is_cut_by_the_tokenizers_own_rule(toy_path: Path, tmp_pat
     """Whatever special tokens it adds: as many of its words as fit beside them, the same as at export."""
     tokenizer = template(single)
     path = with_tokenizer(toy_path, tmp_path / "toy", tokenizer)
-    with Session.open(path, check_digests=False, plans=[], threads=1) as session:
+    with Session.open(path, plans=[], threads=1) as session:
         encoder = TextEncoder(session)
         special = [token for token in single.split() if token != "$A"]
         room = LENGTH - len(special)
@@ -131,7 +133,7 @@ def test_a_long_prompt_is_cut_by_the_tokenizers_own_rule(toy_path: Path, tmp_pat
 @pytest.mark.parametrize("prompt", ["", "a red circle", LONG, LONG + " nowhere"])
 def test_export_encodes_the_same_ids_ahead_of_time(toy_path: Path, tmp_path: Path, single: str, prompt: str) -> None:
     path = with_tokenizer(toy_path, tmp_path / "toy", template(single))
-    with Session.open(path, check_digests=False, plans=[], threads=1) as session:
+    with Session.open(path, plans=[], threads=1) as session:
         ahead = token_ids(path, session.manifest.tokenizers, prompt)
         for number in range(2):
             assert ahead[f"ids.{number}"].tolist() == [ids(TextEncoder(session), prompt, number)]
@@ -143,7 +145,7 @@ def test_truncation_and_padding_of_the_file_do_not_count(toy_path: Path, tmp_pat
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=50, pad_id=9)
     path = with_tokenizer(toy_path, tmp_path / "toy", tokenizer)
-    with Session.open(path, check_digests=False, plans=[], threads=1) as session:
+    with Session.open(path, plans=[], threads=1) as session:
         row = ids(TextEncoder(session), "a red circle")
     assert row == words("<s>", "a", "red", "circle", "</s>") + [0] * 3
 
@@ -218,7 +220,7 @@ def test_hostile_tokenizers_are_refused_when_they_are_loaded(
     toy_path: Path, tmp_path: Path, change: Any, says: str
 ) -> None:
     path = with_json(toy_path, tmp_path / "toy", change)
-    with Session.open(path, check_digests=False, plans=[], threads=1) as session:
+    with Session.open(path, plans=[], threads=1) as session:
         with pytest.raises(BundleError, match=says) as caught:
             TextEncoder(session)
         assert re.fullmatch(r"\S+/0\.json is not a tokenizer \(.*\); export the bundle again", str(caught.value))
@@ -230,14 +232,14 @@ def test_hostile_tokenizers_are_refused_when_they_are_loaded(
         ({"length": 2}, "puts 2 tokens around a prompt, and 2 fit"),
         ({"length": 9}, r"gives 9 tokens as ids\.0, where the text graph takes int64 \[1, 8\]"),
         ({"pad_id": 12}, "padding is token 12, which it does not have"),
-        ({"pad_id": 2**63}, "padding is token 9223372036854775808"),
+        ({"pad_id": 2**62}, "padding is token 4611686018427387904"),
     ],
 )
 def test_a_manifest_that_does_not_fit_its_tokenizer(
     toy_path: Path, tmp_path: Path, fields: dict[str, int], says: str
 ) -> None:
     path = with_json(toy_path, tmp_path / "toy", lambda _: None, **fields)
-    opened = Session.open(path, check_digests=False, plans=[], threads=1)
+    opened = Session.open(path, plans=[], threads=1)
     with opened as session, pytest.raises(BundleError, match=says):
         TextEncoder(session)
 
@@ -245,7 +247,7 @@ def test_a_manifest_that_does_not_fit_its_tokenizer(
 def test_a_token_beyond_the_embeddings_is_told_by_the_engine(toy_path: Path, tmp_path: Path) -> None:
     """The manifest does not say how many there are; ONNX Runtime looks."""
     path = with_json(toy_path, tmp_path / "toy", lambda d: d["model"]["vocab"].update(far=10**5))
-    with Session.open(path, check_digests=False, plans=[], threads=1) as session:
+    with Session.open(path, plans=[], threads=1) as session:
         encoder = TextEncoder(session)
         encoder.encode("a red circle")
         with pytest.raises(EngineError) as caught:
@@ -310,3 +312,79 @@ def test_many_threads_encode_what_one_does(encoder: TextEncoder) -> None:
     with ThreadPoolExecutor(8) as pool:
         for encoded, expected in zip(pool.map(encoder.encode, prompts), alone, strict=True):
             np.testing.assert_array_equal(encoded.tensors["text"], expected)
+
+
+# --- what other programs read in a prompt -------------------------------------------------------
+
+WEIGHTS = (
+    "a (green:1.5) star",
+    "(a large green star : .8), small",
+    "((green)) star",
+    "a (green star)++",
+    "a (green star)1.3",
+    "a star++",
+    "a star\nBREAK\na circle",
+    "a star, BREAK, a circle",
+)
+PLAIN = (
+    "a (green) star [and] {one} (more)",
+    "a photo (16:9)",
+    "a clock (at 10:30), 3 : 2.5",
+    "(John 3:16.5)",
+    "a book on C++ and Lua--",
+    "a sign that says BREAK",
+    "f((x), (y)), e^(-1.5)",
+    "a <b> tag, <3, a -> b",
+    "(red: 2), (f/2.8)",
+)
+
+
+@pytest.fixture
+def fresh(toy_path: Path) -> Iterator[TextEncoder]:
+    with Session.open(toy_path, plans=[], threads=1) as session:
+        yield TextEncoder(session)
+
+
+@pytest.mark.parametrize("prompt", WEIGHTS)
+def test_weights_of_other_programs_are_told_once(
+    fresh: TextEncoder, caplog: pytest.LogCaptureFixture, prompt: str
+) -> None:
+    for text in (prompt, "plain", prompt, WEIGHTS[0]):
+        fresh.encode(text)
+    (record,) = caplog.records
+    assert (record.levelname, record.name) == ("WARNING", "tgate")
+    quoted = record.getMessage().partition('"')[2].partition('"')[0]
+    assert quoted in prompt
+    assert "which other programs read as a weight" in record.getMessage()
+
+
+def test_a_lora_of_other_programs_is_told_beside_weights(fresh: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    fresh.encode("(green:1.5) star <lora:my style:0.8>, <lora:other:1>")
+    fresh.encode("<lora:other:1>")
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        'the prompt says "(green:1.5)"',
+        'the prompt says "<lora:my style:0.8>"',
+    ]
+    assert "tgate-export --lora" in caplog.text
+
+
+@pytest.mark.parametrize("prompt", PLAIN)
+def test_plain_signs_are_nothing_to_tell(fresh: TextEncoder, caplog: pytest.LogCaptureFixture, prompt: str) -> None:
+    fresh.encode(prompt)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    "part", ["(", "(a", "((", "a", "(a:", "(a:1", "<lora:", ",BREAK", ", ", "(a)+", "1.", "a+", ")"]
+)
+def test_looking_for_them_takes_no_time(fresh: TextEncoder, part: str) -> None:
+    prompt = (part * MOST_CHARACTERS)[:MOST_CHARACTERS]
+    begin = time.process_time()
+    fresh._tell(prompt)
+    assert time.process_time() - begin < 0.2
+
+
+def test_what_is_told_is_shown_and_not_sent(fresh: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    fresh.encode(f"(\x1b[2J{'x' * 500}:1.5)")
+    assert caplog.records[0].getMessage().isprintable()
+    assert len(caplog.records[0].getMessage()) < 200

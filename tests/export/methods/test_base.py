@@ -18,7 +18,7 @@ DEFAULTS = {"k": 5, "w": 2}
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"steps": 0, "gate": 1}, "steps (n) must be from 1 to 10000, got 0"),
+        ({"steps": 0, "gate": 1}, "steps (n) must be from 1 to 1000, got 0"),
         ({"steps": 25, "gate": 30}, "between 1 and the number of steps n = 25, got m = 30"),
         ({"steps": 25, "gate": 0}, "got m = 0"),
         ({"steps": 25, "gate": 5, "self_interval": 0}, "got k = 0"),

@@ -69,7 +69,7 @@ def test_a_plan_is_made_without_what_builds_graphs(mini_bundle: Path) -> None:
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "tgate"])
 def test_a_plan_is_of_the_bundles_own_method(tiny_bundle: Callable[..., Path], method: str) -> None:
-    bundle = tiny_bundle("conv_projection", method=method, batch=(1, 4))
+    bundle = tiny_bundle("conv_projection", method=method, batch=(2, 2))
     plans = add_plan(bundle, name="other", m=4, steps=6, save=False)
     assert plans["other"].settings["method"] == method
     after = "reuse_delta" if method == "guidance_delta" else "reuse_cross"

@@ -316,10 +316,9 @@ def long_graph(path: Path) -> GraphSpec:
     return save(path, nodes, [x], [y], [numpy_helper.from_array(rotated, "w")])
 
 
-def cancelled_and_called_again(engine: Any, folder: Path) -> None:
+def cancelled_and_called_again(engine: Any, load: Callable[[Path, GraphSpec], Any], folder: Path) -> None:
     """A call that is cancelled from another thread fails, long before its end, and may be called again."""
-    spec = long_graph(folder / "long.onnx")
-    executable = engine.load_graph(folder / "long.onnx", spec)
+    executable = load(folder / "long.onnx", long_graph(folder / "long.onnx"))
     x, y = (engine.allocate((LONG_SIDE, LONG_SIDE), "float32") for _ in "xy")
     values = np.random.default_rng(0).standard_normal((LONG_SIDE, LONG_SIDE)).astype(np.float32)
     x.write(values)

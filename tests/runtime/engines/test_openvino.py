@@ -209,4 +209,5 @@ def test_nothing_is_compiled_ahead_of_time(engine: OpenVino, small: Small) -> No
 
 
 def test_a_call_is_cancelled_from_another_thread(tmp_path: Path) -> None:
-    cancelled_and_called_again(OpenVino(EngineOptions(threads=2, precision="f32")), tmp_path)
+    engine = OpenVino(EngineOptions(threads=2, precision="f32"))
+    cancelled_and_called_again(engine, engine.load_graph, tmp_path)

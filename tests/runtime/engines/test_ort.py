@@ -11,8 +11,8 @@ from onnx import helper
 from tests.runtime.engines.small import WEIGHTS, Small, cancelled_and_called_again, one_node, save, tensor
 from tgate_engine.dtypes import decode, encode
 from tgate_engine.errors import EngineError
-from tgate_engine.graph import BATCH
-from tgate_runtime.engines.ort import OrtCpu
+from tgate_engine.graph import BATCH, GraphSpec
+from tgate_runtime.engines.ort import OrtCpu, OrtExecutable
 from tgate_runtime.engines.protocol import EngineOptions
 
 
@@ -78,4 +78,7 @@ def test_weights_are_mapped_from_the_one_file(small: Small) -> None:
 
 
 def test_a_call_is_cancelled_from_another_thread(engine: OrtCpu, tmp_path: Path) -> None:
-    cancelled_and_called_again(engine, tmp_path)
+    def load(path: Path, spec: GraphSpec) -> OrtExecutable:
+        return engine.load_graph(path.read_bytes(), path.parent, spec)
+
+    cancelled_and_called_again(engine, load, tmp_path)

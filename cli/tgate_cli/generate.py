@@ -1,0 +1,337 @@
+"""``tgate generate``: pictures, or videos, into files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tgate_cli.arguments import MOST
+from tgate_cli.command import (
+    RUN_ADVICE,
+    Show,
+    asked_engine,
+    bundle_place,
+    engine_advice,
+    needs,
+    print_json,
+    print_lines,
+)
+from tgate_engine.atomic import write_atomically
+from tgate_engine.bundle import Bundle
+from tgate_engine.errors import RequestError, shown
+from tgate_engine.graph import DECODE
+from tgate_engine.manifest import Manifest, Shape
+from tgate_engine.manifest_json import bundle_digest
+from tgate_engine.plain_files import read_plain
+from tgate_engine.report import Reporter
+
+if TYPE_CHECKING:
+    from tgate_engine.plan import Plan
+    from tgate_runtime.engines.protocol import Engine
+    from tgate_runtime.pipeline import Progress, Result
+    from tgate_runtime.record import Record
+
+STDOUT = Path("-")
+MOST_BYTES = 16 << 20
+"""Of a file of prompts."""
+
+
+def generate(args: argparse.Namespace, report: Reporter) -> Show:
+    """``tgate generate``."""
+    record = None if args.source is None else _record(args.source)
+    texts = _prompts(args)
+    is_named = args.bundle is not None
+    args.bundle = args.bundle if is_named else "mini"
+    place = bundle_place(args)
+    report.stage(f"loading {args.engine}")
+    with needs("drawing", engine_advice(args)):
+        from tgate_runtime import files
+        from tgate_runtime.conditioning import rows_of
+        from tgate_runtime.generators import check_generator
+        from tgate_runtime.pipeline import Pipeline
+        from tgate_runtime.preview import check_previews
+        from tgate_runtime.request import check_room, seeds_of
+
+    request = _request(args, texts, record)
+    check_generator(request["generator"])
+    given = _given(args, record, replaced=bool(texts))
+    if args.save_latents is not None:
+        files.check_place(args.save_latents)
+    if args.preview is not None:
+        files.output_paths(args.preview, 1)
+    engine = asked_engine(args)
+    report.stage(f"opening {args.bundle}")
+    bundle = Bundle.open(place)
+    manifest = bundle.manifest
+    if record is not None and not is_named and record.bundle != bundle_digest(manifest):
+        raise RequestError(
+            f"{args.source} was drawn by another bundle than mini, of {shown(record.model)}: tgate generate --from "
+            f"{args.source} BUNDLE names its directory"
+        )
+    plan = _plan(args, record, manifest)
+    if args.preview is not None:
+        check_previews(manifest)
+    if record is not None:
+        _tell_differences(args.source, record, manifest, plan, engine, given, report)
+    prompts = len(request["prompt"] or ()) or rows_of(given.get("prompt_embeds", {}), manifest) or 1
+    count, shapes = prompts * args.num_images, manifest.shapes_of(request["size"])
+    parts = list(_parts(request, given, args.num_images, count, most=shapes[-1].batch[1]))
+    check_room(max(len(images) for images, _ in parts), shapes[0], manifest.frames)
+    seeds = seeds_of(request["seed"], count)
+    output = _Output(args, manifest, count)
+    results: list[Result] = []
+    options: dict[str, Any] = {"plans": [plan], "sizes": [shapes[0].size], "on_build": report.progress}
+    with Pipeline.open(bundle, engine=engine, **options) as pipe:
+        report.stage("drawing")
+        for images, part in parts:
+            of = "" if len(images) == count else f", images {images.start + 1} to {images.stop} of {count}"
+            on_step = partial(_on_step, args, report, shapes[0], f"steps{of}")
+            own = seeds[images.start : images.stop]
+            result = pipe(**part, seed=own, plan=plan, num_images=args.num_images, on_step=on_step)
+            output.save(result, images)
+            results.append(replace(result, images=[], videos=[]))  # they are written
+    if args.save_latents is not None:
+        files.save_array(np.concatenate([result.latents for result in results]), args.save_latents)
+    if args.metadata and not output.holds_records:
+        report.note(f"{output.suffix} holds no record of what it was drawn from; --json prints it")
+    facts = {
+        "outputs": [str(path) for path in output.paths],
+        "seeds": seeds,
+        "plan": plan.name,
+        "size": shapes[0].size,
+        "latents": None if args.save_latents is None else str(args.save_latents),
+        "records": [record.to_json() for result in results for record in result.records],
+    }
+
+    def show() -> None:
+        if request["seed"] is None:  # they were drawn, and are told even with --quiet
+            print(f"seed {seeds[0]}" if count == 1 else f"seeds {seeds[0]} to {seeds[-1]}", file=sys.stderr)
+        if args.json:
+            print_json(facts)
+        elif output.content is not None:
+            sys.stdout.buffer.write(output.content)
+        else:
+            print_lines(output.paths)
+
+    return show
+
+
+class _Output:
+    """Where results go: files that were named, the next free ones, or standard output."""
+
+    def __init__(self, args: argparse.Namespace, manifest: Manifest, count: int) -> None:
+        """Raises :class:`RequestError` where nothing can be written there."""
+        from tgate_runtime import files
+
+        self.paths: list[Path] = []
+        self.content: bytes | None = None
+        """What goes to standard output."""
+        self._decoded = manifest.graph(DECODE, args.size) is not None
+        self._fps, self._metadata = manifest.fps, args.metadata
+        video = manifest.frames > 1
+        self._video = video
+        usual = ".npy" if not self._decoded else ".mp4" if video else ".png"
+        self._stem = Path(args.bundle).resolve().name
+        self._to_stdout, self._is_named = args.output == STDOUT, args.output not in (None, STDOUT)
+        path = args.output if self._is_named else Path(f"{self._stem}-0001{usual}")
+        self._named = files.output_paths(path, count, decoded=self._decoded, video=video)
+        self.suffix = path.suffix.lower()
+        self.holds_records = files.holds_record(self.suffix)
+        if self._to_stdout and count > 1:
+            raise RequestError(f"--output - writes one result to standard output, asked for are {count}; name a file")
+        if self._to_stdout and sys.stdout.isatty():
+            raise RequestError("--output - writes bytes to standard output, which is a terminal; redirect it")
+
+    def save(self, result: Result, images: range) -> None:
+        """Write the results of a request, which are ``images`` of all."""
+        from tgate_runtime import files
+
+        contents = (self._bytes(result, i) for i in range(len(images)))
+        if self._to_stdout:
+            (self.content,) = contents
+            return
+        named = self._named[images.start : images.stop]
+        with nullcontext(named) if self._is_named else files.new_files(self._stem, self.suffix, len(images)) as paths:
+            for path, content in zip(paths, contents, strict=True):
+                write_atomically(path, content)
+        self.paths += paths
+
+    def _bytes(self, result: Result, i: int) -> bytes:
+        from tgate_runtime import files
+
+        record = result.records[i] if self._metadata else None
+        if not self._decoded:
+            return files.array_bytes(result.latents[i : i + 1])
+        if self._video:
+            return files.video_bytes(result.videos[i], self.suffix, fps=self._fps, record=record)
+        return files.picture_bytes(result.images[i], self.suffix, record)
+
+
+# --- what is asked for --------------------------------------------------------------------------
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """PROMPT, those of --prompt and those of a file, in this order."""
+    texts = [*([] if args.prompt is None else [args.prompt]), *args.prompts]
+    if args.prompts_file is not None:
+        texts += _prompts_of(args.prompts_file)
+    if len(texts) > MOST:
+        raise RequestError(f"got {len(texts)} prompts, at most {MOST} are taken at a time")
+    return texts
+
+
+def _prompts_of(path: Path) -> list[str]:
+    """The lines of a file that are neither empty nor begin with #; ``-`` is standard input."""
+    if path == STDOUT:
+        content = sys.stdin.buffer.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise RequestError(f"standard input holds more than {MOST_BYTES} bytes of prompts")
+    else:
+        content = read_plain(path, MOST_BYTES, RequestError)
+    name = "standard input" if path == STDOUT else str(path)
+    try:
+        lines = [line.strip() for line in content.decode("utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{name} is no text in UTF-8 ({error.reason} at byte {error.start}); save it as that"
+        ) from None
+    texts = [line for line in lines if line and not line.startswith("#")]
+    if not texts:
+        raise RequestError(f"{name} holds no prompts: one a line, and lines that begin with # are comments")
+    return texts
+
+
+def _record(path: Path) -> Record:
+    with needs("reading a picture's record", RUN_ADVICE):
+        from tgate_runtime import files
+    return files.load_record(path)
+
+
+def _request(args: argparse.Namespace, texts: Sequence[str], record: Record | None) -> dict[str, Any]:
+    """The arguments of a Pipeline that the record has, and in their place those of the command line."""
+    request: dict[str, Any] = {"prompt": None, "negative_prompt": None, "seed": None, "size": None}
+    request |= {"generator": "numpy", "guidance_scale": None}
+    if record is not None:
+        request |= record.request()
+        request["prompt"] = None if record.prompt is None else [record.prompt]
+    if args.image is not None or args.prompt_embeds is not None:
+        request |= {"prompt": None, "negative_prompt": None}
+    asked = {name: getattr(args, name) for name in request if name != "prompt"} | {"prompt": list(texts) or None}
+    return request | {name: value for name, value in asked.items() if value is not None}
+
+
+def _given(args: argparse.Namespace, record: Record | None, *, replaced: bool) -> dict[str, Any]:
+    """What the files of the command line hold, by the names of a Pipeline's arguments; of rows for several images, the
+    record's alone. ``replaced``: a prompt comes in place of what conditioned the record's image.
+
+    Raises :class:`RequestError` where the record needs a file that is not there.
+    """
+    from tgate_runtime import files
+    from tgate_runtime.record import rows_with
+
+    given: dict[str, Any] = {}
+    if args.image is not None:
+        given["image"] = files.load_picture(args.image)
+    if args.initial_latents is not None:
+        given["initial_latents"] = files.load_array(args.initial_latents)
+    if args.prompt_embeds is not None:
+        given["prompt_embeds"] = files.load_embeddings(args.prompt_embeds)
+    for name, digest in ({} if record is None else record.given).items():
+        replacement = args.seed is not None if name == "initial_latents" else replaced or given
+        if name not in given and not replacement:
+            raise RequestError(
+                f"{args.source} was drawn from --{name.replace('_', '-')}, of which its record holds the SHA-256 alone "
+                f"({digest[:16]}…); give the same file again"
+            )
+        if name == "initial_latents" and name in given:
+            given[name] = rows_with(digest, {"": given[name]})[""]
+        if name == "prompt_embeds" and name in given:
+            given[name] = rows_with(digest, given[name])
+    return given
+
+
+def _parts(
+    request: Mapping[str, Any], given: Mapping[str, Any], each: int, count: int, *, most: int
+) -> Iterator[tuple[range, dict[str, Any]]]:
+    """Which images, and the arguments that draw them, for as many prompts as fill a call of ``most`` images: what is
+    drawn is written before the next begins. ``each``: images of a prompt."""
+    common = {name: value for name, value in request.items() if name not in ("prompt", "seed")}
+    prompts = request["prompt"]
+    if prompts is None:
+        yield range(count), {**common, **given}
+        return
+    step = max(1, most // each)
+    for first in range(0, len(prompts), step):
+        images = range(first * each, min((first + step) * each, count))
+        part = {**common, **given, "prompt": prompts[first : first + step]}
+        if "initial_latents" in given and count > len(images):
+            part["initial_latents"] = given["initial_latents"][images.start : images.stop]
+        yield images, part
+
+
+# --- drawn again --------------------------------------------------------------------------------
+
+
+def _plan(args: argparse.Namespace, record: Record | None, manifest: Manifest) -> Plan:
+    """The plan that is meant: --plan, the record's, or the default. Raises :class:`RequestError` where the bundle has
+    not the record's."""
+    from tgate_runtime.record import plan_for
+    from tgate_runtime.session import plan_of
+
+    if record is None:
+        return plan_of(manifest, args.plan or "default")
+    return plan_for(record, manifest) if args.plan is None else plan_of(manifest, args.plan)
+
+
+def _tell_differences(
+    source: Path,
+    record: Record,
+    manifest: Manifest,
+    plan: Plan,
+    engine: Engine,
+    given: Mapping[str, Any],
+    report: Reporter,
+) -> None:
+    """Warn, in one line, of what is not as it was."""
+    from tgate_engine import __version__
+    from tgate_runtime.record import EngineRecord, PlanRecord, digests_of_given
+
+    (digests,) = digests_of_given(1, **given)
+    now = replace(
+        record,
+        plan=PlanRecord.of(plan),
+        model=manifest.model,
+        bundle=bundle_digest(manifest),
+        engine=EngineRecord.of(engine),
+        version=__version__,
+        given=digests,
+    )
+    if differences := record.differences(now):
+        report.warn(f"this is not how {source} was drawn: {'; '.join(differences)}")
+
+
+# --- while it is drawn --------------------------------------------------------------------------
+
+
+def _on_step(args: argparse.Namespace, report: Reporter, shape: Shape, text: str, progress: Progress) -> None:
+    """Tells a step; at every --preview-every writes its images side by side, as large as they will be."""
+    report.progress(progress.done, progress.total, text)
+    if args.preview is None or progress.done % args.preview_every:
+        return
+    from PIL import Image
+
+    from tgate_runtime import files
+
+    pictures = progress.preview()
+    strip = Image.new("RGB", (shape.width * len(pictures), shape.height))
+    for i, picture in enumerate(pictures):
+        strip.paste(picture.resize((shape.width, shape.height), Image.Resampling.BICUBIC), (shape.width * i, 0))
+    files.save_picture(strip, args.preview)

@@ -57,15 +57,15 @@ def manifest(text: bytes) -> None:
 
 
 @functools.cache
-def _resigned() -> Path:
-    """A copy of the toy, file by file a link to the same bytes, whose manifest is another."""
-    build(workspace() / "resigned")
-    return workspace() / "resigned"
+def _copy(name: str) -> Bundle:
+    """Another toy like the first, of which some files are exchanged: each user has its own."""
+    return Bundle.open(build(workspace() / name))
 
 
 def _opened(text: bytes) -> Bundle:
-    (_resigned() / MANIFEST_FILE).write_bytes(signed(text))
-    return Bundle.open(_resigned(), check_digests=False)
+    folder = _copy("resigned").path
+    (folder / MANIFEST_FILE).write_bytes(signed(text))
+    return Bundle.open(folder, check_digests=False)
 
 
 def bundle(text: bytes) -> None:
@@ -114,8 +114,8 @@ def golden(data: bytes) -> None:
     wanted = b"latents.0" in data
     name = next(n for n, each in toy().manifest.goldens.items() if (each.plan is not None) == wanted)
     file = toy().manifest.goldens[name].file
-    (_exchanged().path / file).write_bytes(data)
-    hostile = relisted(_exchanged(), file)
+    (_copy("replayed").path / file).write_bytes(data)
+    hostile = relisted(_copy("replayed"), file)
     goldens = {name: hostile.manifest.goldens[name]}
     hostile = replace(hostile, manifest=replace(hostile.manifest, goldens=goldens))
     for checked in verify(hostile, threads=1):
@@ -134,8 +134,8 @@ def _checked(data: bytes) -> tuple[Bundle, GraphSpec]:
     specs = toy().manifest.shapes[0].graphs
     named = (spec for spec in specs.values() if _field(Path(spec.file).stem) in data)
     spec = next(named, specs["full"])
-    (_exchanged().path / spec.file).write_bytes(data)
-    bundle = relisted(_exchanged(), spec.file)
+    (_copy("exchanged").path / spec.file).write_bytes(data)
+    bundle = relisted(_copy("exchanged"), spec.file)
     read_graphs(bundle, [spec])
     return bundle, spec
 
@@ -143,11 +143,6 @@ def _checked(data: bytes) -> tuple[Bundle, GraphSpec]:
 def _field(name: str) -> bytes:
     """The name of a graph, as protobuf writes it."""
     return bytes([0x12, len(name)]) + name.encode()
-
-
-@functools.cache
-def _exchanged() -> Bundle:
-    return Bundle.open(build(workspace() / "exchanged"))
 
 
 def _graphs() -> Mapping[str, GraphSpec]:
@@ -183,7 +178,7 @@ TARGETS = (
     Target(name="plan", run=plan, sound=_plans, mutate=mutate_json),
     Target(name="samplers", run=samplers, sound=file_of(SAMPLERS), mutate=mutate_safetensors, examples=60),
     Target(name="weights", run=weights, sound=file_of(WEIGHTS), mutate=mutate_safetensors),
-    Target(name="golden", run=golden, sound=_goldens, mutate=mutate_safetensors, examples=120),
+    Target(name="golden", run=golden, sound=_goldens, mutate=mutate_safetensors, examples=40),
     Target(name="graph", run=graph, sound=_graph_files, mutate=mutate_graph),
     Target(name="ort", run=partial(on_engine, engine="ort-cpu"), sound=_graph_files, mutate=mutate_graph, endless=True),
 )

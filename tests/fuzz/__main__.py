@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from tests.fuzz.board import Board
 from tests.fuzz.child import Child, how_it_ended
 from tests.fuzz.inputs import inputs
-from tests.fuzz.judging import FAULT, ROOT, SECONDS
+from tests.fuzz.judging import FAULT, PATIENCE, ROOT, SECONDS
 from tests.fuzz.target import CORPUS, Target
 from tests.fuzz.targets import every_target
 
@@ -147,7 +147,7 @@ def _watch(run: Run, folder: Path, seconds: float) -> None:
                 time.sleep(0.2)
                 if board.begun != begun:
                     begun, since = board.begun, time.monotonic()
-                elif time.monotonic() - since > 2 * SECONDS:
+                elif time.monotonic() - since > 2 * PATIENCE * SECONDS:
                     break
         finally:
             process.kill()

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from tests.fuzz.judging import ENDLESS, FAULT, SECONDS, Outcome, bounded_memory, judge
+from tests.fuzz.judging import ENDLESS, FAULT, PATIENCE, SECONDS, Outcome, bounded_memory, judge
 
 if TYPE_CHECKING:  # the child imports what it is to run, and no more
     from tests.fuzz.target import Target
@@ -27,7 +27,8 @@ class Child:
     """Judges inputs one after the other, and is started again when an input ends it. One thread at a time."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
-        """``seconds``: what one input may take; where the child cannot tell, it is ended after twice that."""
+        """``seconds``: what one input may take. A child that does not tell is ended after twice what it may by the
+        clock."""
         self._seconds = seconds
         self._process: multiprocessing.process.BaseProcess | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="tgate-fuzz-"))
@@ -40,7 +41,7 @@ class Child:
         if target.name not in self._warm:
             self._warm.add(target.name)
             self._ask(target, target.sound()[0], _START_S)
-        return self._ask(target, data, 2 * self._seconds)
+        return self._ask(target, data, 2 * PATIENCE * self._seconds)
 
     def __enter__(self) -> Child:
         return self

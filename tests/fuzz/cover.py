@@ -31,7 +31,8 @@ def main(name: str, folder: Path, seconds: str) -> None:
     board, places = Board(folder / "board"), set[str]()
     tempfile.tempdir = str(folder)
     sound = target.sound()
-    target.run(sound[0])
+    for data in sound:  # libraries import much when they are first asked
+        target.run(data)
 
     def once(data: bytes) -> None:
         board.begin(data)

@@ -17,7 +17,9 @@ ACCEPTED, REFUSED, ENDLESS, FAULT = "accepted", "refused", "endless", "fault"
 LONGEST = 1000
 """Characters of a refusal; what strangers wrote is quoted in part."""
 SECONDS = 10
-"""What one input may take. A slow machine that is busy with other things takes a second for the slowest."""
+"""What one input may take of the processor."""
+PATIENCE = 6
+"""How much longer it may take by the clock: the machine may be busy with other things."""
 MEMORY_BYTES = 3 << 30
 """What one input may take beyond what the process has."""
 
@@ -75,20 +77,26 @@ def _place(error: BaseException) -> str:
     return f"{type(error).__name__} in {where}"
 
 
+_TIMERS = {signal.ITIMER_PROF: signal.SIGPROF, signal.ITIMER_REAL: signal.SIGALRM}
+
+
 @contextmanager
 def _stopped_after(seconds: float) -> Iterator[None]:
-    """Raises :class:`TooLong` in Python code that runs longer."""
+    """Raises :class:`TooLong` in Python code that takes more of the processor, or far more by the clock."""
 
     def late(*_: object) -> None:
         raise TooLong(f"more than {seconds:g} seconds")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = {number: signal.signal(number, late) for number in _TIMERS.values()}
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for timer in _TIMERS:
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _held_bytes() -> int:

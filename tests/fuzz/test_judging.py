@@ -74,6 +74,10 @@ def never_ends(_data: bytes) -> None:
         pass
 
 
+def waits(_data: bytes) -> None:
+    time.sleep(60)
+
+
 def swallows_what_stops_it(_data: bytes) -> None:
     try:
         never_ends(b"")
@@ -94,6 +98,7 @@ def swallows_what_stops_it(_data: bytes) -> None:
         (hides_that, "were asked for"),
         (wrong_answer, "AssertionError"),
         (never_ends, "more than 0.2 seconds"),
+        (waits, "more than 0.2 seconds"),
         (swallows_what_stops_it, "more than 0.2 seconds"),
     ],
 )
@@ -134,7 +139,8 @@ def ends(data: bytes) -> None:
         case b"e":
             os._exit(3)
         case b"n":
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])  # as a library that does not come back
+            # As a library that does not come back.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM, signal.SIGPROF])
             never_ends(data)
         case b"m":
             bytearray(16 << 30)
@@ -159,7 +165,7 @@ def test_a_child_tells_how_it_ended_and_goes_on(capfd: pytest.CaptureFixture[str
 
 def test_a_child_that_does_not_come_back_is_ended() -> None:
     target = Target(name="endless", run=ends, sound=sound, mutate=mutate_bytes, endless=True)
-    with Child(seconds=0.3) as child:
+    with Child(seconds=0.1) as child:
         assert child.judge(replace(target, endless=False), b"n").place == "no answer"
         assert child.judge(target, b"n").kind == ENDLESS
 

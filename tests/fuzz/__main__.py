@@ -23,14 +23,16 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzz.board import Board
-from tests.fuzz.child import Child, how_it_ended
+from tests.fuzz.child import NO_ANSWER, Child, how_it_ended
 from tests.fuzz.inputs import inputs
-from tests.fuzz.judging import FAULT, PATIENCE, ROOT, SECONDS
+from tests.fuzz.judging import ENDLESS, FAULT, PATIENCE, ROOT, SECONDS
 from tests.fuzz.target import CORPUS, Target
 from tests.fuzz.targets import every_target
 
 FOUND = ROOT / ".cache" / "fuzz"
 _START_S = 120
+_MOST_FOUND = 300
+"""Files to go on from, the smallest ones: each of them is read first."""
 _MOST_KEPT = 5
 """Of the inputs that end a process, of which nothing tells whether two are one fault."""
 
@@ -115,10 +117,11 @@ def with_hypothesis(run: Run, seconds: float) -> None:
 def with_atheris(run: Run, seconds: float) -> None:
     """Inputs that are led by what they reach. A process that ends in one, or does not come back from it, is started
     again."""
-    end = time.monotonic() + seconds
     found = FOUND / run.target.name
     found.mkdir(exist_ok=True, parents=True)
-    while (left := end - time.monotonic()) > 1:
+    for path in sorted(found.iterdir(), key=lambda each: each.stat().st_size)[_MOST_FOUND:]:
+        path.unlink()
+    while run.seconds < seconds - 1:
         folder = Path(tempfile.mkdtemp(prefix="tgate-fuzz-"))
         try:
             for name in ("seeds", "faults"):
@@ -126,9 +129,7 @@ def with_atheris(run: Run, seconds: float) -> None:
             (folder / "found").symlink_to(found)
             for number, data in enumerate(run.target.seeds()):
                 (folder / "seeds" / str(number)).write_bytes(data)
-            began = time.monotonic()
-            _watch(run, folder, left)
-            run.seconds += time.monotonic() - began
+            _watch(run, folder, seconds - run.seconds)
             for path in sorted((folder / "faults").glob("*.txt")):
                 place, _, says = path.read_text().partition("\t")
                 run.keep(path.with_suffix("").read_bytes(), place, says)
@@ -137,32 +138,41 @@ def with_atheris(run: Run, seconds: float) -> None:
 
 
 def _watch(run: Run, folder: Path, seconds: float) -> None:
+    """One process, for so many seconds from its first input on, or until an input ends it."""
     board = Board(folder / "board")
     with (folder / "log").open("wb") as log:
-        command = [sys.executable, "-m", "tests.fuzz.cover", run.target.name, str(folder), str(int(seconds))]
+        command = [sys.executable, "-m", "tests.fuzz.cover", run.target.name, str(folder)]
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         try:
-            begun, since = 0, time.monotonic() + _START_S
-            while process.poll() is None:
-                time.sleep(0.2)
-                if board.begun != begun:
-                    begun, since = board.begun, time.monotonic()
-                elif time.monotonic() - since > 2 * PATIENCE * SECONDS:
-                    break
+            ended, took = _ended(process, board, seconds)
+            run.seconds += took
         finally:
             process.kill()
-            code = process.wait()
+            process.wait()
     run.counts.update(board.counts)
-    if code == 0:
-        return
     if not board.begun:
         sys.exit((folder / "log").read_text(errors="replace")[-2000:])
-    ended = "no answer" if code == -9 else how_it_ended(code)
-    if ended == "no answer" and run.target.endless:
-        run.counts["endless"] += 1
-        return
-    run.counts[FAULT] += 1
-    run.keep(board.current, ended, (folder / "log").read_text(errors="replace")[-300:])
+    if ended == NO_ANSWER and run.target.endless:
+        run.counts[ENDLESS] += 1
+    elif ended:
+        run.counts[FAULT] += 1
+        run.keep(board.current, ended, (folder / "log").read_text(errors="replace")[-300:])
+
+
+def _ended(process: subprocess.Popen[bytes], board: Board, seconds: float) -> tuple[str, float]:
+    """How a process ended, or that it does not go on; empty where its time is over. And how many seconds it read."""
+    begun, since, first = 0, time.monotonic(), 0.0
+    now = since
+    while process.poll() is None:
+        time.sleep(0.2)
+        now = time.monotonic()
+        if board.begun != begun:
+            begun, since, first = board.begun, now, first or now
+        if first and now - first > seconds:
+            return "", now - first
+        if now - since > (2 * PATIENCE * SECONDS if first else _START_S):
+            return NO_ANSWER, now - (first or now)
+    return how_it_ended(process.returncode), now - (first or now)
 
 
 if __name__ == "__main__":

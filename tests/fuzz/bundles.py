@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.fuzz.graph_mutations import mutate_graph
 from tests.fuzz.mutations import mutate_json, mutate_safetensors
-from tests.fuzz.target import Target, file_of, session, toy, workspace, written
+from tests.fuzz.target import Target, drawing, file_of, toy, workspace, written
 from tests.hostile import relisted
 from tests.toy_bundle import SAMPLERS, WEIGHTS, build
 from tgate_cli import views
@@ -88,12 +88,7 @@ def plan(data: bytes) -> None:
     path = written("plan.json", data)
     read = Plan.load(path)
     assert Plan.from_json(json.loads(json.dumps(read.to_json()))) == read
-    assert np.isfinite(_pipeline()("a red circle", seed=1, plan=path).latents).all()
-
-
-@functools.cache
-def _pipeline() -> Pipeline:
-    return Pipeline(session())
+    assert np.isfinite(drawing()("a red circle", seed=1, plan=path).latents).all()
 
 
 def _plans() -> Sequence[bytes]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the child imports what it is to run, and no more
 
 _START_S = 120
 """What importing everything, and making what is sound, may take on a machine that is busy."""
+NO_ANSWER = "no answer"
 _SPAWN = multiprocessing.get_context("spawn")  # a fork would have the locks of the parent's threads
 
 
@@ -63,7 +64,7 @@ class Child:
             self._ours.send((target.run, data, self._seconds, target.endless))
             if not self._ours.poll(seconds):
                 self._end()
-                return Outcome(ENDLESS if target.endless else FAULT, f"no answer in {seconds:g} seconds", "no answer")
+                return Outcome(ENDLESS if target.endless else FAULT, f"no answer in {seconds:g} seconds", NO_ANSWER)
             found: Outcome = self._ours.recv()
             return found
         except (EOFError, OSError):

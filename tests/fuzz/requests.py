@@ -6,21 +6,27 @@ import copy
 import functools
 import io
 import json
+import struct
 from collections.abc import Sequence
+from random import Random
 
 import numpy as np
 from PIL import Image
 from safetensors.numpy import save
 
 from tests.contract.test_tokenizer_check import charsmap, clip, t5
+from tests.fuzz.judging import LONGEST
 from tests.fuzz.mutations import mutate_json, mutate_picture, mutate_safetensors, with_words
-from tests.fuzz.target import Target, file_of, session, toy, written
+from tests.fuzz.target import Target, drawing, file_of, session, toy, written
 from tests.hostile import relisted
 from tests.toy_model import WORDS
+from tgate_engine.errors import shown
 from tgate_engine.graph import DENOISE
 from tgate_runtime.conditioning import from_embeddings
-from tgate_runtime.files import load_array, load_embeddings
+from tgate_runtime.files import load_array, load_embeddings, picture_bytes, video_bytes
 from tgate_runtime.picture import MOST_PIXELS, read_picture
+from tgate_runtime.record import PlanRecord, Record, parse_record, plan_for
+from tgate_runtime.stamps import comment, read_stamp
 from tgate_runtime.text import TextEncoder
 
 PROMPTS = ("", "a red circle", "  A  RED\t</s> <|endoftext|> ", "x" * 300, "ﷺ½ é e\u0301 🏳️‍🌈\0\x1b[2J" * 20)
@@ -104,6 +110,38 @@ def _pictures() -> Sequence[bytes]:
     return files
 
 
+def record(data: bytes) -> None:
+    """What a picture says that it was drawn from is drawn, and says the same of itself in every file."""
+    said = parse_record(data, "it") if data.startswith(b"{") else read_stamp(data, "it")
+    plan = plan_for(said, session().manifest)
+    drawn = drawing()(**said.request(), plan=plan)
+    own = drawn.records[0]
+    assert (own.request(), own.plan) == (said.request(), PlanRecord.of(plan))
+    assert all(shown(line, LONGEST) == line for line in said.differences(own))
+    assert all(read_stamp(file, "it") == own for file in _stamped(drawn.images[0], own))
+
+
+def _stamped(image: Image.Image, own: Record) -> list[bytes]:
+    pictures = [picture_bytes(image, suffix, own) for suffix in (".png", ".webp", ".tif")]
+    return [*pictures, video_bytes([image], ".gif", fps=1, record=own)]
+
+
+def _records() -> Sequence[bytes]:
+    """As JSON, and in files of every kind; an MP4's boxes alone."""
+    drawn = drawing()("a red circle", negative_prompt="blue", seed=1)
+    own, image = drawn.records[0], drawn.images[0]
+    atoms = struct.pack(">II", 1, 0) + comment(own).encode()
+    for kind in (b"data", b"\xa9cmt", b"ilst", b"meta", b"udta", b"moov"):
+        atoms = struct.pack(">I4s", 8 + len(atoms), kind) + atoms
+        atoms = b"\0" * 4 + atoms if kind == b"ilst" else atoms
+    mp4 = struct.pack(">I4s", 8, b"ftyp") + atoms
+    return [json.dumps(own.to_json()).encode(), picture_bytes(image, ".jpg", own), *_stamped(image, own), mp4]
+
+
+def mutate_record(data: bytes, rng: Random) -> bytes:
+    return (mutate_json if data.startswith(b"{") else mutate_picture)(data, rng)
+
+
 def array(data: bytes) -> None:
     values = load_array(written("latents.npy", data))
     assert values.dtype.isnative
@@ -144,6 +182,7 @@ TARGETS = (
     Target(name="tokenizer", run=tokenizer, sound=_tokenizers, mutate=mutate_json, examples=60),
     Target(name="prompt", run=prompt, sound=_prompts, mutate=with_words(*WORDS, *_TEXT_WORDS)),
     Target(name="picture", run=picture, sound=_pictures, mutate=mutate_picture, examples=200),
+    Target(name="record", run=record, sound=_records, mutate=mutate_record),
     Target(name="array", run=array, sound=_arrays, mutate=with_words(*_NPY_WORDS), examples=200),
     Target(name="embeddings", run=embeddings, sound=_embeddings, mutate=mutate_safetensors),
 )

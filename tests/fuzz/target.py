@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.fuzz.mutations import Mutator
 from tests.toy_bundle import build
 from tgate_engine.bundle import Bundle
+from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.session import Session
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -60,6 +61,11 @@ def toy() -> Bundle:
 @functools.cache
 def session() -> Session:
     return Session.open(toy(), threads=1)
+
+
+@functools.cache
+def drawing() -> Pipeline:
+    return Pipeline(session())
 
 
 def written(name: str, data: bytes) -> Path:

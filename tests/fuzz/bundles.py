@@ -114,8 +114,8 @@ def golden(data: bytes) -> None:
     wanted = b"latents.0" in data
     name = next(n for n, each in toy().manifest.goldens.items() if (each.plan is not None) == wanted)
     file = toy().manifest.goldens[name].file
-    (_exchanged().path / file).write_bytes(data)
-    hostile = relisted(_exchanged(), file)
+    (_own("goldens").path / file).write_bytes(data)
+    hostile = relisted(_own("goldens"), file)
     goldens = {name: hostile.manifest.goldens[name]}
     hostile = replace(hostile, manifest=replace(hostile.manifest, goldens=goldens))
     for checked in verify(hostile, threads=1):
@@ -134,8 +134,8 @@ def _checked(data: bytes) -> tuple[Bundle, GraphSpec]:
     specs = toy().manifest.shapes[0].graphs
     named = (spec for spec in specs.values() if _field(Path(spec.file).stem) in data)
     spec = next(named, specs["full"])
-    (_exchanged().path / spec.file).write_bytes(data)
-    bundle = relisted(_exchanged(), spec.file)
+    (_own("graphs").path / spec.file).write_bytes(data)
+    bundle = relisted(_own("graphs"), spec.file)
     read_graphs(bundle, [spec])
     return bundle, spec
 
@@ -146,8 +146,9 @@ def _field(name: str) -> bytes:
 
 
 @functools.cache
-def _exchanged() -> Bundle:
-    return Bundle.open(build(workspace() / "exchanged"))
+def _own(name: str) -> Bundle:
+    """A toy of a target's own, in which its files stay exchanged."""
+    return Bundle.open(build(workspace() / name))
 
 
 def _graphs() -> Mapping[str, GraphSpec]:
@@ -183,7 +184,7 @@ TARGETS = (
     Target(name="plan", run=plan, sound=_plans, mutate=mutate_json),
     Target(name="samplers", run=samplers, sound=file_of(SAMPLERS), mutate=mutate_safetensors, examples=60),
     Target(name="weights", run=weights, sound=file_of(WEIGHTS), mutate=mutate_safetensors),
-    Target(name="golden", run=golden, sound=_goldens, mutate=mutate_safetensors, examples=120),
+    Target(name="golden", run=golden, sound=_goldens, mutate=mutate_safetensors, examples=60),
     Target(name="graph", run=graph, sound=_graph_files, mutate=mutate_graph),
     Target(name="ort", run=partial(on_engine, engine="ort-cpu"), sound=_graph_files, mutate=mutate_graph, endless=True),
 )

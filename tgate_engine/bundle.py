@@ -12,13 +12,13 @@ from io import BufferedReader
 from pathlib import Path
 
 from tgate_engine.atomic import is_half_written, locked, write_atomically
-from tgate_engine.errors import BundleError, PlanError
+from tgate_engine.errors import BundleError, PlanError, shown
 from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import MANIFEST_FILE, FileDigest, Manifest
 from tgate_engine.manifest_json import MOST_BYTES, dump_manifest, parse_manifest
 from tgate_engine.plain_files import FileState, open_inside, read_most, state_of
 from tgate_engine.plan import Plan
-from tgate_engine.reader import check_name
+from tgate_engine.reader import MOST_LETTERS, check_name, is_word
 
 MOST_READ_BYTES = 1 << 31
 """How much of a file :meth:`Bundle.read` takes into memory; goldens of long videos hold hundreds of megabytes."""
@@ -207,6 +207,10 @@ class Bundle:
 
     def _check_plans(self, plans: Mapping[str, Plan]) -> None:
         for name, plan in plans.items():
+            if not is_word(name):
+                raise PlanError(
+                    f"a plan's name is 1 to {MOST_LETTERS} printable characters, got '{shown(name)}'; take another"
+                )
             if plan.name != name:
                 raise PlanError(f"plan {plan.name!r} is listed as {name!r}. Make it again with `tgate plan`.")
             for shape in self.manifest.shapes:

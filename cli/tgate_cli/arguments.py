@@ -17,6 +17,7 @@ from tgate_cli.command import LONGEST
 from tgate_cli.hints import hint
 from tgate_engine import __version__
 from tgate_engine.errors import TgateError, shown
+from tgate_engine.reader import MOST_LETTERS, is_word
 
 FAILED, USAGE = 1, 2
 
@@ -159,7 +160,7 @@ def tgate_parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=_count, metavar="N", help="the default plan's if left out, as the next two")
     p.add_argument("--sampler", metavar="NAME")
     _method(p)
-    p.add_argument("--force", action="store_true", help="replace a plan of that name")
+    p.add_argument("--force", action="store_true", help="replace a plan of that name, or the file of --output")
     _json(p)
     p.add_argument(
         "--output", type=_plan_file, metavar="FILE.json", help="write the plan to a file, and leave the bundle as it is"
@@ -320,6 +321,10 @@ def _size_name(text: str) -> str:
 def _name(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("a plan's name cannot be empty")
+    if not is_word(text):
+        raise argparse.ArgumentTypeError(
+            f"a plan's name is at most {MOST_LETTERS} characters, all of them printable, got '{shown(text)}'"
+        )
     return text
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tgate_cli.command import EXPORT_ADVICE, RUN_ADVICE, Show, bundle_place, nee
 from tgate_engine.atomic import check_target, write_atomically
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError, ExportError
+from tgate_engine.manifest import MANIFEST_FILE
 from tgate_engine.report import Reporter
 
 
@@ -103,6 +105,10 @@ def plan(args: argparse.Namespace, report: Reporter) -> Show:
 
     if args.output is not None:
         _check_place(args.output)
+        if (args.output.parent / MANIFEST_FILE).exists():
+            raise ExportError(f"{args.output} lies in a bundle, whose files are its own; name another place")
+        if os.path.lexists(args.output) and not args.force:
+            raise ExportError(f"{args.output} exists already; choose another --output, or --force to replace it")
     report.stage("making the plan")
     made = add_plan(
         bundle_place(args),

@@ -66,6 +66,9 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
 
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     """Parse, run the command, and turn whatever ends it into one line and an exit status."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
     args = _parse(parser, arguments)
     signals = Signals(parser.prog)
     try:

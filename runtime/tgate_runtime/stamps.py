@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from tgate_engine.errors import RequestError, shown
@@ -106,6 +106,8 @@ def _of_picture(content: bytes, name: str) -> str | bytes:
             if image.format == "GIF":
                 return _of_comment(image.info.get("comment", b""))
             note = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.MakerNote, b"")
+    except UnidentifiedImageError:
+        raise RequestError(f"{name} is not a picture that can be read: it is none of {', '.join(READ)}") from None
     except Exception as error:  # Pillow raises what it stumbles over
         raise RequestError(
             f"{name} is not a picture that can be read ({type(error).__name__}: {shown(error, 200)})"

@@ -193,7 +193,7 @@ def test_a_plan_in_a_file_leaves_the_bundle_alone(run: Run, toy: Path, tmp_path:
     for steps, baselines in ((8, ("ungated",)), (6, ())):
         settings = ("plan", toy, "--name", f"of-{steps}", "--m", 3, "--steps", steps)
         shown = (0, f"{file}: plan of-{steps}, {steps} steps over full, reuse_cross\n", "")
-        assert run(*settings, "--output", file, "--quiet") == shown
+        assert run(*settings, "--output", file, "--force", "--quiet") == shown
         assert (toy / MANIFEST_FILE).read_bytes() == before
         plan = Plan.load(file)
         assert plan.baselines == baselines
@@ -216,10 +216,10 @@ def test_a_plan_file_is_whole_or_as_it_was(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        fails(run("plan", good, "--name", "x", "--m", 3, "--output", file), f"no space left in {tmp_path}")
+        fails(run("plan", good, "--name", "x", "--m", 3, "--output", file, "--force"), f"no space left in {tmp_path}")
     assert file.read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
-    assert run("plan", good, "--name", "x", "--m", 3, "--output", file)[0] == 0
+    assert run("plan", good, "--name", "x", "--m", 3, "--output", file, "--force")[0] == 0
     assert json.loads(file.read_text())["name"] == "x"
 
 
@@ -327,3 +327,20 @@ def test_a_plan_that_reuses_nothing_is_told(run: Run, toy: Path) -> None:
     assert status == 0
     assert err.startswith("tgate: warning: plan idle: k = 3 reuses nothing at n = 8, m = 5, w = 2")
     assert run("plan", toy, "--name", "busy", "--m", 5, "--k", 2, "--warm-up", 0, "--steps", 8, "--quiet")[2] == ""
+
+
+def test_a_plan_file_replaces_nothing_unasked_and_no_file_of_a_bundle(run: Run, toy: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there.json"
+    there.write_text("{}")
+    plan = ("plan", toy, "--name", "x", "--m", 2, "--output")
+    fails(run(*plan, there), "exists already; choose another --output, or --force to replace it")
+    assert there.read_text() == "{}"
+    before = (toy / "manifest.json").read_bytes()
+    fails(run(*plan, toy / "manifest.json", "--force"), "lies in a bundle, whose files are its own")
+    assert (toy / "manifest.json").read_bytes() == before
+    assert run(*plan, there, "--force")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mx", "x" * 201, "\udcff"], ids=repr)
+def test_names_that_no_reader_takes(run: Run, toy: Path, name: str) -> None:
+    fails(run("plan", toy, "--name", name, "--m", 2), "a plan's name is at most 200 characters", status=2)

@@ -426,3 +426,13 @@ def test_a_bundle_that_may_not_be_written_to_is_one_line(good: Path) -> None:
             os.seteuid(us)
         assert "new" not in Bundle.open(place).manifest.plans
         place.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mx", "x" * 201, "", "\udcff"], ids=repr)
+def test_a_name_that_no_reader_takes_is_not_written(good: Path, tmp_path: Path, name: str) -> None:
+    path = Path(shutil.copytree(good, tmp_path / "toy"))
+    before = (path / MANIFEST_FILE).read_bytes()
+    plan = planned(Bundle.open(path), name, steps=4, gate=2)
+    with pytest.raises(PlanError, match="a plan's name is 1 to 200 printable characters"):
+        Bundle.open(path).save_plans({name: plan})
+    assert (path / MANIFEST_FILE).read_bytes() == before

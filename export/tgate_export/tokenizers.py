@@ -107,7 +107,9 @@ def token_ids(root: Path, specs: Sequence[Tokenizer], prompt: str) -> dict[str, 
 def _export(family: Family, checkpoint: Checkpoint, index: int, target: Path) -> Tokenizer:
     loaded = load(family, checkpoint, index)
     length = family.token_length(checkpoint, index)
-    tokenizer = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    what = f"{checkpoint.where}: {family.tokenizers[index]} cannot be read again as it was loaded"
+    with refusing(what, "its files do not fit one another"):
+        tokenizer = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     # The run time cuts and fills by itself, so that it can say what was cut.
     tokenizer.no_truncation()
     tokenizer.no_padding()

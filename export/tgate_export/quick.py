@@ -113,6 +113,8 @@ def _cast(node: fx.Node) -> Rewrite | None:
 
 def _view(node: fx.Node) -> Rewrite | None:
     """A view whose sizes are numbers, but for the batch; what PyTorch left to be inferred is inferred here."""
+    if node.kwargs:  # sizes are read by their place
+        return None
     asked = node.args[1] if node.target is not torch.ops.aten.flatten.using_ints else ()
     got = node.meta["val"].shape
     sizes = [
@@ -122,6 +124,8 @@ def _view(node: fx.Node) -> Rewrite | None:
 
 
 def _chunk(node: fx.Node) -> Rewrite | None:
+    if node.kwargs:  # a dimension by its name would be taken for the first
+        return None
     tensor, _, *axis = node.args
     dim = axis[0] if axis else 0
     size = node.meta["val"][0].shape[dim]

@@ -33,7 +33,7 @@ class Views(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
-        first, second = x.reshape(x.shape[0], -1, 3).chunk(2, -2)
+        first, second = x.reshape(x.shape[0], -1, 3).chunk(2, dim=-2)
         both = (first.flatten(1) + second.reshape(-1, 12)).view(-1, 2, 6)
         return (
             nn.functional.dropout(both.to(torch.float16).to(x.device), training=False)

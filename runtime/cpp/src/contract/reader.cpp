@@ -113,13 +113,15 @@ std::vector<std::int64_t> Reader::wholes(std::string_view key, std::int64_t most
   return values;
 }
 
-std::vector<double> Reader::numbers(std::string_view key) {
+std::vector<double> Reader::numbers_of(const json::Value& value, const std::string& place) const {
+  const json::Array* list = value.as<json::Array>();
+  if (!list) fail(place, "expected list, got " + quoted(value));
   std::vector<double> values;
-  for (const json::Value& value : list(key)) {
-    const std::int64_t* whole = value.as<std::int64_t>();
-    const double* number = value.as<double>();
+  for (const json::Value& item : *list) {
+    const std::int64_t* whole = item.as<std::int64_t>();
+    const double* number = item.as<double>();
     if ((!whole && !number) || (number && std::abs(*number) > largest_number)) {
-      fail("." + std::string(key), "expected finite numbers, of float32, got " + quoted(value));
+      fail(place, "expected finite numbers, of float32, got " + quoted(item));
     }
     values.push_back(whole ? static_cast<double>(*whole) : *number);
   }
@@ -131,7 +133,7 @@ std::vector<std::string> Reader::words(std::string_view key) {
   for (const json::Value& value : list(key)) {
     const std::string* name = value.as<std::string>();
     if (!name || !is_word(*name)) {
-      fail("." + std::string(key), expected_name(name ? *name : json::canonical(value)));
+      fail("." + std::string(key), expected_name(name ? *name : quoted(value)));
     }
     names.push_back(*name);
   }
@@ -167,10 +169,13 @@ const json::Object& Reader::named(std::string_view key, std::size_t most) {
   return values;
 }
 
-void Reader::facts(std::string_view key) {
-  for (const auto& [name, value] : named(key)) {
-    if (value.as<json::Array>() || value.as<json::Object>()) {
-      fail("." + std::string(key) + "." + name, "expected a text, a number, true, false or null, got " + quoted(value));
+void Reader::check_facts(const json::Value& value, const std::string& place) const {
+  const json::Object* facts = value.as<json::Object>();
+  if (!facts) fail(place, "expected dict, got " + quoted(value));
+  for (const auto& [name, fact] : *facts) {
+    if (!is_word(name)) fail(place, expected_name(name));
+    if (fact.as<json::Array>() || fact.as<json::Object>()) {
+      fail(place + "." + name, "expected a text, a number, true, false or null, got " + quoted(fact));
     }
   }
 }

@@ -41,7 +41,7 @@ class Reader {
   bool flag(std::string_view key);
   /// Whole numbers from `least` to `most`.
   std::vector<std::int64_t> wholes(std::string_view key, std::int64_t most = largest_whole, std::int64_t least = 1);
-  std::vector<double> numbers(std::string_view key);
+  std::vector<double> numbers(std::string_view key) { return numbers_of(get(key), "." + std::string(key)); }
   /// Names, none of them twice.
   std::vector<std::string> words(std::string_view key);
   const json::Array& list(std::string_view key, std::size_t most = std::numeric_limits<std::size_t>::max());
@@ -49,7 +49,10 @@ class Reader {
   /// An object whose keys are names that the bundle chose.
   const json::Object& named(std::string_view key, std::size_t most = std::numeric_limits<std::size_t>::max());
   /// Sees that an object holds facts: texts, numbers, true, false or null.
-  void facts(std::string_view key);
+  void facts(std::string_view key) { check_facts(get(key), "." + std::string(key)); }
+  /// The same of a value that is somewhere inside of the object.
+  std::vector<double> numbers_of(const json::Value& value, const std::string& place) const;
+  void check_facts(const json::Value& value, const std::string& place) const;
   /// A reader of the object that a key has, to be read by `all_of`.
   Reader inner(std::string_view key);
 

@@ -1,5 +1,5 @@
 // Sessions, pools and requests.
-#include <cmath>
+#include <algorithm>
 
 #include "capi/handles.h"
 
@@ -266,6 +266,15 @@ const char* tgate_request_cut(const tgate_request* request) {
 
 size_t tgate_request_latents_count(const tgate_request* request) {
   return request == nullptr ? 0 : static_cast<size_t>(request->request->pool()->shape().latents_count());
+}
+
+size_t tgate_request_latents_shape(const tgate_request* request, int64_t shape[8]) {
+  if (request == nullptr || shape == nullptr) {
+    return 0;
+  }
+  const auto& own = request->request->pool()->shape().latents;
+  std::copy(own.begin(), own.end(), shape);
+  return own.size();
 }
 
 tgate_code tgate_request_latents(const tgate_request* request, size_t image, float* latents, size_t count,

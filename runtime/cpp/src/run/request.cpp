@@ -10,7 +10,7 @@
 namespace tgate {
 namespace {
 
-constexpr double most_guidance = 1e6;
+constexpr double most_scale = 1e6;
 constexpr std::uint64_t seed_limit = std::uint64_t{1} << 63;
 
 [[noreturn]] void refuse(const std::string& text) { throw Error(Code::request, text); }
@@ -144,7 +144,7 @@ float Request::guidance(double asked) const {
   if (asked == 0) {
     return static_cast<float>(program_->plan->guidance_scale);
   }
-  if (!(std::fabs(asked) <= most_guidance)) {
+  if (!(std::fabs(asked) <= most_scale)) {
     refuse("the guidance scale must be finite and at most 1000000, got " + json::repr(asked));
   }
   if (manifest.guided() && asked <= 1) {

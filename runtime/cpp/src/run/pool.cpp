@@ -138,10 +138,16 @@ void Pool::compile(const Plan& plan) {
 const Program& Pool::program(std::string_view name) const {
   std::string have;
   for (const auto& each : programs_) {
-    if (each->plan->name == (name.empty() ? "default" : name) || (name.empty() && programs_.size() == 1)) {
+    if (name.empty() && programs_.size() == 1) {
       return *each;
     }
     have += (have.empty() ? "" : ", ") + shown(each->plan->name);
+  }
+  const Plan* wanted = &session_->plan(name.empty() ? "default" : name);
+  for (const auto& each : programs_) {
+    if (each->plan == wanted) {
+      return *each;
+    }
   }
   throw Error(Code::request, "plan '" + shown(name.empty() ? "default" : name) + "' is none of the pool's: " + have);
 }

@@ -161,7 +161,7 @@ float Request::guidance(double asked) const {
 void Request::begin(const Ask& ask) {
   const Manifest& manifest = session_->manifest();
   const Shape& shape = pool_->shape();
-  program_ = &pool_->program(ask.plan);
+  program_ = program_ != nullptr ? program_ : &pool_->program(ask.plan);
   const float scale = guidance(ask.guidance_scale);
   std::string cut;
 
@@ -251,7 +251,7 @@ void Request::begin(const Ask& ask) {
 }
 
 void Request::reset(const Ask& ask) {
-  if ((!ask.plan.empty() && ask.plan != program_->plan->name) || ask.images != images_.size()) {
+  if ((!ask.plan.empty() && &session_->plan(ask.plan) != program_->plan) || ask.images != images_.size()) {
     refuse("a request is reset with the plan and the images that it was made with: '" + shown(program_->plan->name) + "' and " +
            std::to_string(images_.size()));
   }
@@ -260,9 +260,7 @@ void Request::reset(const Ask& ask) {
   }
   check(ask);
   cancelled_.store(true, std::memory_order_release);  // until it has begun
-  Ask same = ask;
-  same.plan = program_->plan->name;
-  begin(same);
+  begin(ask);
 }
 
 void Request::cancel() noexcept {

@@ -309,8 +309,9 @@ TGATE_API tgate_code tgate_request_progress(const tgate_request *request, tgate_
 /* What of the prompt did not fit, as it was written; "" where all of it did. Lives until the request is reset. */
 TGATE_API const char *tgate_request_cut(const tgate_request *request);
 
-/* Elements of one image's latents. */
+/* Elements of one image's latents; and their dimensions, [C, h, w] or a video's four, into `shape`: how many there are. */
 TGATE_API size_t tgate_request_latents_count(const tgate_request *request);
+TGATE_API size_t tgate_request_latents_shape(const tgate_request *request, int64_t shape[8]);
 /* One image's latents after the last step taken, float32, into `latents`, which has room for `count` elements. */
 TGATE_API tgate_code tgate_request_latents(const tgate_request *request, size_t image, float *latents, size_t count,
                                            tgate_error **error);

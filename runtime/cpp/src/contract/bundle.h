@@ -8,18 +8,9 @@
 #include <vector>
 
 #include "contract/manifest.h"
+#include "contract/plain_files.h"
 
 namespace tgate {
-
-/// Which file it is and when it was last written to: equal states are the same bytes.
-struct FileState {
-  std::uint64_t device{}, inode{};
-  std::int64_t bytes{}, written_ns{}, changed_ns{};
-  bool operator==(const FileState& other) const {
-    return device == other.device && inode == other.inode && bytes == other.bytes && written_ns == other.written_ns &&
-           changed_ns == other.changed_ns;
-  }
-};
 
 /// A tensor of the weight file: where its bytes lie, from the file's beginning.
 struct Placed {

@@ -14,6 +14,9 @@
 
 namespace tgate {
 
+/// How large a manifest may be: hundreds of plans of 50 steps over SDXL's 140 carries.
+inline constexpr std::size_t most_manifest_bytes = 32u << 20;
+
 struct FileDigest {
   std::string sha256;  ///< hex
   std::int64_t bytes{};
@@ -71,6 +74,12 @@ struct Manifest {
   std::map<std::string, FileDigest> files;
 
   [[nodiscard]] bool guided() const { return guidance == Guidance::classifier_free; }
+  /// Whether the graphs go by such a guidance scale: those of both halves by one above 1, those of one half by none.
+  [[nodiscard]] bool takes_scale(double scale) const {
+    return guidance == Guidance::embedded || (scale > 1) == guided();
+  }
+  /// Sees that a plan of this bundle, or one that came in a file, has such a scale. Throws Error of Code::plan.
+  void check_scale(const Plan& plan) const;
   /// Throws Error of Code::bundle, which lists the plans there are.
   [[nodiscard]] const Plan& plan(std::string_view name) const;
   /// The sizes there are, each once, the default first.

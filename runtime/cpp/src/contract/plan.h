@@ -3,7 +3,7 @@
 
 #include <array>
 #include <cstdint>
-#include <map>
+#include <memory>
 #include <optional>
 #include <set>
 #include <string>
@@ -15,10 +15,14 @@
 
 namespace tgate {
 
+class Reader;
+
 /// How many pairs (latents, output) before the current one a step may read.
 inline constexpr int history = 3;
 /// Numbers of a step row: timestep, input scale, guidance scale, noise, 4 of latents, 4 of outputs.
 inline constexpr int step_row_length = 12;
+/// The largest guidance scale that anybody exports.
+inline constexpr double most_guidance = 1e4;
 
 enum class Role : std::uint8_t { denoise, text, image, decode };
 std::string_view name_of(Role role);
@@ -32,7 +36,8 @@ struct TensorSpec {
   bool operator==(const TensorSpec& other) const {
     return name == other.name && dtype == other.dtype && shape == other.shape;
   }
-  /// Elements, and bytes, for a batch of so many images; the reader has seen that neither overflows.
+  /// Elements, and bytes, for a batch of so many images; the largest int64 where it is more. The reader has seen that
+  /// they are not for as many images as the graph takes.
   [[nodiscard]] std::int64_t elements(std::int64_t images) const;
   [[nodiscard]] std::int64_t bytes(std::int64_t images) const;
   /// Whether it has a row for each image.
@@ -73,6 +78,7 @@ struct SamplerStep {
 };
 
 struct Step {
+  std::int64_t index{};
   std::string phase, graph;
   SamplerStep call;
   std::vector<std::string> reads, writes;  ///< carries
@@ -93,14 +99,30 @@ struct Plan {
   [[nodiscard]] int reach() const;
   /// The graphs that it runs, each once, in order of first use.
   [[nodiscard]] std::vector<std::string> graphs() const;
-
-  /// Proves that the plan can run on the graphs of one shape, as Python's `Plan.check` does. Throws Error of Code::plan.
+  /// Proves that the plan can run on the graphs of one shape, see PlanCheck. Throws Error of Code::plan.
   void check(const Graphs& graphs, const std::set<std::string>& carries) const;
 
   /// Reads what `tgate plan` writes. Throws Error of Code::plan.
   static Plan from_json(const json::Value& value);
+  /// The same, where a reader stands. Throws Error of the reader's code.
+  static Plan read(Reader& reader);
   /// The plan of a file that `tgate plan --output` wrote. Throws Error of Code::plan.
   static Plan load(const std::string& path);
+};
+
+/// Proves that plans can run on the graphs of one shape, as Python's `Plan.check` does. Borrows the graphs.
+class PlanCheck {
+ public:
+  PlanCheck(const Graphs& graphs, const std::set<std::string>& carries);
+  PlanCheck(PlanCheck&&) noexcept;
+  ~PlanCheck();
+
+  /// Throws Error of Code::plan at the first fault.
+  void operator()(const Plan& plan) const;
+
+ private:
+  struct Tables;
+  std::unique_ptr<const Tables> tables_;
 };
 
 }  // namespace tgate

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import struct
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.cpp.probes import ask, record
 from tgate_engine.errors import BundleError
 from tgate_engine.graph import GraphSpec, TensorSpec
 from tgate_engine.onnx_form import Placed, check_graph
@@ -43,17 +42,6 @@ class Case:
 
 def _tensor(spec: TensorSpec) -> Any:
     return [spec.name, spec.dtype, [-1 if isinstance(size, str) else size for size in spec.shape]]
-
-
-def record(kind: str, payload: bytes) -> bytes:
-    """As ``probes/records.h`` reads it."""
-    return kind.encode() + struct.pack("<Q", len(payload)) + payload
-
-
-def ask(program: Path, records: Iterable[bytes]) -> list[str]:
-    """The lines that a probe says of those records."""
-    done = subprocess.run([program], input=b"".join(records), capture_output=True, check=True)
-    return done.stdout.decode("utf-8").split("\n")[:-1]
 
 
 def cpp_verdicts(cpp_build: Path, cases: Sequence[Case], kind: str = "G") -> list[str]:

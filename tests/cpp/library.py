@@ -200,7 +200,13 @@ class Bundle(_Owned):
 
 class Session(_Owned):
     def __init__(
-        self, bundle: Bundle, *, plans: Sequence[str] = (), sizes: Sequence[str] = (), library: Path | None = None, **options: Any
+        self,
+        bundle: Bundle,
+        *,
+        plans: Sequence[str] = (),
+        sizes: Sequence[str] = (),
+        library: Path | None = None,
+        **options: Any,
     ) -> None:
         handle = Handle()
         asked = bundle.library.struct("session_options", **options)

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.cpp.library import Bundle, Library, Pool, Request, Session
-from tgate_runtime import Pipeline, Result
+from tgate_runtime import Pipeline
+from tgate_runtime.pipeline import Result
 
 
 class Twins:

@@ -61,7 +61,7 @@ Request::Request(const std::shared_ptr<const Session>& session, std::shared_ptr<
   check(ask);
   if (pool_ == nullptr) {
     pool_ = std::make_shared<Pool>(session_, ask.image_size, std::vector<std::string>{ask.plan.empty() ? "default" : ask.plan},
-                                   ask.images);
+                                   ask.images, true);
   } else if (!ask.image_size.empty() && ask.image_size != pool_->shape().size()) {
     refuse("the pool is for " + pool_->shape().size() + ", the request asks for " + shown(ask.image_size));
   }
@@ -127,7 +127,7 @@ void Request::check(const Ask& ask) const {
       }
     }
   }
-  rows_for(shapes, ask.images);
+  rows_of_calls(shapes, ask.images);
   if (ask.seed >= seed_limit || ask.images > seed_limit - ask.seed) {
     refuse("image j has the seed s + j, which must be below " + std::to_string(seed_limit) + "; got " +
            std::to_string(ask.seed) + " for " + std::to_string(ask.images) + " images");

@@ -53,14 +53,10 @@ class Merges {
 class Bpe : public Model {
  public:
   explicit Bpe(BpeSettings settings) : merges_(settings.merges.size()), settings_(std::move(settings)) {
-    const Vocabulary& vocabulary = settings_.vocabulary;
     std::uint32_t rank = 0;
-    for (const auto& [first, second] : settings_.merges) {
-      merges_.set(*vocabulary.find(first), *vocabulary.find(second), {rank++, *vocabulary.find(first + second)});
-    }
-    settings_.merges.clear();
-    settings_.merges.shrink_to_fit();
-    if (settings_.unknown) unknown_ = vocabulary.find(*settings_.unknown);
+    for (const auto& [first, second, both] : settings_.merges) merges_.set(first, second, {rank++, both});
+    settings_.merges = {};
+    if (settings_.unknown) unknown_ = settings_.vocabulary.find(*settings_.unknown);
   }
 
   void tokenize(std::string_view text, std::vector<Token>& tokens) const override {

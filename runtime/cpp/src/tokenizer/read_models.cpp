@@ -116,7 +116,8 @@ double as_the_library_reads(double score) {
 }
 
 std::unique_ptr<const Model> read_unigram(const json::Value& value, const Place& place) {
-  const auto [_, unk_id, vocab, fallback] = checks::fields<4>(value, place, {"type", "unk_id", "vocab", "byte_fallback"});
+  const auto [_, unk_id, vocab, fallback] =
+      checks::fields<4>(value, place, {"type", "unk_id", "vocab", "byte_fallback"});
   checks::no(*fallback, Place(place, "byte_fallback"));
   const Place here(place, "vocab");
   const json::Array& list = checks::list(*vocab, here, checks::most_tokens);
@@ -145,7 +146,8 @@ std::unique_ptr<const Model> read_unigram(const json::Value& value, const Place&
 
 std::unique_ptr<const Model> read_model(const json::Value& value, const Place& place) {
   const std::string& kind = checks::kind(value, place, {"BPE", "Unigram", "WordLevel"});
-  return kind == "BPE" ? read_bpe(value, place) : kind == "Unigram" ? read_unigram(value, place) : read_table(value, place);
+  if (kind == "BPE") return read_bpe(value, place);
+  return kind == "Unigram" ? read_unigram(value, place) : read_table(value, place);
 }
 
 }  // namespace tgate

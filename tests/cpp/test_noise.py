@@ -52,9 +52,7 @@ def test_numpys_numbers(cpp_build: Path, seed: int, draw: int) -> None:
 @pytest.mark.parametrize(("seed", "draw"), [draw for draw in DRAWS if draw[1] != CONDITIONING] + [(3, 2**33 + 1)])
 def test_torchs_numbers(cpp_build: Path, seed: int, draw: int) -> None:
     want = noise(seed, (TORCH_CUDA_LIMIT,), draw=draw, generator="torch-cuda")
-    np.testing.assert_array_equal(
-        drawn(cpp_build, "torch-cuda", seed, draw, TORCH_CUDA_LIMIT), want.view(np.uint32)
-    )
+    np.testing.assert_array_equal(drawn(cpp_build, "torch-cuda", seed, draw, TORCH_CUDA_LIMIT), want.view(np.uint32))
 
 
 @pytest.mark.parametrize("generator", GENERATORS)

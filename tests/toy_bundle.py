@@ -79,6 +79,11 @@ class Toy:
         default_factory=lambda: {"default": Settings(steps=8, gate=5, self_interval=2)}
     )
 
+    @property
+    def scale(self) -> float:
+        """``guidance_scale``, or 1 where there is no guidance to scale."""
+        return self.guidance_scale if self.guided else 1.0
+
 
 def sampler(steps: int, *, lead_in: int = 0, lag: int = 3, seed: int = 0, noise: float = 0.0) -> Sampler:
     """A stable linear sampler that reads ``lag`` pairs back and adds ``noise`` times its own noise in all steps but the
@@ -118,7 +123,7 @@ def build(path: Path, toy: Toy | None = None, *, goldens: bool = True) -> Path:
             frames=1,
             fps=0,
             guidance="classifier-free" if toy.guided else "none",
-            guidance_scale=toy.guidance_scale,
+            guidance_scale=toy.scale,
             guidance_rescale=0.0,
             clip_skip=0,
             zero_negative=toy.zero_negative,
@@ -157,7 +162,7 @@ def make_plan(
         name,
         Tgate().program(settings, lead_in),
         sampler=own_sampler or sampler(settings.steps, lead_in=lead_in),
-        guidance_scale=toy.guidance_scale,
+        guidance_scale=toy.scale,
         graphs=graphs,
         carries=carries(toy),
         settings=Tgate().facts(settings),
@@ -172,7 +177,7 @@ def _plans(toy: Toy, graphs: Mapping[str, GraphSpec]) -> dict[str, Plan]:
             Tgate(),
             settings,
             sampler=sampler(settings.steps),
-            guidance_scale=toy.guidance_scale,
+            guidance_scale=toy.scale,
             guided=toy.guided,
             graphs=graphs,
             carries=carries(toy),

@@ -213,6 +213,11 @@ class Bundle:
                 )
             if plan.name != name:
                 raise PlanError(f"plan {plan.name!r} is listed as {name!r}. Make it again with `tgate plan`.")
+            if not self.manifest.takes_scale(plan.guidance_scale):
+                raise PlanError(
+                    f"plan {name!r} has guidance scale {plan.guidance_scale}, which does not fit a bundle "
+                    f"{'with' if self.manifest.guided else 'without'} guidance. Make it again with `tgate plan`."
+                )
             for shape in self.manifest.shapes:
                 plan.check(shape.graphs, self.manifest.carries)
             missing = [b for b in plan.baselines if b not in self.manifest.plans]

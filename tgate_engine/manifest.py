@@ -156,6 +156,11 @@ class Manifest:
         """Whether the denoising graphs hold both halves of classifier-free guidance."""
         return self.guidance == "classifier-free"
 
+    def takes_scale(self, scale: float) -> bool:
+        """Whether the graphs go by such a guidance scale: those of both halves by one above 1, those of one half by
+        none."""
+        return self.guidance == "embedded" or (scale > 1) == self.guided
+
     @property
     def sizes(self) -> tuple[str, ...]:
         """The sizes there are, each once, the default first."""

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from tgate_engine.dtypes import DTYPES
@@ -27,9 +27,9 @@ from tgate_engine.manifest import (
     Shape,
     Tokenizer,
 )
-from tgate_engine.plan import Plan
-from tgate_engine.reader import Reader, check_name, parse_json, unique
-from tgate_engine.sampler import Fact, check_facts
+from tgate_engine.plan import MOST_GUIDANCE, Plan
+from tgate_engine.reader import Reader, check_name, is_nested, parse_json, unique
+from tgate_engine.sampler import check_facts
 
 MOST_BYTES = 32 << 20
 """How large a manifest may be. A plan of 50 steps over SDXL's 140 carries takes some 60 KB, so this is hundreds of
@@ -44,6 +44,8 @@ _MOST_RANK = 8
 _MOST_TENSOR_BYTES = 1 << 40
 _MOST_DEPTH = 16  # of the scheduler's configuration, which is nobody's but diffusers'
 _SHA256 = re.compile("[0-9a-f]{64}")
+_INFINITIES = {math.inf: "Infinity", -math.inf: "-Infinity"}
+"""How a scheduler's infinite options are written, which JSON has no numbers for: ``lambda_min_clipped`` is one."""
 
 
 def dump_manifest(manifest: Manifest) -> str:
@@ -53,7 +55,7 @@ def dump_manifest(manifest: Manifest) -> str:
     """
     data = _encode(manifest)
     data["digest"] = content_digest(data)
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False) + "\n"
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n"
     if (size := len(text.encode())) > MOST_BYTES:
         raise BundleError(f"{MANIFEST_FILE} would hold {size} bytes, of at most {MOST_BYTES}; leave out some plans")
     return text
@@ -64,7 +66,7 @@ def parse_manifest(text: str | bytes) -> Manifest:
     if len(text) > MOST_BYTES:
         raise BundleError(f"{MANIFEST_FILE} holds more than {MOST_BYTES} bytes, which no manifest does")
     try:
-        data = parse_json(text, infinity=True)  # in the scheduler; no field of ours takes it
+        data = parse_json(text)
     except ValueError as error:
         raise BundleError(f"{MANIFEST_FILE} is not JSON ({error}); the bundle is damaged: export it again") from None
     if not isinstance(data, dict):
@@ -79,14 +81,10 @@ def parse_manifest(text: str | bytes) -> Manifest:
             f"the bundle has schema version {version}, this tgate-engine reads version {SCHEMA_VERSION}; {advice}"
         )
     digest = data.pop("digest", None)
-    try:
-        own = content_digest(data)
-    except (UnicodeEncodeError, RecursionError):
-        raise BundleError(f"{MANIFEST_FILE} holds text that is no Unicode, or is nested too deeply") from None
-    if digest != own:
+    if digest != content_digest(data):
         raise BundleError(f"{MANIFEST_FILE} does not match its own digest; the bundle was damaged or edited by hand")
     try:
-        return _manifest(Reader(data, MANIFEST_FILE))
+        return Reader(data, MANIFEST_FILE).all_of(_manifest)
     except BundleError:
         raise
     except TgateError as error:
@@ -114,6 +112,8 @@ def _encode(value: Any) -> Any:
     """Dataclasses to objects, in the order of their fields; plans write themselves."""
     if isinstance(value, Plan):
         return value.to_json()
+    if isinstance(value, Manifest):
+        value = replace(value, scheduler=_spelt(value.scheduler, _INFINITIES))
     if hasattr(value, "__dataclass_fields__"):
         return {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
@@ -121,6 +121,11 @@ def _encode(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_encode(item) for item in value]
     return value
+
+
+def _spelt(config: Mapping[str, Any], words: Mapping[Any, Any]) -> dict[str, Any]:
+    """A scheduler's configuration with some of its values written in another way."""
+    return {key: words.get(value, value) if isinstance(value, (float, str)) else value for key, value in config.items()}
 
 
 def _dtype(r: Reader, key: str) -> str:
@@ -172,7 +177,7 @@ def _graph(r: Reader) -> GraphSpec:
         batch=batch,
         inputs=_tensors(r, "inputs", batch[1]),
         outputs=_tensors(r, "outputs", batch[1]),
-        macs=_macs(Reader(r.get("macs", dict), f"{r.where}.macs")),
+        macs=r.inner("macs").all_of(_macs),
         scratch_bytes=r.whole("scratch_bytes"),
     )
 
@@ -190,10 +195,6 @@ def _shape(r: Reader) -> Shape:
         constants={name: tuple(rows.finite(name, v) for v in rows.get(name, list)) for name in rows.data},
         graphs=r.table("graphs", _graph, _MOST_TENSORS),
     )
-
-
-def _carry(r: Reader) -> Mapping[str, Fact]:
-    return check_facts(r.data)
 
 
 def _conditioning(r: Reader) -> Conditioning:
@@ -218,30 +219,21 @@ def _digest(r: Reader) -> FileDigest:
     return FileDigest(sha256=sha256, bytes=r.whole("bytes"))
 
 
-def _plain(r: Reader, key: str) -> Mapping[str, Any]:
+def _scheduler(r: Reader) -> Mapping[str, Any]:
     """An object of whatever JSON holds, no deeper than :data:`_MOST_DEPTH`."""
-    data: dict[str, Any] = r.get(key, dict)
-    level: list[Any] = [data]
-    for _ in range(_MOST_DEPTH):
-        level = [
-            inner
-            for value in level
-            if isinstance(value, (dict, list))
-            for inner in (value.values() if isinstance(value, dict) else value)
-        ]
-    if level:
-        raise BundleError(f"{r.where}.{key}: expected an object that is nested at most {_MOST_DEPTH} deep")
-    return data
+    config = r.get("scheduler", dict)
+    if is_nested(config, _MOST_DEPTH):
+        raise BundleError(f"{r.where}.scheduler: expected an object that is nested at most {_MOST_DEPTH} deep")
+    return _spelt(config, {word: number for number, word in _INFINITIES.items()})
 
 
 def _golden(r: Reader) -> Golden:
-    plan = r.get("plan", (dict, type(None)))
     return Golden(
         file=r.name("file"),
         size=r.word("size"),
         tolerance=r.number("tolerance"),
         graph=r.word("graph") if r.text("graph") else "",
-        plan=None if plan is None else Plan.from_json(plan),
+        plan=None if r.get("plan", (dict, type(None))) is None else r.inner("plan").all_of(Plan.read),
         oracle=r.text("oracle"),
     )
 
@@ -255,8 +247,9 @@ def _manifest(r: Reader) -> Manifest:
         raise BundleError(f"{r.where}.shapes: expected at least one; export the bundle again")
     conditioning, tokenizers = r.items("conditioning", _conditioning), r.items("tokenizers", _tokenizer)
     unique((tensor.name for tensor in conditioning), f"{r.where}.conditioning")
+    carries = r.inner("carries")
     unique((tokenizer.input for tokenizer in tokenizers), f"{r.where}.tokenizers")
-    return Manifest(
+    manifest = Manifest(
         schema_version=r.whole("schema_version"),
         model=r.text("model"),
         family=r.text("family"),
@@ -265,19 +258,25 @@ def _manifest(r: Reader) -> Manifest:
         frames=r.whole("frames", 1, _MOST_SIZE),
         fps=r.whole("fps", 0, _MOST_SIZE),
         guidance=r.choice("guidance", GUIDANCE),
-        guidance_scale=r.number("guidance_scale"),
+        guidance_scale=r.number("guidance_scale", 0, MOST_GUIDANCE),
         guidance_rescale=r.number("guidance_rescale", 0, 1),
         clip_skip=r.whole("clip_skip"),
         zero_negative=r.flag("zero_negative"),
         weights=r.name("weights") if r.text("weights") else "",
         samplers=r.name("samplers") if r.text("samplers") else "",
         shapes=shapes,
-        carries=r.table("carries", _carry),
+        carries={name: check_facts(carries.get(name, dict)) for name in r.named("carries")},
         conditioning=conditioning,
         tokenizers=tokenizers,
-        plans=r.table("plans", lambda p: Plan.from_json(p.data), _MOST_PLANS),
+        plans=r.table("plans", Plan.read, _MOST_PLANS),
         goldens=r.table("goldens", _golden, _MOST_PLANS),
         files=files,
-        scheduler=_plain(r, "scheduler"),
+        scheduler=_scheduler(r),
         tools=r.strings("tools"),
     )
+    if not manifest.takes_scale(manifest.guidance_scale):
+        raise BundleError(
+            f"{r.where}.guidance_scale: a bundle with guidance has a scale above 1, one without has none above; got "
+            f"{manifest.guidance_scale}; {r.advice}"
+        )
+    return manifest

@@ -10,21 +10,21 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from tgate_engine.errors import PlanError, TgateError
+from tgate_engine.errors import BundleError, PlanError, SamplerError, TgateError
 from tgate_engine.graph import DENOISE, Dim, GraphSpec, TensorSpec
 from tgate_engine.plain_files import open_plain, read_most
-from tgate_engine.reader import LARGEST_NUMBER, MOST_LETTERS, is_word, parse_json
-from tgate_engine.sampler import MOST_CALLS, Fact, Sampler, SamplerStep, check_facts
-
-T = TypeVar("T")
+from tgate_engine.reader import Reader, parse_json
+from tgate_engine.sampler import HISTORY, MOST_CALLS, Fact, Sampler, SamplerStep, check_facts
 
 MOST_BYTES = 8 << 20
 """How large a plan's file may be: room for the most calls there are, over 140 carries."""
 _Form = tuple[str, tuple[Dim, ...]]
 """A carry's dtype and shape."""
-_SAMPLER_STEP_FIELDS = ("timestep", "input_scale", "latents", "outputs", "noise")
+MOST_GUIDANCE = 1e4
+"""The largest guidance scale there is. Half precision holds six times that, and pictures go grey long before."""
+_ADVICE = "make the plan again with `tgate plan`"
 _AGAIN = "Make the plan again with `tgate plan`."
 
 
@@ -162,38 +162,32 @@ class Plan:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Plan:
-        """The plan written by :meth:`to_json`. Raises :class:`PlanError` (or the sampler's error)."""
-        try:
-            name, guidance, steps = data["name"], data["guidance_scale"], _of(list, data["steps"])
-            if len(steps) > MOST_CALLS:
-                raise PlanError(f"a plan has {len(steps)} steps, of at most {MOST_CALLS}. {_AGAIN}")
-            calls = [{key: step[key] for key in _SAMPLER_STEP_FIELDS} for step in steps]
-            sampler = Sampler.from_json({**data["sampler"], "calls": calls})
-            if not isinstance(name, str) or isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
-                raise PlanError(f"a plan needs a name and a guidance scale, got {name!r:.60} and {guidance!r:.60}")
-            _word(name)
-            if not abs(float(guidance)) <= LARGEST_NUMBER:
-                raise PlanError(f"plan {name!r} needs a guidance scale that float32 holds, got {guidance!r:.60}")
-            return Plan(
-                name=name,
-                sampler=sampler,
-                guidance_scale=float(guidance),
-                settings=check_facts(dict(_of(dict, data["settings"]))),
-                baselines=_words(data["baselines"]),
-                steps=tuple(
-                    Step(
-                        index=_of(int, step["index"]),
-                        phase=_word(step["phase"]),
-                        graph=_word(step["graph"]),
-                        call=call,
-                        reads=_words(step["reads"]),
-                        writes=_words(step["writes"]),
-                    )
-                    for step, call in zip(steps, sampler.calls, strict=True)
-                ),
+        """The plan written by :meth:`to_json`. Raises :class:`PlanError`."""
+        return _plan_of(data, "plan")
+
+    @staticmethod
+    def read(r: Reader) -> Plan:
+        """The same, where a reader stands. Raises :class:`BundleError`, or the sampler's error."""
+        steps = r.items("steps", _step, MOST_CALLS)
+        sampler = r.inner("sampler").all_of(
+            lambda s: Sampler(
+                name=s.word("name"),
+                steps=s.whole("steps", 1, MOST_CALLS),
+                initial_scale=s.number("initial_scale"),
+                calls=tuple(step.call for step in steps),
+                lead_in=s.whole("lead_in", 0, MOST_CALLS),
+                prediction_type=s.word("prediction_type"),
+                options=check_facts(s.get("options", dict)),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise PlanError(f"a plan is malformed ({type(error).__name__}: {str(error)[:200]}). {_AGAIN}") from None
+        )
+        return Plan(
+            name=r.word("name"),
+            sampler=sampler,
+            guidance_scale=r.number("guidance_scale", 0, MOST_GUIDANCE),
+            steps=steps,
+            settings=check_facts(r.get("settings", dict)),
+            baselines=r.words("baselines"),
+        )
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
@@ -207,10 +201,7 @@ class Plan:
             raise PlanError(f"{os.fspath(path)} is not a plan file ({error}); write one with `tgate plan`") from None
         if not isinstance(data, dict):
             raise PlanError(f"{os.fspath(path)} holds {type(data).__name__}, not a plan; write one with `tgate plan`")
-        try:
-            return Plan.from_json(data)
-        except TgateError as error:
-            raise PlanError(f"{os.fspath(path)}: {error}") from None
+        return _plan_of(data, os.fspath(path))
 
 
 def build_plan(
@@ -279,27 +270,39 @@ def _carried(tensors: Sequence[TensorSpec], carries: Collection[str]) -> dict[st
     return {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors if tensor.name in carries}
 
 
-def _of(kind: type[T], value: object) -> T:
-    """``value``, seen to be of that kind. Raises :class:`TypeError`."""
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"expected {kind.__name__}, got {value!r:.60}")
-    return value
+def _plan_of(data: Any, where: str) -> Plan:
+    try:
+        return Reader(data, where, _ADVICE).all_of(Plan.read)
+    except PlanError:
+        raise
+    except SamplerError as error:
+        raise PlanError(f"{where}: {error}; {_ADVICE}") from None
+    except TgateError as error:
+        raise PlanError(str(error)) from None
 
 
-def _word(value: object) -> str:
-    """``value``, seen to be a name. Raises :class:`TypeError` or :class:`ValueError`."""
-    text = _of(str, value)
-    if not is_word(text):
-        raise ValueError(f"expected a name of 1 to {MOST_LETTERS} printable characters, got {text!r:.60}")
-    return text
+def _coefficients(r: Reader, key: str) -> tuple[float, ...]:
+    values = r.get(key, list)
+    if len(values) != HISTORY + 1:
+        raise BundleError(f"{r.where}.{key}: expected {HISTORY + 1} coefficients, got {len(values)}; {r.advice}")
+    return tuple(r.finite(key, value) for value in values)
 
 
-def _words(values: object) -> tuple[str, ...]:
-    """Names, none of them twice."""
-    names = tuple(_word(value) for value in _of(list, values))
-    if len(set(names)) < len(names):
-        raise ValueError(f"expected names that differ, got {list(names)!r:.60}")
-    return names
+def _step(r: Reader) -> Step:
+    return Step(
+        index=r.whole("index"),
+        phase=r.word("phase"),
+        graph=r.word("graph"),
+        call=SamplerStep(
+            timestep=r.number("timestep"),
+            input_scale=r.number("input_scale"),
+            latents=_coefficients(r, "latents"),
+            outputs=_coefficients(r, "outputs"),
+            noise=r.number("noise"),
+        ),
+        reads=r.words("reads"),
+        writes=r.words("writes"),
+    )
 
 
 def _some(names: Mapping[str, object] | Sequence[str]) -> str:

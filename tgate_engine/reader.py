@@ -23,23 +23,50 @@ LARGEST_NUMBER = 3.4028234663852886e38
 """The largest number that float32 holds: everything that is read as a number ends in it."""
 
 
-def parse_json(text: bytes | str, *, infinity: bool = False) -> Any:
+MOST_DEPTH = 100
+"""How deep JSON may be nested here."""
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""An escape that is half a surrogate pair, or one of the two of a whole one."""
+
+
+def parse_json(text: bytes | str) -> Any:
     """The value of a JSON text, in UTF-8, that means one thing to everybody.
 
-    ``infinity``: whether it may hold Infinity, which JSON has not, but diffusers' configurations of samplers have.
-    Raises :class:`ValueError` in one line for a text that is none, for a key that an object has twice, and for numbers
-    that are not finite or, whole, not of 64 bits.
+    Raises :class:`ValueError` in one line for a text that is none, for a key that an object has twice, for numbers
+    that are not finite or, whole, not of 64 bits, for half a surrogate pair, and for what is nested more than
+    :data:`MOST_DEPTH` deep.
     """
     try:
-        return json.loads(
-            text.decode("utf-8") if isinstance(text, bytes) else text,
+        words = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(
+            words,
             object_pairs_hook=_object,
             parse_int=_whole,
             parse_float=_finite,
-            parse_constant=_infinity if infinity else _constant,
+            parse_constant=_constant,
         )
+        if is_nested(value, MOST_DEPTH):
+            raise RecursionError
+        if isinstance(text, str) or _HALF.search(words):
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a surrogate pair, which is no character") from None
+    return value
+
+
+def is_nested(value: Any, levels: int) -> bool:
+    """Whether lists and objects are inside of one another more than ``levels`` deep."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+    return bool(level)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -65,10 +92,6 @@ def _finite(digits: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{digits:.20} is beyond every number")
     return number
-
-
-def _infinity(name: str) -> float:
-    return float(name) if name != "NaN" else _constant(name)
 
 
 def _constant(name: str) -> float:
@@ -109,7 +132,8 @@ _WORD = f"expected a name of 1 to {MOST_LETTERS} printable characters"
 class Reader:
     """Typed access to a JSON object; every error says where it is, what was got and what was wanted.
 
-    ``advice``: what to do where a file is not what it should be.
+    ``advice``: what to do where a file is not what it should be. What is read by :meth:`all_of` may hold no more than
+    was asked for.
     """
 
     def __init__(self, data: Any, where: str, advice: str = "export the bundle again") -> None:
@@ -118,10 +142,24 @@ class Reader:
         self.data: dict[str, Any] = data
         self.where = where
         self.advice = advice
+        self._asked: set[str] = set()
+
+    def all_of(self, build: Callable[[Reader], T]) -> T:
+        """What ``build`` makes of the object. Raises :class:`BundleError` for a key that it did not ask for: an input
+        that changes nothing is a fault."""
+        built = build(self)
+        if odd := [key for key in self.data if key not in self._asked]:
+            raise BundleError(f"{self.where}: {odd[0]!r:.60} is not known here; {self.advice}")
+        return built
+
+    def inner(self, key: str) -> Reader:
+        """A reader of the object that a key has."""
+        return Reader(self.get(key, object), f"{self.where}.{key}", self.advice)
 
     def get(self, key: str, kind: type | tuple[type, ...]) -> Any:
         if key not in self.data:
             raise BundleError(f"{self.where}: {key!r} is missing; {self.advice}")
+        self._asked.add(key)
         value = self.data[key]
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
@@ -188,6 +226,15 @@ class Reader:
             raise BundleError(f"{self.where}.{key}: expected numbers of at most {most}, got {values!r:.60}")
         return tuple(values)
 
+    def words(self, key: str) -> tuple[str, ...]:
+        """Names, none of them twice."""
+        values = self.get(key, list)
+        if odd := [value for value in values if not is_word(value)]:
+            raise BundleError(f"{self.where}.{key}: {_WORD}, got {odd[0]!r:.60}; {self.advice}")
+        if len(set(values)) < len(values):
+            raise BundleError(f"{self.where}.{key}: expected names that differ, got {values!r:.60}; {self.advice}")
+        return tuple(values)
+
     def strings(self, key: str) -> dict[str, str]:
         values = self.get(key, dict)
         if not all(isinstance(v, str) for v in values.values()):
@@ -196,11 +243,13 @@ class Reader:
 
     def items(self, key: str, build: Callable[[Reader], T], most: int = LARGEST_WHOLE) -> tuple[T, ...]:
         values = self._at_most(most, key, self.get(key, list))
-        return tuple(build(Reader(v, f"{self.where}.{key}[{i}]", self.advice)) for i, v in enumerate(values))
+        return tuple(Reader(v, f"{self.where}.{key}[{i}]", self.advice).all_of(build) for i, v in enumerate(values))
 
     def table(self, key: str, build: Callable[[Reader], T], most: int = LARGEST_WHOLE) -> dict[str, T]:
         """An object of objects, whose keys are names that the bundle chose."""
-        return {k: build(Reader(v, f"{self.where}.{key}.{k}", self.advice)) for k, v in self.named(key, most).items()}
+        return {
+            k: Reader(v, f"{self.where}.{key}.{k}", self.advice).all_of(build) for k, v in self.named(key, most).items()
+        }
 
     def named(self, key: str, most: int = LARGEST_WHOLE) -> dict[str, Any]:
         """An object whose keys are names that the bundle chose."""

@@ -59,7 +59,7 @@ def check_facts(facts: Mapping[str, Any]) -> Mapping[str, Fact]:
             if not math.isfinite(fact):
                 raise SamplerError(f"fact {key} must be finite, got {fact}")
         elif isinstance(fact, int):
-            if abs(fact) > LARGEST_WHOLE:
+            if not -LARGEST_WHOLE - 1 <= fact <= LARGEST_WHOLE:
                 raise SamplerError(f"fact {key} must be a whole number of 64 bits")
         elif fact is not None and not isinstance(fact, str):
             raise SamplerError(f"fact {key} must be a text, a number, true, false or null, got {fact!r:.60}")

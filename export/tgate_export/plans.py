@@ -14,7 +14,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import ExportError, PlanError
 from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Manifest
-from tgate_engine.plan import Plan, build_plan
+from tgate_engine.plan import MOST_GUIDANCE, Plan, build_plan
 from tgate_engine.sampler import Sampler
 from tgate_engine.sampler_tables import load_tables
 from tgate_export.methods import METHODS, find_method
@@ -69,9 +69,6 @@ def make_plans(
     own = build(name, method.program(settings, sampler.lead_in), method.facts(settings), tuple(baselines))
     return {name: own, **plans}
 
-
-MOST_GUIDANCE = 1e4
-"""Half precision holds six times that, and pictures go grey long before."""
 
 DEFAULT = "default"
 """The plan that a request takes where it names none."""

@@ -143,6 +143,10 @@ MISCHIEF: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda d: d["plans"].pop("ungated"),
         "plan 'default' names baseline 'ungated', which is not there. Make it again with `tgate plan`.",
     ),
+    "a plan of another guidance": (
+        lambda d: d["plans"]["ungated"].update(guidance_scale=1),
+        "plan 'ungated' has guidance scale 1.0, which does not fit a bundle with guidance. Make it again",
+    ),
     "a number that is a text": (lambda d: d["shapes"][0].update(height="4"), "height: expected int, got '4'"),
     "no schema": (lambda d: d.pop("schema_version"), "this is not a tgate bundle"),
 }

@@ -158,7 +158,7 @@ def test_a_field_that_is_missing_is_named(data: dict[str, Any]) -> None:
         (lambda d: d["shapes"][0].update(latents=[2, 0, 4]), "expected positive whole numbers"),
         (
             lambda d: d["shapes"][0].update(constants={"time_ids": [float("inf")]}),
-            "constants.time_ids: expected a finite",
+            "Infinity is no number of JSON); the bundle is damaged: export it again",
         ),
         (
             lambda d: d["shapes"][0]["graphs"]["full"].update(role="magic"),
@@ -193,7 +193,7 @@ def test_a_field_that_is_missing_is_named(data: dict[str, Any]) -> None:
         (lambda d: d["shapes"][0]["constants"].update(time_ids=[1e39]), "constants.time_ids: expected a finite"),
         (
             lambda d: d["plans"]["default"]["steps"][0].update(noise=1e39),
-            "noise must be finite and a number of float32",
+            "steps[0].noise: expected a finite number, of float32",
         ),
     ],
 )
@@ -240,6 +240,57 @@ def test_an_edit_by_hand_is_seen(good: Path) -> None:
 
 def test_a_plan_that_is_none_is_named_with_its_bundle(toy: Path) -> None:
     edit_manifest(toy, lambda d: d["plans"]["default"].update(guidance_scale="3"))
-    with pytest.raises(BundleError, match=r"manifest\.json: a plan needs a name and a guidance scale") as error:
+    with pytest.raises(BundleError, match=r"json\.plans\.default\.guidance_scale: expected int or float") as error:
         Bundle.open(toy)
     assert not isinstance(error.value, PlanError)
+
+
+def test_a_key_that_is_not_known_is_named(data: dict[str, Any]) -> None:
+    """In every object but those whose keys a bundle chooses, and in the facts of no kind."""
+    refused = 0
+    for path in ((), *paths(data)):
+        target = data if not path else parent(data, path)[path[-1]]
+        if not isinstance(target, dict) or (path and path[-1] in (*TABLES, "settings", "options", "scheduler")):
+            continue
+        changed = copy.deepcopy(data)
+        (parent(changed, path)[path[-1]] if path else changed)["surprise"] = "x"
+        if path[-2:-1] == ("carries",):
+            parse_manifest(text_of(changed))
+            continue
+        with pytest.raises(BundleError, match="'surprise' is not known here; export the bundle again"):
+            pytest.fail(f"{path} may hold more: {parse_manifest(text_of(changed)).model}")
+        refused += 1
+    assert refused > 12
+
+
+@pytest.mark.parametrize(("guidance", "scale"), [("classifier-free", 1.0), ("classifier-free", 0), ("none", 1.5)])
+def test_a_guidance_scale_that_the_graphs_do_not_go_by(data: dict[str, Any], guidance: str, scale: float) -> None:
+    with pytest.raises(BundleError, match=r"guidance_scale: a bundle with guidance has a scale above 1, one without"):
+        parse_manifest(text_of({**data, "guidance": guidance, "guidance_scale": scale}))
+    assert parse_manifest(text_of({**data, "guidance": "embedded", "guidance_scale": scale})).guidance_scale == scale
+
+
+@pytest.mark.parametrize("scale", [-1, 10_001])
+def test_a_guidance_scale_that_nobody_exports(data: dict[str, Any], scale: float) -> None:
+    for changed in (
+        {**data, "guidance_scale": scale},
+        {**data, "plans": {"default": {**data["plans"]["default"], "guidance_scale": scale}}},
+    ):
+        with pytest.raises(BundleError, match=r"guidance_scale: expected 0 to 10000\.0, got"):
+            parse_manifest(text_of(changed))
+
+
+def test_a_schedulers_infinity_is_written_as_a_text(large: Path) -> None:
+    """diffusers' DPM-Solver has an option that is minus infinity, and JSON has no number for it."""
+    config = {"lambda_min_clipped": float("-inf"), "other": float("inf"), "beta_end": 0.5, "name": "x", "none": None}
+    manifest = replace(Bundle.open(large).manifest, scheduler=config)
+    text = dump_manifest(manifest)
+    written = json.loads(text, parse_constant=pytest.fail)["scheduler"]
+    assert written == {**config, "lambda_min_clipped": "-Infinity", "other": "Infinity"}
+    assert parse_manifest(text) == manifest
+    assert bundle_digest(parse_manifest(text)) == bundle_digest(manifest)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        dump_manifest(replace(manifest, scheduler={"x": float("nan")}))
+    bare = text.replace('"-Infinity"', "-Infinity")
+    with pytest.raises(BundleError, match=r"-Infinity is no number of JSON\); .*: export it again"):
+        parse_manifest(bare)

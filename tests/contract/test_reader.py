@@ -101,12 +101,18 @@ def test_long_values_are_cut_in_errors() -> None:
         (b"9223372036854775808", "9223372036854775808 is no whole number of 64 bits"),
         (b"-9223372036854775809", "is no whole number of 64 bits"),
         (b"1" + b"0" * 5000, "^10000000000000000000… is no whole number of 64 bits$"),
-        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 100_000, "it is nested more than 100 deep"),
+        (b"[" * 101 + b"]" * 101, "it is nested more than 100 deep"),
+        (b'{"a":' * 101 + b"1" + b"}" * 101, "it is nested more than 100 deep"),
+        (b'"\\ud83d"', "half a surrogate pair"),
+        (b'{"\\uDE00": 1}', "half a surrogate pair"),
+        (b'["\\ude00\\ud83d"]', "half a surrogate pair"),
+        ('"\ud800"', "half a surrogate pair"),
         ("[]".encode("utf-16"), "codec can't decode"),
         (b"\xef\xbb\xbf[]", "BOM"),
     ],
 )
-def test_json_that_means_two_things_or_none(text: bytes, says: str) -> None:
+def test_json_that_means_two_things_or_none(text: bytes | str, says: str) -> None:
     with pytest.raises(ValueError, match=says) as error:
         parse_json(text)
     assert str(error.value).isprintable()
@@ -116,9 +122,28 @@ def test_json_that_means_one_thing() -> None:
     assert parse_json('{"a": [9223372036854775807, -9223372036854775808, -0, 0.5, "\u00e4"]}') == {
         "a": [2**63 - 1, -(2**63), 0, 0.5, "ä"]
     }
-    assert parse_json("[-Infinity]", infinity=True) == [float("-inf")]
-    with pytest.raises(ValueError, match="NaN is no number"):
-        parse_json("[NaN]", infinity=True)
+    assert parse_json(b'"\\ud83d\\ude00"') == "\U0001f600"
+    assert parse_json(b"[" * 100 + b"]" * 100)
+
+
+def test_what_nobody_asked_for_is_named() -> None:
+    """At every level that is read whole; the first one there is."""
+
+    def build(r: Reader) -> tuple[Any, ...]:
+        inner = r.inner("a").all_of(lambda a: a.whole("n"))
+        return inner, r.items("b", lambda b: b.whole("n")), r.table("c", lambda c: c.whole("n")), r.strings("free")
+
+    good: dict[str, Any] = {"a": {"n": 1}, "b": [{"n": 2}], "c": {"d": {"n": 3}}, "free": {"x": "y"}}
+    assert reader(**good).all_of(build) == (1, (2,), {"d": 3}, {"x": "y"})
+    for change, says in (
+        ({"z": 1, "y": 2}, "here: 'z' is not known here; export the bundle again"),
+        ({"a": {"n": 1, "m": 1}}, "here.a: 'm' is not known here"),
+        ({"b": [{"n": 1}, {"n": 1, "m": 1}]}, "here.b[1]: 'm' is not known here"),
+        ({"c": {"d": {"n": 3, "\n": 1}}}, r"here.c.d: '\n' is not known here"),
+    ):
+        with pytest.raises(BundleError) as error:
+            reader(**{**good, **change}).all_of(build)
+        assert says in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "x" * 201, "a\nb", "\x1b[2J", "a\u202eb", "\ud800", 3, None])

@@ -175,7 +175,7 @@ typedef struct tgate_session_options {
   const char *engine;        /* "ort-cpu" (default) or "ort-cuda" */
   const char *library;       /* ONNX Runtime's, 1.31 or later; NULL: $TGATE_ONNXRUNTIME, or libonnxruntime.so.1 */
   const char *memory;        /* "fast" (default): private copies in the layouts that the engine likes; "shared": one */
-  const char *const *plans;  /* the plans whose graphs are loaded; NULL: all of the bundle's */
+  const char *const *plans;  /* whose graphs are loaded: names, or files (.json) of `tgate plan --output`; NULL: all */
   size_t plan_count;
   const char *const *sizes;  /* the sizes that are loaded; NULL: all */
   size_t size_count;
@@ -255,7 +255,7 @@ typedef struct tgate_tensor {
 typedef struct tgate_request_options {
   size_t size;
   tgate_pool *pool;            /* where it takes its room; NULL: a pool of its own */
-  const char *plan;            /* NULL: "default" */
+  const char *plan;            /* a name, or a file that the session was opened with; NULL: "default", or the pool's only one */
   const char *image_size;      /* without a pool; NULL: the session's first */
   size_t images;               /* 1 by default; image j has the seed seed + j */
   uint64_t seed;               /* below 2^63 */
@@ -309,8 +309,9 @@ TGATE_API tgate_code tgate_request_progress(const tgate_request *request, tgate_
 /* What of the prompt did not fit, as it was written; "" where all of it did. Lives until the request is reset. */
 TGATE_API const char *tgate_request_cut(const tgate_request *request);
 
-/* Elements of one image's latents. */
+/* Elements of one image's latents; and their dimensions, [C, h, w] or a video's four, into `shape`: how many there are. */
 TGATE_API size_t tgate_request_latents_count(const tgate_request *request);
+TGATE_API size_t tgate_request_latents_shape(const tgate_request *request, int64_t shape[8]);
 /* One image's latents after the last step taken, float32, into `latents`, which has room for `count` elements. */
 TGATE_API tgate_code tgate_request_latents(const tgate_request *request, size_t image, float *latents, size_t count,
                                            tgate_error **error);

@@ -1,8 +1,8 @@
 // What a trajectory takes in memory: every buffer that a host allocates before the first step, and the totals.
 #include <algorithm>
 #include <limits>
-#include <set>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "contract/manifest.h"
 
@@ -20,28 +20,20 @@ std::int64_t times(std::int64_t a, std::int64_t b) {
   return b != 0 && a > most / b ? most : a * b;
 }
 
-bool is_kept(const TensorSpec& output, const std::vector<std::string>& writes) {
-  return output.name == "next_latents" || output.name == "output" ||
-         std::find(writes.begin(), writes.end(), output.name) != writes.end();
-}
+using Names = std::unordered_set<std::string_view>;
 
-/// The steps of plans that differ in their graph or in what they write, in order.
-std::vector<const Step*> different_steps(const std::vector<const Plan*>& plans) {
-  std::set<std::pair<std::string_view, std::vector<std::string>>> seen;
-  std::vector<const Step*> steps;
-  for (const Plan* plan : plans) {
-    for (const Step& step : plan->steps) {
-      if (seen.emplace(step.graph, step.writes).second) steps.push_back(&step);
-    }
-  }
-  return steps;
+/// The outputs that a step keeps.
+Names kept_by(const Step& step) {
+  Names names(step.writes.begin(), step.writes.end());
+  names.insert({"next_latents", "output"});
+  return names;
 }
 
 }  // namespace
 
 std::vector<TensorSpec> buffers_of(const Graphs& graphs, const std::vector<const Plan*>& plans) {
   std::vector<TensorSpec> tensors;
-  std::unordered_map<std::string, std::size_t> places;
+  std::unordered_map<std::string_view, std::size_t> places;  // names of graphs, which stay
   const auto put = [&](const TensorSpec& tensor) {
     const auto [place, is_new] = places.emplace(tensor.name, tensors.size());
     if (is_new) {
@@ -50,11 +42,14 @@ std::vector<TensorSpec> buffers_of(const Graphs& graphs, const std::vector<const
       tensors[place->second] = tensor;
     }
   };
-  for (const Step* step : different_steps(plans)) {
-    const GraphSpec& graph = *find(graphs, step->graph);
-    for (const TensorSpec& tensor : graph.inputs) put(tensor);
-    for (const TensorSpec& tensor : graph.outputs) {
-      if (is_kept(tensor, step->writes)) put(tensor);
+  for (const Plan* plan : plans) {
+    for (const Step& step : plan->steps) {
+      const GraphSpec& graph = *find(graphs, step.graph);
+      const Names kept = kept_by(step);
+      for (const TensorSpec& tensor : graph.inputs) put(tensor);
+      for (const TensorSpec& tensor : graph.outputs) {
+        if (kept.count(tensor.name)) put(tensor);
+      }
     }
   }
   return tensors;
@@ -67,11 +62,12 @@ Memory memory_of(const Manifest& manifest, const Shape& shape, const Plan& plan,
     memory.request = plus(memory.request, tensor.bytes(images));
   }
   // What the graph at work holds besides, outputs that the step does not keep among it.
-  for (const Step* step : different_steps({&plan})) {
-    const GraphSpec& graph = *find(shape.graphs, step->graph);
+  for (const Step& step : plan.steps) {
+    const GraphSpec& graph = *find(shape.graphs, step.graph);
+    const Names kept = kept_by(step);
     std::int64_t scratch = times(images, graph.scratch_bytes);
     for (const TensorSpec& tensor : graph.outputs) {
-      if (!is_kept(tensor, step->writes)) scratch = plus(scratch, tensor.bytes(images));
+      if (!kept.count(tensor.name)) scratch = plus(scratch, tensor.bytes(images));
     }
     memory.scratch = std::max(memory.scratch, scratch);
   }

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from tests.cpp.probes import ask, record
@@ -81,12 +82,14 @@ SMALL = {
 
 
 REFUSED_HERE_ALONE = (Raw('"\\ud800"'), Raw("[" * 900 + "]" * 900))
-"""Half a surrogate pair, which is no text in C++, and what is nested deeper than its parser goes: Python reads both, where
-a tensor's entry has members that nobody asks for."""
+"""Half a surrogate pair, which is no text in C++, and what is nested deeper than its parser goes: Python reads both
+where nobody asks for them."""
 
 
 def test_tensors_of_a_real_file(cpp_build: Path, tmp_path: Path) -> None:
-    arrays = {f"tensor {i} é": np.zeros((i, 3), dtype) for i in range(4) for dtype in (np.float32, np.int64)}
+    arrays: dict[str, NDArray[Any]] = {
+        f"tensor {i} é": np.zeros((i, 3), dtype) for i in range(4) for dtype in (np.float32, np.int64)
+    }
     arrays |= {f"{dtype.__name__}": np.zeros(5, dtype) for dtype in (np.float16, np.uint8, np.int64)}
     whole = save(arrays, {"format": "pt"})
     head = HEAD.read_bytes()
@@ -115,7 +118,7 @@ def test_every_value_that_a_header_may_have_instead(cpp_build: Path, tmp_path: P
 def test_products_that_no_number_holds(cpp_build: Path, tmp_path: Path, shape: list[int]) -> None:
     """Where the true product is what the offsets say, modulo 2^64 too, and where it is 0."""
     product = int(np.prod([int(size) for size in shape], dtype=object)) * 4
-    files = []
+    files: list[tuple[bytes, int]] = []
     for length in {product % 2**64 % 2**63, min(product, 2**63 - 1), 0}:
         head = headed({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, length]}})
         files.append((head, len(head) + 4))
@@ -144,7 +147,7 @@ def test_a_header_that_the_file_ends_in(cpp_build: Path) -> None:
 def test_bytes_changed_at_random(cpp_build: Path, tmp_path: Path) -> None:
     rng = Random(5)
     sound = headed(SMALL)
-    files = []
+    files: list[tuple[bytes, int]] = []
     while len(files) < 1500:
         text = mutate_bytes(sound[8:], rng)
         # Where the header says more than there is, Python reads what there is: see the test above.

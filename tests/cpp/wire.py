@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 
 from tgate_engine.onnx_form import FORM
@@ -18,20 +18,20 @@ _TEXTS = (b"", b"x", b"\xff", b"\xc3\xa9", b"\xed\xa0\x80", b"\xf4\x90\x80\x80",
 
 @dataclass
 class Written:
-    """A field as it is written: its number and wire type, and what it holds, a number, bytes, or the fields of a message
-    of a kind; ``pad`` bytes more than its number needs."""
+    """A field as it is written: its number and wire type, and what it holds, a number, bytes, or the fields of a
+    message of a kind; ``pad``: of bytes, more than its number or its length needs."""
 
     number: int
     wire: int
     kind: str
     value: int | bytes | list[Written] = 0
-    pad: int = field(default=0)
+    pad: int = 0
 
-    def bytes(self) -> bytes:
+    def encoded(self) -> bytes:
         tag = varint(self.number << 3 | self.wire)
         if isinstance(self.value, int):
             return tag + varint(self.value % 2**64, self.pad)
-        inside = self.value if isinstance(self.value, bytes) else b"".join(each.bytes() for each in self.value)
+        inside = self.value if isinstance(self.value, bytes) else b"".join(each.encoded() for each in self.value)
         return tag + (varint(len(inside), self.pad) if self.wire == 2 else b"") + inside
 
 
@@ -96,7 +96,7 @@ def rewritten(data: bytes, rng: Random) -> bytes:
         assert isinstance(chosen.value, list)
         fields, kind = chosen.value, chosen.kind
     _edit(fields, kind, rng)
-    return b"".join(each.bytes() for each in model)
+    return b"".join(each.encoded() for each in model)
 
 
 def _edit(fields: list[Written], kind: str, rng: Random) -> None:
@@ -120,7 +120,7 @@ def _edit(fields: list[Written], kind: str, rng: Random) -> None:
         fields[at].number = rng.choice((rng.choice([*known, 1]), rng.randint(1, 30), 2**29 - 1))
     elif case == 7:
         wire = fields[at].wire = rng.choice((0, 1, 2, 3, 4, 5))
-        fields[at].value = {0: 1, 1: bytes(8), 2: b"\x01", 5: bytes(4)}.get(wire, b"")
+        fields[at].value = 1 if wire == 0 else {1: bytes(8), 2: b"\x01", 5: bytes(4)}.get(wire, b"")
     elif isinstance(fields[at].value, int):
         fields[at].value = rng.choice(_INTEGERS)
     elif isinstance(fields[at].value, bytes) and fields[at].wire == 2:

@@ -56,6 +56,7 @@ def whites() -> set[str]:
 
 
 def changed(normalizer: normalizers.Normalizer, characters: Sequence[str]) -> dict[str, str]:
+    """What becomes of those characters that do not stay what they are."""
     rest = [c for c in characters if c != "\n"]
     return {c: to for c, to in zip(rest, together(normalizer, rest), strict=True) if c != to}
 
@@ -100,21 +101,30 @@ def combining(decomposed: Mapping[str, str]) -> dict[str, int]:
     return classes
 
 
-def counting() -> normalizers.Normalizer:
-    """A ``Precompiled`` that writes one letter for each grapheme of up to 5 bytes, and one for each character of a
-    longer one: its trie holds every first byte, and the library looks for the shortest beginning."""
+def counting_map() -> bytes:
+    """A ``precompiled_charsmap`` that makes one letter of each grapheme of up to 5 bytes, and of each character of a
+    longer one: its trie holds every first byte, and the library looks for the shortest beginning. Line ends stay."""
     units = [0] * 768
     units[0] = 0x100 << 10
     for byte in range(1, 256):
         units[0x100 | byte] = byte | 0x100 | 0x300 << 10
         units[0x200 | byte] = 1 << 31 | (2 if byte == 10 else 0)
-    blob = struct.pack("<I768I", 4 * 768, *units) + b"P\0\n\0"
+    return struct.pack("<I768I", 4 * 768, *units) + b"P\0\n\0"
+
+
+def counting() -> normalizers.Normalizer:
+    """The normalizer of :func:`counting_map`, which only a whole tokenizer can be asked for."""
     vocabulary = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
-    mapped = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(blob).decode()}
-    whole = {"version": "1.0", "normalizer": mapped, "model": vocabulary, "added_tokens": []}
-    whole |= dict.fromkeys(("truncation", "padding", "pre_tokenizer", "post_processor", "decoder"))
-    normalizer = tokenizers.Tokenizer.from_str(json.dumps(whole)).normalizer
-    assert normalizer is not None
+    mapped = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(counting_map()).decode()}
+    unused: dict[str, None] = dict.fromkeys(("truncation", "padding", "pre_tokenizer", "post_processor", "decoder"))
+    whole: dict[str, object] = {
+        "version": "1.0",
+        "normalizer": mapped,
+        "model": vocabulary,
+        "added_tokens": [],
+        **unused,
+    }
+    normalizer: normalizers.Normalizer = tokenizers.Tokenizer.from_str(json.dumps(whole)).normalizer
     return normalizer
 
 
@@ -154,6 +164,7 @@ def graphemes() -> dict[str, set[str]]:
 
 
 def ranges(characters: Iterable[str]) -> list[Range]:
+    """First and last of neighbours, in order."""
     found: list[Range] = []
     for code in sorted(map(ord, characters)):
         if found and found[-1][1] == code - 1:
@@ -164,6 +175,7 @@ def ranges(characters: Iterable[str]) -> list[Range]:
 
 
 def table(name: str, kind: str, rows: Iterable[Sequence[int]]) -> str:
+    """An array of C++ whose rows are of that kind."""
     lines, line = [], ""
     for row in rows:
         item = "{" + ", ".join(f"{number:#x}" if number > 9 else str(number) for number in row) + "}, "
@@ -201,7 +213,9 @@ def written() -> str:
         raise SystemExit(f"characters of two classes, which the reader does not know: {both}")
     spaces = only(r"\s")
     if spaces != whites():
-        raise SystemExit("the library's regular expressions know other spaces than the rest of it, the reader knows one kind")
+        raise SystemExit(
+            "the library's regular expressions know other spaces than the rest of it, the reader knows one kind"
+        )
     borders = [
         (first, last, CLASSES.index(name) + 1)
         for name in CLASSES

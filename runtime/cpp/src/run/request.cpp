@@ -209,7 +209,9 @@ void Request::begin(const Ask& ask) {
     }
     for (const auto& [name, tensor] : *ask.tensors) {
       const auto& known = pool_->halves();
-      const auto own = [&](const Conditioning& each) { return name == each.name + ".negative" || name == each.name + ".positive"; };
+      const auto own = [&given = name](const Conditioning& each) {
+        return given == each.name + ".negative" || given == each.name + ".positive";
+      };
       const auto& all = manifest.conditioning;
       if (std::find(known.begin(), known.end(), name) == known.end() && std::none_of(all.begin(), all.end(), own)) {
         refuse("the bundle is not conditioned by a tensor '" + shown(name) + "'");

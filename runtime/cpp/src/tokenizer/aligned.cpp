@@ -21,7 +21,8 @@ Aligned aligned(std::string_view prompt) {
   for (std::size_t at = 0; at < prompt.size();) {
     const std::size_t start = at;
     unicode::next(prompt, at);
-    whole.from.insert(whole.from.end(), at - start, {static_cast<std::uint32_t>(start), static_cast<std::uint32_t>(at)});
+    const Span character{static_cast<std::uint32_t>(start), static_cast<std::uint32_t>(at)};
+    whole.from.insert(whole.from.end(), at - start, character);
   }
   return whole;
 }

@@ -53,14 +53,10 @@ class Merges {
 class Bpe : public Model {
  public:
   explicit Bpe(BpeSettings settings) : merges_(settings.merges.size()), settings_(std::move(settings)) {
-    const Vocabulary& vocabulary = settings_.vocabulary;
     std::uint32_t rank = 0;
-    for (const auto& [first, second] : settings_.merges) {
-      merges_.set(*vocabulary.find(first), *vocabulary.find(second), {rank++, *vocabulary.find(first + second)});
-    }
-    settings_.merges.clear();
-    settings_.merges.shrink_to_fit();
-    if (settings_.unknown) unknown_ = vocabulary.find(*settings_.unknown);
+    for (const auto& [first, second, both] : settings_.merges) merges_.set(first, second, {rank++, both});
+    settings_.merges = {};
+    if (settings_.unknown) unknown_ = settings_.vocabulary.find(*settings_.unknown);
   }
 
   void tokenize(std::string_view text, std::vector<Token>& tokens) const override {
@@ -112,8 +108,9 @@ class Bpe : public Model {
       unicode::next(text, at);
       const std::string_view character = text.substr(start, at - start);
       const bool last = at == text.size() && !settings_.suffix.empty();
+      const Vocabulary& vocabulary = settings_.vocabulary;
       const std::uint32_t* id =
-          last ? settings_.vocabulary.find(std::string(character) + settings_.suffix) : settings_.vocabulary.find(character);
+          last ? vocabulary.find(std::string(character) + settings_.suffix) : vocabulary.find(character);
       if (id) {
         symbols.push_back({*id, character.size()});
         fusing = false;
@@ -136,7 +133,8 @@ class Bpe : public Model {
     std::vector<Candidate> found;
     found.reserve(symbols.size());
     for (std::size_t i = 0; i + 1 < symbols.size(); ++i) {
-      if (const Merge* pair = merges_.find(symbols[i].id, symbols[i + 1].id)) found.push_back({pair->rank, i, pair->id});
+      const Merge* pair = merges_.find(symbols[i].id, symbols[i + 1].id);
+      if (pair) found.push_back({pair->rank, i, pair->id});
     }
     std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> queue(std::greater<>(), std::move(found));
     while (!queue.empty()) {

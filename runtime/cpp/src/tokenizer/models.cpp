@@ -25,7 +25,8 @@ namespace {
 
 class Table : public Model {
  public:
-  Table(Vocabulary vocabulary, std::string unknown) : vocabulary_(std::move(vocabulary)), unknown_(std::move(unknown)) {}
+  Table(Vocabulary vocabulary, std::string unknown)
+      : vocabulary_(std::move(vocabulary)), unknown_(std::move(unknown)) {}
 
   void tokenize(std::string_view text, std::vector<Token>& tokens) const override {
     const std::uint32_t* id = vocabulary_.find(text);

@@ -61,9 +61,14 @@ class Vocabulary {
   std::vector<std::uint32_t> places_;                        // by id: 1 + the place in `tokens_`, 0 where there is none
 };
 
+/// Ids of a pair of tokens, and of what it is merged to.
+struct BpeMerge {
+  std::uint32_t first, second, both;
+};
+
 struct BpeSettings {
   Vocabulary vocabulary;
-  std::vector<std::pair<std::string, std::string>> merges;  // the best first; their tokens are known
+  std::vector<BpeMerge> merges;                             // the best first
   std::optional<std::string> unknown;                       // is known
   std::string suffix;                                       // of a word's last character
   bool fuse_unknown, ignore_merges;

@@ -105,8 +105,8 @@ void cut(const ClipWords& how, Aligned text, Pieces& pieces) {
   }
 }
 
-/// The end of GPT-2's word that begins at `at`: an ending; a run of letters, of numbers or of signs, with a space before
-/// it; or spaces, the last one of them left to what follows.
+/// The end of GPT-2's word that begins at `at`: an ending; a run of letters, of numbers or of signs, with a space
+/// before it; or spaces, the last one of them left to what follows.
 std::size_t gpt2_word(std::string_view text, std::size_t at) {
   if (const std::size_t length = ending(text, at)) return at + length;
   std::size_t start = at;

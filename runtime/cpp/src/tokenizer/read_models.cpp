@@ -59,6 +59,11 @@ std::unique_ptr<const Model> read_bpe(const json::Value& value, const Place& pla
                        checks::flag(*ignore, Place(place, "ignore_merges"))};
   const Place here(place, "merges");
   const json::Array& list = checks::list(*pairs, here, checks::most_tokens);
+  const auto known = [&](const std::string& token) {
+    const std::uint32_t* found = settings.vocabulary.find(token);
+    if (!found) checks::refuse(here, " name " + shown(token) + ", which is not in the vocabulary");
+    return *found;
+  };
   settings.merges.reserve(list.size());
   std::size_t i = 0;
   for (const json::Value& each : list) {
@@ -66,12 +71,7 @@ std::unique_ptr<const Model> read_bpe(const json::Value& value, const Place& pla
     const auto* pair = each.as<json::Array>();
     if (!pair || pair->size() != 2) checks::refuse(at, each, "a pair of tokens");
     const std::string &first = checks::text((*pair)[0], at), &second = checks::text((*pair)[1], at);
-    for (const std::string& token : {first, second, first + second}) {
-      if (!settings.vocabulary.find(token)) {
-        checks::refuse(here, " name " + shown(token) + ", which is not in the vocabulary");
-      }
-    }
-    settings.merges.emplace_back(first, second);
+    settings.merges.push_back({known(first), known(second), known(first + second)});
   }
   if (!unk_token->as<std::nullptr_t>()) {
     settings.unknown = checks::text(*unk_token, Place(place, "unk_token"));
@@ -116,7 +116,8 @@ double as_the_library_reads(double score) {
 }
 
 std::unique_ptr<const Model> read_unigram(const json::Value& value, const Place& place) {
-  const auto [_, unk_id, vocab, fallback] = checks::fields<4>(value, place, {"type", "unk_id", "vocab", "byte_fallback"});
+  const auto [_, unk_id, vocab, fallback] =
+      checks::fields<4>(value, place, {"type", "unk_id", "vocab", "byte_fallback"});
   checks::no(*fallback, Place(place, "byte_fallback"));
   const Place here(place, "vocab");
   const json::Array& list = checks::list(*vocab, here, checks::most_tokens);
@@ -145,7 +146,8 @@ std::unique_ptr<const Model> read_unigram(const json::Value& value, const Place&
 
 std::unique_ptr<const Model> read_model(const json::Value& value, const Place& place) {
   const std::string& kind = checks::kind(value, place, {"BPE", "Unigram", "WordLevel"});
-  return kind == "BPE" ? read_bpe(value, place) : kind == "Unigram" ? read_unigram(value, place) : read_table(value, place);
+  if (kind == "BPE") return read_bpe(value, place);
+  return kind == "Unigram" ? read_unigram(value, place) : read_table(value, place);
 }
 
 }  // namespace tgate

@@ -41,7 +41,8 @@ Normalizer read_replace(const json::Value& value, const Place& place) {
   const Place here(place, "pattern");
   const auto& [name, sought] = checks::one_field(*pattern, here, {"Regex", "String"});
   const bool regex = name == "Regex";
-  const std::string& text = regex ? checks::any_text(sought, Place(here, name)) : checks::text(sought, Place(here, name));
+  const Place of_text(here, name);
+  const std::string& text = regex ? checks::any_text(sought, of_text) : checks::text(sought, of_text);
   const std::string& content = checks::any_text(*content_value, Place(place, "content"));
   if (regex && text == R"(\s+)" && content == " ") return SqueezeSpaces{};
   if (regex && (text == ends || text == ends_before) && content.empty()) return StripEnds{};
@@ -89,10 +90,10 @@ std::vector<Normalizer> read_normalizers(const json::Value& value, const Place& 
     }
   });
   if (static_cast<double>(normalizers.size()) * growth > most_replaced || normalizers.size() * added > most_named) {
-    throw Error(Code::bundle, "it writes out " + std::to_string(names) + " names of textual inversions, up to " +
-                                  std::to_string(static_cast<int>(growth)) + " times as long, for " +
-                                  std::to_string(added) +
-                                  " added tokens: more than can be done for a prompt; use fewer of them, of fewer vectors");
+    throw Error(Code::bundle,
+                "it writes out " + std::to_string(names) + " names of textual inversions, up to " +
+                    std::to_string(static_cast<int>(growth)) + " times as long, for " + std::to_string(added) +
+                    " added tokens: more than can be done for a prompt; use fewer of them, of fewer vectors");
   }
   return normalizers;
 }

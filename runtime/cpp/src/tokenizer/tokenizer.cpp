@@ -14,7 +14,7 @@ namespace {
 
 using checks::Place;
 
-constexpr std::size_t most_bytes = std::size_t{1} << 24;  // of a file
+constexpr std::size_t most_bytes = std::size_t{1} << 24;       // of a file
 constexpr std::size_t most_characters = std::size_t{1} << 15;  // of a prompt
 
 AddedToken read_added(const json::Value& value, const Place& place, std::vector<std::uint32_t>& ids) {
@@ -60,7 +60,7 @@ std::size_t trailing_spaces(std::string_view name) {
 /// together when it cuts; the first of each is treated as the beginning of a text.
 std::string part(std::string_view prompt, const std::vector<Placed>& tokens, std::size_t first, std::size_t each,
                  const Frame& frame) {
-  std::vector<std::size_t> starts;  // of characters, in bytes
+  std::vector<std::size_t> starts;                     // of characters, in bytes
   std::vector<std::size_t> places(prompt.size() + 1);  // of bytes, in characters
   for (std::size_t at = 0; at < prompt.size();) {
     std::size_t next = at;
@@ -117,10 +117,12 @@ std::unique_ptr<const Tokenizer::Parts> Tokenizer::Parts::read(std::string_view 
     refuse("it is no JSON: " + shown(error.what()));
   }
   const Place top;
-  const auto [version, truncation, padding, added_tokens, normalizer, pre_tokenizer, post_processor, decoder, model_value] =
+  // The last three are not used: what cuts and fills up is this class, and nothing is made into text.
+  const auto [version, added_tokens, normalizer, pre_tokenizer, post_processor, model_value, truncation, padding,
+              decoder] =
       checks::fields<9>(whole, top,
-                        {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer",
-                         "post_processor", "decoder", "model"});
+                        {"version", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model",
+                         "truncation", "padding", "decoder"});
   checks::one_of(*version, Place(top, "version"), {"1.0"});
   std::vector<AddedToken> tokens;
   std::vector<std::uint32_t> ids;

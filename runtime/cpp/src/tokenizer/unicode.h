@@ -1,4 +1,4 @@
-// Characters as the `tokenizers` library sees them, which mixes several versions of Unicode; see scripts/make_unicode.py.
+// Characters as the `tokenizers` library sees them, which mixes several versions of Unicode: scripts/make_unicode.py.
 #pragma once
 
 #include <array>

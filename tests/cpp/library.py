@@ -146,6 +146,8 @@ def _texts(names: Sequence[str]) -> Any:
 
 
 class _Owned:
+    handle = Handle()  # until there is one
+
     def __init__(self, library: Library, handle: Handle, free: str) -> None:
         self.library = library
         self.handle = handle

@@ -205,9 +205,9 @@ def test_token_ids_are_as_good_as_a_prompt(mini: Twins) -> None:
 
 
 def test_what_of_a_prompt_does_not_fit(mini: Twins) -> None:
-    request = mini.request("a red circle and " * 100)
-    assert request.cut()
-    assert ("a red circle and " * 100).endswith(request.cut())
+    long = "a red circle and " * 100
+    request = mini.request(long)
+    assert request.cut() == mini.python._text.encode(long).cut != ""  # type: ignore[union-attr]
     request.reset(prompt=PROMPTS[0])
     assert request.cut() == ""
 

@@ -1,5 +1,6 @@
 #include "files.h"
 
+#include <fcntl.h>
 #include <png.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -24,7 +25,9 @@ struct Close {
 [[noreturn]] void refuse(const std::string& path, const std::string& why) { throw Refusal{path + " " + why, 1}; }
 
 std::vector<char> read_whole(const std::string& path) {
-  const std::unique_ptr<std::FILE, Close> file(std::fopen(path.c_str(), "rbe"));
+  // Without waiting for whoever writes to a pipe.
+  const int handle = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  const std::unique_ptr<std::FILE, Close> file(handle < 0 ? nullptr : fdopen(handle, "rb"));
   struct stat found {};
   if (file == nullptr || fstat(fileno(file.get()), &found) != 0) {
     refuse(path, std::string("cannot be read (") + std::strerror(errno) + ")");

@@ -170,7 +170,9 @@ void Request::begin(const Ask& ask) {
     Ask::Ids ids;
     if (prompt) {
       for (Encoding& encoding : session_->tokenize(*prompt)) {
-        cut = encoding.cut.size() > cut.size() ? std::move(encoding.cut) : std::move(cut);
+        if (encoding.cut.size() > cut.size()) {
+          cut = std::move(encoding.cut);
+        }
         ids.push_back(std::move(encoding.ids));
       }
     } else {

@@ -15,7 +15,7 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow fuzz lint format docs clean
+.PHONY: help setup demo test slow fuzz cpp lint format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
@@ -48,6 +48,14 @@ slow: setup  ## the tests that take minutes
 TIME ?= 600
 fuzz: setup  ## make up files as a stranger would, for TIME=600 seconds
 	nice -n 10 $(BIN)/python -m tests.fuzz --seconds $(TIME)
+
+# libtgate, by the presets of runtime/cpp/CMakePresets.json: make cpp is the library and tgate-run, cpp-asan and such are
+# the tests' builds.
+cpp: cpp-release  ## libtgate and tgate-run, in build/cpp/release
+cpp-%:
+	scripts/cpp_setup.sh $(if $(filter fuzz,$*),--fuzz) build/cpp/include
+	cmake -S runtime/cpp --preset $* -D ONNXRUNTIME_INCLUDE_DIR=$(abspath build/cpp/include)
+	cmake --build build/cpp/$*
 
 lint: setup  ## style, format and types; changes nothing
 	$(BIN)/ruff check .

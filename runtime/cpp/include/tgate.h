@@ -175,7 +175,7 @@ typedef struct tgate_session_options {
   const char *engine;        /* "ort-cpu" (default) or "ort-cuda" */
   const char *library;       /* ONNX Runtime's, 1.31 or later; NULL: $TGATE_ONNXRUNTIME, or libonnxruntime.so.1 */
   const char *memory;        /* "fast" (default): private copies in the layouts that the engine likes; "shared": one */
-  const char *const *plans;  /* the plans whose graphs are loaded; NULL: all of the bundle's */
+  const char *const *plans;  /* whose graphs are loaded: names, or files (.json) of `tgate plan --output`; NULL: all */
   size_t plan_count;
   const char *const *sizes;  /* the sizes that are loaded; NULL: all */
   size_t size_count;
@@ -255,7 +255,7 @@ typedef struct tgate_tensor {
 typedef struct tgate_request_options {
   size_t size;
   tgate_pool *pool;            /* where it takes its room; NULL: a pool of its own */
-  const char *plan;            /* NULL: "default" */
+  const char *plan;            /* a name, or a file that the session was opened with; NULL: "default", or the pool's only one */
   const char *image_size;      /* without a pool; NULL: the session's first */
   size_t images;               /* 1 by default; image j has the seed seed + j */
   uint64_t seed;               /* below 2^63 */

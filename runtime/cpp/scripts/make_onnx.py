@@ -36,7 +36,7 @@ def form() -> Iterator[str]:
     """Limits and versions."""
     yield f"constexpr std::size_t most_bytes = {onnx_form.MOST_BYTES};"
     yield f"constexpr std::size_t most_nodes = {onnx_form.MOST_NODES};"
-    yield f"constexpr std::size_t most_dimensions = {onnx_form.MOST_DIMENSIONS};"
+    yield f"constexpr std::size_t most_dimensions = {onnx_operators.MOST_DIMENSIONS};"
     yield from _ends("ir_version", onnx_form.IR_VERSIONS)
     yield from _ends("opset", onnx_form.OPSETS)
     yield f"constexpr std::int32_t external = {onnx_form._EXTERNAL};"

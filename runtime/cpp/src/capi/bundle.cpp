@@ -164,7 +164,7 @@ tgate_code tgate_bundle_memory(const tgate_bundle* bundle, const char* plan, con
   return guarded(error, [&] {
     const tgate::Manifest& manifest = needed(bundle, "bundle").bundle->manifest();
     const auto shapes = manifest.shapes_of(tgate::capi::text_or(image_size, ""));
-    const auto rows = static_cast<std::int64_t>(tgate::rows_for(shapes, images));
+    const auto rows = static_cast<std::int64_t>(tgate::rows_of_calls(shapes, images));
     const auto found =
         tgate::memory_of(manifest, *shapes.front(), manifest.plan(tgate::capi::text_or(plan, "default")), rows);
     tgate_memory result{};

@@ -164,7 +164,8 @@ tgate_code tgate_pool_create(const tgate_session* session, const tgate_pool_opti
     const auto chosen = tgate::capi::taken(options, tgate::capi::pool_defaults(), "tgate_pool_options");
     auto made = std::make_unique<tgate_pool>();
     made->pool = std::make_shared<tgate::Pool>(own.session, text_or(chosen.image_size, ""),
-                                               tgate::capi::texts(chosen.plans, chosen.plan_count, "plans"), chosen.images);
+                                               tgate::capi::texts(chosen.plans, chosen.plan_count, "plans"), chosen.images,
+                                               false);
     target = made.release();
   });
 }

@@ -35,15 +35,16 @@ using onnx::Attribute, onnx::Dimension, onnx::Model, onnx::Names, onnx::Node, on
 
 std::string quoted(std::string_view name, std::size_t most = 60) { return "'" + shown(name, most) + "'"; }
 
-/// A list, cut to what a line has room for.
+/// A list as far as a line has room for it.
 template <class Items, class Write>
 std::string listed(const Items& items, Write write) {
-  std::string text;
+  constexpr std::size_t most = 120;
+  std::string text = "[";
   for (const auto& item : items) {
-    text += (text.empty() ? "" : ", ") + write(item);
-    if (text.size() > 60) break;
+    if (text.size() > most) return text + ", …]";
+    text += (text.size() > 1 ? ", " : "") + write(item);
   }
-  return text.size() > 60 ? "[" + text.substr(0, 59) : "[" + text + "]";
+  return text + "]";
 }
 
 std::string listed(const Sizes& sizes) {
@@ -69,7 +70,7 @@ std::string text_of(const onnx::Value& value) {
   switch (value.type) {
     case 1: return json::repr(static_cast<double>(value.number));
     case 2: return std::to_string(value.whole);
-    case 3: return quoted(value.text);
+    case 3: return "b" + quoted(value.text);
     case 7: return listed(value.several);
     default: return "numbers";
   }
@@ -284,7 +285,10 @@ void Check::interface(const std::string& what, const Names& values, const std::v
   for (const auto& [name, spec] : specs) {
     if (names.count(name) == 0) odd.insert(name);
   }
-  if (!odd.empty()) refuse("does not have the " + what + "s its manifest says: " + listed(Names(odd.begin(), odd.end())));
+  if (!odd.empty()) {
+    const std::string list = listed(odd, [](std::string_view name) { return quoted(name); });
+    refuse("does not have the " + what + "s its manifest says: " + list.substr(1, list.size() - 2));
+  }
   for (const std::string_view message : values) {
     const ValueInfo value = onnx::read_value(message);
     const TensorSpec& spec = *specs.at(value.name);

@@ -101,7 +101,10 @@ std::string oddity(std::string_view data, const Message& message) {
   const Field* last = nullptr;
   while (reader.next(entry)) {
     const Field* const field = last != nullptr && last->number == entry.number ? last : find(message, entry.number);
-    if (field == nullptr) return unwanted(message, entry.number);
+    const bool packed = field != nullptr && field->several && entry.wire_type == bytes_type;
+    if (field == nullptr || (entry.wire_type != wire_type_of(field->kind) && !packed)) {
+      return unwanted(message, entry.number);
+    }
     if (last != nullptr && (field < last || (field == last && !field->several))) return unlike_protobuf;
     if (entry.wire_type != wire_type_of(field->kind)) return unlike_protobuf;
     if (field->kind == Kind::int32 && entry.whole() != static_cast<std::int32_t>(entry.word)) return unlike_protobuf;

@@ -85,8 +85,8 @@ Plan Plan::read(Reader& r) {
   r.facts("settings");
   plan.baselines = r.words("baselines");
   plan.guidance_scale = r.number("guidance_scale", 0, most_guidance);
-  Reader::all_of(r.inner("sampler"), [&](Reader& sampler) {
-    read_sampler(sampler, plan);
+  Reader::all_of(r.inner("sampler"), [&](Reader& inner) {
+    read_sampler(inner, plan);
     return 0;
   });
   plan.steps = r.items("steps", read_step, most_calls);

@@ -26,10 +26,10 @@ float box_muller(std::uint32_t c0, std::uint32_t c1) {
 /// Number n is of the block with the counter (draw, n).
 void draw_box_muller(std::uint64_t seed, std::uint64_t draw, float* out, std::size_t count) {
   for (std::size_t n = 0; n < count; ++n) {
-    Block<std::uint32_t> blocks[] = {{static_cast<std::uint32_t>(draw), static_cast<std::uint32_t>(draw >> 32),
-                                      static_cast<std::uint32_t>(n), 0}};
-    philox(blocks, static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32));
-    out[n] = box_muller(blocks[0][0], blocks[0][1]);
+    const Block<std::uint32_t> block = philox<std::uint32_t>(
+        {static_cast<std::uint32_t>(draw), static_cast<std::uint32_t>(draw >> 32), static_cast<std::uint32_t>(n), 0},
+        static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32));
+    out[n] = box_muller(block[0], block[1]);
   }
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <array>
-#include <cstddef>
 #include <cstdint>
 
 namespace tgate {
@@ -41,18 +40,17 @@ struct PhiloxConstants<std::uint32_t> {
 template <class Word>
 using Block = std::array<Word, 4>;
 
-/// The blocks of `count` counters under one key, in place. Several at once, because each round waits for the one before.
-template <std::size_t count, class Word>
-inline void philox(Block<Word> (&blocks)[count], Word k0, Word k1) {
+/// The block of a counter, `c`, under a key.
+template <class Word>
+inline Block<Word> philox(Block<Word> c, Word k0, Word k1) {
   using Constants = PhiloxConstants<Word>;
   for (int round = 0; round < 10; ++round) {
-    for (Block<Word>& c : blocks) {
-      const Halves<Word> p = multiply(Constants::p, c[0]), q = multiply(Constants::q, c[2]);
-      c = {q.high ^ c[1] ^ k0, q.low, p.high ^ c[3] ^ k1, p.low};
-    }
+    const Halves<Word> p = multiply(Constants::p, c[0]), q = multiply(Constants::q, c[2]);
+    c = {q.high ^ c[1] ^ k0, q.low, p.high ^ c[3] ^ k1, p.low};
     k0 += Constants::k0;
     k1 += Constants::k1;
   }
+  return c;
 }
 
 }  // namespace tgate

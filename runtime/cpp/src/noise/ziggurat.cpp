@@ -36,19 +36,13 @@ class Words {
   float uniform() { return static_cast<float>(next() >> 8) * 0x1p-24F; }
 
  private:
-  static constexpr std::size_t at_once = 4, held = 256;
+  static constexpr std::size_t held = 256;  // whole blocks of eight
 
   void refill() {
-    for (std::size_t first = 0; first < held; first += 8 * at_once) {
-      Block<std::uint64_t> blocks[at_once];
-      for (auto& block : blocks) block = {++counter_, 0, 0, draw_};
-      philox(blocks, seed_, std::uint64_t{0});
-      std::uint32_t* word = words_ + first;
-      for (const auto& block : blocks) {
-        for (const std::uint64_t half : block) {
-          *word++ = static_cast<std::uint32_t>(half);
-          *word++ = static_cast<std::uint32_t>(half >> 32);
-        }
+    for (std::uint32_t* word = words_; word != words_ + held;) {
+      for (const std::uint64_t half : philox<std::uint64_t>({++counter_, 0, 0, draw_}, seed_, 0)) {
+        *word++ = static_cast<std::uint32_t>(half);
+        *word++ = static_cast<std::uint32_t>(half >> 32);
       }
     }
     at_ = 0;

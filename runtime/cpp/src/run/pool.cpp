@@ -27,18 +27,38 @@ std::string ranges_of(const std::vector<const Shape*>& shapes) {
 
 }  // namespace
 
-std::size_t rows_for(const std::vector<const Shape*>& shapes, std::size_t images) {
+std::pair<std::size_t, std::size_t> next_call(const std::vector<const Shape*>& shapes, std::size_t left) {
+  std::size_t taken = 0;
+  for (const Shape* shape : shapes) {
+    const auto least = static_cast<std::size_t>(shape->batch.least), most = static_cast<std::size_t>(shape->batch.most);
+    if (least <= left) {
+      taken = std::max(taken, std::min(most, left));
+    }
+  }
+  const auto smallest = static_cast<std::size_t>(shapes.front()->batch.least);
+  return taken > 0 ? std::make_pair(taken, taken) : std::make_pair(left, smallest);
+}
+
+std::size_t rows_of_calls(const std::vector<const Shape*>& shapes, std::size_t images) {
   if (images < 1 || images > most_images) {
     throw Error(Code::request, "the number of images must be 1 to " + std::to_string(most_images) + ", got " +
                                    std::to_string(images));
   }
-  return std::max(images, static_cast<std::size_t>(shapes.front()->batch.least));
+  std::size_t rows = 0;
+  while (images > 0) {
+    const auto [taken, called] = next_call(shapes, images);
+    rows += called;
+    images -= taken;
+  }
+  return rows;
 }
 
 Pool::Pool(std::shared_ptr<const Session> session, std::string_view size, const std::vector<std::string>& plans,
-           std::size_t images)
+           std::size_t images, bool together)
     : session_(std::move(session)), engine_(session_->engine()), shapes_(session_->shapes(size)) {
-  const std::size_t rows = rows_for(shapes_, images);
+  // Images that go together in part leave room for what fills up a call that takes more.
+  const auto least = static_cast<std::size_t>(shapes_.front()->batch.least);
+  const std::size_t own = rows_of_calls(shapes_, images), rows = together ? own : images + least - 1;
   std::vector<const Plan*> chosen;
   for (const std::string& name : plans) {
     chosen.push_back(&session_->plan(name));
@@ -85,7 +105,7 @@ Pool::Pool(std::shared_ptr<const Session> session, std::string_view size, const 
   free_ = images;
   interrupt_ = engine_->interrupt();
   // What a pool is for, bound now: calls on all of its images. Others are bound when they are first made.
-  if (const auto [taken, called] = next_call(images); taken == images) {
+  if (const auto [taken, called] = next_call(shapes_, images); taken == images) {
     for (std::size_t graph = 0; graph < graphs_.size(); ++graph) {
       call(graph, 0, called);
     }
@@ -138,10 +158,16 @@ void Pool::compile(const Plan& plan) {
 const Program& Pool::program(std::string_view name) const {
   std::string have;
   for (const auto& each : programs_) {
-    if (each->plan->name == (name.empty() ? "default" : name) || (name.empty() && programs_.size() == 1)) {
+    if (name.empty() && programs_.size() == 1) {
       return *each;
     }
     have += (have.empty() ? "" : ", ") + shown(each->plan->name);
+  }
+  const Plan* wanted = &session_->plan(name.empty() ? "default" : name);
+  for (const auto& each : programs_) {
+    if (each->plan == wanted) {
+      return *each;
+    }
   }
   throw Error(Code::request, "plan '" + shown(name.empty() ? "default" : name) + "' is none of the pool's: " + have);
 }
@@ -243,19 +269,6 @@ std::size_t Pool::gather(Image* const* images, std::size_t count, std::size_t ro
     }
     return rows_.size();
   };
-  if (rows > count) {
-    std::size_t strangers = 0, room = 0;
-    for (std::size_t row = 0; row < rows_.size(); ++row) {
-      const bool inside = row >= best && row < end;
-      strangers += inside && marks_[row] == 1;
-      room += !inside && marks_[row] != 1;
-    }
-    if (strangers > room) {
-      throw Error(Code::request, "a call has at least " + std::to_string(rows) + " rows here, for " +
-                                     std::to_string(count) + " images, and the pool has no such stretch free; make a "
-                                                             "larger one");
-    }
-  }
   const auto move = [&](std::size_t from, std::size_t to) {
     move_row(from, to);
     std::swap(marks_[from], marks_[to]);
@@ -344,37 +357,15 @@ void Pool::latents(const Image& image, float* out) const {
 
 // --- steps -----------------------------------------------------------------------------------------------------------
 
-std::pair<std::size_t, std::size_t> Pool::next_call(std::size_t left) const {
-  std::size_t taken = 0;
-  for (const Shape* shape : shapes_) {
-    const auto least = static_cast<std::size_t>(shape->batch.least), most = static_cast<std::size_t>(shape->batch.most);
-    if (least <= left) {
-      taken = std::max(taken, std::min(most, left));
-    }
-  }
-  const auto smallest = static_cast<std::size_t>(shapes_.front()->batch.least);
-  return taken > 0 ? std::make_pair(taken, taken) : std::make_pair(left, smallest);
-}
-
 void Pool::step(Image* const* images, std::size_t count, Interrupt* interrupt) {
   if (count == 0) {
     return;
   }
-  std::size_t rows = 0, left = count;
-  while (left > 0) {
-    const auto [taken, called] = next_call(left);
-    rows += called;
-    left -= taken;
-  }
-  if (rows > rows_.size()) {
-    throw Error(Code::request, "the bundle takes " + ranges_of(shapes_) + " images at once, and the pool has " +
-                                   std::to_string(rows_.size()) + " rows; make a larger one, or export with --batch");
-  }
-  std::size_t first = gather(images, count, rows);
+  const std::size_t first = gather(images, count, rows_of_calls(shapes_, count));
   ordered_.assign(rows_.begin() + static_cast<std::ptrdiff_t>(first), rows_.begin() + static_cast<std::ptrdiff_t>(first + count));
   std::size_t done = 0;
   while (done < count) {
-    const auto [taken, called] = next_call(count - done);
+    const auto [taken, called] = next_call(shapes_, count - done);
     run(ordered_.data() + done, taken, first + done, called, interrupt != nullptr ? *interrupt : *interrupt_);
     done += taken;
   }

@@ -44,9 +44,9 @@ using Halves = std::map<std::string, const HostTensor*, std::less<>>;
 /// call. One thread at a time, but for `bytes`.
 class Pool {
  public:
-  /// Throws Error of Code::request for a size that is not loaded, Code::memory where there is not so much, and others.
+  /// `together`: all its images take every step together. Throws Error of Code::request for a size that is not loaded, Code::memory where there is not so much, and others.
   Pool(std::shared_ptr<const Session> session, std::string_view size, const std::vector<std::string>& plans,
-       std::size_t images);
+       std::size_t images, bool together);
 
   [[nodiscard]] const Session& session() const { return *session_; }
   [[nodiscard]] const Shape& shape() const { return *shapes_.front(); }
@@ -102,8 +102,6 @@ class Pool {
   [[nodiscard]] std::size_t find(std::string_view name) const;
   [[nodiscard]] Buffer& buffer(std::string_view name) { return buffers_[find(name)]; }
   void compile(const Plan& plan);
-  /// How many of `left` images the next call takes, and how many rows it has: more where no batch is so small.
-  [[nodiscard]] std::pair<std::size_t, std::size_t> next_call(std::size_t left) const;
   /// Makes the images neighbours, with `rows` rows from the first one on that are theirs or nobody's; the first row.
   std::size_t gather(Image* const* images, std::size_t count, std::size_t rows);
   void move_row(std::size_t from, std::size_t to);
@@ -134,8 +132,11 @@ class Pool {
   std::uint64_t bytes_ = 0, moved_ = 0;
 };
 
-/// How many rows a pool for so many images has: as many as the smallest batch at least. Throws Error of Code::request
-/// for none, or for more than any machine has.
-std::size_t rows_for(const std::vector<const Shape*>& shapes, std::size_t images);
+/// How many of `left` images the next call takes, and how many rows it has: more where no batch is so small.
+std::pair<std::size_t, std::size_t> next_call(const std::vector<const Shape*>& shapes, std::size_t left);
+
+/// How many rows the calls on so many images have. Throws Error of Code::request for none, or for more than any machine
+/// has room for.
+std::size_t rows_of_calls(const std::vector<const Shape*>& shapes, std::size_t images);
 
 }  // namespace tgate

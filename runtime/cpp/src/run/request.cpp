@@ -61,7 +61,7 @@ Request::Request(const std::shared_ptr<const Session>& session, std::shared_ptr<
   check(ask);
   if (pool_ == nullptr) {
     pool_ = std::make_shared<Pool>(session_, ask.image_size, std::vector<std::string>{ask.plan.empty() ? "default" : ask.plan},
-                                   ask.images);
+                                   ask.images, true);
   } else if (!ask.image_size.empty() && ask.image_size != pool_->shape().size()) {
     refuse("the pool is for " + pool_->shape().size() + ", the request asks for " + shown(ask.image_size));
   }
@@ -127,7 +127,7 @@ void Request::check(const Ask& ask) const {
       }
     }
   }
-  rows_for(shapes, ask.images);
+  rows_of_calls(shapes, ask.images);
   if (ask.seed >= seed_limit || ask.images > seed_limit - ask.seed) {
     refuse("image j has the seed s + j, which must be below " + std::to_string(seed_limit) + "; got " +
            std::to_string(ask.seed) + " for " + std::to_string(ask.images) + " images");
@@ -161,7 +161,7 @@ float Request::guidance(double asked) const {
 void Request::begin(const Ask& ask) {
   const Manifest& manifest = session_->manifest();
   const Shape& shape = pool_->shape();
-  program_ = &pool_->program(ask.plan);
+  program_ = program_ != nullptr ? program_ : &pool_->program(ask.plan);
   const float scale = guidance(ask.guidance_scale);
   std::string cut;
 
@@ -209,7 +209,9 @@ void Request::begin(const Ask& ask) {
     }
     for (const auto& [name, tensor] : *ask.tensors) {
       const auto& known = pool_->halves();
-      const auto own = [&](const Conditioning& each) { return name == each.name + ".negative" || name == each.name + ".positive"; };
+      const auto own = [&given = name](const Conditioning& each) {
+        return given == each.name + ".negative" || given == each.name + ".positive";
+      };
       const auto& all = manifest.conditioning;
       if (std::find(known.begin(), known.end(), name) == known.end() && std::none_of(all.begin(), all.end(), own)) {
         refuse("the bundle is not conditioned by a tensor '" + shown(name) + "'");
@@ -251,7 +253,7 @@ void Request::begin(const Ask& ask) {
 }
 
 void Request::reset(const Ask& ask) {
-  if ((!ask.plan.empty() && ask.plan != program_->plan->name) || ask.images != images_.size()) {
+  if ((!ask.plan.empty() && &session_->plan(ask.plan) != program_->plan) || ask.images != images_.size()) {
     refuse("a request is reset with the plan and the images that it was made with: '" + shown(program_->plan->name) + "' and " +
            std::to_string(images_.size()));
   }
@@ -260,9 +262,7 @@ void Request::reset(const Ask& ask) {
   }
   check(ask);
   cancelled_.store(true, std::memory_order_release);  // until it has begun
-  Ask same = ask;
-  same.plan = program_->plan->name;
-  begin(same);
+  begin(ask);
 }
 
 void Request::cancel() noexcept {

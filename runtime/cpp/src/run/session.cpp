@@ -124,7 +124,8 @@ void Session::give_back(const GraphSpec& spec, std::unique_ptr<GraphCall> call) 
 
 // --- sessions --------------------------------------------------------------------------------------------------------
 
-std::shared_ptr<const Session> Session::open(std::shared_ptr<const Bundle> bundle, const SessionOptions& options) {
+std::shared_ptr<const Session> Session::open(std::shared_ptr<const Bundle> bundle, const SessionOptions& options,
+                                             std::shared_ptr<const Engine> engine) {
   const std::shared_ptr<Session> session(new Session);
   const Manifest& manifest = bundle->manifest();
   session->bundle_ = bundle;
@@ -132,23 +133,14 @@ std::shared_ptr<const Session> Session::open(std::shared_ptr<const Bundle> bundl
     throw Error(Code::bundle, bundle->path() +
                                   " was exported with --weights none: it can be inspected, not run; export it with weights");
   }
-  std::vector<const Plan*> plans;
-  for (const std::string& name : options.plans) {
-    plans.push_back(&manifest.plan(name));
-  }
-  if (plans.empty()) {
-    for (const auto& [name, plan] : manifest.plans) {
-      plans.push_back(&plan);
-    }
-  }
+  const std::vector<const Plan*> plans = session->find_plans(options.plans);
   std::vector<const GraphSpec*> graphs;
   for (const std::string& size : options.sizes.empty() ? manifest.sizes() : options.sizes) {
     if (session->shapes_.count(size) > 0) {
       continue;
     }
     session->sizes_.push_back(size);
-    auto& shapes = session->shapes_[size] = manifest.shapes_of(size);
-    for (const Shape* shape : shapes) {
+    for (const Shape* shape : session->shapes_[size] = manifest.shapes_of(size)) {
       std::set<std::string> used;
       for (const Plan* plan : plans) {
         plan->check(shape->graphs, manifest.carries);
@@ -171,28 +163,9 @@ std::shared_ptr<const Session> Session::open(std::shared_ptr<const Bundle> bundl
       }
     }
   }
-  for (const TokenizerSpec& spec : manifest.tokenizers) {
-    if (find_role(session->shapes({}), Role::text) == nullptr) {
-      break;
-    }
-    const std::string name = bundle->path() + "/" + spec.file;
-    session->tokenizers_.push_back(
-        Tokenizer::parse(bundle->read(spec.file, most_tokenizer_bytes), spec.length, spec.pad_id, name));
-    const TensorSpec* input = find_role(session->shapes({}), Role::text)->input(spec.input);
-    if (input == nullptr || input->dtype != Dtype::int64 || input->shape != std::vector<std::int64_t>{1, spec.length}) {
-      throw Error(Code::bundle, name + " gives " + std::to_string(spec.length) + " tokens as " + shown(spec.input) +
-                                    ", which is not what the text graph takes; export the bundle again");
-    }
-  }
-  session->engine_ = Engine::open(options.engine);
-  const std::string weights = bundle->path() + "/" + manifest.weights;
-  session->weights_file_ = ::open(weights.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
-  struct stat found {};
-  if (session->weights_file_ < 0 || fstat(session->weights_file_, &found) != 0) {
-    throw Error(Code::bundle, weights + " cannot be opened; copy or export the bundle again");
-  }
-  session->weights_bytes_ = found.st_size;
-  session->weights_written_ns_ = found.st_mtim.tv_sec * 1000000000LL + found.st_mtim.tv_nsec;
+  session->load_tokenizers();
+  session->engine_ = engine != nullptr ? std::move(engine) : Engine::open(options.engine);
+  session->watch_weights();
   auto loaded = session->engine_->load(*bundle, graphs);
   std::vector<std::string> names{manifest.weights};
   for (std::size_t i = 0; i < graphs.size(); ++i) {
@@ -202,6 +175,71 @@ std::shared_ptr<const Session> Session::open(std::shared_ptr<const Bundle> bundl
   // The engine opened the weights by their name: it led to what was checked all the while.
   bundle->check_unchanged(names);
   return session;
+}
+
+std::vector<const Plan*> Session::find_plans(const std::vector<std::string>& names) {
+  const auto& known = manifest().plans;
+  std::vector<const Plan*> plans;
+  plan_files_.reserve(names.size());  // what is pointed at stays where it is
+  for (const std::string& name : names) {
+    const bool is_name = std::any_of(known.begin(), known.end(), [&](const auto& each) { return each.first == name; });
+    const bool is_file = name.size() > 5 && name.compare(name.size() - 5, 5, ".json") == 0;
+    if (is_name || !is_file) {
+      plans.push_back(&manifest().plan(name));
+    } else {
+      plan_files_.emplace_back(name, Plan::load(name));
+      plans.push_back(&plan_files_.back().second);
+    }
+  }
+  if (plans.empty()) {
+    for (const auto& [name, plan] : known) {
+      plans.push_back(&plan);
+    }
+  }
+  return plans;
+}
+
+const Plan& Session::plan(std::string_view name) const {
+  const Plan* found = nullptr;
+  for (const auto& [path, plan] : plan_files_) {
+    if (path == name) {
+      return plan;
+    }
+    if (plan.name == name) {
+      if (found != nullptr) {
+        throw Error(Code::request, "the session was opened with two plans called '" + shown(name) + "'; give the file");
+      }
+      found = &plan;
+    }
+  }
+  return found != nullptr ? *found : manifest().plan(name);
+}
+
+void Session::load_tokenizers() {
+  const GraphSpec* graph = find_role(shapes({}), Role::text);
+  if (graph == nullptr) {
+    return;
+  }
+  for (const TokenizerSpec& spec : manifest().tokenizers) {
+    const std::string name = bundle_->path() + "/" + spec.file;
+    tokenizers_.push_back(Tokenizer::parse(bundle_->read(spec.file, most_tokenizer_bytes), spec.length, spec.pad_id, name));
+    const TensorSpec* input = graph->input(spec.input);
+    if (input == nullptr || input->dtype != Dtype::int64 || input->shape != std::vector<std::int64_t>{1, spec.length}) {
+      throw Error(Code::bundle, name + " gives " + std::to_string(spec.length) + " tokens as " + shown(spec.input) +
+                                    ", which is not what the text graph takes; export the bundle again");
+    }
+  }
+}
+
+void Session::watch_weights() {
+  const std::string weights = bundle_->path() + "/" + manifest().weights;
+  weights_file_ = ::open(weights.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+  struct stat found {};
+  if (weights_file_ < 0 || fstat(weights_file_, &found) != 0) {
+    throw Error(Code::bundle, weights + " cannot be opened; copy or export the bundle again");
+  }
+  weights_bytes_ = found.st_size;
+  weights_written_ns_ = found.st_mtim.tv_sec * 1000000000LL + found.st_mtim.tv_nsec;
 }
 
 Session::~Session() {

@@ -18,7 +18,9 @@ namespace tgate {
 
 struct SessionOptions {
   EngineOptions engine;
-  std::vector<std::string> plans, sizes;  ///< empty: all
+  /// Of the bundle's, or files that `tgate plan --output` wrote, which end in .json; empty: all of the bundle's.
+  std::vector<std::string> plans;
+  std::vector<std::string> sizes;  ///< empty: all
 };
 
 /// What a graph around the denoiser gave: by name, each the bytes of one image's tensor in the graph's dtype.
@@ -57,14 +59,17 @@ class GraphCall {
 /// Loaded graphs and the manifest they came from. Thread-safe: open one, share it.
 class Session {
  public:
-  /// Checks and loads, so that what can fail fails here and not at the first step. Throws Error.
-  static std::shared_ptr<const Session> open(std::shared_ptr<const Bundle> bundle, const SessionOptions& options);
+  /// Checks and loads, so that what can fail fails here and not at the first step. `engine` null is the one that the
+  /// options name. Throws Error.
+  static std::shared_ptr<const Session> open(std::shared_ptr<const Bundle> bundle, const SessionOptions& options,
+                                             std::shared_ptr<const Engine> engine = nullptr);
   ~Session();
 
   [[nodiscard]] const Manifest& manifest() const { return bundle_->manifest(); }
   [[nodiscard]] const std::shared_ptr<const Engine>& engine() const { return engine_; }
-  /// A plan of the bundle's. Throws Error of Code::bundle listing them.
-  [[nodiscard]] const Plan& plan(std::string_view name) const { return manifest().plan(name); }
+  /// A plan by its name, or by the file that the session was opened with: one of those files', or else the bundle's.
+  /// Throws Error of Code::bundle listing those there are.
+  [[nodiscard]] const Plan& plan(std::string_view name) const;
   /// The loaded shapes of a size, smallest batches first; the first size's where it is empty. Throws Error of
   /// Code::request listing the sizes there are.
   [[nodiscard]] const std::vector<const Shape*>& shapes(std::string_view size) const;
@@ -85,6 +90,10 @@ class Session {
 
  private:
   Session() = default;
+  /// Finds the plans that it is for; reads those that are files.
+  [[nodiscard]] std::vector<const Plan*> find_plans(const std::vector<std::string>& names);
+  void load_tokenizers();
+  void watch_weights();
   /// A graph's call, lent by `idle_` and given back.
   class Lent;
   [[nodiscard]] std::unique_ptr<GraphCall> borrow(const GraphSpec& spec) const;
@@ -93,6 +102,7 @@ class Session {
   std::shared_ptr<const Bundle> bundle_;
   std::shared_ptr<const Engine> engine_;
   std::map<std::string, std::shared_ptr<const LoadedGraph>, std::less<>> graphs_;  // by file
+  std::vector<std::pair<std::string, Plan>> plan_files_;  // by path
   std::vector<std::string> sizes_;
   std::map<std::string, std::vector<const Shape*>, std::less<>> shapes_;
   std::vector<Tokenizer> tokenizers_;

@@ -256,7 +256,7 @@ def code(error: type[TgateError]) -> str:
     return {BundleError: "bundle", PlanError: "plan"}[error]
 
 
-@pytest.mark.parametrize(("seen", "mode"), [("opening", "paths"), ("graphs", "graphs")])
+@pytest.mark.parametrize(("seen", "mode"), [("opening", "paths"), ("graphs", "graphs"), ("tokenizers", "tokenizers")])
 def test_damaged_bundles_are_refused(probe: Path, good: Path, tmp_path: Path, seen: Seen, mode: str) -> None:
     copies = harmed(good, tmp_path, seen)
     answers = dict(zip(copies, lines(probe, mode, paths=copies.values()), strict=True))
@@ -268,7 +268,7 @@ def test_damaged_bundles_are_refused(probe: Path, good: Path, tmp_path: Path, se
         assert damage.says in told["text"], what
         assert "\n" not in told["text"]
         assert len(told["text"]) < 1000
-    assert len(answers) > 25
+    assert len(answers) > 10
 
 
 @pytest.mark.parametrize("seen", ["graphs", "tokenizers"])

@@ -3,6 +3,7 @@
 //   probe-bundle open PATH [--no-digests]        whether it opens, and what was read
 //   probe-bundle paths                           the same for each path on stdin, a line each, with digests
 //   probe-bundle graphs                          for each path on stdin, whether it opens and its graphs are let through
+//   probe-bundle tokenizers                      the same of its tokenizers
 //   probe-bundle manifests PATH                  the same for each manifest on stdin, which is written into PATH and
 //                                                opened without digests: its length in bytes, a line break, and itself
 //   probe-bundle plan FILE                       whether a file is a plan, and what was read
@@ -20,6 +21,7 @@
 #include "contract/bundle.h"
 #include "contract/error.h"
 #include "contract/json.h"
+#include "tokenizer/tokenizer.h"
 
 namespace {
 
@@ -187,6 +189,16 @@ void answer_graphs(const std::string& path) {
   });
 }
 
+void answer_tokenizers(const std::string& path) {
+  answer([&] {
+    const tgate::Bundle bundle = tgate::Bundle::open(path, true);
+    for (const tgate::TokenizerSpec& spec : bundle.manifest().tokenizers) {
+      tgate::Tokenizer::parse(bundle.read(spec.file, most_read), spec.length, spec.pad_id, spec.file);
+    }
+    return Value{};
+  });
+}
+
 void answer_manifests(const std::string& path) {
   std::string line;
   while (std::getline(std::cin, line)) {
@@ -250,6 +262,8 @@ int main(int count, char** arguments) {
     for (std::string path; std::getline(std::cin, path);) answer_bundle(path, true);
   } else if (command == "graphs") {
     for (std::string path; std::getline(std::cin, path);) answer_graphs(path);
+  } else if (command == "tokenizers") {
+    for (std::string path; std::getline(std::cin, path);) answer_tokenizers(path);
   } else if (command == "manifests" && given == 2) {
     answer_manifests(words[1]);
   } else if (command == "plan" && given == 2) {

@@ -21,7 +21,9 @@ class Twins:
         self.path = path
         self.bundle = Bundle(library, path)
         options = {"threads": 1, **options}
-        self.session = Session(self.bundle, plans=plans, **{k: v.encode() if isinstance(v, str) else v for k, v in options.items()})
+        self.session = Session(
+            self.bundle, plans=plans, **{k: v.encode() if isinstance(v, str) else v for k, v in options.items()}
+        )
         self.python = Pipeline.open(path, plans=[*plans] or None, **options)
 
     def request(self, prompt: str | None = None, **asked: Any) -> Request:
@@ -45,4 +47,6 @@ def same(got: NDArray[Any], wanted: NDArray[Any]) -> None:
     assert got.shape == wanted.shape
     assert got.dtype == wanted.dtype
     differing = int((got != wanted).sum())
-    assert got.tobytes() == wanted.tobytes(), f"{differing} of {got.size} differ, by {np.abs(got - wanted).max()} at most"
+    assert got.tobytes() == wanted.tobytes(), (
+        f"{differing} of {got.size} differ, by {np.abs(got - wanted).max()} at most"
+    )

@@ -2,6 +2,8 @@
 //
 //   probe-bundle open PATH [--no-digests]        whether it opens, and what was read
 //   probe-bundle paths                           the same for each path on stdin, a line each, with digests
+//   probe-bundle graphs                          for each path on stdin, whether it opens and its graphs are let through
+//   probe-bundle tokenizers                      the same of its tokenizers
 //   probe-bundle manifests PATH                  the same for each manifest on stdin, which is written into PATH and
 //                                                opened without digests: its length in bytes, a line break, and itself
 //   probe-bundle plan FILE                       whether a file is a plan, and what was read
@@ -19,12 +21,15 @@
 #include "contract/bundle.h"
 #include "contract/error.h"
 #include "contract/json.h"
+#include "tokenizer/tokenizer.h"
 
 namespace {
 
 using tgate::json::Array;
 using tgate::json::Object;
 using tgate::json::Value;
+
+constexpr std::size_t most_read = 64u << 20;
 
 template <class T>
 Value value(T held) {
@@ -170,6 +175,30 @@ void answer_bundle(const std::string& path, bool digests) {
   answer([&] { return of_manifest(tgate::Bundle::open(path, digests).manifest()); });
 }
 
+void answer_graphs(const std::string& path) {
+  answer([&] {
+    const tgate::Bundle bundle = tgate::Bundle::open(path, true);
+    const tgate::Manifest& manifest = bundle.manifest();
+    const tgate::Places places = bundle.places();
+    for (const tgate::Shape& shape : manifest.shapes) {
+      for (const auto& [name, spec] : shape.graphs) {
+        tgate::check_graph(bundle.read(spec.file, most_read), spec, manifest.weights, places);
+      }
+    }
+    return Value{};
+  });
+}
+
+void answer_tokenizers(const std::string& path) {
+  answer([&] {
+    const tgate::Bundle bundle = tgate::Bundle::open(path, true);
+    for (const tgate::TokenizerSpec& spec : bundle.manifest().tokenizers) {
+      tgate::Tokenizer::parse(bundle.read(spec.file, most_read), spec.length, spec.pad_id, spec.file);
+    }
+    return Value{};
+  });
+}
+
 void answer_manifests(const std::string& path) {
   std::string line;
   while (std::getline(std::cin, line)) {
@@ -231,6 +260,10 @@ int main(int count, char** arguments) {
     answer_bundle(words[1], given < 3 || words[2] != "--no-digests");
   } else if (command == "paths") {
     for (std::string path; std::getline(std::cin, path);) answer_bundle(path, true);
+  } else if (command == "graphs") {
+    for (std::string path; std::getline(std::cin, path);) answer_graphs(path);
+  } else if (command == "tokenizers") {
+    for (std::string path; std::getline(std::cin, path);) answer_tokenizers(path);
   } else if (command == "manifests" && given == 2) {
     answer_manifests(words[1]);
   } else if (command == "plan" && given == 2) {

@@ -84,13 +84,6 @@ struct PlanCheck::Tables {
       names.push_back(name);
     }
   }
-
-  const Graph& graph(const Step& step, const std::string& where) const {
-    const auto found = denoisers.find(step.graph);
-    if (found != denoisers.end()) return found->second;
-    fail(where + " runs graph '" + shown(step.graph) + "'; the bundle has " + joined(names) +
-         ". Export the bundle again.");
-  }
 };
 
 PlanCheck::PlanCheck(const Graphs& graphs, const std::set<std::string>& carries)
@@ -107,7 +100,12 @@ void PlanCheck::operator()(const Plan& plan) const {
     if (step.index != static_cast<std::int64_t>(i)) {
       fail(where(i) + ": expected index " + std::to_string(i) + ", got " + std::to_string(step.index) + again);
     }
-    const Tables::Graph& graph = tables_->graph(step, where(i));
+    const auto found = tables_->denoisers.find(step.graph);
+    if (found == tables_->denoisers.end()) {
+      fail(where(i) + " runs graph '" + shown(step.graph) + "'; the bundle has " + joined(tables_->names) +
+           ". Export the bundle again.");
+    }
+    const Tables::Graph& graph = found->second;
     for (const std::string& name : step.reads) {
       if (!written.count(name)) {
         fail(where(i) + " reads " + shown(name) + ", which no earlier step writes; the steps before it write " +
@@ -141,7 +139,7 @@ void PlanCheck::operator()(const Plan& plan) const {
   for (std::size_t i = plan.steps.size(); i-- > 0;) {
     const Step& step = plan.steps[i];
     Names proper;
-    for (const auto& given : tables_->graph(step, where(i)).gives) {
+    for (const auto& given : tables_->denoisers.at(step.graph).gives) {
       const auto read = live.find(given.first);
       if (read != live.end() && read->second) proper.push_back(given.first);
     }

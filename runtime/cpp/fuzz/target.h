@@ -1,5 +1,5 @@
-// What all targets of libFuzzer have in common. Build them with `make cpp-fuzz`; `build/cpp/fuzz/fuzz-graph FOLDER` goes on
-// from the files of a folder, and writes there what reaches something new. Sound files to begin with are those of
+// What all targets of libFuzzer have in common. Build them with `make cpp-fuzz`; `build/cpp/fuzz/fuzz-graph FOLDER` goes
+// on from the files of a folder, and writes there what reaches something new. Sound files to begin with are those of
 // tgate_engine/models/mini: the graphs, manifest.json, weights.head, and tokenizer/0.json.
 #pragma once
 
@@ -17,8 +17,8 @@ inline void promise(bool kept) {
   if (!kept) std::abort();
 }
 
-/// Whether `act` ends without an Error. One that it throws has to be what a terminal can show; whatever else comes out of it
-/// ends the process.
+/// Whether `act` ends without an Error. One that it throws has to be what a terminal can show; whatever else comes out
+/// of it ends the process.
 template <class Act>
 bool passes(Act act) {
   try {

@@ -1,5 +1,5 @@
-// Reads a tokenizer's file, and tokenizes a few texts with it: with letters of one to four bytes, with spaces of all kinds,
-// longer than fits, and such as are no text.
+// Reads a tokenizer's file, and tokenizes a few texts with it: with letters of one to four bytes, with spaces of all
+// kinds, longer than fits, and such as are no text.
 
 #include <string>
 
@@ -22,7 +22,7 @@ constexpr std::string_view texts[] = {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t size) {
   fuzz::passes([&] {
-    const tgate::Tokenizer tokenizer = tgate::Tokenizer::parse(fuzz::text_of(bytes, size), length, 0, "tokenizer/0.json");
+    const auto tokenizer = tgate::Tokenizer::parse(fuzz::text_of(bytes, size), length, 0, "tokenizer/0.json");
     for (const std::string_view text : texts) {
       fuzz::passes([&] {
         const tgate::Encoding encoding = tokenizer.encode(text);

@@ -1,7 +1,7 @@
 // Checks graphs: an S record is a spec as JSON, {"file", "batch": [least, most], "inputs": [[name, dtype, [sizes]]],
-// "outputs", "weights_file", "weights": {name: [dtype, [sizes], offset, length]}}, -1 standing for the batch. A G record
-// is a graph, checked against the last spec: a line says "ok", or why not. A T record is one too: the line says how many
-// nanoseconds a check took, the least of twenty.
+// "outputs", "weights_file", "weights": {name: [dtype, [sizes], offset, length]}}, -1 standing for the batch. A G
+// record is a graph, checked against the last spec: a line says "ok", or why not. A T record is one too: the line says
+// how many nanoseconds a check took, the least of twenty.
 
 #include <algorithm>
 #include <chrono>

@@ -1,6 +1,6 @@
 // Draws noise: `probe-noise GENERATOR SEED DRAW COUNT` writes so many float32 to stdout, `probe-noise tables` the
-// ziggurat's k, w and f, four bytes a number; `probe-noise time GENERATOR COUNT` says how many nanoseconds a number takes,
-// the least of seven draws of COUNT. What is refused is said on stderr, and ends in 1.
+// ziggurat's k, w and f, four bytes a number; `probe-noise time GENERATOR COUNT` says how many nanoseconds a number
+// takes, the least of seven draws of COUNT. What is refused is said on stderr, and ends in 1.
 
 #include <algorithm>
 #include <chrono>

@@ -1,5 +1,5 @@
-// Reads headers of weight files: a P record is the first bytes of one, after eight bytes that say how large it is, lowest
-// first. A line says {name: [dtype, [sizes], offset, length]} as JSON, or why not.
+// Reads headers of weight files: a P record is the first bytes of one, after eight bytes that say how large it is,
+// lowest first. A line says {name: [dtype, [sizes], offset, length]} as JSON, or why not.
 
 #include <cstdint>
 #include <iostream>
@@ -26,7 +26,8 @@ std::string answer(std::string_view bytes) {
     for (const auto& [name, place] : tgate::parse_places(bytes.substr(8), file_bytes, "weights.safetensors")) {
       Array sizes;
       for (const std::int64_t size : place.shape) sizes.push_back(number(size));
-      Array entry{{std::string(tgate::facts_of(place.dtype).name)}, {sizes}, number(place.offset), number(place.length)};
+      const auto dtype = std::string(tgate::facts_of(place.dtype).name);
+      Array entry{{dtype}, {sizes}, number(place.offset), number(place.length)};
       places.emplace_back(name, Value{std::move(entry)});
     }
     return tgate::json::canonical(Value{std::move(places)});

@@ -1,5 +1,5 @@
-// How tests hand many inputs to one probe: records on stdin, each a letter, eight bytes that say how long, lowest first,
-// and so many bytes.
+// How tests hand many inputs to one probe: records on stdin, each a letter, eight bytes that say how long, lowest
+// first, and so many bytes.
 #pragma once
 
 #include <cstdint>

@@ -195,7 +195,9 @@ void Check::node(const Node& node) {
 
 /// `seen`: the names of the attributes before it, of which there are no more than the operator has.
 void Check::attribute(const onnx::Operator& known, const Attribute& attribute, const Names& seen) const {
-  const auto has = [&] { return "has operator " + std::string(known.name) + " with attribute " + quoted(attribute.name); };
+  const auto has = [&] {
+    return "has operator " + std::string(known.name) + " with attribute " + quoted(attribute.name);
+  };
   std::optional<std::uint32_t> field;
   for (const ValueField& one : value_fields) {
     if (one.type == attribute.value.type) field = one.field;
@@ -251,7 +253,7 @@ void Check::external_tensor(const Tensor& tensor, std::int64_t length) const {
     refuse(has() + " with " + said() + "; a location, an offset and a length are wanted");
   }
   if (*location != weights_file_ || weights_file_.empty()) {
-    refuse(has() + " in " + quoted(*location) + "; weights lie in '" + weights_file_ + "' alone");
+    refuse(has() + " in " + quoted(*location) + "; weights lie in " + quoted(weights_file_) + " alone");
   }
   for (const std::string_view* one : {offset_text, length_text}) text(*one);
   const std::optional<std::uint64_t> at = number_of(*offset_text), bytes = number_of(*length_text);

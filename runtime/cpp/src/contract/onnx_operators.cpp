@@ -42,8 +42,8 @@ bool fits(const Rule& rule, const Value& value) {
 }  // namespace
 
 const Operator* find_operator(std::string_view name) noexcept {
-  const auto* const found = std::lower_bound(std::begin(operators), std::end(operators), name,
-                                             [](const Operator& one, std::string_view wanted) { return one.name < wanted; });
+  const auto before = [](const Operator& one, std::string_view wanted) { return one.name < wanted; };
+  const auto* const found = std::lower_bound(std::begin(operators), std::end(operators), name, before);
   return found != std::end(operators) && found->name == name ? found : nullptr;
 }
 

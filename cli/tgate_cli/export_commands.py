@@ -100,9 +100,11 @@ def _replay(args: argparse.Namespace, report: Reporter, errors: dict[str, float]
 
 
 def plan(args: argparse.Namespace, report: Reporter) -> Show:
-    """``tgate plan``: a further plan over the graphs of a bundle, in it or in a file."""
+    """``tgate plan``: a further plan over the graphs of a bundle, in it or in a file; or fewer plans."""
     from tgate_export.plans import add_plan
 
+    if args.remove:
+        return _remove(args, report)
     if args.output is not None:
         _check_place(args.output)
         if (args.output.parent / MANIFEST_FILE).exists():
@@ -137,6 +139,17 @@ def plan(args: argparse.Namespace, report: Reporter) -> Show:
     lines = [f"{where}: plan {own.name}, {len(own.steps)} steps over {', '.join(own.graphs())}"]
     lines += [f"{where}: plan {name}, a baseline of {own.name}" for name in added]
     return lambda: print_lines(lines)
+
+
+def _remove(args: argparse.Namespace, report: Reporter) -> Show:
+    """Take plans out. Their baselines stay, which may be other plans' too."""
+    report.stage("removing plans")
+    before = Bundle.open(bundle_place(args), check_digests=False)
+    left = before.remove_plans(args.remove).manifest.plans
+    removed = list(dict.fromkeys(args.remove))
+    if args.json:
+        return lambda: print_json({"written": args.bundle, "removed": removed, "plans": list(left)})
+    return lambda: print_lines(f"{args.bundle}: plan {name} removed; left are {', '.join(left)}" for name in removed)
 
 
 def embed(args: argparse.Namespace, report: Reporter) -> Show:

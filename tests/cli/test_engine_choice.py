@@ -18,7 +18,7 @@ from tgate_runtime.engines import ENGINES, open_engine
 def tgate(*arguments: object, path: Path) -> subprocess.CompletedProcess[str]:
     """``tgate`` where the modules in ``path`` come before those that are installed."""
     return subprocess.run(
-        [sys.executable, "-m", "tgate_cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "tgate_cli", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(path), *sys.path])},
         capture_output=True,
         text=True,

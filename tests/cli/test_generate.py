@@ -264,7 +264,7 @@ def test_one_picture_goes_to_standard_output(good: Path, tmp_path: Path) -> None
     words = ["generate", str(good), PROMPT, "--quiet", "--output"]
 
     def tgate(*more: str) -> subprocess.CompletedProcess[bytes]:
-        command = [sys.executable, "-m", "tgate_cli.main", *words, *more]
+        command = [sys.executable, "-m", "tgate_cli", *words, *more]
         return subprocess.run(command, capture_output=True, timeout=60, check=True)
 
     done = tgate("-")

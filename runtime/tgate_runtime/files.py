@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from tgate_engine import atomic
 from tgate_engine.atomic import write_atomically
 from tgate_engine.errors import RequestError, shown
 from tgate_engine.plain_files import read_plain
@@ -49,7 +50,7 @@ def output_paths(output: Path, count: int, *, decoded: bool = True, video: bool 
     """Where ``count`` results go: ``output`` for one, ``<stem>-0<suffix>`` and so on for several.
 
     ``decoded``: pictures, or with ``video`` videos; otherwise latents. Raises :class:`RequestError` where the suffix
-    is of another kind, or the directory is not there.
+    is of another kind, the directory is not there, or something else than a file is in the way.
     """
     kind, suffixes = ("video", VIDEO_FORMATS) if video else ("picture", tuple(FORMATS))
     if not decoded:
@@ -64,7 +65,10 @@ def output_paths(output: Path, count: int, *, decoded: bool = True, video: bool 
     check_place(output)
     if count == 1:
         return [output]
-    return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+    paths = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+    for path in paths:
+        atomic.check_replaceable(path, RequestError)
+    return paths
 
 
 def holds_record(suffix: str) -> bool:
@@ -94,15 +98,8 @@ def new_files(stem: str, suffix: str, count: int) -> Iterator[list[Path]]:
 
 
 def check_place(path: Path) -> None:
-    """Raises :class:`RequestError` where no file can be written, which writing a temporary one beside it tells."""
-    if not path.parent.is_dir():
-        raise RequestError(f"{path}: there is no directory {path.parent}; make it first")
-    if path.is_dir():
-        raise RequestError(f"{path} is a directory; name a file in it")
-    try:
-        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.").close()
-    except OSError as error:
-        raise RequestError(f"{path} cannot be written ({error.strerror}); name another place") from None
+    """Raises :class:`RequestError` where no file can be written, see :func:`tgate_engine.atomic.check_place`."""
+    atomic.check_place(path, RequestError)
 
 
 def save_picture(image: Image.Image, path: Path, record: Record | None = None) -> None:

@@ -14,6 +14,7 @@ from tgate_engine.errors import RequestError
 from tgate_engine.graph import DENOISE, TensorSpec
 from tgate_engine.manifest import Manifest, Shape
 from tgate_runtime.finite import check_given
+from tgate_runtime.request import check_mapping, shown_names
 from tgate_runtime.session import Session
 
 
@@ -40,14 +41,13 @@ def check_embeddings(tensors: Tensors, manifest: Manifest, shape: Shape) -> dict
     Constants are added. Raises :class:`RequestError` for what is missing, has another shape or dtype than the graphs
     take, or is not finite.
     """
-    if not isinstance(tensors, Mapping):
-        raise RequestError(f"embeddings are tensors by their names, got {type(tensors).__name__}")
+    check_mapping(tensors, "embeddings")
     specs = _inputs(manifest, shape)
     encoded = {c.name for c in manifest.conditioning if c.source != "constant"}
     needed = {name: spec for name, spec in specs.items() if name.rpartition(".")[0] in encoded}
     if missing := [name for name in needed if name not in tensors]:
         raise RequestError(
-            f"the embeddings lack {', '.join(missing)} (they have {', '.join(tensors) or 'nothing'}); make them with "
+            f"the embeddings lack {', '.join(missing)} (they have {shown_names(tensors)}); make them with "
             "`tgate embed` for this model"
         )
     if odd := [name for name in needed if not isinstance(tensors[name], (np.ndarray, np.generic))]:

@@ -32,6 +32,7 @@ from tgate_runtime.names import with_hints
 from tgate_runtime.preview import Colours, Look
 from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given
 from tgate_runtime.request import (
+    check_call,
     check_count,
     check_latents,
     check_prompts,
@@ -170,6 +171,7 @@ class Pipeline:
         size, latents_shape = shape.size, shape.latents
         number = check_count(num_images)
         check_generator(generator)
+        check_call(on_step, "on_step")
         texts = self._prompts(prompt, negative_prompt, image, prompt_embeds)
         prompts = len(texts) or 1
         if prompt_embeds is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,12 +119,7 @@ def scales_of(scale: float | Sequence[float] | None, count: int, plan: Plan, man
 def _check_guidance(scale: float | None, plan: Plan, manifest: Manifest) -> float:
     if scale is None:
         return plan.guidance_scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
-        raise RequestError(f"the guidance scale must be a number, got {type(scale).__name__} {shown(scale)}")
-    try:
-        number = float(scale)
-    except OverflowError:  # a whole number of more than 308 digits
-        number = math.inf
+    number = check_scale(scale)
     if not abs(number) <= _MOST_GUIDANCE:
         raise RequestError(
             f"the guidance scale must be finite, got {shown(scale)}; at most {_MOST_GUIDANCE:.0f} is taken"
@@ -140,6 +135,64 @@ def _check_guidance(scale: float | None, plan: Plan, manifest: Manifest) -> floa
             "export with a --guidance-scale above 1"
         )
     return number
+
+
+def check_scale(scale: object) -> float:
+    """A guidance scale as a float: a finite number, whatever a bundle makes of it."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
+        raise RequestError(f"the guidance scale must be a number, got {type(scale).__name__} {shown(scale)}")
+    try:
+        number = float(scale)
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise RequestError(f"the guidance scale must be finite, got {shown(scale)}")
+    return number
+
+
+def check_row(row: object, rows: int) -> int:
+    """A row of a state that has so many."""
+    try:
+        number = operator.index(row)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if isinstance(row, bool) or not 0 <= number < rows:
+        raise RequestError(f"the state has rows 0 to {rows - 1}, got {shown(row)}")
+    return number
+
+
+def check_mapping(values: object, what: str) -> None:
+    """``values`` are tensors by their names."""
+    if not isinstance(values, Mapping):
+        raise RequestError(f"{what} must be tensors by their names, got {type(values).__name__} {shown(values)}")
+
+
+def numbers_of(values: Any, what: str) -> NDArray[Any]:
+    """``values`` as an array of numbers. Raises :class:`RequestError` for what is none."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        array = np.empty(0, object)
+    if array.dtype.kind not in "fiub":
+        raise RequestError(f"{what} must be an array of numbers, got {type(values).__name__} {shown(values)}")
+    return array
+
+
+def shown_names(names: Iterable[object]) -> str:
+    """What there is, as a message lists it."""
+    return shown(", ".join(map(str, names)), 1000) or "nothing"
+
+
+def check_call(value: object, name: str) -> None:
+    """``value`` can be called, or is None."""
+    if value is not None and not callable(value):
+        raise RequestError(f"{name} must be a function, got {type(value).__name__} {shown(value)}")
+
+
+def check_several(values: object, name: str) -> None:
+    """``values`` are several of something, or None; one text is not several letters."""
+    if values is not None and (isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable)):
+        raise RequestError(f"{name} must be a list, got {type(values).__name__} {shown(values)}; write {name}=[…]")
 
 
 def check_count(num_images: int) -> int:

@@ -35,6 +35,7 @@ from tgate_engine.report import Reporter
 if TYPE_CHECKING:
     from tgate_engine.plan import Plan
     from tgate_runtime.engines.protocol import Engine
+    from tgate_runtime.parameters import Parameters
     from tgate_runtime.pipeline import Progress, Result
     from tgate_runtime.record import Record
 
@@ -45,9 +46,14 @@ MOST_BYTES = 16 << 20
 
 def generate(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate generate``."""
-    record = None if args.source is None else _record(args.source)
+    record, noted = (None, None) if args.source is None else _notes(args.source)
     texts = _prompts(args)
     is_named = args.bundle is not None
+    if noted is not None and not is_named:
+        raise RequestError(
+            f"{args.source} was drawn by another program, whose model is no bundle: tgate generate BUNDLE --from "
+            f"{args.source} names the one to draw with"
+        )
     args.bundle = args.bundle if is_named else "mini"
     bundle = bundle_asked(args)
     manifest = bundle.manifest
@@ -63,7 +69,7 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
             f"{args.source} was drawn by another bundle than mini, of {shown(record.model)}: tgate generate --from "
             f"{args.source} BUNDLE names its directory"
         )
-    request = _request(args, texts, record)
+    request = _request(args, texts, record or noted)
     plan, shapes = _plan(args, record, manifest), manifest.shapes_of(request["size"])
     graphs_of(bundle, [plan], [shapes[0].size])
     _check_files(args, record, replaced=bool(texts))
@@ -74,6 +80,8 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     check_room(max(len(images) for images, _ in parts), shapes[0], manifest.frames)
     seeds = seeds_of(request["seed"], count)
     output = _Output(args, manifest, count)
+    if noted is not None:
+        _tell_taken(args.source, noted, report)
     report.stage(f"loading {args.engine}")
     engine = asked_engine(args)
     if record is not None:
@@ -202,13 +210,16 @@ def _prompts_of(path: Path) -> list[str]:
     return texts
 
 
-def _record(path: Path) -> Record:
+def _notes(path: Path) -> tuple[Record | None, Parameters | None]:
+    """What a picture was drawn from: our record, or else what another program noted."""
     with needs("reading a picture's record", RUN_ADVICE):
         from tgate_runtime import files
-    return files.load_record(path)
+        from tgate_runtime.parameters import Parameters
+    found = files.load_notes(path)
+    return (None, found) if isinstance(found, Parameters) else (found, None)
 
 
-def _request(args: argparse.Namespace, texts: Sequence[str], record: Record | None) -> dict[str, Any]:
+def _request(args: argparse.Namespace, texts: Sequence[str], record: Record | Parameters | None) -> dict[str, Any]:
     """The arguments of a Pipeline that the record has, and in their place those of the command line."""
     request: dict[str, Any] = {"prompt": None, "negative_prompt": None, "seed": None, "size": None}
     request |= {"generator": "numpy", "guidance_scale": None}
@@ -323,6 +334,16 @@ def _plan(args: argparse.Namespace, record: Record | None, manifest: Manifest) -
     if record is None:
         return plan_of(manifest, args.plan or "default")
     return plan_for(record, manifest) if args.plan is None else plan_of(manifest, args.plan)
+
+
+def _tell_taken(source: Path, noted: Parameters, report: Reporter) -> None:
+    """Say, in one line, what is taken of another program's notes and what is not."""
+    taken = noted.request()
+    left = ", ".join(f"{shown(name, 40)}: {shown(value, 40)}" for name, value in noted.left.items())
+    report.warn(
+        f"{source} was drawn by another program, and this is another picture of its "
+        f"{', '.join(name.replace('_', ' ') for name in taken)}; the seed draws other noise; not taken: {left}"
+    )
 
 
 def _tell_differences(

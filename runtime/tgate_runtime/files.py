@@ -23,10 +23,11 @@ from tgate_engine.atomic import write_atomically
 from tgate_engine.errors import RequestError, shown
 from tgate_engine.plain_files import read_plain
 from tgate_engine.underway import unfinished
+from tgate_runtime.parameters import Parameters
 from tgate_runtime.picture import MOST_BYTES as PICTURE_BYTES
 from tgate_runtime.picture import read_picture
 from tgate_runtime.record import Record
-from tgate_runtime.stamps import HOLD, ffmetadata, read_stamp, save_options
+from tgate_runtime.stamps import HOLD, ffmetadata, read_notes, read_stamp, save_options
 
 FORMATS = {
     ".png": "PNG",
@@ -202,6 +203,12 @@ def load_record(path: Path) -> Record:
     """What the picture or video of a file was drawn from. Raises :class:`RequestError`, see
     :func:`~tgate_runtime.stamps.read_stamp`."""
     return read_stamp(read_plain(path, PICTURE_BYTES, RequestError), str(path))
+
+
+def load_notes(path: Path) -> Record | Parameters:
+    """The record of a file, or what another program noted. Raises :class:`RequestError`, see
+    :func:`~tgate_runtime.stamps.read_notes`."""
+    return read_notes(read_plain(path, PICTURE_BYTES, RequestError), str(path))
 
 
 def load_embeddings(path: Path) -> dict[str, NDArray[Any]]:

@@ -80,7 +80,8 @@ class State:
         ``size``: None is the session's default. Raises :class:`RequestError` for a size that is not loaded, and
         :class:`~tgate_engine.errors.EngineError` where the session did not load a graph of a plan.
         """
-        if isinstance(rows, bool) or not isinstance(rows, (int, np.integer)) or rows < 1:
+        count: object = rows
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
             raise RequestError(f"a state has at least 1 row, got {shown(rows)}")
         several: object = [plans] if isinstance(plans, Plan) else plans
         if not isinstance(several, (list, tuple)) or not all(isinstance(plan, Plan) for plan in several):

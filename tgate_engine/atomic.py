@@ -15,11 +15,12 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tgate_engine.errors import BundleError
+from tgate_engine.errors import BundleError, TgateError
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_engine.underway import unfinished
 
@@ -145,6 +146,30 @@ def remove_tree(path: Path) -> None:
         with contextlib.suppress(OSError):
             os.chmod(folder, 0o700)
     shutil.rmtree(path, ignore_errors=True)
+
+
+def check_place(path: Path, error: type[TgateError]) -> None:
+    """What :func:`write_atomically` will find in its way, known before the work, which writing a file beside ``path``
+    tells. Raises ``error``."""
+    if not path.parent.is_dir():
+        raise error(f"{path}: there is no directory {path.parent}; make it first")
+    check_replaceable(path, error)
+    try:
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:64]}.").close()
+    except OSError as fault:
+        raise error(f"{path} cannot be written ({fault.strerror}); name another place") from None
+
+
+def check_replaceable(path: Path, error: type[TgateError]) -> None:
+    """Whatever is at ``path`` is a file, or a link, if there is anything. Raises ``error``."""
+    if path.is_dir():
+        raise error(f"{path} is a directory; name a file in it")
+    try:
+        _mode_of_file(path)
+    except BundleError as fault:
+        raise error(str(fault)) from None
+    except OSError as fault:
+        raise error(f"{path} cannot be written ({fault.strerror}); name another place") from None
 
 
 def _mode_of_file(path: Path) -> int | None:

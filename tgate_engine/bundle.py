@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +22,10 @@ from tgate_engine.reader import MOST_LETTERS, check_name, is_word
 
 MOST_READ_BYTES = 1 << 31
 """How much of a file :meth:`Bundle.read` takes into memory; goldens of long videos hold hundreds of megabytes."""
+
+
+DEFAULT = "default"
+"""The plan that a request takes where it names none."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Bundle:
         bundle._check_plans(manifest.plans)
         bundle._check_shapes()
         return bundle
+
+    def checked(self) -> Bundle:
+        """The bundle with the SHA-256 of every file checked, for one that was opened without, because what is cheaper
+        was to be asked first. Raises :class:`BundleError`."""
+        return replace(self, states=self.check_files())
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists. Raises :class:`BundleError` for any other name."""
@@ -109,22 +118,58 @@ class Bundle:
         bundle._check_plans(plans)
         return bundle
 
+    def check_free(self, names: Iterable[str]) -> None:
+        """Raises :class:`BundleError` for the first of ``names`` that a plan of the bundle has."""
+        for name in names:
+            if name in self.manifest.plans:
+                raise BundleError(
+                    f"{self.path} already has a plan {name!r}; use another --name, or --force to replace it"
+                )
+
     def save_plans(self, plans: Mapping[str, Plan], *, force: bool = False) -> Bundle:
         """The bundle as it lies on disk by now, with these plans more; its manifest is replaced atomically.
 
         Processes that do this at once wait for one another, so each one's plans are kept. Raises :class:`BundleError`
         where a name is taken (unless ``force``) or the manifest cannot be written, and :class:`PlanError`.
         """
+
+        def add(now: Bundle) -> Bundle:
+            if not force:
+                now.check_free(plans)
+            return now.with_plans(plans)
+
+        return self._rewritten(add)
+
+    def remove_plans(self, names: Collection[str]) -> Bundle:
+        """The bundle as it lies on disk by now, without these plans; its manifest is replaced as :meth:`save_plans`
+        does it.
+
+        Raises :class:`BundleError` for a name that is not there, for :data:`DEFAULT`, for a plan that one of those that
+        stay names as its baseline, and where the manifest cannot be written.
+        """
+
+        def remove(now: Bundle) -> Bundle:
+            plans = dict(now.manifest.plans)
+            for name in dict.fromkeys(names):
+                now.manifest.plan(name)
+                if name == DEFAULT:
+                    raise BundleError(f"plan {DEFAULT!r} is taken by every request that names none; it stays")
+                del plans[name]
+            for plan in plans.values():
+                if used := [name for name in plan.baselines if name in names]:
+                    raise BundleError(
+                        f"plan {used[0]!r} is what {plan.name!r} is measured against, and stays as long as that does"
+                    )
+            return replace(now, manifest=replace(now.manifest, plans=plans))
+
+        return self._rewritten(remove)
+
+    def _rewritten(self, change: Callable[[Bundle], Bundle]) -> Bundle:
+        """What ``change`` makes of the bundle as it lies on disk, once its manifest is written, under its lock."""
         file = self.path / MANIFEST_FILE
         try:
             with locked(file):
-                now = Bundle.open(self.path, check_digests=False)
-                taken = [name for name in plans if name in now.manifest.plans]
-                if taken and not force:
-                    raise BundleError(
-                        f"{self.path} already has a plan {taken[0]!r}; use another --name, or --force to replace it"
-                    )
-                bundle = now.with_plans(plans)
+                bundle = change(Bundle.open(self.path, check_digests=False))
                 write_atomically(file, dump_manifest(bundle.manifest).encode())
         except OSError as error:
             raise BundleError(

@@ -6,6 +6,7 @@ without following a link and without waiting, and what is asked of it is asked o
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import weakref
@@ -44,16 +45,16 @@ def open_inside(root: Path, name: str) -> Iterator[BufferedReader]:
     """The plain file ``name`` below ``root``, for reading. No part of ``name`` may be a link; ``root`` may.
 
     ``name``: parts between slashes, none of them ``..`` (see :func:`tgate_engine.reader.check_name`). Raises
-    :class:`OSError`, also for what is no plain file.
+    :class:`OSError`, also for what is no plain file, and for a link that says so.
     """
     folder = os.open(root, _FLAGS | os.O_DIRECTORY)
     try:
         *folders, last = name.split("/")
         for part in folders:
-            inner = os.open(part, _FLAGS | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            inner = _open_no_link(part, os.O_DIRECTORY, folder)
             os.close(folder)
             folder = inner
-        handle = os.open(last, _FLAGS | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        handle = _open_no_link(last, os.O_NONBLOCK, folder)
     finally:
         os.close(folder)
     with _plain(handle) as file:
@@ -124,6 +125,18 @@ class Watched:
     def _look(self) -> tuple[int, int]:
         found = os.fstat(self._handle)
         return found.st_size, found.st_mtime_ns
+
+
+def _open_no_link(name: str, flags: int, folder: int) -> int:
+    try:
+        return os.open(name, _FLAGS | os.O_NOFOLLOW | flags, dir_fd=folder)
+    except OSError as error:
+        # The system says "Too many levels of symbolic links" of a file, and "Not a directory" of a folder.
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise
+        if not stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            raise
+        raise OSError(error.errno, f"{name} is a link, and links are not followed: `cp -rL` copies files") from None
 
 
 def _plain(handle: int) -> BufferedReader:

@@ -2,6 +2,6 @@
 
 import sys
 
-from tgate_cli.main import main
+from tgate_cli.entry import tgate
 
-sys.exit(main())
+sys.exit(tgate())

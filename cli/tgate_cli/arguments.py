@@ -9,12 +9,13 @@ import argparse
 import contextlib
 import math
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tgate_cli.command import LONGEST
-from tgate_cli.hints import hint
+from tgate_cli.hints import hint, meant
 from tgate_engine import __version__
 from tgate_engine.errors import TgateError, shown
 from tgate_engine.reader import MOST_LETTERS, is_word
@@ -23,7 +24,7 @@ FAILED, USAGE = 1, 2
 
 
 MOST = 10_000
-"""Images, steps, frames, turns: more is a slip of the finger, and would be counted out in memory."""
+"""Images, frames, turns: more is a slip of the finger, and would be counted out in memory."""
 MOST_PIXELS = 16_384
 SEED_LIMIT = 2**63
 """As at run time, which is not imported for it."""
@@ -44,7 +45,7 @@ _FILES = {
 """What shtab, which writes completions of these parsers for shells, reads of an argument that is a path."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line, and takes whole names of options alone: an abbreviation
     would mean something else as soon as another option is added."""
 
@@ -57,22 +58,42 @@ class _Parser(argparse.ArgumentParser):
             action.complete = _FILES  # type: ignore[attr-defined]
         return action
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write a help or a version; argparse would not tell where that cannot be written."""
+        (file or sys.stderr).write(message)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """What is none of an argument's choices is told with the nearest of them."""
+        if action.choices is None or value in action.choices:
+            return
+        choices = [str(choice) for choice in action.choices]
+        instead = meant(str(value), choices)
+        raise argparse.ArgumentError(
+            action,
+            f"expected one of {', '.join(choices)}, got '{shown(value, 40)}'{'; ' if instead else ''}{instead}",
+        )
+
     def error(self, message: str) -> NoReturn:
         program = self.prog.partition(" ")[0]
         self.exit(USAGE, f"{program}: error: {shown(message, LONGEST)} (see {self.prog} --help)\n")
 
+    def nothing(self) -> NoReturn:
+        """End for a command line without anything on it: with the help, and what is missing as the last line."""
+        self.print_help(sys.stderr)
+        self.error("the following arguments are required: COMMAND")
+
     def unknown(self, arguments: Sequence[str]) -> NoReturn:
         """End for arguments that no option takes, with what to type instead."""
         known = [option for action in self._actions for option in action.option_strings]
-        text = hint(arguments, known=known, exports=self.prog == "tgate-export")
+        text = hint(arguments, known=known, command=self.prog.removeprefix("tgate "))
         self.error(f"unrecognized arguments: {shown(' '.join(arguments))}{'; ' if text else ''}{text}")
 
 
-def tgate_parser() -> argparse.ArgumentParser:
+def tgate_parser() -> Parser:
     """The parser of ``tgate``; ``command`` of what it parses is the command's name."""
-    parser = _Parser(prog="tgate", description="Run bundles of temporally gated diffusion models.")
+    parser = Parser(prog="tgate", description="Run bundles of temporally gated diffusion models.")
     parser.add_argument("--version", action="version", version=f"tgate {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, text: str, *, bundle: bool = True) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
@@ -153,14 +174,21 @@ def tgate_parser() -> argparse.ArgumentParser:
     _size(p, help="the graphs of this size alone; of every size if left out")
     _engine(p)
 
-    p = command("plan", "Add a plan to a bundle, over the graphs it has, with its baselines.")
-    p.add_argument("--name", required=True, type=_name)
-    p.add_argument("--m", type=_count, required=True, help="the gate step")
-    p.add_argument("--k", type=_count, help="the self-attention interval before the gate; 1, no reuse, if left out")
-    p.add_argument("--steps", type=_count, metavar="N", help="the default plan's if left out, as the next two")
+    p = command("plan", "Add a plan to a bundle, over the graphs it has, with its baselines; or take some out.")
+    p.add_argument("--name", type=_name, help="what it is called; a plan that is added needs it")
+    p.add_argument("--m", type=_steps, help="the gate step; a plan that is added needs it")
+    p.add_argument("--k", type=_steps, help="the self-attention interval before the gate; 1, no reuse, if left out")
+    p.add_argument("--steps", type=_steps, metavar="N", help="the default plan's if left out, as the next two")
     p.add_argument("--sampler", metavar="NAME")
     _method(p)
     p.add_argument("--force", action="store_true", help="replace a plan of that name, or the file of --output")
+    p.add_argument(
+        "--remove",
+        type=_name,
+        action="append",
+        metavar="NAME",
+        help="take a plan out, and add none; repeatable",
+    )
     _json(p)
     p.add_argument(
         "--output", type=_plan_file, metavar="FILE.json", help="write the plan to a file, and leave the bundle as it is"
@@ -168,9 +196,9 @@ def tgate_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def export_parser(list_models: Callable[[], int] = lambda: 0) -> argparse.ArgumentParser:
+def export_parser(list_models: Callable[[], int] = lambda: 0) -> Parser:
     """The parser of ``tgate-export``, whose ``command`` is "export"; ``list_models`` shows them for --list-models."""
-    parser = _Parser(prog="tgate-export", description="Compile a diffusion model into a bundle, ahead of time.")
+    parser = Parser(prog="tgate-export", description="Compile a diffusion model into a bundle, ahead of time.")
     parser.add_argument("--version", action="version", version=f"tgate-export {__version__}")
     parser.set_defaults(command="export", parser=parser)
     add = parser.add_argument
@@ -194,9 +222,9 @@ def export_parser(list_models: Callable[[], int] = lambda: 0) -> argparse.Argume
         help="last layers of CLIP's text encoders to leave out",
     )
     add("--method", default="tgate", metavar="NAME", help="tgate, guidance_delta or tgate+guidance_delta")
-    add("--m", type=_count, help="the gate step; the model's own if left out")
-    add("--k", type=_count, help="the self-attention interval before the gate; 1: no reuse")
-    add("--steps", type=_count, metavar="N", help="inference steps")
+    add("--m", type=_steps, help="the gate step; the model's own if left out")
+    add("--k", type=_steps, help="the self-attention interval before the gate; 1: no reuse")
+    add("--steps", type=_steps, metavar="N", help="inference steps")
     add("--sampler", metavar="NAME", help="dpmpp_2m, ddim, euler, …")
     _method(parser)
     rescaled = "bring guided outputs back to the prompt's deviation: 0 not at all, 1 wholly; 0.7 is usual"
@@ -233,8 +261,8 @@ class _ListModels(argparse.Action):
 
 
 def _method(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--warm-up", type=_count_or_none, metavar="W", help="steps that reuse nothing")
-    parser.add_argument("--fidelity-interval", type=_count, metavar="F", help="k after the gate; 1 if left out")
+    parser.add_argument("--warm-up", type=_steps_or_none, metavar="W", help="steps that reuse nothing")
+    parser.add_argument("--fidelity-interval", type=_steps, metavar="F", help="k after the gate; 1 if left out")
     parser.add_argument("--guidance-scale", type=_number, metavar="G", help="of classifier-free guidance: 1 is without")
 
 
@@ -244,6 +272,26 @@ def check_generate(args: argparse.Namespace) -> None:
         args.parser.error("the following arguments are required: BUNDLE")
     if args.json and args.output == Path("-"):
         args.parser.error("--json and --output - both write to standard output; give one of them")
+
+
+def check_plan(args: argparse.Namespace) -> None:
+    """Ends as a wrong command line does where ``tgate plan`` is told to add a plan without saying which, or to take
+    some out and more beside."""
+    numbers = ("m", "k", "steps", "sampler", "warm_up", "fidelity_interval", "guidance_scale")
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("name", *numbers, "output", "force")
+        if getattr(args, name) is not None and getattr(args, name) is not False  # 0 is given
+    ]
+    missing = [option for option in ("--name", "--m") if option not in given]
+    if args.remove and given:
+        args.parser.error(f"--remove takes plans out and adds none; leave out {', '.join(given)}")
+    if not args.remove and missing:
+        args.parser.error(f"the following arguments are required: {', '.join(missing)}; or --remove NAME")
+
+
+CHECKS: Mapping[str, Callable[[argparse.Namespace], None]] = {"generate": check_generate, "plan": check_plan}
+"""What goes together, by the command."""
 
 
 def _plan(parser: argparse.ArgumentParser, *, help: str | None = None) -> None:
@@ -280,6 +328,16 @@ def _whole(text: str, least: int, most: int) -> int:
     if re.fullmatch("[0-9]{1,19}", text) and least <= int(text) <= most:
         return int(text)
     raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got '{shown(text, 40)}'")
+
+
+def _steps(text: str) -> int:
+    return _steps_or_none(text, 1)
+
+
+def _steps_or_none(text: str, least: int = 0) -> int:
+    from tgate_export.methods.base import MOST_STEPS
+
+    return _whole(text, least, MOST_STEPS)
 
 
 def _count(text: str) -> int:

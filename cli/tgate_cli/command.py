@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError, shown
-from tgate_engine.manifest import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from tgate_runtime.engines.protocol import Engine
@@ -39,20 +38,24 @@ def needs(work: str, advice: str) -> Iterator[None]:
 
 
 def bundle_place(args: argparse.Namespace) -> Path:
-    """The directory that BUNDLE names; ``mini`` is made ready where it names that.
-
-    Needs what the contract needs, and raises :class:`BundleError` where there is no bundle, before an engine is loaded.
-    """
+    """The directory that BUNDLE names; ``mini`` is made ready where it names that."""
     from tgate_runtime.mini import place_of
 
-    place = place_of(args.bundle)
-    if not (place / MANIFEST_FILE).exists():
-        Bundle.open(place)  # which says what is missing
-    return place
+    return place_of(args.bundle)
+
+
+def bundle_asked(args: argparse.Namespace) -> Bundle:
+    """The bundle that BUNDLE names, with its manifest and plans checked, and not its digests: :meth:`Bundle.checked`
+    does that, which reads all of it, once there is nothing else to refuse.
+
+    Needs what the contract needs. Raises :class:`BundleError` and :class:`PlanError`.
+    """
+    return Bundle.open(bundle_place(args), check_digests=False)
 
 
 def asked_engine(args: argparse.Namespace) -> Engine:
-    """The engine that the command line asks for. Asked for before a bundle is opened, which reads all of it."""
+    """The engine that the command line asks for. Asked for when all else is known to be right, since loading it takes
+    a second or more, and before the bundle's digests, which may take longer."""
     from tgate_runtime.engines import open_engine
 
     return open_engine(

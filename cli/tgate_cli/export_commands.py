@@ -13,8 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from tgate_cli import views
-from tgate_cli.command import EXPORT_ADVICE, RUN_ADVICE, Show, bundle_place, needs, print_json, print_lines
-from tgate_engine.atomic import check_target, write_atomically
+from tgate_cli.command import (
+    EXPORT_ADVICE,
+    RUN_ADVICE,
+    Show,
+    bundle_asked,
+    bundle_place,
+    needs,
+    print_json,
+    print_lines,
+)
+from tgate_engine.atomic import check_place, check_target, write_atomically
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError, ExportError
 from tgate_engine.manifest import MANIFEST_FILE
@@ -100,11 +109,13 @@ def _replay(args: argparse.Namespace, report: Reporter, errors: dict[str, float]
 
 
 def plan(args: argparse.Namespace, report: Reporter) -> Show:
-    """``tgate plan``: a further plan over the graphs of a bundle, in it or in a file."""
+    """``tgate plan``: a further plan over the graphs of a bundle, in it or in a file; or fewer plans."""
     from tgate_export.plans import add_plan
 
+    if args.remove:
+        return _remove(args, report)
     if args.output is not None:
-        _check_place(args.output)
+        check_place(args.output, ExportError)
         if (args.output.parent / MANIFEST_FILE).exists():
             raise ExportError(f"{args.output} lies in a bundle, whose files are its own; name another place")
         if os.path.lexists(args.output) and not args.force:
@@ -139,12 +150,22 @@ def plan(args: argparse.Namespace, report: Reporter) -> Show:
     return lambda: print_lines(lines)
 
 
+def _remove(args: argparse.Namespace, report: Reporter) -> Show:
+    """Take plans out. Their baselines stay, which may be other plans' too."""
+    report.stage("removing plans")
+    left = bundle_asked(args).remove_plans(args.remove).manifest.plans
+    removed = list(dict.fromkeys(args.remove))
+    if args.json:
+        return lambda: print_json({"written": args.bundle, "removed": removed, "plans": list(left)})
+    return lambda: print_lines(f"{args.bundle}: plan {name} removed; left are {', '.join(left)}" for name in removed)
+
+
 def embed(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate embed``: prompts encoded into a file."""
     from tgate_export.families import find_text_model
 
     find_text_model(args.model)
-    _check_place(args.output)
+    check_place(args.output, ExportError)
     report.stage("loading PyTorch and transformers")
     with needs("encoding prompts", EXPORT_ADVICE):
         from tgate_export.embed import embed as encode
@@ -167,11 +188,3 @@ def list_models() -> int:
 
     views.models(MODELS)
     return 0
-
-
-def _check_place(path: Path) -> None:
-    """Raises :class:`ExportError` where no file can be, before the work."""
-    if not path.parent.is_dir():
-        raise ExportError(f"{path}: there is no directory {path.parent}; make it first")
-    if path.is_dir():
-        raise ExportError(f"{path} is a directory; name a file in it")

@@ -18,14 +18,13 @@ from tgate_cli.command import (
     RUN_ADVICE,
     Show,
     asked_engine,
-    bundle_place,
+    bundle_asked,
     engine_advice,
     needs,
     print_json,
     print_lines,
 )
 from tgate_engine.atomic import write_atomically
-from tgate_engine.bundle import Bundle
 from tgate_engine.errors import RequestError, shown
 from tgate_engine.graph import DECODE
 from tgate_engine.manifest import Manifest, Shape
@@ -36,6 +35,7 @@ from tgate_engine.report import Reporter
 if TYPE_CHECKING:
     from tgate_engine.plan import Plan
     from tgate_runtime.engines.protocol import Engine
+    from tgate_runtime.parameters import Parameters
     from tgate_runtime.pipeline import Progress, Result
     from tgate_runtime.record import Record
 
@@ -46,47 +46,48 @@ MOST_BYTES = 16 << 20
 
 def generate(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate generate``."""
-    record = None if args.source is None else _record(args.source)
+    record, noted = (None, None) if args.source is None else _notes(args.source)
     texts = _prompts(args)
     is_named = args.bundle is not None
+    if noted is not None and not is_named:
+        raise RequestError(
+            f"{args.source} was drawn by another program, whose model is no bundle: tgate generate BUNDLE --from "
+            f"{args.source} names the one to draw with"
+        )
     args.bundle = args.bundle if is_named else "mini"
-    place = bundle_place(args)
-    report.stage(f"loading {args.engine}")
+    bundle = bundle_asked(args)
+    manifest = bundle.manifest
     with needs("drawing", engine_advice(args)):
         from tgate_runtime import files
-        from tgate_runtime.conditioning import rows_of
-        from tgate_runtime.generators import check_generator
         from tgate_runtime.pipeline import Pipeline
-        from tgate_runtime.preview import check_previews
         from tgate_runtime.request import check_room, seeds_of
+        from tgate_runtime.session import graphs_of
 
-    request = _request(args, texts, record)
-    check_generator(request["generator"])
-    given = _given(args, record, replaced=bool(texts))
-    if args.save_latents is not None:
-        files.check_place(args.save_latents)
-    if args.preview is not None:
-        files.output_paths(args.preview, 1)
-    engine = asked_engine(args)
-    report.stage(f"opening {args.bundle}")
-    bundle = Bundle.open(place)
-    manifest = bundle.manifest
+    # All that the arguments and the manifest tell, before anything is loaded or hashed.
     if record is not None and not is_named and record.bundle != bundle_digest(manifest):
         raise RequestError(
             f"{args.source} was drawn by another bundle than mini, of {shown(record.model)}: tgate generate --from "
             f"{args.source} BUNDLE names its directory"
         )
-    plan = _plan(args, record, manifest)
-    if args.preview is not None:
-        check_previews(manifest)
-    if record is not None:
-        _tell_differences(args.source, record, manifest, plan, engine, given, report)
-    prompts = len(request["prompt"] or ()) or rows_of(given.get("prompt_embeds", {}), manifest) or 1
-    count, shapes = prompts * args.num_images, manifest.shapes_of(request["size"])
+    request = _request(args, texts, record or noted)
+    plan, shapes = _plan(args, record, manifest), manifest.shapes_of(request["size"])
+    graphs_of(bundle, [plan], [shapes[0].size])
+    _check_files(args, record, replaced=bool(texts))
+    _check_source(args, request, manifest)
+    given = _given(args, record)
+    count = _check_numbers(args, request, given, plan, manifest)
     parts = list(_parts(request, given, args.num_images, count, most=shapes[-1].batch[1]))
     check_room(max(len(images) for images, _ in parts), shapes[0], manifest.frames)
     seeds = seeds_of(request["seed"], count)
     output = _Output(args, manifest, count)
+    if noted is not None:
+        _tell_taken(args.source, noted, report)
+    report.stage(f"loading {args.engine}")
+    engine = asked_engine(args)
+    if record is not None:
+        _tell_differences(args.source, record, manifest, plan, engine, given, report)
+    report.stage(f"opening {args.bundle}")
+    bundle = bundle.checked()
     results: list[Result] = []
     options: dict[str, Any] = {"plans": [plan], "sizes": [shapes[0].size], "on_build": report.progress}
     with Pipeline.open(bundle, engine=engine, **options) as pipe:
@@ -209,13 +210,16 @@ def _prompts_of(path: Path) -> list[str]:
     return texts
 
 
-def _record(path: Path) -> Record:
+def _notes(path: Path) -> tuple[Record | None, Parameters | None]:
+    """What a picture was drawn from: our record, or else what another program noted."""
     with needs("reading a picture's record", RUN_ADVICE):
         from tgate_runtime import files
-    return files.load_record(path)
+        from tgate_runtime.parameters import Parameters
+    found = files.load_notes(path)
+    return (None, found) if isinstance(found, Parameters) else (found, None)
 
 
-def _request(args: argparse.Namespace, texts: Sequence[str], record: Record | None) -> dict[str, Any]:
+def _request(args: argparse.Namespace, texts: Sequence[str], record: Record | Parameters | None) -> dict[str, Any]:
     """The arguments of a Pipeline that the record has, and in their place those of the command line."""
     request: dict[str, Any] = {"prompt": None, "negative_prompt": None, "seed": None, "size": None}
     request |= {"generator": "numpy", "guidance_scale": None}
@@ -228,12 +232,22 @@ def _request(args: argparse.Namespace, texts: Sequence[str], record: Record | No
     return request | {name: value for name, value in asked.items() if value is not None}
 
 
-def _given(args: argparse.Namespace, record: Record | None, *, replaced: bool) -> dict[str, Any]:
-    """What the files of the command line hold, by the names of a Pipeline's arguments; of rows for several images, the
-    record's alone. ``replaced``: a prompt comes in place of what conditioned the record's image.
+def _check_files(args: argparse.Namespace, record: Record | None, *, replaced: bool) -> None:
+    """Raises :class:`RequestError` where the record needs a file that is not named. ``replaced``: a prompt comes in
+    place of what conditioned the record's image."""
+    named = {name for name in ("image", "initial_latents", "prompt_embeds") if getattr(args, name) is not None}
+    for name, digest in ({} if record is None else record.given).items():
+        replacement = args.seed is not None if name == "initial_latents" else replaced or named
+        if name not in named and not replacement:
+            raise RequestError(
+                f"{args.source} was drawn from --{name.replace('_', '-')}, of which its record holds the SHA-256 alone "
+                f"({digest[:16]}…); give the same file again"
+            )
 
-    Raises :class:`RequestError` where the record needs a file that is not there.
-    """
+
+def _given(args: argparse.Namespace, record: Record | None) -> dict[str, Any]:
+    """What the files of the command line hold, by the names of a Pipeline's arguments; of rows for several images, the
+    record's alone. Raises :class:`RequestError` for a file that cannot be read."""
     from tgate_runtime import files
     from tgate_runtime.record import rows_with
 
@@ -245,17 +259,48 @@ def _given(args: argparse.Namespace, record: Record | None, *, replaced: bool) -
     if args.prompt_embeds is not None:
         given["prompt_embeds"] = files.load_embeddings(args.prompt_embeds)
     for name, digest in ({} if record is None else record.given).items():
-        replacement = args.seed is not None if name == "initial_latents" else replaced or given
-        if name not in given and not replacement:
-            raise RequestError(
-                f"{args.source} was drawn from --{name.replace('_', '-')}, of which its record holds the SHA-256 alone "
-                f"({digest[:16]}…); give the same file again"
-            )
         if name == "initial_latents" and name in given:
             given[name] = rows_with(digest, {"": given[name]})[""]
         if name == "prompt_embeds" and name in given:
             given[name] = rows_with(digest, given[name])
     return given
+
+
+def _check_source(args: argparse.Namespace, request: Mapping[str, Any], manifest: Manifest) -> None:
+    """What conditions the images, before a file of it is read. Raises :class:`RequestError`."""
+    from tgate_runtime.request import check_prompts, check_source
+
+    texts = {"prompt": request["prompt"], "negative_prompt": request["negative_prompt"]}
+    check_source(manifest, **texts, image=args.image, prompt_embeds=args.prompt_embeds)
+    if request["prompt"] is not None:
+        check_prompts(request["prompt"], request["negative_prompt"])
+
+
+def _check_numbers(
+    args: argparse.Namespace, request: Mapping[str, Any], given: Mapping[str, Any], plan: Plan, manifest: Manifest
+) -> int:
+    """How many images are asked for. Raises :class:`RequestError` for numbers that they cannot be drawn with, and for
+    files that cannot be written beside them."""
+    from tgate_runtime import files
+    from tgate_runtime.conditioning import check_embeddings, rows_of
+    from tgate_runtime.generators import check_generator
+    from tgate_runtime.preview import check_previews
+    from tgate_runtime.request import check_latents, scales_of
+
+    shape, embeds = manifest.shapes_of(request["size"])[0], given.get("prompt_embeds", {})
+    if "prompt_embeds" in given:
+        check_embeddings(embeds, manifest, shape)
+    count: int = (len(request["prompt"] or ()) or rows_of(embeds, manifest) or 1) * args.num_images
+    scales_of(request["guidance_scale"], 1, plan, manifest)
+    check_generator(request["generator"], shape.latents)
+    if "initial_latents" in given:
+        check_latents(given["initial_latents"], (count, *shape.latents))
+    if args.save_latents is not None:
+        files.check_place(args.save_latents)
+    if args.preview is not None:
+        files.output_paths(args.preview, 1)
+        check_previews(manifest)
+    return count
 
 
 def _parts(
@@ -289,6 +334,16 @@ def _plan(args: argparse.Namespace, record: Record | None, manifest: Manifest) -
     if record is None:
         return plan_of(manifest, args.plan or "default")
     return plan_for(record, manifest) if args.plan is None else plan_of(manifest, args.plan)
+
+
+def _tell_taken(source: Path, noted: Parameters, report: Reporter) -> None:
+    """Say, in one line, what is taken of another program's notes and what is not."""
+    taken = noted.request()
+    left = ", ".join(f"{shown(name, 40)}: {shown(value, 40)}" for name, value in noted.left.items())
+    report.warn(
+        f"{source} was drawn by another program, and this is another picture of its "
+        f"{', '.join(name.replace('_', ' ') for name in taken)}; the seed draws other noise; not taken: {left}"
+    )
 
 
 def _tell_differences(

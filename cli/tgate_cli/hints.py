@@ -1,4 +1,5 @@
-"""What to type in place of options that other programs have: diffusers' names, and this program's own elsewhere."""
+"""What to type in place of options that other programs have: diffusers' names, and this program's own elsewhere; and of
+what is spelled wrong."""
 
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ _AT_RUN_TIME: Mapping[str, str] = {
     "--batch-size": "--num-images N draws several at once",
     "--guidance": "--guidance-scale G",
     "--cfg-scale": "--guidance-scale G",
+    "--negative": "--negative-prompt TEXT",
     "--latents": "--initial-latents X.npy",
     "--output-type": "the ending of --output says it: .png, .jpg, .webp; .mp4 or .gif for videos",
     "--manual-seed": _SEED,
@@ -41,6 +43,8 @@ _AT_EXPORT: Mapping[str, str] = {
     "--num-inference-steps": "--steps N",
     "--scheduler": "--sampler NAME",
     "--gate-step": "--m M",
+    "--guidance": "--guidance-scale G",
+    "--cfg-scale": "--guidance-scale G",
     "--torch-dtype": "--dtype fp32, fp16 or bf16",
     "--precision": "--dtype fp32, fp16 or bf16",
     "--batch-size": "--batch N or LEAST:MOST",
@@ -50,22 +54,45 @@ _AT_EXPORT: Mapping[str, str] = {
     "--prompt": "an export draws nothing; `tgate generate BUNDLE PROMPT` does",
     "--engine": "a bundle is for every engine; `tgate generate --engine NAME` chooses one",
 }
+_OF_A_PLAN: Mapping[str, str] = {
+    **{name: _AT_EXPORT[name] for name in ("--num-inference-steps", "--scheduler", "--gate-step")},
+    **{name: _AT_EXPORT[name] for name in ("--guidance", "--cfg-scale")},
+}
+"""``tgate plan`` has these itself."""
 
 
-def hint(unknown: Sequence[str], *, known: Collection[str], exports: bool) -> str:
+def hint(unknown: Sequence[str], *, known: Collection[str], command: str) -> str:
     """What to type in place of the ``unknown`` arguments; empty where nothing is near.
 
-    ``known``: the options that the command has. ``exports``: whether it makes graphs.
+    ``known``: the options that the ``command`` has, such as "generate" or "tgate-export".
     """
     if "--prompts-file" in known and not any(text.startswith("-") for text in unknown):
         return "put the prompt in quotation marks, and several after --prompt each"
-    table = _AT_EXPORT if exports else _AT_RUN_TIME
+    table = _AT_EXPORT if command == "tgate-export" else _AT_RUN_TIME
+    if command == "plan":
+        table = {**table, **_OF_A_PLAN}
+    table = {name: text for name, text in table.items() if name not in known}
     names = [text.partition("=")[0].replace("_", "-") for text in unknown if text.startswith("--")]
-    return "; ".join(dict.fromkeys(text for name in names if (text := table.get(name) or _near(name, known))))
+    return "; ".join(dict.fromkeys(text for name in names if (text := _instead(name, known, table))))
 
 
-def _near(name: str, known: Collection[str]) -> str:
-    """Options that begin so or are spelled nearly so, as a question."""
-    near = [option for option in known if option.startswith(name)]
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+def meant(text: str, known: Collection[str]) -> str:
+    """Which of the ``known`` was meant by ``text``, as a question; empty where nothing is near."""
+    if text == "export" and "plan" in known:
+        return "tgate-export is a program of its own"
+    near = _near(text, known)
     return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def _instead(name: str, known: Collection[str], table: Mapping[str, str]) -> str:
+    """What the table says of an option, or of the one that it begins or nearly is; a question where that is one of the
+    ``known``, which come first."""
+    if name in table:
+        return table[name]
+    return meant(name, known) or "; ".join(dict.fromkeys(table[other] for other in _near(name, table)))
+
+
+def _near(text: str, known: Collection[str]) -> list[str]:
+    """Those that begin so, or else the one that is spelled nearly so."""
+    begun = [other for other in known if other.startswith(text) and len(text.lstrip("-")) > 1]
+    return begun or difflib.get_close_matches(text, known, n=1, cutoff=0.8)

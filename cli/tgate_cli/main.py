@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 from tgate_cli import export_commands, run_commands
-from tgate_cli.arguments import FAILED, check_generate, export_parser, tgate_parser
+from tgate_cli.arguments import CHECKS, FAILED, Parser, export_parser, tgate_parser
 from tgate_cli.command import LONGEST, Show
 from tgate_cli.display import reporter
 from tgate_cli.generate import generate
@@ -52,34 +52,39 @@ def export_main(arguments: Sequence[str] | None = None) -> int:
     return _run(export_parser(export_commands.list_models), arguments)
 
 
-def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse; a PROMPT may also come after options, where argparse no longer looks for one that may be left out."""
+    if parser.prog == "tgate" and not (sys.argv[1:] if arguments is None else arguments):
+        parser.nothing()
     args, left = parser.parse_known_args(arguments)
     if left and not left[0].startswith("-") and getattr(args, "prompt", "") is None:
         args.prompt = left.pop(0)
     if left:
         args.parser.unknown(left)
-    if args.command == "generate":
-        check_generate(args)
+    if args.command in CHECKS:
+        CHECKS[args.command](args)
     return args
 
 
-def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+def _run(parser: Parser, arguments: Sequence[str] | None) -> int:
     """Parse, run the command, and turn whatever ends it into one line and an exit status."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
-    args = _parse(parser, arguments)
+    args = argparse.Namespace(traceback=False)
     signals = Signals(parser.prog)
     try:
+        with _on_stdout():  # --help and --version print, and end here
+            args = _parse(parser, arguments)
         with signals:
             with reporter(parser.prog, quiet=args.quiet) as report, _warnings_to(report):
                 show = COMMANDS[args.command](args, report)
-            show()
-            sys.stdout.flush()
+            with _on_stdout():
+                show()
     except BrokenPipeError:  # the reader of stdout went away, which is its right
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except SystemExit:  # the parser's
+        raise
     except BaseException as error:
         text, status = _ending(error, signals, args)
         if args.traceback:
@@ -94,9 +99,29 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
     return 0
 
 
+@contextlib.contextmanager
+def _on_stdout() -> Iterator[None]:
+    """Around what prints results: all of it is written when this closes, or an error says that it was not.
+
+    Raises :class:`TgateError` where standard output takes no more, and BrokenPipeError where its reader went away.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # nor is the rest, which Python would try to write once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        why = error.strerror or error
+        raise TgateError(f"standard output cannot be written ({why}); send it to where there is room") from error
+
+
 def _ending(error: BaseException, signals: Signals, args: argparse.Namespace) -> tuple[str, int]:
     """The line that says why a command ended, and the exit status. Raises what is nobody's matter here."""
-    if signals.number is not None:  # whatever was raised on the way: a call that is cancelled fails
+    if signals.ended(error):  # whatever was raised on the way: a call that is cancelled fails
         return signals.says, signals.status
     if isinstance(error, TgateError | OSError):
         return " ".join(_line(error).split()), FAILED
@@ -132,7 +157,3 @@ def _warnings_to(report: Reporter) -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,34 +9,37 @@ from tgate_cli.command import (
     RUN_ADVICE,
     Show,
     asked_engine,
-    bundle_place,
+    bundle_asked,
     engine_advice,
     needs,
     print_json,
     print_lines,
 )
 from tgate_cli.inspect import describe
-from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError
 from tgate_engine.report import Reporter
 
 
 def inspect(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate inspect``: plans step by step, MACs and sizes."""
-    data = describe(Bundle.open(bundle_place(args)), args.size)
+    bundle = bundle_asked(args)
+    data = describe(bundle, args.size)
+    bundle.checked()
     return lambda: print_json(data) if args.json else views.inspection(data)
 
 
 def verify(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate verify``: digests and plans checked, goldens replayed."""
-    place = bundle_place(args)
-    report.stage(f"loading {args.engine}")
+    bundle = bundle_asked(args)
     with needs("replaying goldens", engine_advice(args)):
+        from tgate_runtime.verify import check_goldens
         from tgate_runtime.verify import verify as replay
 
+    check_goldens(bundle)
+    report.stage(f"loading {args.engine}")
     engine = asked_engine(args)
     report.stage(f"checking {args.bundle}")
-    bundle = Bundle.open(place)
+    bundle = bundle.checked()
     report.stage("replaying goldens")
     checked = replay(bundle, engine=engine, on_golden=report.progress, on_build=report.progress)
     failed = [golden.name for golden in checked if not golden.ok]
@@ -79,24 +82,23 @@ def verify(args: argparse.Namespace, report: Reporter) -> Show:
 
 def bench(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate bench``: a plan and those it is compared with, measured in turns."""
-    place = bundle_place(args)
-    report.stage(f"loading {args.engine}")
+    bundle = bundle_asked(args)
     with needs("measuring", engine_advice(args)):
         from tgate_runtime import benchmark, files
 
     if args.trace is not None:
         files.check_place(args.trace)
+    asked = {"plan": args.plan, "against": args.against, "size": args.size, "batch": args.batch}
+    benchmark.compared(bundle, **asked)
+    report.stage(f"loading {args.engine}")
     engine = asked_engine(args)
     report.stage(f"opening {args.bundle}")
-    bundle = Bundle.open(place)
+    bundle = bundle.checked()
     report.stage("measuring")
     data = benchmark.bench(
         bundle,
-        plan=args.plan,
-        against=args.against,
-        size=args.size,
+        **asked,
         engine=engine,
-        batch=args.batch,
         repeats=args.repeats,
         warm_ups=args.warm_ups,
         on_run=report.progress,
@@ -117,16 +119,16 @@ def engines(args: argparse.Namespace, report: Reporter) -> Show:
 
 def build(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate build``: the graphs compiled into the engine cache."""
-    place = bundle_place(args)
-    report.stage(f"loading {args.engine}")
+    bundle = bundle_asked(args)
     with needs("compiling for an engine", engine_advice(args)):
         from tgate_runtime.session import graphs_of
 
-    engine = asked_engine(args)
-    report.stage(f"opening {args.bundle}")
-    bundle = Bundle.open(place)
     plans = None if args.plan is None else [args.plan]
     graphs = graphs_of(bundle, plans, None if args.size is None else [args.size])
+    report.stage(f"loading {args.engine}")
+    engine = asked_engine(args)
+    report.stage(f"opening {args.bundle}")
+    bundle = bundle.checked()
     report.stage(f"compiling for {engine.name} {engine.version}")
     places = engine.build(bundle, graphs, report.progress)
     if args.json:

@@ -69,6 +69,8 @@ class Signals:
         undo(watcher.join)
         undo(os.close, theirs)
         undo(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _raise_ended))
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as tgate_cli.entry leaves it
+            undo(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
         undo(signal.set_wakeup_fd, signal.set_wakeup_fd(theirs, warn_on_full_buffer=False))
         underway.shield_with(_by_default)
         undo(underway.shield_with, None)
@@ -79,8 +81,13 @@ class Signals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._taken.close()
-        if isinstance(error, KeyboardInterrupt | Ended) and self.number is None:  # raised by other means than a signal
+
+    def ended(self, error: BaseException) -> bool:
+        """Whether a signal ended the command with this error. One may come while this opens or closes, and some raise
+        KeyboardInterrupt by other means: then the error tells which it was."""
+        if self.number is None and isinstance(error, KeyboardInterrupt | Ended):
             self.number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+        return self.number is not None
 
     def _watch(self, pipe: int) -> None:
         """Read the numbers of signals until the command has ended, which closes the pipe."""

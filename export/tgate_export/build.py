@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import tgate_engine
 from tgate_engine.atomic import staging
-from tgate_engine.bundle import Bundle, digests_of
+from tgate_engine.bundle import DEFAULT, Bundle, digests_of
 from tgate_engine.graph import DENOISE, TEXT, GraphSpec, TensorSpec
 from tgate_engine.manifest import MANIFEST_FILE, Golden, Manifest, Shape, Tokenizer
 from tgate_engine.manifest_json import dump_manifest
@@ -29,7 +29,7 @@ from tgate_export.graph_check import check_written
 from tgate_export.graphs import TracedGraph, store_linears_transposed
 from tgate_export.job import ExportSettings, Job, prepare
 from tgate_export.modules import fake_module
-from tgate_export.plans import DEFAULT, make_plans
+from tgate_export.plans import make_plans
 from tgate_export.sampling import compile_tables
 from tgate_export.tokenizers import export_tokenizers
 from tgate_export.tracing import trace_decoder, trace_image, trace_step, trace_text

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tgate_engine.bundle import Bundle
+from tgate_engine.bundle import DEFAULT, Bundle
 from tgate_engine.errors import ExportError, PlanError
 from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Manifest
@@ -19,6 +19,7 @@ from tgate_engine.sampler import Sampler
 from tgate_engine.sampler_tables import load_tables
 from tgate_export.methods import METHODS, find_method
 from tgate_export.methods.base import Method, Settings
+from tgate_export.recipes import check_sampler
 
 log = logging.getLogger("tgate")
 
@@ -70,10 +71,6 @@ def make_plans(
     return {name: own, **plans}
 
 
-DEFAULT = "default"
-"""The plan that a request takes where it names none."""
-
-
 def add_plan(
     path: Path,
     *,
@@ -92,25 +89,30 @@ def add_plan(
 
     ``steps``, ``sampler``, ``warm_up`` and ``guidance_scale``: None takes those of the default plan; ``k`` and
     ``fidelity_interval`` are 1 where left out. The bundle's manifest is replaced atomically, unless ``save`` is false.
-    Raises a :class:`~tgate_engine.errors.TgateError`.
+    Raises a :class:`~tgate_engine.errors.TgateError`; what the settings and the manifest tell comes before any file's
+    digest.
     """
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, check_digests=False)
     manifest = bundle.manifest
     default = manifest.plan(DEFAULT)
     users = [label for label, plan in manifest.plans.items() if name in plan.baselines]
     if users:
         raise PlanError(f"plan {name!r} is what {', '.join(users)} is measured against; use another --name")
+    if save and not force:
+        bundle.check_free([name])
     method = _method_of(default)
     n = int(default.settings["n"] or 0) if steps is None else steps
     settings = method.settings(
         steps=n, gate=m, k=k, w=warm_up, f=fidelity_interval, defaults={"w": int(default.settings.get("w") or 0)}
     )
+    scale = _guidance(manifest, guidance_scale)
+    bundle = bundle.checked()
     plans = make_plans(
         name,
         method,
         settings,
         sampler=sampler_of(bundle, sampler or default.sampler.name, n),
-        guidance_scale=_guidance(manifest, guidance_scale),
+        guidance_scale=scale,
         guided=manifest.guided,
         graphs=manifest.shapes[0].graphs,
         carries=manifest.carries,
@@ -134,6 +136,8 @@ def sampler_of(bundle: Bundle, name: str, steps: int) -> Sampler:
     tables = load_tables(bundle.file(manifest.samplers)) if manifest.samplers else {}
     if (name, steps) in tables:
         return tables[name, steps]
+    if not any(name == own for own, _ in tables):
+        check_sampler(name)
     try:
         from tgate_export.sampling import compile_sampler
     except ModuleNotFoundError as error:

@@ -26,7 +26,7 @@ from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import noise
 from tgate_runtime.image import encode_image
 from tgate_runtime.runner import run
-from tgate_runtime.session import Session
+from tgate_runtime.session import Session, graphs_of
 from tgate_runtime.state import State, shape_for
 from tgate_runtime.text import TextEncoder
 from tgate_runtime.trace import write_trace
@@ -83,12 +83,8 @@ def bench(
     if trace is not None:
         check_place(trace)
     manifest = bundle.manifest
-    chosen = manifest.plan(plan)
-    others = chosen.baselines if against is None else against
-    plans = {name: manifest.plan(name) for name in dict.fromkeys([plan, *others])}
-    shapes = manifest.shapes_of(size)
-    images = shapes[0].batch[0] if batch is None else batch
-    shape = shape_for(shapes, images)
+    plans, shape, images = compared(bundle, plan=plan, against=against, size=size, batch=batch)
+    chosen = plans[plan]
     opened_s = time.perf_counter()
     with Session.open(
         bundle, engine=engine, plans=[*plans.values()], sizes=[shape.size], on_build=on_build, **options
@@ -154,6 +150,21 @@ def bench(
                 "warm_ups": warm_ups,
             },
         }
+
+
+def compared(
+    bundle: Bundle, *, plan: str, against: Sequence[str] | None, size: str | None, batch: int | None
+) -> tuple[dict[str, Plan], Shape, int]:
+    """What :func:`bench` measures, by the manifest alone: the plans by name, the chosen one first; the shape; and how
+    many images at once. Raises :class:`~tgate_engine.errors.TgateError` for what the bundle has not."""
+    manifest = bundle.manifest
+    others = manifest.plan(plan).baselines if against is None else against
+    plans = {name: manifest.plan(name) for name in dict.fromkeys([plan, *others])}
+    shapes = manifest.shapes_of(size)
+    images = shapes[0].batch[0] if batch is None else batch
+    shape = shape_for(shapes, images)
+    graphs_of(bundle, [*plans.values()], [shape.size])
+    return plans, shape, images
 
 
 def sgemm_gmacs_per_s(size: int = 768, repeats: int = 5) -> float:

@@ -12,8 +12,9 @@ from tgate_engine.conditioning import Tensors, half_names, halves
 from tgate_engine.dtypes import encode, storage
 from tgate_engine.errors import RequestError
 from tgate_engine.graph import DENOISE, TensorSpec
-from tgate_engine.manifest import Manifest
+from tgate_engine.manifest import Manifest, Shape
 from tgate_runtime.finite import check_given
+from tgate_runtime.request import check_mapping, shown_names
 from tgate_runtime.session import Session
 
 
@@ -29,16 +30,24 @@ def conditioning_of(
 def from_embeddings(session: Session, tensors: Tensors, *, size: str | None = None) -> dict[str, NDArray[Any]]:
     """``<name>.<half>`` to [N, ...] from tensors that were encoded ahead of time, such as ``tgate embed`` writes.
 
+    Raises as :func:`check_embeddings` does.
+    """
+    return check_embeddings(tensors, session.manifest, session.shapes(size)[0])
+
+
+def check_embeddings(tensors: Tensors, manifest: Manifest, shape: Shape) -> dict[str, NDArray[Any]]:
+    """``<name>.<half>`` to [N, ...] from tensors that were encoded ahead of time, for the graphs of a shape.
+
     Constants are added. Raises :class:`RequestError` for what is missing, has another shape or dtype than the graphs
     take, or is not finite.
     """
-    manifest, shape = session.manifest, session.shapes(size)[0]
-    specs = conditioning_inputs(session, size=size)
+    check_mapping(tensors, "embeddings")
+    specs = _inputs(manifest, shape)
     encoded = {c.name for c in manifest.conditioning if c.source != "constant"}
     needed = {name: spec for name, spec in specs.items() if name.rpartition(".")[0] in encoded}
     if missing := [name for name in needed if name not in tensors]:
         raise RequestError(
-            f"the embeddings lack {', '.join(missing)} (they have {', '.join(tensors) or 'nothing'}); make them with "
+            f"the embeddings lack {', '.join(missing)} (they have {shown_names(tensors)}); make them with "
             "`tgate embed` for this model"
         )
     if odd := [name for name in needed if not isinstance(tensors[name], (np.ndarray, np.generic))]:
@@ -68,15 +77,20 @@ def from_embeddings(session: Session, tensors: Tensors, *, size: str | None = No
 def rows_of(embeds: Tensors, manifest: Manifest) -> int:
     """The prompts that embeddings are for, by the tensors that the bundle takes; whether these agree is checked later.
     Others in the file do not count."""
+    if not isinstance(embeds, Mapping):  # which is told later as well
+        return 0
     taken = {name for name in half_names(manifest.conditioning) if name in embeds and np.ndim(embeds[name])}
     return max((len(embeds[name]) for name in taken), default=0)
 
 
 def conditioning_inputs(session: Session, *, size: str | None = None) -> Mapping[str, TensorSpec]:
     """The conditioning inputs ``<name>.<half>`` of all denoising graphs of a size, by name."""
-    names = half_names(session.manifest.conditioning)
-    graphs = session.shapes(size)[0].graphs.values()
-    tensors = {t.name: t for graph in graphs if graph.role == DENOISE for t in graph.inputs}
+    return _inputs(session.manifest, session.shapes(size)[0])
+
+
+def _inputs(manifest: Manifest, shape: Shape) -> dict[str, TensorSpec]:
+    names = half_names(manifest.conditioning)
+    tensors = {t.name: t for graph in shape.graphs.values() if graph.role == DENOISE for t in graph.inputs}
     return {name: tensors[name] for name in names if name in tensors}
 
 

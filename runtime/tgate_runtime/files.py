@@ -18,14 +18,16 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from tgate_engine import atomic
 from tgate_engine.atomic import write_atomically
 from tgate_engine.errors import RequestError, shown
 from tgate_engine.plain_files import read_plain
 from tgate_engine.underway import unfinished
+from tgate_runtime.parameters import Parameters
 from tgate_runtime.picture import MOST_BYTES as PICTURE_BYTES
 from tgate_runtime.picture import read_picture
 from tgate_runtime.record import Record
-from tgate_runtime.stamps import HOLD, ffmetadata, read_stamp, save_options
+from tgate_runtime.stamps import HOLD, ffmetadata, read_notes, read_stamp, save_options
 
 FORMATS = {
     ".png": "PNG",
@@ -49,7 +51,7 @@ def output_paths(output: Path, count: int, *, decoded: bool = True, video: bool 
     """Where ``count`` results go: ``output`` for one, ``<stem>-0<suffix>`` and so on for several.
 
     ``decoded``: pictures, or with ``video`` videos; otherwise latents. Raises :class:`RequestError` where the suffix
-    is of another kind, or the directory is not there.
+    is of another kind, the directory is not there, or something else than a file is in the way.
     """
     kind, suffixes = ("video", VIDEO_FORMATS) if video else ("picture", tuple(FORMATS))
     if not decoded:
@@ -64,7 +66,10 @@ def output_paths(output: Path, count: int, *, decoded: bool = True, video: bool 
     check_place(output)
     if count == 1:
         return [output]
-    return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+    paths = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+    for path in paths:
+        atomic.check_replaceable(path, RequestError)
+    return paths
 
 
 def holds_record(suffix: str) -> bool:
@@ -94,15 +99,8 @@ def new_files(stem: str, suffix: str, count: int) -> Iterator[list[Path]]:
 
 
 def check_place(path: Path) -> None:
-    """Raises :class:`RequestError` where no file can be written, which writing a temporary one beside it tells."""
-    if not path.parent.is_dir():
-        raise RequestError(f"{path}: there is no directory {path.parent}; make it first")
-    if path.is_dir():
-        raise RequestError(f"{path} is a directory; name a file in it")
-    try:
-        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.").close()
-    except OSError as error:
-        raise RequestError(f"{path} cannot be written ({error.strerror}); name another place") from None
+    """Raises :class:`RequestError` where no file can be written, see :func:`tgate_engine.atomic.check_place`."""
+    atomic.check_place(path, RequestError)
 
 
 def save_picture(image: Image.Image, path: Path, record: Record | None = None) -> None:
@@ -205,6 +203,12 @@ def load_record(path: Path) -> Record:
     """What the picture or video of a file was drawn from. Raises :class:`RequestError`, see
     :func:`~tgate_runtime.stamps.read_stamp`."""
     return read_stamp(read_plain(path, PICTURE_BYTES, RequestError), str(path))
+
+
+def load_notes(path: Path) -> Record | Parameters:
+    """The record of a file, or what another program noted. Raises :class:`RequestError`, see
+    :func:`~tgate_runtime.stamps.read_notes`."""
+    return read_notes(read_plain(path, PICTURE_BYTES, RequestError), str(path))
 
 
 def load_embeddings(path: Path) -> dict[str, NDArray[Any]]:

@@ -54,11 +54,17 @@ def in_step(index: int) -> int:
     return index + 1
 
 
-def check_generator(name: object) -> str:
-    """``name``, if it is in :data:`GENERATORS`. Raises :class:`RequestError`, which lists them, if it is not."""
+def check_generator(name: object, shape: tuple[int, ...] = ()) -> str:
+    """``name``, if it is in :data:`GENERATORS` and draws noise of ``shape``. Raises :class:`RequestError`, which lists
+    them, if it is not."""
     if not isinstance(name, str) or name not in GENERATORS:
         hint = "" if isinstance(name, str) else "; seed=S, or a list of seeds, says what it draws"
         raise RequestError(f"there is no generator '{shown(name)}'; use one of {', '.join(GENERATORS)}{hint}")
+    if name == "torch-cuda" and (count := math.prod(shape)) > TORCH_CUDA_LIMIT:
+        raise RequestError(
+            f"generator torch-cuda draws at most {TORCH_CUDA_LIMIT} numbers at once, got {list(shape)}, {count}: "
+            "beyond that PyTorch's noise depends on the GPU; use generator numpy"
+        )
     return name
 
 
@@ -88,11 +94,7 @@ def _torch_cuda(seed: int, shape: tuple[int, ...], draw: int) -> NDArray[np.floa
     is drawn depends on the GPU: more than :data:`TORCH_CUDA_LIMIT` numbers are refused.
     """
     count = math.prod(shape)
-    if count > TORCH_CUDA_LIMIT:
-        raise RequestError(
-            f"generator torch-cuda draws at most {TORCH_CUDA_LIMIT} numbers at once, got {list(shape)}, {count}: "
-            "beyond that PyTorch's noise depends on the GPU; use generator numpy"
-        )
+    check_generator("torch-cuda", shape)
     if draw == CONDITIONING:
         raise RequestError(
             "generator torch-cuda draws noise of latents and steps, got a conditioning picture's; use generator numpy"

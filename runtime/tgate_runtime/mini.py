@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 import tgate_engine
 from tgate_engine.atomic import staging
 from tgate_engine.bundle import Bundle
-from tgate_engine.errors import BundleError
+from tgate_engine.errors import BundleError, shown
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_engine.manifest_json import parse_manifest
 from tgate_runtime.cache import cache_directory, own_directory
@@ -47,6 +47,8 @@ def place_of(source: str | os.PathLike[str]) -> Path:
     may be added to it. Safe where several processes and threads ask at once. Raises :class:`BundleError` where it
     cannot be made, and :class:`~tgate_engine.errors.EngineError` where somebody else can write to the cache.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise BundleError(f"a bundle is a directory, got {type(source).__name__} {shown(source)}")
     if source != MINI:
         return Path(source)
     if Path(MINI, MANIFEST_FILE).is_file():

@@ -18,7 +18,7 @@ from PIL import Image
 from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import decode as to_float
 from tgate_engine.dtypes import encode
-from tgate_engine.errors import RequestError, shown
+from tgate_engine.errors import shown
 from tgate_engine.graph import DECODE, IMAGE, TEXT
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
@@ -31,7 +31,16 @@ from tgate_runtime.image import encode_image, fit_picture
 from tgate_runtime.names import with_hints
 from tgate_runtime.preview import Colours, Look
 from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given
-from tgate_runtime.request import check_count, check_latents, check_prompts, check_room, scales_of, seeds_of
+from tgate_runtime.request import (
+    check_call,
+    check_count,
+    check_latents,
+    check_prompts,
+    check_room,
+    check_source,
+    scales_of,
+    seeds_of,
+)
 from tgate_runtime.runner import StepDone, run
 from tgate_runtime.session import PlanLike, Session
 from tgate_runtime.state import State, most_at_once
@@ -41,8 +50,6 @@ log = logging.getLogger("tgate")
 
 _CUT_SHOWN = 500
 """How many characters of what was cut off a prompt are quoted."""
-
-_ARTICLE = {"prompt": "a prompt", "image": "an image"}
 
 Row = Mapping[str, NDArray[Any]]
 """What conditions one image: ``<name>.<half>`` to [1, ...]."""
@@ -164,6 +171,7 @@ class Pipeline:
         size, latents_shape = shape.size, shape.latents
         number = check_count(num_images)
         check_generator(generator)
+        check_call(on_step, "on_step")
         texts = self._prompts(prompt, negative_prompt, image, prompt_embeds)
         prompts = len(texts) or 1
         if prompt_embeds is not None:
@@ -215,18 +223,7 @@ class Pipeline:
     ) -> list[tuple[str, str | None]]:
         """(prompt, negative prompt) of each text asked for; none where an image or embeddings stand for it."""
         manifest = self.session.manifest
-        source = "image" if manifest.conditioned_by("image") else "prompt"
-        named = {"prompt": prompt, "image": image, "prompt_embeds": embeds}
-        several = [name for name, value in named.items() if value is not None]
-        if len(several) != 1 or several[0] not in (source, "prompt_embeds"):
-            raise RequestError(
-                f"{manifest.model} is conditioned by {_ARTICLE[source]}: give {source}, or prompt_embeds, and "
-                f"nothing else; got {' and '.join(several) or 'neither'}"
-            )
-        if source == "image" and negative_prompt is not None:
-            raise RequestError(f"{manifest.model} is conditioned by an image and takes no negative prompt")
-        if embeds is not None and negative_prompt is not None:
-            raise RequestError("prompt_embeds hold the negative half already; leave out the negative prompt")
+        check_source(manifest, prompt=prompt, negative_prompt=negative_prompt, image=image, prompt_embeds=embeds)
         if prompt is None:
             return []
         prompts, negatives = check_prompts(prompt, negative_prompt)
@@ -249,8 +246,7 @@ class Pipeline:
             each = [{name: rows[i : i + 1] for name, rows in tensors.items()} for i in range(len(seeds) // number)]
         elif image is not None:
             graph = self.session.graph(IMAGE, size)
-            if graph is None:
-                raise RequestError("the bundle has no image encoder (--components); export it with one")
+            assert graph is not None  # check_source has seen it
             picture = fit_picture(image, graph)
             encoded = [encode_image(self.session, graph, picture, seed=seed) for seed in seeds]
             return [conditioning_of(self.session, tensors, None, size=size) for tensors in encoded]
@@ -261,10 +257,7 @@ class Pipeline:
     def _encode(self, texts: Sequence[tuple[str, str | None]], size: str | None) -> list[dict[str, NDArray[Any]]]:
         """What conditions one image of each text, every distinct text encoded once."""
         manifest = self.session.manifest
-        if self._text is None:
-            raise RequestError(
-                "the bundle has no text encoder (--components): give prompt_embeds, which `tgate embed` makes"
-            )
+        assert self._text is not None  # check_source has seen its graph
         if not manifest.guided:
             texts = [(prompt, None) for prompt, _ in texts]
         elif not manifest.zero_negative:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tgate_engine.errors import RequestError, shown
+from tgate_engine.graph import IMAGE, TEXT
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plan import Plan
 from tgate_runtime.finite import not_finite
@@ -20,14 +21,62 @@ from tgate_runtime.generators import SEED_LIMIT, check_seed, random_seed
 _MOST_GUIDANCE = 1e6
 """Nobody draws with more than a few dozen; where it multiplies a network's output, float32 has room for this."""
 
+MOST_CHARACTERS = 2**15
+"""Of a prompt. Models take some hundred tokens of it; this keeps what a prompt can cost below a second."""
+
+_ARTICLE = {"prompt": "a prompt", "image": "an image"}
 _BOOKKEEPING_BYTES = 2**10
 _USUAL_MEMORY = 2**36
+
+
+def check_source(
+    manifest: Manifest,
+    *,
+    prompt: object = None,
+    negative_prompt: object = None,
+    image: object = None,
+    prompt_embeds: object = None,
+) -> None:
+    """What conditions a request is one thing, and one that the bundle takes; None is not given."""
+    source = "image" if manifest.conditioned_by("image") else "prompt"
+    named = {"prompt": prompt, "image": image, "prompt_embeds": prompt_embeds}
+    several = [name for name, value in named.items() if value is not None]
+    if len(several) != 1 or several[0] not in (source, "prompt_embeds"):
+        raise RequestError(
+            f"{manifest.model} is conditioned by {_ARTICLE[source]}: give {source}, or prompt_embeds, and "
+            f"nothing else; got {' and '.join(several) or 'neither'}"
+        )
+    if source == "image" and negative_prompt is not None:
+        raise RequestError(f"{manifest.model} is conditioned by an image and takes no negative prompt")
+    if prompt_embeds is not None and negative_prompt is not None:
+        raise RequestError("prompt_embeds hold the negative half already; leave out the negative prompt")
+    if image is not None and manifest.graph(IMAGE) is None:
+        raise RequestError("the bundle has no image encoder (--components); export it with one")
+    if prompt is not None and manifest.graph(TEXT) is None:
+        raise RequestError(
+            "the bundle has no text encoder (--components): give prompt_embeds, which `tgate embed` makes"
+        )
+
+
+def check_prompt(prompt: str) -> None:
+    """One text, of a prompt or a negative one: it is valid Unicode, and no longer than :data:`MOST_CHARACTERS`."""
+    if not isinstance(prompt, str):
+        raise RequestError(f"the prompt must be a text, got {type(prompt).__name__} {shown(prompt)}")
+    if len(prompt) > MOST_CHARACTERS:
+        raise RequestError(
+            f"the prompt has {len(prompt)} characters, at most {MOST_CHARACTERS} are read, and a model takes "
+            "a few hundred words of them; shorten it"
+        )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"the prompt must be text in valid Unicode, got '{shown(prompt)}'") from None
 
 
 def check_prompts(
     prompt: str | Sequence[str] | None, negative: str | Sequence[str | None] | None
 ) -> tuple[list[str], list[str | None]]:
-    """Prompts and as many negative prompts."""
+    """Prompts and as many negative prompts, each of which :func:`check_prompt` lets through."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise RequestError(f"the prompt must be a text or a list of texts, got {shown(prompt)}")
@@ -38,6 +87,9 @@ def check_prompts(
         raise RequestError(
             f"got {len(prompts)} prompts and {len(negatives)} negative prompts; give one for each, or one"
         )
+    for text in dict.fromkeys([*prompts, *negatives]):
+        if text is not None:
+            check_prompt(text)
     return [*prompts], [*negatives]
 
 
@@ -67,12 +119,7 @@ def scales_of(scale: float | Sequence[float] | None, count: int, plan: Plan, man
 def _check_guidance(scale: float | None, plan: Plan, manifest: Manifest) -> float:
     if scale is None:
         return plan.guidance_scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
-        raise RequestError(f"the guidance scale must be a number, got {type(scale).__name__} {shown(scale)}")
-    try:
-        number = float(scale)
-    except OverflowError:  # a whole number of more than 308 digits
-        number = math.inf
+    number = check_scale(scale)
     if not abs(number) <= _MOST_GUIDANCE:
         raise RequestError(
             f"the guidance scale must be finite, got {shown(scale)}; at most {_MOST_GUIDANCE:.0f} is taken"
@@ -88,6 +135,64 @@ def _check_guidance(scale: float | None, plan: Plan, manifest: Manifest) -> floa
             "export with a --guidance-scale above 1"
         )
     return number
+
+
+def check_scale(scale: object) -> float:
+    """A guidance scale as a float: a finite number, whatever a bundle makes of it."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
+        raise RequestError(f"the guidance scale must be a number, got {type(scale).__name__} {shown(scale)}")
+    try:
+        number = float(scale)
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise RequestError(f"the guidance scale must be finite, got {shown(scale)}")
+    return number
+
+
+def check_row(row: object, rows: int) -> int:
+    """A row of a state that has so many."""
+    try:
+        number = operator.index(row)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if isinstance(row, bool) or not 0 <= number < rows:
+        raise RequestError(f"the state has rows 0 to {rows - 1}, got {shown(row)}")
+    return number
+
+
+def check_mapping(values: object, what: str) -> None:
+    """``values`` are tensors by their names."""
+    if not isinstance(values, Mapping):
+        raise RequestError(f"{what} must be tensors by their names, got {type(values).__name__} {shown(values)}")
+
+
+def numbers_of(values: Any, what: str) -> NDArray[Any]:
+    """``values`` as an array of numbers. Raises :class:`RequestError` for what is none."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        array = np.empty(0, object)
+    if array.dtype.kind not in "fiub":
+        raise RequestError(f"{what} must be an array of numbers, got {type(values).__name__} {shown(values)}")
+    return array
+
+
+def shown_names(names: Iterable[object]) -> str:
+    """What there is, as a message lists it."""
+    return shown(", ".join(map(str, names)), 1000) or "nothing"
+
+
+def check_call(value: object, name: str) -> None:
+    """``value`` can be called, or is None."""
+    if value is not None and not callable(value):
+        raise RequestError(f"{name} must be a function, got {type(value).__name__} {shown(value)}")
+
+
+def check_several(values: object, name: str) -> None:
+    """``values`` are several of something, or None; one text is not several letters."""
+    if values is not None and (isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable)):
+        raise RequestError(f"{name} must be a list, got {type(values).__name__} {shown(values)}; write {name}=[…]")
 
 
 def check_count(num_images: int) -> int:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tgate_engine.errors import RequestError
 from tgate_engine.plan import Plan, Step
+from tgate_runtime.request import check_call, check_mapping, numbers_of
 from tgate_runtime.state import State
 
 
@@ -73,8 +74,11 @@ def run(
     """
     lock = state.claim()
     try:
-        scales = [guidance_scale] * state.rows if isinstance(guidance_scale, (int, float)) else list(guidance_scale)
-        start = np.asarray(latents)
+        several = isinstance(guidance_scale, (list, tuple)) or np.ndim(guidance_scale) == 1
+        scales: list[Any] = [*guidance_scale] if several else [guidance_scale] * state.rows  # type: ignore[misc]
+        start = numbers_of(latents, "the initial latents")
+        check_mapping(conditioning, "conditioning")
+        check_call(step_noise, "step_noise")
         if len(scales) != state.rows or start.shape[:1] != (state.rows,):
             raise RequestError(
                 f"the state has {state.rows} rows; got latents of shape {list(start.shape)} and {len(scales)} "
@@ -106,7 +110,7 @@ def _advance(state: State, rows: range) -> StepDone:
 
 
 def _row(name: str, values: NDArray[Any], row: int, rows: int) -> NDArray[Any]:
-    values = np.asarray(values)
+    values = numbers_of(values, f"conditioning {name}")
     if values.shape[:1] not in ((1,), (rows,)):
         raise RequestError(f"conditioning {name} must have {rows} rows or 1, got shape {list(values.shape)}")
     array: NDArray[Any] = values[row if len(values) == rows else 0]

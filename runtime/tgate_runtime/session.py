@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 from tgate_engine.bundle import Bundle
-from tgate_engine.errors import BundleError, EngineError, RequestError
+from tgate_engine.errors import BundleError, EngineError, RequestError, shown
 from tgate_engine.graph import DENOISE, GraphSpec, Role
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plain_files import Watched
@@ -18,6 +18,7 @@ from tgate_engine.plan import Plan
 from tgate_runtime.engines import open_engine
 from tgate_runtime.engines.protocol import Engine, Executable, OnBuild, Options
 from tgate_runtime.mini import place_of
+from tgate_runtime.request import check_call, check_several
 from tgate_runtime.signatures import check_signatures
 
 T = TypeVar("T")
@@ -73,9 +74,19 @@ class Session:
         None takes every plan of the bundle. ``sizes``: those that requests may name, such as
         ``"832x1216"``; None takes every size.
 
-        Raises :class:`~tgate_engine.errors.BundleError`, ``PlanError`` or :class:`EngineError`.
+        Raises :class:`~tgate_engine.errors.BundleError`, ``PlanError`` or :class:`EngineError`, and
+        :class:`RequestError` for arguments of another kind.
         """
+        check_several(plans, "plans")
+        check_several(sizes, "sizes")
+        check_call(on_build, "on_build")
+        if not isinstance(check_digests, bool):
+            raise RequestError(f"check_digests must be True or False, got {shown(check_digests)}")
         loader = open_engine(engine, **options) if isinstance(engine, str) else engine
+        if not callable(getattr(loader, "load", None)):
+            raise EngineError(
+                f"an engine is a name, or what open_engine gave, got {type(engine).__name__} {shown(engine)}"
+            )
         bundle = source if isinstance(source, Bundle) else Bundle.open(place_of(source), check_digests=check_digests)
         chosen = None if plans is None else [plan_of(bundle.manifest, plan) for plan in plans]
         graphs = graphs_of(bundle, chosen, sizes)
@@ -97,7 +108,7 @@ class Session:
     def shapes(self, size: str | None = None) -> tuple[Shape, ...]:
         """The loaded shapes of a size, None being the first; smallest batches first. Raises :class:`RequestError`
         listing the sizes there are."""
-        asked = self.sizes[0] if size is None else size
+        asked = self.sizes[0] if size is None else check_size(size)
         shapes = sorted((shape for shape in self._shapes if shape.size == asked), key=lambda shape: shape.batch)
         if not shapes:
             raise RequestError(
@@ -111,7 +122,7 @@ class Session:
 
         Raises as :func:`plan_of` does, and :class:`RequestError` for a name that two of the session's plans have.
         """
-        named = [own for own in dict.fromkeys(self._plans) if own.name == plan]
+        named = [own for own in dict.fromkeys(self._plans) if own.name == plan] if isinstance(plan, str) else []
         if len(named) > 1:
             raise RequestError(f"the session was opened with {len(named)} plans called {plan!r}; give the plan itself")
         return named[0] if named else plan_of(self.manifest, plan)
@@ -191,17 +202,27 @@ and is no plan's name."""
 
 def plan_of(manifest: Manifest, plan: PlanLike) -> Plan:
     """The plan that is meant. Raises :class:`BundleError` for a name that is not there, ``PlanError`` for a file that
-    holds no plan."""
+    holds no plan, :class:`RequestError` for what is neither."""
     if isinstance(plan, Plan):
         return plan
+    if not isinstance(plan, (str, os.PathLike)):
+        raise RequestError(f"a plan is a name, a Plan or a plan file, got {type(plan).__name__} {shown(plan)}")
     is_name = isinstance(plan, str) and (plan in manifest.plans or not plan.endswith(".json"))
     return manifest.plan(str(plan)) if is_name else Plan.load(plan)
+
+
+def check_size(size: object) -> str:
+    """``size``, if it is a text, as sizes are. Raises :class:`RequestError`."""
+    if not isinstance(size, str):
+        raise RequestError(f'a size is a text such as "832x1216", got {type(size).__name__} {shown(size)}')
+    return size
 
 
 def shapes_of(bundle: Bundle, sizes: Sequence[str] | None = None) -> tuple[Shape, ...]:
     """The bundle's shapes of those sizes, all where None. Raises :class:`BundleError` for a size that is not there."""
     manifest = bundle.manifest
-    names = manifest.sizes if sizes is None else tuple(dict.fromkeys(sizes))
+    check_several(sizes, "sizes")
+    names = manifest.sizes if sizes is None else tuple(dict.fromkeys(check_size(size) for size in sizes))
     return tuple(shape for size in names for shape in manifest.shapes_of(size))
 
 
@@ -211,6 +232,7 @@ def graphs_of(
     """The graphs that such a session loads, each once and checked: see :meth:`Session.open`, which raises as this
     does."""
     manifest = bundle.manifest
+    check_several(plans, "plans")
     chosen = list(manifest.plans.values()) if plans is None else [plan_of(manifest, plan) for plan in plans]
     if not manifest.weights:
         raise BundleError(

@@ -1,7 +1,7 @@
 """Records in files of pictures and videos: as JSON, and in the text that other programs read.
 
 That text, ``parameters``, has the form of AUTOMATIC1111's web UI: the prompt's lines, ``Negative prompt: …``, and a
-last line of ``Name: value`` pairs. It is for people and their tools; only the JSON is read back here.
+last line of ``Name: value`` pairs. It is for people and their tools; where there is no JSON, it is read for a prompt.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from tgate_engine.errors import RequestError, shown
+from tgate_runtime.parameters import Parameters, parse_parameters
 from tgate_runtime.picture import READ
-from tgate_runtime.record import Record, parse_record
+from tgate_runtime.record import MOST_BYTES, Record, parse_record
 
 log = logging.getLogger("tgate")
 
@@ -88,24 +89,48 @@ def read_stamp(content: bytes, name: str) -> Record:
     Raises :class:`RequestError` for a file in another format than those of :data:`HOLD`, one that is damaged before its
     pixels begin, one without a record, and a record that is none.
     """
-    is_mp4 = content[4:8] == b"ftyp"
-    text = _of_comment(_mp4_comment(content)) if is_mp4 else _of_picture(content, name)
-    if not text:
-        raise RequestError(
-            f"{name} holds no record of what it was drawn from: it was saved without one (--no-metadata), by another "
-            f"program, or in a format without room for it; {', '.join(HOLD)} have it"
-        )
-    return parse_record(text, name)
+    record = read_notes(content, name)
+    if isinstance(record, Parameters):
+        raise _nothing(name)
+    return record
 
 
-def _of_picture(content: bytes, name: str) -> str | bytes:
+def read_notes(content: bytes, name: str) -> Record | Parameters:
+    """The record in a file's ``content``; where there is none, the :class:`Parameters` that another program noted.
+
+    Raises as :func:`read_stamp` does, and as :func:`~tgate_runtime.parameters.parse_parameters` does.
+    """
+    if content[4:8] == b"ftyp":
+        said = _text_of(_mp4_comment(content))
+        text: str | bytes = _of_comment(said)
+    else:
+        text, said = _of_picture(content, name)
+    if text:
+        return parse_record(text, name)
+    found = parse_parameters(said, name) if len(said) <= MOST_BYTES else None
+    if found is None:
+        raise _nothing(name)
+    return found
+
+
+def _nothing(name: str) -> RequestError:
+    return RequestError(
+        f"{name} holds no record of what it was drawn from: it was saved without one (--no-metadata), by another "
+        f"program, or in a format without room for it; {', '.join(HOLD)} have it"
+    )
+
+
+def _of_picture(content: bytes, name: str) -> tuple[str | bytes, str]:
+    """Our JSON, and the text for other programs; each empty where there is none."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=READ) as image:
             if image.format == "PNG":
-                return str(image.info.get(JSON, ""))
+                return str(image.info.get(JSON, "")), str(image.info.get(PARAMETERS, ""))
             if image.format == "GIF":
-                return _of_comment(image.info.get("comment", b""))
-            note = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.MakerNote, b"")
+                said = _text_of(image.info.get("comment", b""))
+                return _of_comment(said), said
+            tags = image.getexif().get_ifd(ExifTags.IFD.Exif)
+            note, user = (tags.get(tag, b"") for tag in (ExifTags.Base.MakerNote, ExifTags.Base.UserComment))
     except UnidentifiedImageError:
         raise RequestError(f"{name} is not a picture that can be read: it is none of {', '.join(READ)}") from None
     except Exception as error:  # Pillow raises what it stumbles over
@@ -113,13 +138,23 @@ def _of_picture(content: bytes, name: str) -> str | bytes:
             f"{name} is not a picture that can be read ({type(error).__name__}: {shown(error, 200)})"
         ) from None
     is_ours = isinstance(note, bytes) and note.startswith(_MAKER)
-    return note.removeprefix(_MAKER) if is_ours else b""
+    is_text = isinstance(user, bytes) and user.startswith(_UNICODE)
+    said = user.removeprefix(_UNICODE).decode("utf-16-be", "replace") if is_text else ""
+    return note.removeprefix(_MAKER) if is_ours else b"", said
 
 
-def _of_comment(text: bytes) -> str:
+def _text_of(comment: bytes) -> str:
+    """A comment as text; empty where it is none."""
+    try:
+        return comment.decode()
+    except ValueError:
+        return ""
+
+
+def _of_comment(text: str) -> str:
     """The JSON that is the last pair of a comment; empty where there is none."""
     try:
-        pair = _PAIR.search(text.decode())
+        pair = _PAIR.search(text)
         return str(json.loads(pair[1])) if pair else ""
     except ValueError:
         return ""

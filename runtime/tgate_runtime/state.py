@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from tgate_engine.conditioning import half_names
 from tgate_engine.dtypes import encode, storage
-from tgate_engine.errors import RequestError
+from tgate_engine.errors import RequestError, shown
 from tgate_engine.footprint import buffers
 from tgate_engine.manifest import Shape
 from tgate_engine.plan import Plan, Step
@@ -21,6 +20,7 @@ from tgate_engine.sampler import HISTORY
 from tgate_engine.step import LATENTS, NEXT_LATENTS, NOISE, OUTPUT, STEP, STEP_OUTPUTS, past, step_row
 from tgate_runtime.engines.protocol import Buffer, Call
 from tgate_runtime.finite import check_given
+from tgate_runtime.request import check_call, check_mapping, check_row, check_scale, numbers_of, shown_names
 from tgate_runtime.session import Session
 
 StepNoise = Callable[[int], NDArray[np.float32]]
@@ -80,10 +80,16 @@ class State:
         ``size``: None is the session's default. Raises :class:`RequestError` for a size that is not loaded, and
         :class:`~tgate_engine.errors.EngineError` where the session did not load a graph of a plan.
         """
-        if rows < 1:
-            raise RequestError(f"a state has at least 1 row, got {rows}")
-        self.plans: tuple[Plan, ...] = (plans,) if isinstance(plans, Plan) else tuple(plans)
-        self.rows = rows
+        count: object = rows
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
+            raise RequestError(f"a state has at least 1 row, got {shown(rows)}")
+        several: object = [plans] if isinstance(plans, Plan) else plans
+        if not isinstance(several, (list, tuple)) or not all(isinstance(plan, Plan) for plan in several):
+            raise RequestError(
+                f"a state is for plans, as session.plan(NAME) gives them, got {type(plans).__name__} {shown(plans)}"
+            )
+        self.plans: tuple[Plan, ...] = tuple(several)
+        self.rows = rows = int(rows)
         self._shapes = session.shapes(size)
         self._session = session
         self._lock = threading.Lock()
@@ -132,37 +138,40 @@ class State:
         chosen = self._plan(plan)
         if chosen.sampler.stochastic and step_noise is None:
             raise RequestError(f"sampler {chosen.sampler.name!r} draws noise in its steps; give step_noise")
-        if not math.isfinite(guidance_scale):
-            raise RequestError(f"the guidance scale must be finite, got {guidance_scale}")
+        scale = check_scale(guidance_scale)
+        check_call(step_noise, "step_noise")
+        check_mapping(conditioning, "conditioning")
+        row = check_row(row, self.rows)
         missing = [name for name in self._halves if name not in conditioning]
         if missing:
             raise RequestError(
-                f"the plan's graphs take conditioning {', '.join(missing)}; got {', '.join(conditioning) or 'none'}"
+                f"the plan's graphs take conditioning {', '.join(missing)}; got {shown_names(conditioning)}"
             )
         own = self._view(row, 1)
         for name in self._history():
             own[name].write(np.zeros(1, np.float32))
-        start = np.asarray(noise) * np.float32(chosen.sampler.initial_scale)
-        self._write(own[LATENTS], start, "the initial latents")
+        drawn = numbers_of(noise, "the initial latents")
+        self._write(own[LATENTS], drawn * np.float32(chosen.sampler.initial_scale), "the initial latents")
         for name in self._halves:
             self._write(own[name], conditioning[name], f"conditioning {name}")
-        self._images[row] = _Image(chosen, 0, float(guidance_scale), step_noise, chosen.sampler.reach)
+        self._images[row] = _Image(chosen, 0, scale, step_noise, chosen.sampler.reach)
 
     def step(self, row: int) -> Step | None:
         """The next step of the image in a row; None where its plan is at its end, or there is no image."""
-        image = self._images[row]
+        image = self._images[check_row(row, self.rows)]
         return None if image is None else image.step
 
     def latents(self, row: int | None = None) -> NDArray[np.float32]:
         """A copy of the latents after the last step taken, float32: [...] of one row, or [rows, ...] of all."""
         if row is None:
             return self._buffers[LATENTS].read()
-        array: NDArray[np.float32] = self._view(row, 1)[LATENTS].read()[0]
+        array: NDArray[np.float32] = self._view(check_row(row, self.rows), 1)[LATENTS].read()[0]
         return array
 
     def history(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Copies of what a row's next step i goes on from: x_i, x_{i-1}, … as float32 [4, ...], and e_{i-1}, e_{i-2}, …
         as float32 [3, ...]. Zeros where there is none yet, or the plan's sampler does not look back so far."""
+        row = check_row(row, self.rows)
         own, image = self._view(row, 1), self._images[row]
         latents, outputs = (np.zeros((n, *own[LATENTS].shape[1:]), np.float32) for n in (HISTORY + 1, HISTORY))
         latents[0], outputs[0] = own[LATENTS].read()[0], own[OUTPUT].read()[0]
@@ -173,7 +182,7 @@ class State:
 
     def replace_latents(self, row: int, latents: NDArray[np.float32]) -> None:
         """Put float32 [...] in place of a row's latents; its next step goes on from them."""
-        self._write(self._view(row, 1)[LATENTS], latents, "the latents")
+        self._write(self._view(check_row(row, self.rows), 1)[LATENTS], latents, "the latents")
 
     # --- steps ----------------------------------------------------------------------------------
 
@@ -203,8 +212,7 @@ class State:
         :meth:`turn` has to follow the call. Raises :class:`RequestError` where the rows' next steps do not run one
         graph, or the bundle was not exported for so many images in a call.
         """
-        if rows.step != 1 or not 0 <= rows.start <= rows.stop <= self.rows:
-            raise RequestError(f"the state has rows 0 to {self.rows - 1}, got {rows}")
+        self._check_rows(rows)
         images = [image for row in rows if (image := self._images[row]) is not None]
         steps = [image.step for image in images if image.step is not None]
         if not steps or len(steps) < len(rows):
@@ -224,6 +232,7 @@ class State:
 
     def turn(self, rows: range) -> None:
         """After the call of :meth:`take`: each image's history moves on, and so does its position."""
+        self._check_rows(rows)
         own = self._view(rows.start, len(rows))
         reach = 0
         for row in rows:
@@ -252,11 +261,17 @@ class State:
         """The engine calls bound until now, by (graph, carries written, first row, rows)."""
         return dict(self._calls)
 
+    def _check_rows(self, rows: object) -> None:
+        if not isinstance(rows, range) or rows.step != 1 or not 0 <= rows.start <= rows.stop <= self.rows:
+            raise RequestError(f"the state has rows 0 to {self.rows - 1}, got {shown(rows)}; give a range of them")
+
     def _plan(self, plan: Plan | None) -> Plan:
         if plan is None:
             if len(self.plans) > 1:
                 raise RequestError(f"the state has {len(self.plans)} plans; name the image's")
             return self.plans[0]
+        if not isinstance(plan, Plan):
+            raise RequestError(f"the image's plan must be one of the state's plans, got {shown(plan)}")
         if not any(plan is own or plan == own for own in self.plans):
             raise RequestError(f"plan {plan.name!r} is none of the state's: {', '.join(p.name for p in self.plans)}")
         return plan
@@ -284,7 +299,7 @@ class State:
 
     def _write(self, buffer: Buffer, array: NDArray[Any], what: str) -> None:
         """Write one image's ``array`` [...] into a view [1, ...]."""
-        array = np.asarray(array)
+        array = numbers_of(array, what)
         if array.shape != buffer.shape[1:]:
             raise RequestError(f"{what} must have shape {list(buffer.shape[1:])}, got {list(array.shape)}")
         if array.dtype == np.float32:

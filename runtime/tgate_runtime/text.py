@@ -19,12 +19,10 @@ from tgate_engine.manifest import Tokenizer
 from tgate_engine.tokenizer_check import MOST_BYTES, check_tokenizer
 from tgate_runtime.finite import check_computed
 from tgate_runtime.graph_call import GraphCall
+from tgate_runtime.request import check_prompt
 from tgate_runtime.session import Session
 
 log = logging.getLogger("tgate")
-
-MOST_CHARACTERS = 2**15
-"""Of a prompt. Models take some hundred tokens of it; this keeps what a prompt can cost below a second."""
 
 _LORA = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>")
 _WEIGHT = re.compile(
@@ -75,14 +73,10 @@ class TextEncoder:
     def encode(self, prompt: str) -> EncodedText:
         """Tokenize ``prompt`` (it may be empty) and run the text graph once.
 
-        Raises :class:`RequestError` for text that is not valid Unicode or longer than :data:`MOST_CHARACTERS`, and
+        Raises :class:`RequestError` for what :func:`~tgate_runtime.request.check_prompt` does not let through, and
         :class:`EngineError` where what becomes of it is not finite.
         """
-        if len(prompt) > MOST_CHARACTERS:
-            raise RequestError(
-                f"the prompt has {len(prompt)} characters, at most {MOST_CHARACTERS} are read, and a model takes "
-                "a few hundred words of them; shorten it"
-            )
+        check_prompt(prompt)
         self._tell(prompt)
         specs = self._session.manifest.tokenizers
         tokens = [
@@ -108,8 +102,6 @@ class TextEncoder:
         """Ids [1, length], cut and filled up with padding, and what of the prompt was cut."""
         try:
             encoding = tokenizer.encode(prompt)
-        except (TypeError, UnicodeError):
-            raise RequestError(f"the prompt must be text in valid Unicode, got '{shown(prompt)}'") from None
         except BaseException as error:
             if not _from_the_library(error):
                 raise

@@ -21,7 +21,7 @@ from tgate_engine.plan import Plan
 from tgate_runtime.engines.protocol import Engine, OnBuild, Options
 from tgate_runtime.graph_call import GraphCall
 from tgate_runtime.runner import run
-from tgate_runtime.session import Session
+from tgate_runtime.session import Session, graphs_of
 from tgate_runtime.state import State
 
 _ROUNDING = {"f16": 3e-2, "bf16": 2e-1}
@@ -62,7 +62,7 @@ def verify(
     goldens = bundle.manifest.goldens
     if not goldens:
         return []
-    plans = [*bundle.manifest.plans.values(), *(g.plan for g in goldens.values() if g.plan is not None)]
+    plans = _plans(bundle)
     checked = []
     with Session.open(bundle, engine=engine, plans=plans, on_build=on_build, **options) as session:
         rounding = _ROUNDING.get(session.engine.options.precision or "", 0.0)
@@ -77,6 +77,18 @@ def verify(
             if on_golden is not None:
                 on_golden(done, len(goldens), name)
     return checked
+
+
+def check_goldens(bundle: Bundle) -> None:
+    """Raises what :func:`verify` would for the manifest alone, before an engine is loaded."""
+    if bundle.manifest.goldens:
+        graphs_of(bundle, _plans(bundle))
+
+
+def _plans(bundle: Bundle) -> list[Plan]:
+    """The bundle's, and those that goldens walk."""
+    goldens = bundle.manifest.goldens.values()
+    return [*bundle.manifest.plans.values(), *(golden.plan for golden in goldens if golden.plan is not None)]
 
 
 def relative_error(values: NDArray[Any], recorded: NDArray[Any]) -> float:

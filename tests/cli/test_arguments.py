@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from tests.cli.running import Run, fails
 from tgate_cli.arguments import export_parser, tgate_parser
 from tgate_cli.main import export_main
 from tgate_cli.main import main as tgate_main
+from tgate_engine.errors import MethodError
+from tgate_engine.sampler import MOST_CALLS
+from tgate_export.methods.base import MOST_STEPS, Settings
 
 
 def test_version(run: Run) -> None:
@@ -23,7 +27,6 @@ def test_version(run: Run) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["paint"],
         ["generate"],
         ["generate", "b", "p", "--output", "x.png", "--seed", "seven"],
@@ -118,10 +121,21 @@ def test_a_number_that_means_nothing(run: Run, option: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["--m", "--k", "--steps", "--warm-up", "--fidelity-interval"])
-@pytest.mark.parametrize("value", ["10001", "-1", "1" * 5000])
+@pytest.mark.parametrize("value", [str(MOST_STEPS + 1), "-1", "1" * 5000])
 def test_steps_that_no_plan_has(run: Run, option: str, value: str) -> None:
     fails(run("plan", "b", "--name", "x", "--m", 2, f"{option}={value}"), f"argument {option}: expected", status=2)
     fails(run("--model", "sdxl", f"{option}={value}", main=export_main), f"argument {option}: expected", status=2)
+
+
+def test_the_parsers_and_the_methods_have_one_bound_of_steps() -> None:
+    """And a file has room for as many, with the calls that a sampler makes before."""
+    most = str(MOST_STEPS)
+    args = tgate_parser().parse_args(["plan", "b", "--name", "x", "--m", most, "--steps", most, "--k", most])
+    made = Settings(steps=args.steps, gate=args.m, self_interval=args.k, warm_up=MOST_STEPS)
+    assert made.steps == MOST_STEPS < MOST_CALLS
+    for name in ("steps", "self_interval", "warm_up", "fidelity_interval"):
+        with pytest.raises(MethodError, match=f"{MOST_STEPS}, got {MOST_STEPS + 1}"):
+            replace(made, **{name: MOST_STEPS + 1})
 
 
 def test_a_side_of_a_picture_is_no_kilometre(run: Run) -> None:

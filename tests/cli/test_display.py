@@ -61,7 +61,7 @@ def test_at_a_terminal_results_still_go_to_stdout(tmp_path: Path) -> None:
     arguments = ["bench", str(bundle), "--repeats", "1", "--threads", "1", "--json"]
     with (tmp_path / "out.json").open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tgate_cli.main", *arguments],
+            [sys.executable, "-m", "tgate_cli", *arguments],
             stdout=out,
             stderr=theirs,
             env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},

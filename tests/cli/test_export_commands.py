@@ -300,6 +300,41 @@ def test_outside_the_tables_the_extra_is_named(toy: Path, arguments: list[Any], 
     assert set(Bundle.open(toy).manifest.plans) == {"default", "ungated", "guidance_stopped"}
 
 
+def test_plans_are_taken_out(run: Run, toy: Path) -> None:
+    before = (toy / MANIFEST_FILE).read_bytes()
+    assert run("plan", toy, "--name", "fast", "--m", 3, "--steps", 6)[0] == 0
+    remove = ("plan", toy, "--quiet", "--remove")
+    fails(run(*remove, "fast.ungated"), "plan 'fast.ungated' is what 'fast' is measured against, and stays")
+    fails(run(*remove, "default"), "plan 'default' is taken by every request that names none; it stays")
+    fails(run(*remove, "slow"), "the bundle has no plan 'slow'; it has default, fast, ")
+    status, out, err = run(*remove, "fast")
+    left = "default, ungated, guidance_stopped, fast.ungated, fast.guidance_stopped"
+    assert (status, out, err) == (0, f"{toy}: plan fast removed; left are {left}\n", "")
+    status, out, err = run(*remove, "fast.ungated", "--remove", "fast.guidance_stopped", "--json")
+    assert (status, err) == (0, "")
+    names = ["fast.ungated", "fast.guidance_stopped"]
+    assert json.loads(out) == {
+        "written": str(toy),
+        "removed": names,
+        "plans": ["default", "ungated", "guidance_stopped"],
+    }
+    assert (toy / MANIFEST_FILE).read_bytes() == before
+    assert beside(toy) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--remove", "x", "--m", 3], "--remove takes plans out and adds none; leave out --m"),
+        (["--remove", "x", "--name", "y", "--force", "--warm-up", 0], "leave out --name, --warm-up, --force"),
+        (["--m", 3], "the following arguments are required: --name; or --remove NAME"),
+        ([], "the following arguments are required: --name, --m; or --remove NAME"),
+    ],
+)
+def test_plans_are_added_or_taken_out(run: Run, arguments: list[Any], says: str) -> None:
+    fails(run("plan", "b", *arguments), says, status=2)
+
+
 # --- tgate embed --------------------------------------------------------------------------------
 
 

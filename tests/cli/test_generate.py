@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
 from tests import toy_model
@@ -264,7 +265,7 @@ def test_one_picture_goes_to_standard_output(good: Path, tmp_path: Path) -> None
     words = ["generate", str(good), PROMPT, "--quiet", "--output"]
 
     def tgate(*more: str) -> subprocess.CompletedProcess[bytes]:
-        command = [sys.executable, "-m", "tgate_cli.main", *words, *more]
+        command = [sys.executable, "-m", "tgate_cli", *words, *more]
         return subprocess.run(command, capture_output=True, timeout=60, check=True)
 
     done = tgate("-")
@@ -528,3 +529,63 @@ def test_a_request_that_cannot_be_served(
     before = sorted(p.name for p in tmp_path.iterdir())
     fails(run("generate", good, PROMPT, *arguments), says)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+# --- another program's notes ---------------------------------------------------------------------
+
+NOTED = """a large
+red circle
+Negative prompt: small,
+blue
+Steps: 20, Sampler: DPM++ 2M, CFG scale: 4.5, Seed: 7, Size: 4x4, Model: "v1, 5", Clip skip: 2, Version: v1.10.1"""
+
+
+def noted(path: Path, text: str) -> Path:
+    if path.suffix == ".png":
+        info = PngInfo()
+        info.add_text("parameters", text)
+        Image.new("RGB", (4, 4)).save(path, pnginfo=info)
+    else:
+        exif = Image.Exif()
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + text.encode("utf-16-be")
+        Image.new("RGB", (4, 4)).save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_what_another_program_noted_is_taken_and_told(run: Run, good: Path, tmp_path: Path, suffix: str) -> None:
+    source = noted(tmp_path / f"a{suffix}", NOTED)
+    status, _, err = run("generate", good, "--from", source, "--output", tmp_path / "x.png", "--quiet")
+    assert (status, err) == (
+        0,
+        f"tgate: warning: {source} was drawn by another program, and this is another picture of its prompt, "
+        "negative prompt, seed, guidance scale, size; the seed draws other noise; not taken: Steps: 20, "
+        "Sampler: DPM++ 2M, Model: v1, 5, Clip skip: 2, Version: v1.10.1\n",
+    )
+    with Pipeline.open(good, threads=1) as pipe:
+        want = pipe("a large\nred circle", negative_prompt="small,\nblue", seed=7, guidance_scale=4.5)
+    assert pixels(tmp_path / "x.png") == want.images[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("Seed: 7", "Seed: -1", "have Seed: -1, expected a whole number from 0"),
+        ("Seed: 7", f"Seed: {2**63}", "expected a whole number from 0"),
+        ("CFG scale: 4.5", "CFG scale: nan", "have CFG scale: nan, expected a number"),
+        ("Size: 4x4", "Size: big", "have Size: big, expected WIDTHxHEIGHT"),
+        ("Size: 4x4", "Size: 512x512", "the bundle has no size 512x512; it has 4x4"),
+        ("Clip skip: 2", "Denoising strength: 0.5", "with Denoising strength: 0.5, which no bundle does"),
+        ("Clip skip: 2", "Seed: 8", "holds no record of what it was drawn from"),
+        ("Steps: 20", "Stops: 20", "holds no record of what it was drawn from"),
+        ("Steps: 20", "nothing, Steps: 20", "holds no record of what it was drawn from"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused(run: Run, good: Path, tmp_path: Path, old: str, new: str, says: str) -> None:
+    source = noted(tmp_path / "a.png", NOTED.replace(old, new))
+    fails(run("generate", good, "--from", source, "--output", tmp_path / "x.png"), says)
+
+
+def test_another_programs_picture_needs_a_bundle(run: Run, tmp_path: Path) -> None:
+    source = noted(tmp_path / "a.png", NOTED)
+    fails(run("generate", "--from", source), "was drawn by another program, whose model is no bundle: tgate generate")

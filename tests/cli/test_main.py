@@ -58,7 +58,7 @@ def test_a_traceback_is_shown_when_asked_for(run: Run, tmp_path: Path) -> None:
 
 def test_a_reader_that_goes_away(good: Path) -> None:
     done = subprocess.run(
-        ["/bin/sh", "-c", f"'{sys.executable}' -m tgate_cli.main inspect '{good}' --json | head -c 10"],
+        ["/bin/sh", "-c", f"'{sys.executable}' -m tgate_cli inspect '{good}' --json | head -c 10"],
         capture_output=True,
         text=True,
         timeout=60,
@@ -184,3 +184,44 @@ def test_python_runs_it_by_its_name(module: str) -> None:
         [sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == f"tgate {tgate_engine.__version__}\n"
+
+
+# --- where standard output ends ------------------------------------------------------------------
+
+
+def words(bundle: object, tmp_path: Path) -> dict[str, list[object]]:
+    """A command line of each command that prints something."""
+    return {
+        "help": ["--help"],
+        "help of a command": ["generate", "--help"],
+        "version": ["--version"],
+        "inspect": ["inspect", bundle],
+        "inspect as data": ["inspect", bundle, "--json"],
+        "verify": ["verify", bundle],
+        "bench": ["bench", bundle, "--repeats", 1, "--warm-ups", 0],
+        "engines": ["engines"],
+        "build": ["build", bundle],
+        "plan": ["plan", bundle, "--name", "x", "--m", 3, "--output", tmp_path / "p.json"],
+        "generate": ["generate", bundle, PROMPT, "--output", tmp_path / "x.png"],
+        "generate to it": ["generate", bundle, PROMPT, "--output", "-"],
+        "export": ["--list-models"],
+    }
+
+
+@pytest.mark.parametrize("name", words("", Path()))
+def test_standard_output_that_is_full_is_told_in_a_line(good: Path, tmp_path: Path, name: str) -> None:
+    program = "tgate-export" if name == "export" else "tgate"
+    start = f"import sys; from tgate_cli.entry import {program.replace('-', '_')} as start; sys.exit(start())"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", start, *map(str, words(good, tmp_path)[name])],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    says = "standard output cannot be written (No space left on device); send it to where there is room"
+    assert done.stderr.splitlines()[-1] == f"{program}: error: {says}"
+    assert "Exception" not in done.stderr
+    assert done.returncode == 1

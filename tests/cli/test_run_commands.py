@@ -199,7 +199,7 @@ def test_an_engine_is_made_once_with_its_options(
 def test_an_engine_that_is_not_there_is_told_before_the_bundle_is_read(
     run: Run, good: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(Bundle, "open", lambda *_, **__: pytest.fail("the bundle was opened"))
+    monkeypatch.setattr(Bundle, "checked", lambda *_: pytest.fail("the bundle was read"))
     asked = command(name, good)
     fails(run(*asked, "--engine", "other"), "there is no engine 'other'; the engines are ort-cpu, ")
     fails(run(*asked, "--device", 1), "engine ort-cpu runs on the CPU; leave out --device")

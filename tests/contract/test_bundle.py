@@ -90,14 +90,20 @@ def test_a_truncated_file_is_seen_without_digests(toy: Path, name: str) -> None:
 def test_a_file_that_is_a_link_is_refused(toy: Path, good: Path) -> None:
     (toy / "full.onnx").unlink()
     (toy / "full.onnx").symlink_to(good / "full.onnx")
-    with pytest.raises(BundleError, match=r"full\.onnx is missing or not a plain file"):
+    with pytest.raises(
+        BundleError, match=r"full\.onnx is missing or not a plain file \(full\.onnx is a link, and links"
+    ):
+        Bundle.open(toy)
+    (toy / MANIFEST_FILE).rename(toy / "other.json")
+    (toy / MANIFEST_FILE).symlink_to("other.json")
+    with pytest.raises(BundleError, match=r"as a plain file \(manifest\.json is a link, and links .*: `cp -rL`"):
         Bundle.open(toy)
 
 
 def test_a_directory_that_is_a_link_is_refused(toy: Path, good: Path) -> None:
     (toy / "tokenizer").rename(toy.parent / "elsewhere")
     (toy / "tokenizer").symlink_to(toy.parent / "elsewhere")
-    with pytest.raises(BundleError, match=r"tokenizer/0\.json is missing or not a plain file"):
+    with pytest.raises(BundleError, match=r"tokenizer/0\.json is missing or not .* \(tokenizer is a link, and links"):
         Bundle.open(toy)
     Bundle.open(good)
 
@@ -353,6 +359,37 @@ def test_plans_can_be_added_in_memory_alone(good: Path) -> None:
     assert "new" not in Bundle.open(good).manifest.plans
 
 
+def test_plans_are_taken_out_in_place(toy: Path) -> None:
+    bundle = Bundle.open(toy)
+    base, fast = planned(bundle, "base", steps=4, gate=4), planned(bundle, "fast", steps=4, gate=2)
+    bundle.save_plans({"base": base, "fast": replace(fast, baselines=("base",))})
+    assert "fast" not in bundle.manifest.plans
+    with pytest.raises(BundleError, match="plan 'base' is what 'fast' is measured against, and stays as long"):
+        Bundle.open(toy).remove_plans(["base"])
+    told = bundle.remove_plans(["base", "fast", "base"])
+    assert Bundle.open(toy).manifest == told.manifest == bundle.manifest
+    assert dict(told.manifest.files) == digests_of(toy), "nothing but the manifest has changed"
+    assert [p.name for p in toy.parent.iterdir()] == ["toy"]
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["default"], "plan 'default' is taken by every request that names none; it stays"),
+        (["ungated"], "plan 'ungated' is what 'default' is measured against"),
+        (["new", "nothing"], "the bundle has no plan 'nothing'; it has default, guidance_stopped, new, ungated"),
+        (["new", "guidance_stopped"], "plan 'guidance_stopped' is what 'default' is measured against"),
+    ],
+)
+def test_a_plan_that_is_needed_stays_and_all_others_with_it(toy: Path, names: list[str], says: str) -> None:
+    bundle = Bundle.open(toy)
+    bundle.save_plans({"new": planned(bundle, "new", steps=4, gate=2)})
+    before = (toy / MANIFEST_FILE).read_bytes()
+    with pytest.raises(BundleError, match=says):
+        bundle.remove_plans(names)
+    assert (toy / MANIFEST_FILE).read_bytes() == before
+
+
 def test_plans_that_are_added_at_once_are_all_kept(toy: Path) -> None:
     """Each has opened the bundle before any of them writes; two have the same name, and one of those is told."""
     count = 8
@@ -399,6 +436,43 @@ def test_a_killed_writer_holds_no_lock_and_its_leftover_goes(toy: Path) -> None:
     subprocess.run([sys.executable, "-c", ADD, str(toy), "two"], timeout=60, check=True)
     assert [p.name for p in toy.iterdir() if p.name.startswith(".")] == []
     assert "two" in Bundle.open(toy).manifest.plans
+
+
+BOTH = """
+import sys
+from dataclasses import replace
+from tgate_engine.bundle import Bundle
+from tgate_engine.errors import BundleError
+bundle, turns = Bundle.open(sys.argv[1]), 0
+plan = replace(bundle.manifest.plan("default"), baselines=())
+input()
+for turn in range(20):
+    if sys.argv[2] == "add":
+        bundle.save_plans({f"new{turn}": replace(plan, name=f"new{turn}")})
+    else:
+        bundle.remove_plans([f"old{turn}"])
+"""
+
+
+def test_two_processes_add_and_take_out_at_once(toy: Path) -> None:
+    """Neither brings back what the other took out, nor loses what it added."""
+    bundle = Bundle.open(toy)
+    plan = replace(bundle.manifest.plan("default"), baselines=())
+    bundle.save_plans({f"old{i}": replace(plan, name=f"old{i}") for i in range(20)})
+    both = [
+        subprocess.Popen([sys.executable, "-c", BOTH, str(toy), what], stdin=subprocess.PIPE, text=True)
+        for what in ("add", "remove")
+    ]
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [process.wait(60) for process in both] == [0, 0]
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.close()
+    assert list(Bundle.open(toy).manifest.plans) == [*bundle.manifest.plans, *(f"new{i}" for i in range(20))]
+    assert [p.name for p in toy.iterdir() if p.name.startswith(".")] == []
 
 
 def test_a_plan_goes_into_the_bundle_that_is_there_by_then(toy: Path, large: Path) -> None:

@@ -56,12 +56,23 @@ def test_what_is_installed(prefix: Path) -> None:
         *(f"{lib}/cmake/tgate/tgate{name}.cmake" for name in ("Config", "ConfigVersion", "Targets", "Targets-release")),
     }
     needs = call("ldd", library)
-    assert not {"libpython", "libonnxruntime", "libpng", "libtorch"} & {line.split(".")[0].strip() for line in needs.split("\n")}
+    assert not {"libpython", "libonnxruntime", "libpng", "libtorch"} & {
+        line.split(".")[0].strip() for line in needs.split("\n")
+    }
 
 
 def test_an_example_in_c_plus_plus(examples: Path, prefix: Path, tmp_path: Path) -> None:
     call(examples / "draw", place_of("mini"), "a green star", 7, tmp_path / "a.ppm")
-    call(prefix / "bin/tgate-run", place_of("mini"), "--prompt", "a green star", "--seed", 7, "--output", tmp_path / "b.png")
+    call(
+        prefix / "bin/tgate-run",
+        place_of("mini"),
+        "--prompt",
+        "a green star",
+        "--seed",
+        7,
+        "--output",
+        tmp_path / "b.png",
+    )
     head, pixels = (tmp_path / "a.ppm").read_bytes().split(b"\n", 1)
     assert head == b"P6 128 128 255"
     from PIL import Image

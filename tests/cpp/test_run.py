@@ -139,7 +139,9 @@ def test_files_that_are_no_arrays(run: Runner, bundle: Path, tmp_path: Path) -> 
     for name, data in bad.items():
         path = tmp_path / f"{name}.npy"
         path.write_bytes(data)
-        assert "is no NumPy file" in run(bundle, "--prompt", "a", "--output", "x.png", "--initial-latents", path, fails=1)
+        assert "is no NumPy file" in run(
+            bundle, "--prompt", "a", "--output", "x.png", "--initial-latents", path, fails=1
+        )
     line = run(bundle, "--prompt", "a", "--output", "x.png", "--initial-latents", good, fails=1)
     assert "initial latents must be" in line
     os.mkfifo(tmp_path / "pipe.npy")

@@ -263,7 +263,7 @@ def test_an_engine_that_fails_leaves_the_step_to_be_taken(session: Session, monk
         ({"latents": noise(2).astype(np.float64)}, "initial latents must be float32, got float64"),
         ({"guidance_scale": [3.0]}, "and 1 guidance scales"),
         ({"guidance_scale": [3.0] * 3}, "and 3 guidance scales"),
-        ({"conditioning": {}}, r"take conditioning .*; got none"),
+        ({"conditioning": {}}, r"take conditioning .*; got nothing"),
         (
             {"conditioning": {**random_conditioning(2), "text.positive": np.zeros((3, 8, 4), np.float32)}},
             r"conditioning text\.positive must have 2 rows or 1, got shape \[3, 8, 4\]",

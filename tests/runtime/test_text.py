@@ -26,8 +26,9 @@ from tests.toy_bundle import edit_manifest
 from tests.toy_model import LENGTH, WORDS
 from tgate_engine.errors import BundleError, EngineError, RequestError
 from tgate_export.tokenizers import token_ids
+from tgate_runtime.request import MOST_CHARACTERS
 from tgate_runtime.session import Session
-from tgate_runtime.text import MOST_CHARACTERS, TextEncoder
+from tgate_runtime.text import TextEncoder
 
 
 @pytest.fixture(scope="module")

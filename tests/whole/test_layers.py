@@ -131,7 +131,7 @@ brings along. It is the one file of the contract that may look up, since nothing
 
 def contract(of: Module, imported: Import) -> bool:
     """The standard library, numpy and safetensors, whether deferred or not."""
-    if of.name == PROGRAM and imported.name == f"{CLI}.main.main":
+    if of.name == PROGRAM and imported.name == f"{CLI}.entry.tgate":
         return True
     return imported.package in CONTRACT_LIBRARIES | {CONTRACT}
 
@@ -204,7 +204,7 @@ def test_a_forbidden_import_is_seen(name: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("tgate_engine.__main__", "from tgate_cli.main import main"),
+        ("tgate_engine.__main__", "from tgate_cli.entry import tgate"),
         ("tgate_engine.plan", "import json, numpy.typing\nfrom tgate_engine.errors import PlanError"),
         ("tgate_export.build", "import torch\nfrom tgate_engine.plan import Plan"),
         ("tgate_runtime.runner", "from . import session\nimport tgate_engine.plan, tokenizers"),

@@ -181,11 +181,13 @@ def _load(facts: Facts) -> Family:
 
 
 def find_model(name: str) -> Model:
-    """The model of that name. Raises :class:`ExportError` with the nearest name."""
+    """The model of that name. Raises :class:`ExportError` with those that begin so, or the nearest name."""
     if name in MODELS:
         return MODELS[name]
-    near = difflib.get_close_matches(name[:64], MODELS, n=1, cutoff=0.0)
-    raise ExportError(f"unknown model '{shown(name)}'; did you mean {near[0]!r}? Models: {', '.join(MODELS)}")
+    begun = [model for model in MODELS if model.startswith(f"{name}-")]
+    near = " or ".join(map(repr, begun or difflib.get_close_matches(name[:64], MODELS, n=1, cutoff=0.0)))
+    ships = "; mini is the bundle that ships, made of mini-pixart" if name == "mini" else ""
+    raise ExportError(f"unknown model '{shown(name)}'; did you mean {near}? Models: {', '.join(MODELS)}{ships}")
 
 
 def find_text_model(name: str) -> Model:

@@ -16,7 +16,8 @@ from tgate_engine.plan import Call
 from tgate_engine.sampler import Fact
 
 MOST_STEPS = 1000
-"""A plan names each of its steps; networks are trained on a thousand."""
+"""The most that a trajectory is asked for, and so of what is counted in steps: m, k, w and f. A plan names each of its
+steps; networks are trained on a thousand. (:data:`tgate_engine.sampler.MOST_CALLS` is what a file may hold.)"""
 
 Halves = Literal["both", "negative", "positive"]
 
@@ -28,10 +29,6 @@ UNGUIDED = "unguided"
 PLANNING = "semantics-planning"
 FIDELITY = "fidelity-improving"
 """The two stretches of a trajectory, in the paper's words: before the gate and after it."""
-
-
-MOST = 10_000
-"""Of an interval or a warm-up, in steps: longer than any trajectory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +62,8 @@ class Settings:
                 f"{shown(self.gate)}"
             )
         for name in ("self_interval", "warm_up", "fidelity_interval"):
-            if getattr(self, name) > MOST:
-                raise MethodError(f"{name} must be at most {MOST}, got {getattr(self, name):.6g}")
+            if getattr(self, name) > MOST_STEPS:
+                raise MethodError(f"{name} must be at most {MOST_STEPS}, got {shown(getattr(self, name))}")
         if self.self_interval < 1:
             raise MethodError(
                 "the self-attention interval k must be at least 1 (1 switches its reuse off), "

@@ -106,8 +106,13 @@ class EngineOptions:
             )
         if not _whole(self.device) or self.device < 0:
             raise EngineError(f"a device is a whole number from 0, got {self.device!r}")
-        for what, got, known in (("precision", self.precision, PRECISIONS), ("memory", self.memory, MEMORIES)):
-            if got is not None and got not in known:
+        if self.architecture is not None and not isinstance(self.architecture, str):
+            raise EngineError(f"an architecture is a text such as sm_90, got {self.architecture!r:.60}")
+        if not isinstance(self.build, bool):
+            raise EngineError(f"build must be True or False, got {self.build!r:.60}")
+        for what, known in (("precision", PRECISIONS), ("memory", MEMORIES)):
+            got: object = getattr(self, what)
+            if got is not None and (not isinstance(got, str) or got not in known):
                 raise EngineError(f"{what} must be one of {', '.join(known)}, got {got!r}")
 
 

@@ -15,10 +15,11 @@ import torch
 
 from tests.tiny_families import FAMILY_VARIANTS, make_tiny
 from tests.tiny_models import make_tiny_sdxl, tiny_model
+from tgate_engine.bundle import DEFAULT
 from tgate_engine.report import Silent
 from tgate_export.build import ExportSettings, export
 from tgate_export.methods import find_method
-from tgate_export.plans import DEFAULT, add_plan
+from tgate_export.plans import add_plan
 
 # Small networks on two cores: threads of eager PyTorch would only wait for one another.
 torch.set_num_threads(1)

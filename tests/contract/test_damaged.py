@@ -18,23 +18,23 @@ def test_no_two_damages_have_one_name() -> None:
     assert len(DAMAGES) == sum(map(len, (FILES, TEXTS, FIELDS, PLANS, GRAPHS, TOKENIZERS)))
 
 
+def use(path: Path, seen: str) -> None:
+    """Open a bundle, and do with it what shows the damage."""
+    bundle = Bundle.open(path)
+    read_graphs(bundle, [*bundle.manifest.shapes[0].graphs.values()])
+    if seen == "tokenizers":
+        with Session.open(bundle, threads=1) as session:
+            TextEncoder(session)
+
+
 @pytest.mark.parametrize("what", DAMAGES)
 def test_a_damaged_bundle_is_refused(toy: Path, what: str) -> None:
     damage = DAMAGES[what]
     damage.harm(toy)
-    if damage.seen != "opening":
-        bundle = Bundle.open(toy)
-        specs = list(bundle.manifest.shapes[0].graphs.values())
-        if damage.seen == "tokenizers":
-            read_graphs(bundle, specs)
+    if damage.seen != "opening":  # or it would not get that far
+        Bundle.open(toy)
     with pytest.raises(TgateError) as error:
-        if damage.seen == "opening":
-            Bundle.open(toy)
-        elif damage.seen == "graphs":
-            read_graphs(bundle, specs)
-        else:
-            with Session.open(bundle, threads=1) as session:
-                TextEncoder(session)
+        use(toy, damage.seen)
     assert type(error.value) is damage.error
     assert damage.says in str(error.value)
     assert "\n" not in str(error.value)

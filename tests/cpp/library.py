@@ -129,7 +129,7 @@ class Library:
             assert self.c.tgate_error_code(error) == code
             self.c.tgate_error_free(error)
             raise Failure(code, text)
-        assert not error
+        assert error.value is None
 
     def struct(self, name: str, **fields: Any) -> Any:
         """A struct that its init function has filled, with these fields set."""
@@ -154,7 +154,7 @@ class _Owned:
         self._free = getattr(library.c, f"tgate_{free}_free")
 
     def close(self) -> None:
-        if self.handle:
+        if self.handle.value is not None:
             self._free(self.handle)
             self.handle = Handle()
 
@@ -182,22 +182,23 @@ class Bundle(_Owned):
 
     def names(self, kind: str) -> list[str]:
         """``kind``: "plan" or "size"."""
-        give, names = getattr(self.library.c, f"tgate_bundle_{kind}"), []
+        give = getattr(self.library.c, f"tgate_bundle_{kind}")
+        names: list[str] = []
         while (name := give(self.handle, c_size_t(len(names)))) is not None:
             names.append(name.decode())
         return names
 
     def tensors(self, size: str | None = None) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
-        found = self.library.struct("tensor_facts")
-        try:
-            while True:
-                text = None if size is None else size.encode()
+        found, text = self.library.struct("tensor_facts"), None if size is None else size.encode()
+        while True:
+            try:
                 self.library.call("bundle_tensor", self.handle, text, c_size_t(len(shapes)), byref(found))
-                shapes[found.name.decode()] = tuple(found.shape[: found.rank])
-        except Failure as end:
-            assert end.code == ARGUMENT
-        return shapes
+            except Failure as end:
+                if end.code != ARGUMENT:
+                    raise
+                return shapes
+            shapes[found.name.decode()] = tuple(found.shape[: found.rank])
 
 
 class Session(_Owned):

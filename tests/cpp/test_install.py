@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.cpp.library import onnxruntime_library
 from tgate_runtime.mini import place_of
@@ -55,10 +56,8 @@ def test_what_is_installed(prefix: Path) -> None:
         f"{lib}/pkgconfig/tgate.pc",
         *(f"{lib}/cmake/tgate/tgate{name}.cmake" for name in ("Config", "ConfigVersion", "Targets", "Targets-release")),
     }
-    needs = call("ldd", library)
-    assert not {"libpython", "libonnxruntime", "libpng", "libtorch"} & {
-        line.split(".")[0].strip() for line in needs.split("\n")
-    }
+    needs = {line.split(".")[0].strip() for line in call("ldd", library).splitlines()}
+    assert not {"libpython", "libonnxruntime", "libpng", "libtorch"} & needs
 
 
 def test_an_example_in_c_plus_plus(examples: Path, prefix: Path, tmp_path: Path) -> None:
@@ -75,8 +74,6 @@ def test_an_example_in_c_plus_plus(examples: Path, prefix: Path, tmp_path: Path)
     )
     head, pixels = (tmp_path / "a.ppm").read_bytes().split(b"\n", 1)
     assert head == b"P6 128 128 255"
-    from PIL import Image
-
     assert Image.open(tmp_path / "b.png").tobytes() == pixels
 
 

@@ -1,4 +1,4 @@
-"""libtgate draws what the Python runtime draws on the same engine, bit for bit: each method, sampler, size and batch."""
+"""libtgate draws what the Python runtime draws on the same engine, bit for bit: methods, samplers, sizes, batches."""
 
 from __future__ import annotations
 

@@ -37,7 +37,12 @@ def asked(i: int) -> dict[str, Any]:
 
 def test_step_by_step_and_heard(mini: Twins) -> None:
     heard: list[tuple[int, int]] = []
-    request = mini.request(PROMPTS[0], seed=4, on_step=lambda done, total: heard.append((done, total)) or True)
+
+    def hear(done: int, total: int) -> bool:
+        heard.append((done, total))
+        return True
+
+    request = mini.request(PROMPTS[0], seed=4, on_step=hear)
     graphs = [step.graph for step in mini.python.session.manifest.plans["default"].steps]
     seen = []
     while (graph := request.progress()[2]) is not None:

@@ -29,7 +29,8 @@ from tests.runtime.test_text import vanishing
 from tests.toy_bundle import _tokenizer as toy_tokenizer
 from tgate_engine.errors import BundleError, RequestError
 from tgate_export.tokenizers import _lower_first, _write_vectors_out
-from tgate_runtime.text import MOST_CHARACTERS, TextEncoder, _load
+from tgate_runtime.request import MOST_CHARACTERS
+from tgate_runtime.text import TextEncoder, _load
 
 Encoded = tuple[list[int], str]
 LENGTH = 8

@@ -21,9 +21,8 @@ class Twins:
         self.path = path
         self.bundle = Bundle(library, path)
         options = {"threads": 1, **options}
-        self.session = Session(
-            self.bundle, plans=plans, **{k: v.encode() if isinstance(v, str) else v for k, v in options.items()}
-        )
+        fields: Any = {key: value.encode() if isinstance(value, str) else value for key, value in options.items()}
+        self.session = Session(self.bundle, plans=plans, **fields)
         self.python = Pipeline.open(path, plans=[*plans] or None, **options)
 
     def request(self, prompt: str | None = None, **asked: Any) -> Request:

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tgate_engine.bundle import Bundle
+from tgate_engine.bundle import DEFAULT, Bundle
 from tgate_engine.plan import Plan
 from tgate_export.methods import find_method
-from tgate_export.plans import DEFAULT, make_plans
+from tgate_export.plans import make_plans
 from tgate_export.sampling import compile_sampler
 
 TOLERANCE = 1e-4

@@ -17,6 +17,9 @@ import pytest
 
 from tests.contract.conftest import SIZES
 from tests.cpp.asking import lines
+from tests.cpp.library import BUNDLE, PLAN, Failure, Library
+from tests.cpp.library import Bundle as LoadedBundle
+from tests.cpp.library import Session as LoadedSession
 from tests.damaged import DAMAGES, Seen
 from tests.fuzz.mutations import mutate_json
 from tests.hostile import bad_values, leaves, put, sign
@@ -365,3 +368,16 @@ def test_a_manifest_of_hundreds_of_thousands_of_things_is_read_or_refused_in_sec
     told = lines(probe, "manifests", toy, texts=texts)
     assert time.monotonic() - began < 60
     assert ["ok" in line for line in told] == [opens for _, opens in cases]
+
+
+@pytest.mark.parametrize("seen", ["opening", "graphs", "tokenizers"])
+def test_damaged_bundles_are_refused_by_the_library(library: Library, good: Path, tmp_path: Path, seen: Seen) -> None:
+    """As a host meets it: when the bundle is opened, or else when a session is, and never later."""
+    for what, path in harmed(good, tmp_path, seen).items():
+        damage = DAMAGES[what]
+        with pytest.raises(Failure) as failure:
+            LoadedSession(LoadedBundle(library, path))
+        assert failure.value.code == (PLAN if damage.error is PlanError else BUNDLE), what
+        assert damage.says in str(failure.value), what
+        if seen != "opening":
+            LoadedBundle(library, path)

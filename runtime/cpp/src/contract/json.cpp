@@ -52,7 +52,8 @@ class Builder : public nlohmann::json_sax<Other> {
   bool end_object() override {
     const Object& members = std::get<Object>(open_.back()->held);
     std::vector<std::string_view> names(members.size());
-    std::transform(members.begin(), members.end(), names.begin(), [](const auto& member) { return std::string_view(member.first); });
+    std::transform(members.begin(), members.end(), names.begin(),
+                   [](const auto& member) { return std::string_view(member.first); });
     std::sort(names.begin(), names.end());
     const auto twice = std::adjacent_find(names.begin(), names.end());
     if (twice != names.end()) return stop("an object has the key '" + shown(*twice, 60) + "' twice");

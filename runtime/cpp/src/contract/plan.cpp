@@ -105,7 +105,9 @@ Plan Plan::read(Reader& r) {
   return plan;
 }
 
-Plan Plan::from_json(const json::Value& value) { return Reader::all_of(Reader(value, "plan", Code::plan, again), read); }
+Plan Plan::from_json(const json::Value& value) {
+  return Reader::all_of(Reader(value, "plan", Code::plan, again), read);
+}
 
 Plan Plan::load(const std::string& path) {
   const std::string file = shown(path, 1000);

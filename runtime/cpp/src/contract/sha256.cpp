@@ -10,7 +10,8 @@ namespace {
 EVP_MD_CTX* context_of(void* context) { return static_cast<EVP_MD_CTX*>(context); }
 
 void check(int done) {
-  if (done != 1) throw Error(Code::internal, "OpenSSL cannot compute a SHA-256; install libcrypto 3 with its default provider");
+  if (done == 1) return;
+  throw Error(Code::internal, "OpenSSL cannot compute a SHA-256; install libcrypto 3 with its default provider");
 }
 
 }  // namespace

@@ -189,6 +189,7 @@ std::vector<const Plan*> Session::find_plans(const std::vector<std::string>& nam
     } else {
       plan_files_.emplace_back(name, Plan::load(name));
       plans.push_back(&plan_files_.back().second);
+      manifest().check_scale(*plans.back());
     }
   }
   if (plans.empty()) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ def build(preset: str) -> Path:
 @pytest.fixture(scope="session")
 def cpp_build() -> Path:
     """The folder with ``libtgate.so``, ``tools/tgate-run`` and the programs ``probe-*``."""
-    return build("test")
+    return build(os.environ.get("TGATE_TEST_PRESET", "test"))
 
 
 @pytest.fixture(scope="session")

@@ -30,9 +30,8 @@ void save(const tool::Arguments& asked, const tgate::Request& request) {
     for (std::int32_t frame = 0; frame < picture.frames; ++frame) {
       std::string name = asked.output;
       if (picture.frames > 1) {
-        char number[32];
-        std::snprintf(number, sizeof number, "%zu-%03d", i, frame);
-        name = numbered(name, number);
+        const std::string number = std::to_string(frame);
+        name = numbered(name, std::to_string(i) + "-" + std::string(number.size() < 3 ? 3 - number.size() : 0, '0') + number);
       } else if (asked.images > 1) {
         name = numbered(name, std::to_string(i));
       }

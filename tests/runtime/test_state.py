@@ -483,9 +483,9 @@ def begin(session: Session, state: State, row: int = 0, **change: Any) -> None:
     [
         ({"noise": np.zeros((1, 2, 4, 4), np.float32)}, r"initial latents must have shape \[2, 4, 4\], got \[1, 2, 4"),
         ({"noise": np.zeros((2, 4, 4))}, "initial latents must be float32, got float64"),
-        ({"conditioning": {}}, r"take conditioning text\.negative, text\.positive, .*; got none"),
-        ({"row": 2}, r"the state has rows 0 to 1, got 2 to 2"),
-        ({"row": -1}, r"the state has rows 0 to 1, got -1 to -1"),
+        ({"conditioning": {}}, r"take conditioning text\.negative, text\.positive, .*; got nothing"),
+        ({"row": 2}, r"the state has rows 0 to 1, got 2"),
+        ({"row": -1}, r"the state has rows 0 to 1, got -1"),
     ],
 )
 def test_an_image_that_does_not_fit(

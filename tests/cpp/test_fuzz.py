@@ -31,7 +31,11 @@ def test_a_minute_of_made_up_bytes(cpp_preset: Callable[[str], Path], tmp_path: 
     limits = ["-max_total_time=60", "-timeout=10", "-rss_limit_mb=4096", "-print_final_stats=1"]
     program = cpp_preset("fuzz") / f"fuzz-{target}"
     done = subprocess.run(
-        [program, *limits, f"-artifact_prefix={tmp_path}/", corpus], text=True, capture_output=True, check=False, timeout=300
+        [program, *limits, f"-artifact_prefix={tmp_path}/", corpus],
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     runs = re.search(r"stat::number_of_executed_units: (\d+)", done.stderr)

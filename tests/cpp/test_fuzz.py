@@ -19,7 +19,7 @@ SEEDS = {
     "tokenizer": sorted(MINI.glob("tokenizer/*.json")),
 }
 LEAST_RUNS = 200
-"""In a minute, on a machine that does other things as well; a manifest of 40 KB is parsed, signed and checked in one."""
+"""In a minute, on a machine that does other things too; a run of the manifest's parses, signs and checks 40 KB."""
 
 
 @pytest.mark.parametrize("target", SEEDS)

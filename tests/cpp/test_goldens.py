@@ -1,4 +1,4 @@
-"""libtgate replays what export recorded: from the golden's own latents and conditioning, along the golden's own plan."""
+"""libtgate replays what export recorded: from a golden's latents and conditioning, along the golden's own plan."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +14,8 @@ from PIL import Image
 from tests.cpp.library import onnxruntime_library
 from tgate_runtime.mini import place_of
 
-EXAMPLES = Path(__file__).parents[2] / "runtime/cpp/examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "runtime/cpp/examples"
 ENVIRONMENT = {**os.environ, "TGATE_ONNXRUNTIME": str(onnxruntime_library())}
 
 
@@ -83,6 +85,25 @@ def test_a_server_in_c(examples: Path) -> None:
     calls = int(told[-1].split()[3])
     assert calls == len(told) - 1
     assert calls < 4 * 25  # as many as it takes one after the other
+
+
+def cpp_blocks(page: str) -> list[str]:
+    return re.findall(r"^```cpp\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_what_the_documentation_shows(prefix: Path, tmp_path: Path) -> None:
+    """The whole program of the page draws; README's lines compile."""
+    (program,) = cpp_blocks("docs/embedding.md")
+    (lines,) = cpp_blocks("README.md")
+    (tmp_path / "page.cpp").write_text(program)
+    (tmp_path / "lines.cpp").write_text(f"#include <tgate.hpp>\nvoid draw() {{\n{lines}}}\n")
+    (folder,) = prefix.glob("lib/**/pkgconfig")
+    flags = call("pkg-config", "--cflags", "--libs", "tgate", PKG_CONFIG_PATH=str(folder)).split()
+    library = next(flag[2:] for flag in flags if flag.startswith("-L"))
+    strict = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+    call("g++", *strict, "-Wno-unused-variable", "-fsyntax-only", tmp_path / "lines.cpp", *flags)
+    call("g++", *strict, tmp_path / "page.cpp", "-o", tmp_path / "page", *flags, f"-Wl,-rpath,{library}")
+    assert call(tmp_path / "page", place_of("mini")) == "128 x 128\n"
 
 
 def test_pkg_config(prefix: Path, tmp_path: Path) -> None:

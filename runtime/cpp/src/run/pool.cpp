@@ -82,9 +82,17 @@ Pool::Pool(std::shared_ptr<const Session> session, std::string_view size, const 
     latents_[static_cast<std::size_t>(lag)] = find(past("latents", lag));
     outputs_[static_cast<std::size_t>(lag)] = find(past("output", lag));
   }
-  next_latents_ = find("next_latents");
-  step_ = find("step");
   noise_ = find("noise");
+  const auto address = [&](std::size_t index) { return index < buffers_.size() ? buffers_[index].at(0) : nullptr; };
+  for (std::size_t lag = 0; lag <= history; ++lag) {
+    steady_.latents[lag] = address(latents_[lag]);
+    steady_.outputs[lag] = address(outputs_[lag]);
+  }
+  steady_.next_latents = address(find("next_latents"));
+  steady_.step = address(find("step"));
+  steady_.noise = address(noise_);
+  steady_.row_bytes = static_cast<std::size_t>(shape().latents_count()) * sizeof(float);
+  check_forms();
   for (const Conditioning& tensor : session_->manifest().conditioning) {
     for (const char* half : {".negative", ".positive"}) {
       if (const std::size_t index = find(tensor.name + half); index < buffers_.size()) {
@@ -109,6 +117,28 @@ Pool::Pool(std::shared_ptr<const Session> session, std::string_view size, const 
     for (std::size_t graph = 0; graph < graphs_.size(); ++graph) {
       call(graph, 0, called);
     }
+  }
+}
+
+void Pool::check_forms() const {
+  std::vector<std::string> trajectory{"next_latents", "noise"};
+  for (int lag = 0; lag <= history; ++lag) {
+    trajectory.push_back(past("latents", lag));
+    trajectory.push_back(past("output", lag));
+  }
+  for (const Buffer& each : buffers_) {
+    const std::string& name = each.tensor.name;
+    const bool latents = std::find(trajectory.begin(), trajectory.end(), name) != trajectory.end();
+    const std::size_t bytes = latents ? steady_.row_bytes : step_row_length * sizeof(float);
+    if ((latents || name == "step") && (each.tensor.dtype != Dtype::float32 || each.row_bytes != bytes)) {
+      throw Error(Code::bundle, "the graphs' " + name + " is " + std::to_string(each.row_bytes) + " bytes of " +
+                                    std::string(facts_of(each.tensor.dtype).name) + " for an image, and " +
+                                    std::to_string(bytes) + " of float32 are wanted; export the bundle again");
+    }
+  }
+  if (steady_.latents[0] == nullptr || steady_.outputs[0] == nullptr || steady_.next_latents == nullptr ||
+      steady_.step == nullptr) {
+    throw Error(Code::bundle, "the graphs lack latents or step as inputs; export the bundle again");
   }
 }
 
@@ -379,17 +409,16 @@ void Pool::run(Image* const* images, std::size_t count, std::size_t first, std::
     float* row = numbers_.data() + i * step_row_length;
     std::copy(move.row.begin(), move.row.end(), row);
     row[guidance_column] = image.guidance_scale;
-    if (move.noise && noise_ < buffers_.size()) {
+    if (move.noise && steady_.noise != nullptr) {
       draw_noise(image.generator, image.seed, draw_of_step(image.position), drawn_.data(), drawn_.size());
       if (image.generator == Generator::torch_cuda) {
         round_to(session_->manifest().dtype, drawn_.data(), drawn_.size());
       }
-      const Buffer& noise = buffers_[noise_];
-      engine_->upload(noise.at(image.row), drawn_.data(), noise.row_bytes);
+      engine_->upload(steady_.noise + image.row * steady_.row_bytes, drawn_.data(), steady_.row_bytes);
     }
   }
-  const Buffer& numbers = buffers_[step_];
-  engine_->upload(numbers.at(first), numbers_.data(), count * numbers.row_bytes);
+  constexpr std::size_t row_bytes = step_row_length * sizeof(float);
+  engine_->upload(steady_.step + first * row_bytes, numbers_.data(), count * row_bytes);
   call(graph, first, rows).run(interrupt);
   turn(first, count);
   for (std::size_t i = 0; i < count; ++i) {
@@ -402,16 +431,17 @@ void Pool::turn(std::size_t first, std::size_t count) {
   for (std::size_t row = first; row < first + count; ++row) {
     reach = std::max(reach, rows_[row]->program->reach);
   }
-  const auto copy = [&](std::size_t to, std::size_t from) {
-    if (to < buffers_.size() && from < buffers_.size()) {
-      engine_->copy(buffers_[to].at(first), buffers_[from].at(first), count * buffers_[to].row_bytes);
+  const std::size_t bytes = count * steady_.row_bytes, offset = first * steady_.row_bytes;
+  const auto copy = [&](std::byte* to, const std::byte* from) {
+    if (to != nullptr && from != nullptr) {
+      engine_->copy(to + offset, from + offset, bytes);
     }
   };
   for (auto lag = static_cast<std::size_t>(reach); lag > 0; --lag) {
-    copy(latents_[lag], latents_[lag - 1]);
-    copy(outputs_[lag], outputs_[lag - 1]);
+    copy(steady_.latents[lag], steady_.latents[lag - 1]);
+    copy(steady_.outputs[lag], steady_.outputs[lag - 1]);
   }
-  copy(latents_[0], next_latents_);
+  copy(steady_.latents[0], steady_.next_latents);
 }
 
 Call& Pool::call(std::size_t graph, std::size_t first, std::size_t rows) {

@@ -101,6 +101,8 @@ class Pool {
 
   [[nodiscard]] std::size_t find(std::string_view name) const;
   [[nodiscard]] Buffer& buffer(std::string_view name) { return buffers_[find(name)]; }
+  /// Sees that the tensors of the trajectory are what every step takes them for. Throws Error of Code::bundle.
+  void check_forms() const;
   void compile(const Plan& plan);
   /// Makes the images neighbours, with `rows` rows from the first one on that are theirs or nobody's; the first row.
   std::size_t gather(Image* const* images, std::size_t count, std::size_t rows);
@@ -119,7 +121,13 @@ class Pool {
   std::vector<std::string> half_names_;
   std::vector<std::size_t> half_buffers_;
   std::array<std::size_t, history + 1> latents_{}, outputs_{};  // by lag; buffers_.size() where no graph reads it
-  std::size_t next_latents_ = 0, step_ = 0, noise_ = 0;
+  std::size_t noise_ = 0;
+  /// What every step touches, in a few cache lines: after an engine's call nothing else of the host is in any cache.
+  struct Steady {
+    std::array<std::byte*, history + 1> latents{}, outputs{};  // of row 0, by lag; null where no graph reads it
+    std::byte *next_latents = nullptr, *step = nullptr, *noise = nullptr;
+    std::size_t row_bytes = 0;  // of one image's latents, and of all that is like them
+  } steady_;
   std::vector<Image*> rows_;  // who is where
   std::vector<Image*> ordered_;
   std::vector<std::uint8_t> marks_;

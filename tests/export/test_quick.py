@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.fx.passes import type_promotion as promotion
 
 from tgate_engine.graph import DENOISE, TensorSpec
 from tgate_export import graphs, quick
@@ -25,7 +26,8 @@ class Layer(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
         halves = x.chunk(2, dim=1)
-        return torch.softmax(halves[0] @ halves[1].transpose(1, 2), -1).std(dim=(1, 2), keepdim=True) * x
+        spread = torch.softmax(halves[0] @ halves[1].transpose(1, 2), -1).std(dim=(1, 2), keepdim=True)
+        return (spread + 1) * x * (x > 0) / 2
 
 
 class Views(nn.Module):
@@ -34,7 +36,8 @@ class Views(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
         first, second = x.reshape(x.shape[0], -1, 3).chunk(2, dim=-2)
-        both = (first.flatten(1) + second.reshape(-1, 12)).view(-1, 2, 6)
+        both = (first.flatten(1) + second.movedim(-1, 1).movedim(1, -1).reshape(-1, 12)).view(-1, 2, 6)
+        both = torch.rsub(torch.rsub(both, 1), 2.5).detach_()
         return (
             nn.functional.dropout(both.to(torch.float16).to(x.device), training=False)
             .flatten(0, 1)
@@ -69,7 +72,7 @@ def traced(module: nn.Module | None = None) -> bytes:
 
 def test_a_graph_is_the_same_without_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     quickly = traced()
-    monkeypatch.setattr(graphs, "quick", contextlib.nullcontext)
+    monkeypatch.setattr(graphs, "quick", lambda _mode, *, symbolic: contextlib.nullcontext())
     assert traced() == quickly
 
 
@@ -93,6 +96,14 @@ def test_what_is_traced_once_computes_what_pytorch_computes(
     np.testing.assert_array_equal(session.run(None, {"x": x.numpy()})[0], module(x).numpy())
 
 
+@pytest.mark.parametrize("symbolic", [True, False])
+def test_shapes_are_remembered_where_they_are_numbers(symbolic: bool) -> None:
+    mode = FakeTensorMode()
+    with quick.quick(mode, symbolic=symbolic):
+        assert mode.cache_enabled is not symbolic
+    assert mode.cache_enabled
+
+
 def test_translations_are_read_once_and_pytorch_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = ONNXRegistry.from_torchlib
@@ -103,18 +114,18 @@ def test_translations_are_read_once_and_pytorch_is_as_it_was(monkeypatch: pytest
 
     monkeypatch.setattr(ONNXRegistry, "from_torchlib", classmethod(counted))
     monkeypatch.setattr(quick, "_read", {})
-    own = vars(ONNXRegistry)["from_torchlib"]
+    own, run_node = vars(ONNXRegistry)["from_torchlib"], promotion._TypePromotionInterpreter.run_node
     for _ in range(2):
         traced()
     assert len(calls) == 1
     assert vars(ONNXRegistry)["from_torchlib"] is own
+    assert promotion._TypePromotionInterpreter.run_node is run_node
     assert torch.fx.config.do_not_emit_stack_traces is False
 
 
 def test_a_pytorch_that_has_none_of_it_exports_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     before = traced()
-    monkeypatch.setattr(quick, "lazily", None)
-    monkeypatch.setattr(quick, "Translations", None)
-    monkeypatch.setattr(quick, "passes", None)
+    for part in ("uncached", "lazily", "Translations", "passes", "promotion"):
+        monkeypatch.setattr(quick, part, None)
     monkeypatch.delattr(torch.fx.config, "do_not_emit_stack_traces")
     assert traced() == before

@@ -13,10 +13,6 @@ import torch
 from torch import fx
 
 try:
-    from torch._subclasses.fake_tensor import disable_fake_tensor_cache as uncached
-except ImportError:
-    uncached = None
-try:
     from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazily
 except ImportError:
     lazily = None
@@ -38,15 +34,11 @@ _read: dict[str, Any] = {}
 
 
 @contextmanager
-def quick(mode: Any, *, symbolic: bool) -> Iterator[None]:
+def quick() -> Iterator[None]:
     """While open, graphs are exported without notes of which line made each node, without Python code for graphs that
     are never run, with PyTorch's table of translations to ONNX as it was read for the first of them, and traced once
     where PyTorch would trace them again: to take apart operators that have no translation, and to see which numbers
-    have to be cast.
-
-    ``mode``: the FakeTensorMode of what is traced. Shapes that it has met are remembered only where they are numbers: a
-    ``symbolic`` one takes longer to make of what is remembered than to work out.
-    """
+    have to be cast."""
     noted = getattr(torch.fx.config, "do_not_emit_stack_traces", False)
     with ExitStack() as stack:
         if lazily is not None:
@@ -57,8 +49,6 @@ def quick(mode: Any, *, symbolic: bool) -> Iterator[None]:
             stack.enter_context(_traced_once())
         if hasattr(promotion, "_TypePromotionInterpreter") and hasattr(promotion, "get_type_promotion_rule"):
             stack.enter_context(_results_known())
-        if symbolic and uncached is not None:
-            stack.enter_context(uncached(mode))
         torch.fx.config.do_not_emit_stack_traces = True
         try:
             yield

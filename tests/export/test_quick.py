@@ -72,7 +72,7 @@ def traced(module: nn.Module | None = None) -> bytes:
 
 def test_a_graph_is_the_same_without_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     quickly = traced()
-    monkeypatch.setattr(graphs, "quick", lambda _mode, *, symbolic: contextlib.nullcontext())
+    monkeypatch.setattr(graphs, "quick", contextlib.nullcontext)
     assert traced() == quickly
 
 
@@ -96,14 +96,6 @@ def test_what_is_traced_once_computes_what_pytorch_computes(
     np.testing.assert_array_equal(session.run(None, {"x": x.numpy()})[0], module(x).numpy())
 
 
-@pytest.mark.parametrize("symbolic", [True, False])
-def test_shapes_are_remembered_where_they_are_numbers(symbolic: bool) -> None:
-    mode = FakeTensorMode()
-    with quick.quick(mode, symbolic=symbolic):
-        assert mode.cache_enabled is not symbolic
-    assert mode.cache_enabled
-
-
 def test_translations_are_read_once_and_pytorch_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = ONNXRegistry.from_torchlib
@@ -125,7 +117,7 @@ def test_translations_are_read_once_and_pytorch_is_as_it_was(monkeypatch: pytest
 
 def test_a_pytorch_that_has_none_of_it_exports_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     before = traced()
-    for part in ("uncached", "lazily", "Translations", "passes", "promotion"):
+    for part in ("lazily", "Translations", "passes", "promotion"):
         monkeypatch.setattr(quick, part, None)
     monkeypatch.delattr(torch.fx.config, "do_not_emit_stack_traces")
     assert traced() == before

@@ -20,6 +20,7 @@ from tgate_engine.report import Silent
 from tgate_export.build import ExportSettings, export
 from tgate_export.methods import find_method
 from tgate_export.plans import add_plan
+from tgate_runtime.mini import MINI, MODELS, assemble
 
 # Small networks on two cores: threads of eager PyTorch would only wait for one another.
 torch.set_num_threads(1)
@@ -43,13 +44,26 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
 @pytest.fixture(scope="session")
 def mini_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model with every graph there is (``--fidelity-interval 2``), its plans those of ``tgate-export
-    --model mini-sdxl --m 10 --k 5``. Read only."""
+    --model mini-sdxl --m 10 --k 5 --batch 1``: a batch that may vary takes three times as long to trace, and is what
+    :func:`shipped_bundle` has. Read only."""
 
     def make(folder: Path) -> None:
-        settings = ExportSettings(model="mini-sdxl", m=10, k=5, fidelity_interval=2, output=folder / "bundle")
+        bundle = folder / "bundle"
+        settings = ExportSettings(model="mini-sdxl", m=10, k=5, fidelity_interval=2, batches=[(1, 1)], output=bundle)
         add_plan(export(settings, Silent()), name=DEFAULT, m=10, k=5, force=True)
 
     return once(tmp_path_factory, "mini", make) / "bundle"
+
+
+@pytest.fixture(scope="session")
+def shipped_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle that ships: a real network, which nothing has to trace, for one to four images. Read only."""
+
+    def make(folder: Path) -> None:
+        (folder / "bundle").mkdir()
+        assemble(MODELS / MINI, folder / "bundle")
+
+    return once(tmp_path_factory, "shipped", make) / "bundle"
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,10 @@ try:
     from torch.onnx._internal.exporter._decomp import get_onnx_implemented_overloads as translated
 except ImportError:
     passes = translated = None
+try:
+    from torch.onnx._internal.fx.passes import type_promotion as promotion
+except ImportError:
+    promotion = None
 
 _read: dict[str, Any] = {}
 
@@ -33,7 +37,8 @@ _read: dict[str, Any] = {}
 def quick() -> Iterator[None]:
     """While open, graphs are exported without notes of which line made each node, without Python code for graphs that
     are never run, with PyTorch's table of translations to ONNX as it was read for the first of them, and traced once
-    where PyTorch would trace them again to take apart operators that have no translation."""
+    where PyTorch would trace them again: to take apart operators that have no translation, and to see which numbers
+    have to be cast."""
     noted = getattr(torch.fx.config, "do_not_emit_stack_traces", False)
     with ExitStack() as stack:
         if lazily is not None:
@@ -42,6 +47,8 @@ def quick() -> Iterator[None]:
             stack.enter_context(_translations_kept())
         if hasattr(passes, "decompose_with_registry"):
             stack.enter_context(_traced_once())
+        if hasattr(promotion, "_TypePromotionInterpreter") and hasattr(promotion, "get_type_promotion_rule"):
+            stack.enter_context(_results_known())
         torch.fx.config.do_not_emit_stack_traces = True
         try:
             yield
@@ -78,6 +85,28 @@ def _traced_once() -> Iterator[None]:
         yield
     finally:
         passes.decompose_with_registry = own
+
+
+@contextmanager
+def _results_known() -> Iterator[None]:
+    """Casts are put in by what tracing noted of each result, which the pass that does it would compute again."""
+    interpreter = promotion._TypePromotionInterpreter
+    own = interpreter.run_node
+
+    def run_node(self: Any, node: fx.Node) -> Any:
+        if node.op != "call_function" or "val" not in node.meta:
+            return own(self, node)
+        rule = promotion.get_type_promotion_rule(node, self.type_promotion_table)
+        if rule is not None:
+            with self._set_current_node(node):
+                self._maybe_promote_node(node, rule)
+        return node.meta["val"]
+
+    interpreter.run_node = run_node
+    try:
+        yield
+    finally:
+        interpreter.run_node = own
 
 
 def _rewritten(module: fx.GraphModule, translations: set[Any]) -> bool:
@@ -132,10 +161,35 @@ def _chunk(node: fx.Node) -> Rewrite | None:
     return (torch.ops.aten.split.Tensor, (tensor, size, dim), {}) if isinstance(size, int) else None
 
 
+def _moved(node: fx.Node) -> Rewrite | None:
+    if node.kwargs:
+        return None
+    tensor, source, target = node.args
+    order = list(range(node.meta["val"].dim()))
+    order.insert(target % len(order), order.pop(source % len(order)))
+    return torch.ops.aten.permute.default, (tensor, order), {}
+
+
+def _subtracted(node: fx.Node) -> Rewrite | None:
+    if node.kwargs or len(node.args) != 2:  # a factor
+        return None
+    if not all(isinstance(size, int) for size in node.meta["val"].shape):
+        return None  # the graphs of `mini`, whose batch varies, are to come out as they ship
+    return torch.ops.aten.sub.Tensor, (node.args[1], node.args[0]), {}
+
+
+def _detached(node: fx.Node) -> Rewrite | None:
+    """In place, but no number changes."""
+    return torch.ops.aten.detach.default, node.args, {}
+
+
 _REWRITES: dict[Any, Callable[[fx.Node], Rewrite | None]] = {
     torch.ops.aten.chunk.default: _chunk,
+    torch.ops.aten.detach_.default: _detached,
     torch.ops.aten.flatten.using_ints: _view,
+    torch.ops.aten.movedim.int: _moved,
     torch.ops.aten.reshape.default: _view,
+    torch.ops.aten.rsub.Scalar: _subtracted,
     torch.ops.aten.to.device: _cast,
     torch.ops.aten.to.dtype: _cast,
     torch.ops.aten.to.dtype_layout: _cast,

@@ -92,7 +92,7 @@ def test_every_size_of_a_bundle(library: Library, tiny_bundle: Callable[..., Pat
         same(request.decode()[0], np.asarray(wanted.images[0]))
 
 
-@pytest.mark.parametrize("variant", ["sd15_a", "pixart_alpha_1024", "pixart_sigma_a", "lcm_pixart", "latte_a"])
+@pytest.mark.parametrize("variant", ["sd15_a", "pixart_alpha_1024", "pixart_sigma_a", "lcm_sdxl", "latte_a"])
 def test_families_that_a_prompt_conditions(library: Library, family_bundle: Any, variant: str) -> None:
     twins = Twins(library, family_bundle(variant)[1], ["default"])
     request = twins.request(PROMPT, seed=8).run()

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.fx.passes import type_promotion as promotion
 
 from tgate_engine.graph import DENOISE, TensorSpec
 from tgate_export import graphs, quick
@@ -25,7 +26,8 @@ class Layer(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
         halves = x.chunk(2, dim=1)
-        return torch.softmax(halves[0] @ halves[1].transpose(1, 2), -1).std(dim=(1, 2), keepdim=True) * x
+        spread = torch.softmax(halves[0] @ halves[1].transpose(1, 2), -1).std(dim=(1, 2), keepdim=True)
+        return (spread + 1) * x * (x > 0) / 2
 
 
 class Views(nn.Module):
@@ -34,13 +36,22 @@ class Views(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
         first, second = x.reshape(x.shape[0], -1, 3).chunk(2, dim=-2)
-        both = (first.flatten(1) + second.reshape(-1, 12)).view(-1, 2, 6)
+        both = (first.flatten(1) + second.movedim(-1, 1).movedim(1, -1).reshape(-1, 12)).view(-1, 2, 6)
+        both = (both + 1).detach_()
         return (
             nn.functional.dropout(both.to(torch.float16).to(x.device), training=False)
             .flatten(0, 1)
             .float()
             .reshape(-1, 12)
         )
+
+
+class Turned(nn.Module):
+    """Reshaped in an order in which it does not lie in memory."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        return torch.rsub(torch.rsub(x, 1), 2.5).movedim(1, 2).reshape(-1, 8, 3)
 
 
 class InPlace(nn.Module):
@@ -50,7 +61,7 @@ class InPlace(nn.Module):
         return y
 
 
-def traced(module: nn.Module | None = None) -> bytes:
+def traced(module: nn.Module | None = None, batch: tuple[int, int] = (1, 4)) -> bytes:
     graph = graphs.trace(
         "g",
         DENOISE,
@@ -58,7 +69,7 @@ def traced(module: nn.Module | None = None) -> bytes:
         mode=FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()),
         inputs=[TensorSpec(name="x", dtype="float32", shape=("batch", 4, 6))],
         outputs=["y"],
-        batch=(1, 4),
+        batch=batch,
         components={},
         transposed=frozenset(),
     )
@@ -73,12 +84,16 @@ def test_a_graph_is_the_same_without_what_is_left_out(monkeypatch: pytest.Monkey
     assert traced() == quickly
 
 
-@pytest.mark.parametrize(("module", "times"), [(Views(), 0), (InPlace(), 1)], ids=["views", "in_place"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("module", "batch", "times"),
+    [(Views(), (1, 4), 0), (Turned(), (3, 3), 0), (Turned(), (1, 4), 1), (InPlace(), (1, 4), 1)],
+    ids=["views", "turned", "turned, of any batch", "in_place"],
+)
 def test_what_is_traced_once_computes_what_pytorch_computes(
-    module: nn.Module, times: int, batch: int, monkeypatch: pytest.MonkeyPatch
+    module: nn.Module, batch: tuple[int, int], times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced again only where operators change tensors in place; then by PyTorch's own rules."""
+    """Traced again only where operators change tensors in place, or a difference's batch may vary; then by PyTorch's
+    own rules."""
     again = []
     real = ExportedProgram.run_decompositions
 
@@ -87,10 +102,11 @@ def test_what_is_traced_once_computes_what_pytorch_computes(
         return real(program, *arguments)
 
     monkeypatch.setattr(ExportedProgram, "run_decompositions", counted)
-    session = ort.InferenceSession(traced(module))
+    session = ort.InferenceSession(traced(module, batch))
     assert len(again) == times
-    x = torch.randn(batch, 4, 6, generator=torch.Generator().manual_seed(1))
-    np.testing.assert_array_equal(session.run(None, {"x": x.numpy()})[0], module(x).numpy())
+    for images in sorted({batch[0], 3}):
+        x = torch.randn(images, 4, 6, generator=torch.Generator().manual_seed(1))
+        np.testing.assert_array_equal(session.run(None, {"x": x.numpy()})[0], module(x).numpy())
 
 
 def test_translations_are_read_once_and_pytorch_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,18 +119,18 @@ def test_translations_are_read_once_and_pytorch_is_as_it_was(monkeypatch: pytest
 
     monkeypatch.setattr(ONNXRegistry, "from_torchlib", classmethod(counted))
     monkeypatch.setattr(quick, "_read", {})
-    own = vars(ONNXRegistry)["from_torchlib"]
+    own, run_node = vars(ONNXRegistry)["from_torchlib"], promotion._TypePromotionInterpreter.run_node
     for _ in range(2):
         traced()
     assert len(calls) == 1
     assert vars(ONNXRegistry)["from_torchlib"] is own
+    assert promotion._TypePromotionInterpreter.run_node is run_node
     assert torch.fx.config.do_not_emit_stack_traces is False
 
 
 def test_a_pytorch_that_has_none_of_it_exports_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     before = traced()
-    monkeypatch.setattr(quick, "lazily", None)
-    monkeypatch.setattr(quick, "Translations", None)
-    monkeypatch.setattr(quick, "passes", None)
+    for part in ("lazily", "Translations", "passes", "promotion"):
+        monkeypatch.setattr(quick, part, None)
     monkeypatch.delattr(torch.fx.config, "do_not_emit_stack_traces")
     assert traced() == before

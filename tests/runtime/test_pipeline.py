@@ -208,10 +208,10 @@ def test_two_prompts_with_all_of_their_own_are_as_if_asked_for_alone(pipe: Pipel
     assert not same(both.latents[:1], pipe("red", seed=1, guidance_scale=7.0, negative_prompt="small").latents)
 
 
-def test_the_embedded_model_draws_in_a_batch_what_it_draws_alone(mini_bundle: Path) -> None:
+def test_the_shipped_model_draws_in_a_batch_what_it_draws_alone(shipped_bundle: Path) -> None:
     """A real network; bit for bit, as ONNX Runtime computes every row alike with its own copies of the weights."""
     prompts, seeds, scales = ["a red circle", "a large blue square above a small red circle"], [1, 2], [3.0, 7.0]
-    with Pipeline.open(mini_bundle, threads=1, memory="fast", plans=["default"]) as pipe:
+    with Pipeline.open(shipped_bundle, threads=1, memory="fast", plans=["default"]) as pipe:
         both = pipe(prompts, seed=seeds, guidance_scale=scales)
         for j in range(2):
             alone = pipe(prompts[j], seed=seeds[j], guidance_scale=scales[j])

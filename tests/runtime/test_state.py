@@ -137,9 +137,9 @@ def test_images_that_come_and_go_equal_those_that_were_alone(
             assert state.latents(row).tobytes() == alone(session, running.pop(row))
 
 
-def test_the_embedded_models_images_share_calls(mini_bundle: Path) -> None:
+def test_the_shipped_models_images_share_calls(shipped_bundle: Path) -> None:
     """A real network: two requests of its gated plan two steps apart, beside an ungated one, bit for bit as alone."""
-    with Session.open(mini_bundle, threads=1, memory="fast", plans=["default", "ungated"]) as session:
+    with Session.open(shipped_bundle, threads=1, memory="fast", plans=["default", "ungated"]) as session:
         gated, ungated = session.manifest.plan("default"), session.manifest.plan("ungated")
         pictures = [Picture(gated, 1, 5.0), Picture(gated, 2, 3.0), Picture(ungated, 3, 7.5)]
         state = State(session, [gated, ungated], 3)

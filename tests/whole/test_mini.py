@@ -180,8 +180,8 @@ def test_a_plan_takes_what_is_not_said_from_the_default_plan(mini_bundle: Path, 
     assert later.sampler == default.sampler
 
 
-def test_four_images_are_one_batch_each_with_a_seed_of_its_own(mini_bundle: Path) -> None:
-    with Pipeline.open(mini_bundle, threads=1, plans=["default"]) as pipe:
+def test_four_images_are_one_batch_each_with_a_seed_of_its_own(shipped_bundle: Path) -> None:
+    with Pipeline.open(shipped_bundle, threads=1, plans=["default"]) as pipe:
         calls: list[range] = []
         four = pipe(PROMPT, seed=5, num_images=4, on_step=lambda progress: calls.append(progress.step.rows))
         assert calls == [range(4)] * 25

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch._inductor import config as inductor
 
 from tests.runtime.engines.small import Small
 
@@ -23,4 +24,5 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "engine-cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TGATE_CACHE", str(path))
+        patch.setattr(inductor.cpp, "vec_isa_ok", True)  # not tried out, which takes several compilations
         yield path

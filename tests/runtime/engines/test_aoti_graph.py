@@ -56,6 +56,11 @@ def test_the_small_sdxl(mini_bundle: Path) -> None:
     every_graph_agrees(mini_bundle)
 
 
+def test_a_batch_that_varies(shipped_bundle: Path, tiny_bundle: Callable[..., Path]) -> None:
+    every_graph_agrees(shipped_bundle)
+    every_graph_agrees(tiny_bundle("conv_projection", batch=(1, 4)))
+
+
 def test_a_family_of_transformers(family_bundle: Callable[[str], tuple[Path, Path]]) -> None:
     every_graph_agrees(family_bundle("pixart_sigma_a")[1])
 

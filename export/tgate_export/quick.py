@@ -173,8 +173,6 @@ def _moved(node: fx.Node) -> Rewrite | None:
 def _subtracted(node: fx.Node) -> Rewrite | None:
     if node.kwargs or len(node.args) != 2:  # a factor
         return None
-    if not all(isinstance(size, int) for size in node.meta["val"].shape):
-        return None  # the graphs of `mini`, whose batch varies, are to come out as they ship
     return torch.ops.aten.sub.Tensor, (node.args[1], node.args[0]), {}
 
 

@@ -265,6 +265,14 @@ void Pool::swap_rows(std::size_t one, std::size_t other) {
 }
 
 std::size_t Pool::gather(Image* const* images, std::size_t count, std::size_t rows) {
+  // Mostly they are where they were in the step before, one behind the other.
+  bool neighbours = rows == count;
+  for (std::size_t i = 1; i < count && neighbours; ++i) {
+    neighbours = images[i]->row == images[0]->row + i;
+  }
+  if (neighbours) {
+    return images[0]->row;
+  }
   // 0 for nobody, 1 for somebody else, 2 for one of the images.
   for (std::size_t row = 0; row < rows_.size(); ++row) {
     marks_[row] = rows_[row] == nullptr ? 0 : 1;

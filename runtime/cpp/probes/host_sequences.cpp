@@ -1,11 +1,11 @@
 // Calls in any order: host_sequences BUNDLE LIBRARY SEED SEQUENCES THREADS
 //
-// Each of THREADS threads makes up sequences of calls over pools and requests of one session: requests of several images
-// that join, step alone or together, stop, begin anew and go in any order, from callbacks that call the library, and
-// with arguments that are wrong. A model of each request says which code a call must end in. Whatever a request holds
-// after each of its steps must be what the same image alone holds after that step, bit for bit. While there is more than
-// one thread, the main thread cancels requests of all of them at odd moments. Ends in 1, and says which sequence, where
-// something differs. Run under sanitizers.
+// Each of THREADS threads makes up sequences of calls over pools and requests of one session: requests of several
+// images that join, step alone or together, stop, begin anew and go in any order, callbacks that call the library, and
+// arguments that are wrong. A model of each request says which code a call must end in. Whatever an image is after each
+// of its steps must be what it is when it is drawn alone, bit for bit. Where there is more than one thread, the main
+// thread cancels requests of all of them at odd moments. Ends in 1, and says which sequence, where something differs.
+// Run under sanitizers.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -20,6 +20,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <tgate.hpp>
 
 namespace {
@@ -91,6 +92,7 @@ struct Live {
   std::atomic<bool> cancelled{false};
   bool stops = false;    // its callback says so next
   bool cancels = false;  // its callback cancels it
+  std::size_t decodes = 0;  // its callback decodes a picture of so many bytes
   bool called = false;
 };
 
@@ -235,14 +237,21 @@ class Sequence {
     live.called = request == live.handle && progress->done == live.done + 1 && progress->total == live.total;
     tgate_progress own;
     tgate_progress_init(&own, sizeof own);
-    live.called = live.called && tgate_request_progress(request, &own, nullptr) == TGATE_OK && own.done == progress->done;
+    live.called = live.called && tgate_request_progress(request, &own, nullptr) == TGATE_OK;
+    live.called = live.called && own.done == progress->done;
     std::vector<float> latents(tgate_request_latents_count(request));
     for (std::size_t image = 0; image < live.images; ++image) {
-      live.called = live.called && tgate_request_latents(request, image, latents.data(), latents.size(), nullptr) == TGATE_OK;
+      const tgate_code code = tgate_request_latents(request, image, latents.data(), latents.size(), nullptr);
+      live.called = live.called && code == TGATE_OK;
     }
     live.called = live.called && tgate_request_step(request, nullptr) == TGATE_ARGUMENT;
     live.called = live.called && tgate_request_run(request, nullptr) == TGATE_ARGUMENT;
     live.called = live.called && tgate_batch(&request, 1, nullptr, nullptr) == TGATE_ARGUMENT;
+    std::vector<std::uint8_t> pixels(live.decodes);
+    if (!pixels.empty()) {
+      const tgate_code code = tgate_request_decode(request, live.images - 1, pixels.data(), pixels.size(), nullptr);
+      live.called = live.called && code == TGATE_OK;
+    }
     if (live.cancels) {
       live.cancelled = true;
       tgate_request_cancel(request);
@@ -280,6 +289,10 @@ class Sequence {
   void whims(Live& live) {
     live.stops = below(40) == 0;
     live.cancels = below(40) == 0;
+    tgate_picture_facts facts;
+    tgate_picture_facts_init(&facts, sizeof facts);
+    tgate_request_picture_facts(live.handle, &facts, nullptr);
+    live.decodes = below(20) == 0 ? facts.bytes : 0;
     live.called = false;
   }
 
@@ -451,39 +464,48 @@ class Sequence {
     tgate_request* none = nullptr;
     std::vector<float> latents(tgate_request_latents_count(live.handle));
     tgate_request* twice[] = {live.handle, live.handle};
-    switch (below(12)) {
-      case 0: expect(tgate_request_create(world_.session().get(), nullptr, &none, &error), TGATE_ARGUMENT, error, "0"); break;
-      case 1: expect(tgate_batch(nullptr, 3, nullptr, &error), TGATE_ARGUMENT, error, "1"); break;
-      case 2: expect(tgate_batch(twice, 0, nullptr, &error), TGATE_ARGUMENT, error, "2"); break;
-      case 3: expect(tgate_request_latents(live.handle, live.images, latents.data(), latents.size(), &error), TGATE_ARGUMENT, error, "3"); break;
-      case 4: expect(tgate_request_latents(live.handle, 0, latents.data(), latents.size() - 1, &error), TGATE_ARGUMENT, error, "4"); break;
+    const std::size_t room = latents.size();
+    const tgate_session* session = world_.session().get();
+    tgate_code code = TGATE_OK, wanted = TGATE_ARGUMENT;
+    const std::size_t what = below(12);
+    switch (what) {
+      case 0: code = tgate_request_create(session, nullptr, &none, &error); break;
+      case 1: code = tgate_batch(nullptr, 3, nullptr, &error); break;
+      case 2: code = tgate_batch(twice, 0, nullptr, &error); break;
+      case 3: code = tgate_request_latents(live.handle, live.images, latents.data(), room, &error); break;
+      case 4: code = tgate_request_latents(live.handle, 0, latents.data(), room - 1, &error); break;
       case 5:
         options.images = std::numeric_limits<std::size_t>::max();
-        expect(tgate_request_create(world_.session().get(), &options, &none, &error), TGATE_REQUEST, error, "5");
+        wanted = TGATE_REQUEST;
+        code = tgate_request_create(session, &options, &none, &error);
         break;
       case 6:
         options.seed = std::numeric_limits<std::uint64_t>::max();
-        expect(tgate_request_create(world_.session().get(), &options, &none, &error), TGATE_REQUEST, error, "6");
+        wanted = TGATE_REQUEST;
+        code = tgate_request_create(session, &options, &none, &error);
         break;
       case 7:
         options.size += 1;
-        expect(tgate_request_create(world_.session().get(), &options, &none, &error), TGATE_ARGUMENT, error, "7");
+        code = tgate_request_create(session, &options, &none, &error);
         break;
       case 8:
         options.size = 0;
-        expect(tgate_request_reset(live.handle, &options, &error), TGATE_ARGUMENT, error, "8");
+        code = tgate_request_reset(live.handle, &options, &error);
         break;
       case 9:
         options.initial_latents = latents.data();
-        options.initial_latents_count = latents.size() * live.images - 1;
-        expect(tgate_request_create(world_.session().get(), &options, &none, &error), TGATE_REQUEST, error, "9");
+        options.initial_latents_count = room * live.images - 1;
+        wanted = TGATE_REQUEST;
+        code = tgate_request_create(session, &options, &none, &error);
         break;
-      case 10: expect(tgate_request_decode(live.handle, 0, nullptr, 1U << 20U, &error), TGATE_ARGUMENT, error, "10"); break;
+      case 10: code = tgate_request_decode(live.handle, 0, nullptr, 1U << 20U, &error); break;
       default:
-        if (!live.cancelled && live.done < live.total && !disturbed_) {
-          expect(tgate_batch(twice, 2, nullptr, &error), TGATE_ARGUMENT, error, "11");
+        if (live.cancelled || live.done == live.total || disturbed_) {
+          return;
         }
+        code = tgate_batch(twice, 2, nullptr, &error);
     }
+    expect(code, wanted, error, ("wrong arguments, number " + std::to_string(what)).c_str());
     if (none != nullptr) {
       fault("what was refused has a handle");
     }
@@ -506,8 +528,8 @@ class Sequence {
           most = std::max(most, std::fabs(latents[i] - wanted[i]));
         }
         if (!live.cancelled) {
-          fault("image " + std::to_string(image) + " of " + std::to_string(live.images) + " (plan " + own.plan + ") after step " +
-                std::to_string(live.done) + " differs from what is drawn alone by " + std::to_string(most));
+          fault("image " + std::to_string(image) + " of " + std::to_string(live.images) + " (plan " + own.plan +
+                ") after step " + std::to_string(live.done) + " differs from what it is alone by " + std::to_string(most));
         }
       }
       ++compared;

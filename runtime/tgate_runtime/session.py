@@ -19,7 +19,7 @@ from tgate_runtime.engines import open_engine
 from tgate_runtime.engines.protocol import Engine, Executable, OnBuild, Options
 from tgate_runtime.mini import place_of
 from tgate_runtime.request import check_call, check_several
-from tgate_runtime.signatures import check_signatures
+from tgate_runtime.signatures import check_forms, check_ranges, check_signatures
 
 T = TypeVar("T")
 
@@ -239,11 +239,15 @@ def graphs_of(
             f"{bundle.path} was exported with --weights none: it can be inspected, not run; export it with weights"
         )
     graphs: dict[str, GraphSpec] = {}
-    for shape in shapes_of(bundle, sizes):
+    used = {name for plan in chosen for name in plan.graphs()}
+    shapes = shapes_of(bundle, sizes)
+    for shape in shapes:
         for plan in chosen:
             plan.check(shape.graphs, manifest.carries)
-        used = {name for plan in chosen for name in plan.graphs()}
         kept = {name: spec for name, spec in shape.graphs.items() if spec.role != DENOISE or name in used}
         check_signatures(manifest, kept)
+        check_forms(shape, kept)
         graphs |= {spec.file: spec for spec in kept.values()}
+    for size in dict.fromkeys(shape.size for shape in shapes):
+        check_ranges(manifest.shapes_of(size), sorted(used))
     return tuple(graphs.values())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from tgate_engine.conditioning import half_names
 from tgate_engine.errors import BundleError
-from tgate_engine.graph import DECODE, DENOISE, IMAGE, TEXT, Dim, GraphSpec, Role
-from tgate_engine.manifest import Manifest
-from tgate_engine.step import STEP_INPUTS, STEP_OUTPUTS
+from tgate_engine.graph import BATCH, DECODE, DENOISE, IMAGE, TEXT, Dim, GraphSpec, Role, TensorSpec
+from tgate_engine.manifest import Manifest, Shape
+from tgate_engine.step import LATENTS, STEP, STEP_INPUTS, STEP_OUTPUTS, STEP_ROW
 
 TOKENS, PICTURE, PICTURE_NOISE, FINAL_LATENTS, PIXELS = "ids", "picture", "noise", "latents", "image"
 """Names of what the graphs around the denoiser take and give: ``ids.<i>`` for tokenizer i, and so on."""
@@ -41,3 +41,68 @@ def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> Non
             raise BundleError(f"graph {name!r} does not give {', '.join(missing)}; export the bundle again")
         if spec.role == TEXT and (unfed := feeds[TEXT] - {*spec.input_names()}):
             raise BundleError(f"graph {name!r} has no input {', '.join(sorted(unfed))}; export the bundle again")
+
+
+def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
+    """Raises :class:`BundleError` for the first of a shape's ``graphs`` that is not for the shape's latents, pictures
+    and batches, or lacks what is fed to every graph of its role: buffers are made by the graphs, and filled by the
+    shape. Conditioning and carries are checked where they are given and read."""
+    latents, picture = shape.latents, (shape.height, shape.width, 3)
+    wanted: dict[Role, dict[str, tuple[str, tuple[Dim, ...]]]] = {
+        DENOISE: {
+            **dict.fromkeys((*STEP_INPUTS, *STEP_OUTPUTS), ("float32", (BATCH, *latents))),
+            STEP: ("float32", (BATCH, STEP_ROW)),
+        },
+        TEXT: {},
+        IMAGE: {PICTURE: ("uint8", (1, *picture)), PICTURE_NOISE: ("float32", (1, 3, *picture[:2]))},
+        DECODE: {FINAL_LATENTS: ("float32", (1, *latents))},
+    }
+    always: dict[Role, tuple[str, ...]] = {
+        DENOISE: (LATENTS, STEP),
+        TEXT: (),
+        IMAGE: (PICTURE,),
+        DECODE: (FINAL_LATENTS,),
+    }
+    for name, spec in graphs.items():
+        if missing := [i for i in always[spec.role] if i not in spec.input_names()]:
+            raise BundleError(f"graph {name!r} has no input {', '.join(missing)}; export the bundle again")
+        if spec.role == DENOISE and not spec.batch[0] <= shape.batch[0] <= shape.batch[1] <= spec.batch[1]:
+            raise BundleError(
+                f"graph {name!r} is for {spec.batch[0]} to {spec.batch[1]} images, and its shape for {shape.batch[0]} "
+                f"to {shape.batch[1]}; export the bundle again"
+            )
+        for tensor in (*spec.inputs, *spec.outputs):
+            if spec.role == DENOISE and tensor.shape[:1] != (BATCH,):
+                raise BundleError(
+                    f"graph {name!r} has {_shown(tensor)}, without a row for each image; export the bundle again"
+                )
+            own = tensor.shape if spec.role == DENOISE else tensor.resolve(1)
+            dtype, form = wanted[spec.role].get(tensor.name, (tensor.dtype, own))
+            if spec.role == DECODE and tensor.name == PIXELS:  # a video's frames come before
+                dtype, form = "uint8", (*(own[:-3] or (1,)), *picture)
+            if (tensor.dtype, own) != (dtype, form):
+                fits = _shown(TensorSpec(name=tensor.name, dtype=dtype, shape=form))
+                raise BundleError(
+                    f"graph {name!r} has {_shown(tensor)}, where {fits} is wanted; export the bundle again"
+                )
+
+
+def check_ranges(shapes: Sequence[Shape], names: Iterable[str]) -> None:
+    """Raises :class:`BundleError` where the shapes of one size, which differ in their batches, differ in their latents
+    or in what the graphs of ``names`` take and give: their images lie in the same buffers."""
+    first, *others = shapes
+    for other in others:
+        ranges = " and ".join(f"{shape.batch[0]} to {shape.batch[1]}" for shape in (first, other))
+        if other.latents != first.latents:
+            raise BundleError(f"{first.size} has other latents for {ranges} images; export the bundle again")
+        for name in names:
+            one, two = first.graphs[name], other.graphs[name]
+            if {*one.inputs} != {*two.inputs} or {*one.outputs} != {*two.outputs}:
+                raise BundleError(
+                    f"graph {name!r} of {first.size} takes and gives other tensors for {ranges} images; "
+                    "export the bundle again"
+                )
+
+
+def _shown(tensor: TensorSpec) -> str:
+    return f"{tensor.name} as {tensor.dtype} [{', '.join(map(str, tensor.shape))}]"

@@ -3,6 +3,7 @@ Python reads."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -31,8 +32,9 @@ from tgate_engine.graph import BATCH, GraphSpec, TensorSpec
 from tgate_engine.manifest import MANIFEST_FILE, Golden, Manifest, Shape
 from tgate_engine.manifest_json import content_digest
 from tgate_engine.plan import Plan
+from tgate_engine.step import PAST, STEP_OUTPUTS
 from tgate_export.methods.base import Settings
-from tgate_runtime.signatures import check_signatures
+from tgate_runtime.session import graphs_of
 
 LARGEST = 2**63 - 1
 
@@ -191,29 +193,121 @@ def test_memory_beyond_64_bits_is_as_much_as_they_hold(probe: Path, good: Path, 
 
 
 SIGNATURES: dict[str, Any] = {
-    "nothing": lambda g: None,
-    "an input that nothing feeds": lambda g: g["full"]["inputs"][0].update(name="other"),
-    "an output that is not given": lambda g: g["full"]["outputs"].pop(0),
-    "a text graph without an input": lambda g: g["text"]["inputs"].pop(),
-    "a text graph without an output": lambda g: g["text"]["outputs"].pop(),
-    "a decoder of something else": lambda g: g["decoder"]["outputs"][0].update(name="picture"),
-    "another form beside": lambda g: g["unguided"]["inputs"][0].update(dtype="float16"),
+    "nothing": lambda d: None,
+    "an input that nothing feeds": lambda d: _graph(d, "full")["inputs"][0].update(name="other"),
+    "an output that is not given": lambda d: _graph(d, "full")["outputs"].pop(0),
+    "a text graph without an input": lambda d: _graph(d, "text")["inputs"].pop(),
+    "a text graph without an output": lambda d: _graph(d, "text")["outputs"].pop(),
+    "a decoder of something else": lambda d: _graph(d, "decoder")["outputs"][0].update(name="picture"),
+    "another form beside": lambda d: _graph(d, "unguided")["inputs"][0].update(dtype="float16"),
+    # What is written to buffers without another look: each of these was beyond one.
+    "latents of fewer numbers": lambda d: d["shapes"][0].update(latents=[1]),
+    "latents of more numbers": lambda d: d["shapes"][0].update(latents=[64, 64]),
+    "latents of as many numbers": lambda d: d["shapes"][0].update(latents=[32]),
+    "a longer row": lambda d: _everywhere(d, "step", shape=["batch", 13]),
+    "a row of half precision": lambda d: _everywhere(d, "step", dtype="float16"),
+    "other earlier latents": lambda d: _everywhere(d, "latents.1", shape=["batch", 1, 1, 1]),
+    "other next latents": lambda d: _everywhere(d, "next_latents", shape=["batch", 2, 8, 4]),
+    "a carry of all images together": lambda d: _everywhere(d, "cross.0", shape=[1, 32]),
+    "no latents": lambda d: _without(d, "latents"),
+    "no row": lambda d: _without(d, "step"),
+    "batches that no graph takes": lambda d: d["shapes"][0].update(batch=[1, 65536]),
+    "a decoder of nothing": lambda d: _graph(d, "decoder")["inputs"].clear(),
+    "a decoder of other latents": lambda d: _graph(d, "decoder")["inputs"][0].update(shape=[1, 200, 4, 4]),
+    "a decoder of larger pictures": lambda d: _graph(d, "decoder")["outputs"][0].update(shape=[1, 400, 4, 3]),
+    "a decoder of numbers": lambda d: _graph(d, "decoder")["outputs"][0].update(shape=[48]),
+    "a decoder of floats": lambda d: _graph(d, "decoder")["outputs"][0].update(dtype="float32"),
+    "a decoder of another size": lambda d: d["shapes"][0].update(width=64),
 }
 
 
-@pytest.mark.parametrize("what", SIGNATURES)
-def test_signatures_are_checked_as_python_checks_them(probe: Path, good: Path, tmp_path: Path, what: str) -> None:
-    toy = Path(shutil.copytree(good, tmp_path / "toy"))
-    edit_manifest(toy, lambda d: SIGNATURES[what](d["shapes"][0]["graphs"]))
-    manifest = Bundle.open(toy).manifest
-    says = None
+def _graph(data: dict[str, Any], name: str) -> Any:
+    return data["shapes"][0]["graphs"][name]
+
+
+def _tensors(data: dict[str, Any], *kinds: str) -> Iterator[list[Any]]:
+    """The lists of tensors of the first shape's denoising graphs."""
+    for graph in data["shapes"][0]["graphs"].values():
+        yield from (graph[kind] for kind in kinds if graph["role"] == "denoise")
+
+
+def _everywhere(data: dict[str, Any], tensor: str, **changed: Any) -> None:
+    for each in itertools.chain(*_tensors(data, "inputs", "outputs")):
+        if each["name"] == tensor:
+            each.update(changed)
+
+
+def _without(data: dict[str, Any], tensor: str) -> None:
+    for inputs in _tensors(data, "inputs"):
+        inputs[:] = [each for each in inputs if each["name"] != tensor]
+
+
+def python_says(path: Path) -> str | None:
     try:
-        check_signatures(manifest, manifest.shapes[0].graphs)
+        graphs_of(Bundle.open(path))
     except BundleError as error:
-        says = str(error)
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("what", SIGNATURES)
+def test_signatures_are_checked_as_python_checks_them(
+    probe: Path, library: Library, good: Path, tmp_path: Path, what: str
+) -> None:
+    toy = Path(shutil.copytree(good, tmp_path / "toy"))
+    edit_manifest(toy, SIGNATURES[what])
+    says = python_says(toy)
     (told,) = lines(probe, "signatures", toy)
     assert told == ({"ok": None} if says is None else {"code": "bundle", "text": says})
     assert (says is None) == (what == "nothing")
+    if says is not None:
+        with pytest.raises(Failure) as failure:
+            LoadedSession(LoadedBundle(library, toy))
+        assert (failure.value.code, str(failure.value)) == (BUNDLE, says)
+
+
+@pytest.mark.parametrize("what", ["inputs", "outputs", "pictures", "noise"])
+def test_image_graphs_are_for_the_pictures_of_their_size(probe: Path, tmp_path: Path, what: str) -> None:
+    toy = build(tmp_path / "toy", Toy(pictured=True))
+    assert lines(probe, "signatures", toy) == [{"ok": None}]
+
+    def harm(data: dict[str, Any]) -> None:
+        graph = _graph(data, "image")
+        if what in ("inputs", "outputs"):
+            graph[what].clear()
+        else:
+            graph["inputs"][what == "noise"].update(shape=[1, 400, 4, 3])
+
+    edit_manifest(toy, harm)
+    assert lines(probe, "signatures", toy) == [{"code": "bundle", "text": python_says(toy)}]
+
+
+@pytest.mark.parametrize("what", ["nothing", "latents", "a carry", "an input"])
+def test_ranges_of_one_size_have_the_same_tensors(probe: Path, tmp_path: Path, what: str) -> None:
+    """Their images lie in the buffers of one pool, which were made by the first."""
+    toy = build(tmp_path / "toy", Toy(batches=[(1, 1), (4, 4)]), goldens=False)
+
+    def harm(data: dict[str, Any]) -> None:
+        own = {"shapes": data["shapes"][1:]}
+        if what == "latents":
+            own["shapes"][0].update(latents=[2, 8, 4])
+            for tensor in ("latents", *PAST, "noise", *STEP_OUTPUTS):
+                _everywhere(own, tensor, shape=["batch", 2, 8, 4])
+            decoder = f"decoder-{what}.onnx"  # of its own, as no file is described twice
+            _graph(own, "decoder").update(file=decoder)
+            _graph(own, "decoder")["inputs"][0].update(shape=[1, 2, 8, 4])
+            (toy / decoder).write_bytes((toy / "decoder.onnx").read_bytes())
+            data["files"][decoder] = data["files"]["decoder.onnx"]
+        elif what == "a carry":
+            _everywhere(own, "cross.0", shape=["batch", 3200])
+        elif what == "an input":
+            _without(own, "latents.3")
+
+    edit_manifest(toy, harm)
+    says = python_says(toy)
+    assert lines(probe, "signatures", toy) == [{"ok": None} if says is None else {"code": "bundle", "text": says}]
+    assert (says is None) == (what == "nothing")
+    assert says is None or "for 1 to 1 and 4 to 4 images" in says
 
 
 def test_plan_files(probe: Path, good: Path, tmp_path: Path) -> None:

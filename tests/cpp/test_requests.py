@@ -97,6 +97,17 @@ def test_who_stays_together_is_not_moved(mini: Twins) -> None:
     assert pool.moved == moved
 
 
+def test_a_pool_is_of_plans_that_its_session_has_loaded(library: Library) -> None:
+    """Others were not checked, and buffers are made of what their graphs say."""
+    twins = Twins(library, place_of("mini"), ["guidance_stopped"])
+    for images in (1, 9):
+        with pytest.raises(Failure, match="is not loaded; name its plan in the session's options") as failure:
+            twins.pool(images, plans=["default"])
+        assert failure.value.code == c.ENGINE
+        with pytest.raises(Failure, match="is not loaded"):
+            twins.request(PROMPTS[0], images=images)
+
+
 def test_what_a_batch_refuses(mini: Twins) -> None:
     pool = mini.pool(3, plans=PLANS)
     one, other = (mini.request(PROMPTS[0], pool=pool, plan=plan) for plan in ("default", "guidance_stopped"))
@@ -148,6 +159,29 @@ def test_a_callback_stops_a_request(mini: Twins) -> None:
     with pytest.raises(Failure) as failure:
         request.step()
     assert failure.value.code == c.CANCELLED
+
+
+def test_a_callback_may_step_requests_of_another_pool(mini: Twins, alone: dict[int, Any]) -> None:
+    """More of them than there are in the batch that it is called from, whose list has to stay as it is."""
+    several = [mini.request(PROMPTS[i], pool=pool, seed=i) for pool in [mini.pool(9)] for i in range(4)]
+    others: list[Any] = []
+
+    def hear(done: int, total: int) -> bool:
+        batch(several)
+        with pytest.raises(Failure, match="in use, by another thread or from a callback") as failure:
+            others[0].step()
+        with pytest.raises(Failure, match="in use, by another thread or from a callback"):
+            batch(others[:1])
+        return failure.value.code == c.ARGUMENT
+
+    pool = mini.pool(3)
+    others += [mini.request(pool=pool, on_step=hear if i == 0 else None, **asked(0)) for i in range(3)]
+    while others[0].progress()[2] is not None:
+        assert batch(others) == [0, 0, 0]
+        assert len({request.progress()[0] for request in (*others, *several)}) == 1
+    for request in others:
+        same(request.latents(), alone[0])
+    same(several[3].latents(), mini.wanted(PROMPTS[3], seed=3).latents)
 
 
 def test_cancelled_from_another_thread_in_the_middle_of_a_step(library: Library) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from PIL import Image
 
 from tests.cpp.library import onnxruntime_library
+from tests.toy_bundle import build, edit_manifest
+from tgate_engine.bundle import Bundle
 from tgate_runtime import Pipeline
 from tgate_runtime.mini import place_of
 
@@ -105,6 +108,12 @@ def test_a_video_from_a_picture(run: Runner, family_bundle: object, tmp_path: Pa
         (["B", "--prompt", "a", "--seed", "9223372036854775808"], 2, "--seed takes a whole number from 0"),
         (["B", "--prompt", "a", "--seed", "1e3"], 2, "--seed takes a whole number from 0"),
         (["B", "--prompt", "a", "--guidance-scale", "much"], 2, "--guidance-scale takes a number"),
+        (
+            ["B", "--prompt", "a", "--guidance-scale", "0"],
+            2,
+            "a number other than 0, got '0'; leave it out",
+        ),
+        (["B", "--prompt", "a", "--guidance-scale", "0x3"], 2, "a number other than 0, got '0x3'"),
         (["B", "--token-ids", "1,,2", "--output", "x.png"], 2, "--token-ids takes a whole number"),
         (["B", "--token-ids", "1", "--token-ids", "2", "--output", "x.png"], 1, "has 1 tokenizers, got ids of 2"),
         (["nowhere", "--prompt", "a", "--output", "x.png"], 1, "there is no such directory"),
@@ -144,9 +153,23 @@ def test_files_that_are_no_arrays(run: Runner, bundle: Path, tmp_path: Path) -> 
         )
     line = run(bundle, "--prompt", "a", "--output", "x.png", "--initial-latents", good, fails=1)
     assert "initial latents must be" in line
+    flat = np.zeros((1, math.prod(Bundle.open(bundle).manifest.shapes[0].latents)), np.float32)
+    np.save(tmp_path / "flat.npy", flat)  # as many numbers, and Python takes no such array either
+    line = run(bundle, "--prompt", "a", "--output", "x.png", "--initial-latents", "flat.npy", fails=1)
+    assert f"flat.npy has the shape {[*flat.shape]}, and [1, " in line
     os.mkfifo(tmp_path / "pipe.npy")
     # A pipe would keep the reader waiting; it is told before.
     assert "pipe.npy" in run(bundle, "--prompt", "a", "--output", "x.png", "--initial-latents", "pipe.npy", fails=1)
+
+
+def test_a_picture_of_a_bundle_without_a_decoder(run: Runner, tmp_path: Path) -> None:
+    """Is refused before anything is drawn; the latents are there to be had."""
+    toy = build(tmp_path / "toy", goldens=False)
+    edit_manifest(toy, lambda d: d["shapes"][0]["graphs"].pop("decoder"))
+    line = run(toy, "--prompt", "a", "--output", "x.png", "--save-latents", "x.npy", fails=1)
+    assert "has no decoder (--components), so there is no picture; give --save-latents" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
+    run(toy, "--prompt", "a", "--save-latents", "x.npy")
 
 
 def test_without_onnxruntime(run: Runner, bundle: Path) -> None:

@@ -39,6 +39,7 @@ void use(const tgate::Manifest& manifest) {
     std::vector<std::pair<std::string, const tgate::GraphSpec*>> kept;
     for (const auto& [name, graph] : shape.graphs) kept.emplace_back(name, &graph);
     fuzz::passes([&] { tgate::check_signatures(manifest, kept); });
+    fuzz::passes([&] { tgate::check_forms(shape, kept); });
   }
 }
 

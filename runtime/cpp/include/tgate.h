@@ -38,7 +38,8 @@
  *     tgate_bundle_free(bundle);
  *
  * Errors. What can fail returns a tgate_code, TGATE_OK being 0, and where its last argument is not NULL puts an error
- * there: free it with tgate_error_free. A call that failed left its outputs as they were.
+ * there: free it with tgate_error_free; one that was there before is not freed. A call that failed left its other
+ * outputs as they were.
  *
  * Structs begin with their size. Each has an init function, which is given the size that the caller was compiled with
  * and fills in the defaults; a later library that knows more fields takes the shorter struct of an older caller, and
@@ -49,9 +50,10 @@
  * sessions of it are open, a session while it has requests: what they need stays until they are freed.
  *
  * Threads. A bundle and a session may be used by any number of threads at once. A request belongs to one thread at a
- * time, and the requests of one pool to one thread at a time; only tgate_request_cancel may be called by any. Requests
- * of different pools run at once. No call takes a lock while an engine runs. The library starts no threads of its own,
- * but to check digests; the engine has a pool for each loaded graph.
+ * time, and a pool with all of its requests to one thread at a time, decoding and freeing among it; only
+ * tgate_request_cancel may be called by any, while the request is there. Requests of different pools run at once. No
+ * call takes a lock while an engine runs. The library starts no threads of its own, but to check digests; the engine has
+ * a pool for each loaded graph.
  *
  * Signals, locale and standard streams are left alone, and no exception leaves the library.
  */
@@ -229,13 +231,15 @@ typedef struct tgate_progress {
   size_t size;
   size_t done;       /* steps taken */
   size_t total;      /* steps of its plan */
-  const char *graph; /* the next step's; NULL at the end. Requests can share a call where these are equal */
-  const char *phase; /* the next step's, a word for people; NULL at the end */
+  const char *graph; /* the next step's; NULL at the end. Requests of a pool can share a call where these are equal */
+  const char *phase; /* the next step's, a word for people; NULL at the end. Both live as long as the request */
 } tgate_progress;
 TGATE_API tgate_code tgate_progress_init(tgate_progress *progress, size_t size);
 
 /* Hears of every step, in the thread that takes it, after it. 0 goes on; anything else stops the request, whose run
- * then ends in TGATE_CANCELLED. The request may be looked at (latents, progress), not changed. */
+ * then ends in TGATE_CANCELLED. The request may be looked at (latents, progress, a picture) and cancelled; it is not
+ * stepped, begun anew or freed there, and nor is any other of its pool, and none is made in the pool. No exception of
+ * C++ leaves it. */
 typedef int32_t (*tgate_on_step)(tgate_request *request, const tgate_progress *progress, void *user_data);
 
 /* Ids of one tokenizer, as its input of the text graph takes them: at most its length; cut and filled up by the caller or
@@ -297,8 +301,9 @@ TGATE_API tgate_code tgate_request_step(tgate_request *request, tgate_error **er
 TGATE_API tgate_code tgate_request_run(tgate_request *request, tgate_error **error);
 /* Take one step of each of several requests of one pool, whose next steps run one graph, in as few calls of the engine
  * as the bundle's batches allow. Their plans, positions, seeds and guidance scales may differ. Images are moved in the
- * pool until those of a call are neighbours; who goes on together stays together. A request that was cancelled, or whose
- * callback says stop, is left out alone: `stopped` (as many as requests; may be NULL) is 1 for it. */
+ * pool until those of a call are neighbours; who goes on together stays together. A request that was cancelled, whose
+ * callback says stop, or that failed is left out alone: `stopped` (as many as requests; may be NULL) is 1 for it, and
+ * tgate_request_step says why. TGATE_OK where all are left out. Where the engine fails, all of them have failed. */
 TGATE_API tgate_code tgate_batch(tgate_request *const *requests, size_t count, int32_t *stopped, tgate_error **error);
 
 /* From any thread: the step under way ends as soon as the engine can, and every later one fails, with TGATE_CANCELLED,
@@ -312,7 +317,8 @@ TGATE_API const char *tgate_request_cut(const tgate_request *request);
 /* Elements of one image's latents; and their dimensions, [C, h, w] or a video's four, into `shape`: how many there are. */
 TGATE_API size_t tgate_request_latents_count(const tgate_request *request);
 TGATE_API size_t tgate_request_latents_shape(const tgate_request *request, int64_t shape[8]);
-/* One image's latents after the last step taken, float32, into `latents`, which has room for `count` elements. */
+/* One image's latents after the last step taken, float32, into `latents`, which has room for `count` elements. Fails
+ * where a step failed or was ended midway: then some images may be a step further than others. */
 TGATE_API tgate_code tgate_request_latents(const tgate_request *request, size_t image, float *latents, size_t count,
                                            tgate_error **error);
 

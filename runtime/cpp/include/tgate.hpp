@@ -219,9 +219,11 @@ class Request {
     if (hear_ == nullptr) {
       hear_.reset(new Hear{});
     }
-    hear_->on_step = asked.on_step;
+    std::function<bool(const tgate_progress&)> on_step = asked.on_step;
     const tgate_request_options options = fields(asked);
     detail::call([&](tgate_error** error) { return tgate_request_reset(get(), &options, error); });
+    hear_->on_step.swap(on_step);  // only now: a request that was not begun anew goes on as it was
+    hear_->thrown = nullptr;
   }
   void step() {
     finish([&](tgate_error** error) { return tgate_request_step(get(), error); });
@@ -308,17 +310,26 @@ class Request {
     if (function(&error) != TGATE_OK) {
       if (hear_ != nullptr && hear_->thrown != nullptr) {
         tgate_error_free(error);
-        std::rethrow_exception(std::exchange(hear_->thrown, nullptr));
+        rethrow();
       }
       throw Failure(error);
     }
   }
 
+  void rethrow() const {
+    if (hear_ != nullptr && hear_->thrown != nullptr) {
+      std::rethrow_exception(std::exchange(hear_->thrown, nullptr));
+    }
+  }
+
+  friend std::vector<std::int32_t> batch(const std::vector<const Request*>& requests);
+
   std::unique_ptr<Hear> hear_;  // outlives the handle, which has its address
   detail::Owner<tgate_request, tgate_request_free> handle_;
 };
 
-/// One step of each of several requests of one pool; see tgate_batch. Which of them were stopped.
+/// One step of each of several requests of one pool; see tgate_batch. Which of them were stopped. What a callback threw
+/// comes out when all have taken their step.
 inline std::vector<std::int32_t> batch(const std::vector<const Request*>& requests) {
   std::vector<tgate_request*> handles;
   for (const Request* request : requests) {
@@ -326,6 +337,9 @@ inline std::vector<std::int32_t> batch(const std::vector<const Request*>& reques
   }
   std::vector<std::int32_t> stopped(handles.size());
   detail::call([&](tgate_error** error) { return tgate_batch(handles.data(), handles.size(), stopped.data(), error); });
+  for (const Request* request : requests) {
+    request->rethrow();
+  }
   return stopped;
 }
 

@@ -9,12 +9,13 @@
 //   probe-bundle plan FILE                       whether a file is a plan, and what was read
 //   probe-bundle memory PATH PLAN SIZE IMAGES    memory_of
 //   probe-bundle buffers PATH SIZE PLAN...       buffers_of
-//   probe-bundle signatures PATH                 check_signatures of every shape
+//   probe-bundle signatures PATH                 check_signatures and check_forms of every shape, check_ranges of every size
 //
 // A refusal is {"code": ..., "text": ...}, with the code's name as in tgate.h.
 #include <cstdio>
 #include <fstream>
 #include <iostream>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -244,7 +245,13 @@ void answer_signatures(const std::string& path) {
       std::vector<std::pair<std::string, const tgate::GraphSpec*>> kept;
       for (const auto& [name, spec] : shape.graphs) kept.emplace_back(name, &spec);
       tgate::check_signatures(bundle.manifest(), kept);
+      tgate::check_forms(shape, kept);
     }
+    std::set<std::string> used;
+    for (const auto& [name, plan] : bundle.manifest().plans) {
+      for (const std::string& graph : plan.graphs()) used.insert(graph);
+    }
+    for (const std::string& size : bundle.manifest().sizes()) tgate::check_ranges(bundle.manifest().shapes_of(size), used);
     return Value{};
   });
 }

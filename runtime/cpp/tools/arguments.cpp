@@ -80,8 +80,10 @@ Arguments parse(int count, char** words) {
        [&](auto& name, auto& value) {
          char* rest = nullptr;
          asked.guidance_scale = std::strtod(value.c_str(), &rest);
-         if (value.empty() || *rest != '\0' || !std::isfinite(asked.guidance_scale)) {
-           throw Refusal{name + " takes a number, got '" + value.substr(0, 60) + "'", 2};
+         // 0 is the plan's to the library; whoever writes it here means something else. And 0x3 is no decimal number.
+         const bool odd = value.empty() || *rest != '\0' || value.find_first_of("xX ") != std::string::npos;
+         if (odd || !std::isfinite(asked.guidance_scale) || asked.guidance_scale == 0) {
+           throw Refusal{name + " takes a number other than 0, got '" + value.substr(0, 60) + "'; leave it out for the plan's", 2};
          }
        }},
       {"--num-images", [&](auto& name, auto& value) { asked.images = static_cast<std::size_t>(whole(name, value, 1, 65536)); }},

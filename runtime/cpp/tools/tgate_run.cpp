@@ -23,6 +23,14 @@ void check_folder(const std::string& path) {
   }
 }
 
+std::string shown(const std::vector<std::int64_t>& shape) {
+  std::string text;
+  for (const std::int64_t size : shape) {
+    text += (text.empty() ? "[" : ", ") + std::to_string(size);
+  }
+  return text + "]";
+}
+
 void save(const tool::Arguments& asked, const tgate::Request& request) {
   for (std::size_t i = 0; !asked.output.empty() && i < asked.images; ++i) {
     const tgate::Picture picture = request.decode(i);
@@ -47,6 +55,9 @@ int run(const tool::Arguments& asked) {
     }
   }
   const tgate::Bundle bundle(asked.bundle);
+  if (!asked.output.empty() && bundle.facts().decodes == 0) {
+    throw tool::Refusal{asked.bundle + " has no decoder (--components), so there is no picture; give --save-latents Y.npy", 1};
+  }
   tgate::SessionOptions loading;
   loading.engine = asked.engine;
   loading.library = asked.library;
@@ -103,6 +114,12 @@ int run(const tool::Arguments& asked) {
     };
   }
   tgate::Request request(session, ask);
+  std::int64_t shape[8];
+  std::vector<std::int64_t> dims(shape, shape + tgate_request_latents_shape(request.get(), shape));
+  dims.insert(dims.begin(), static_cast<std::int64_t>(asked.images));
+  if (!latents.data.empty() && latents.shape != dims) {
+    throw tool::Refusal{asked.initial_latents + " has the shape " + shown(latents.shape) + ", and " + shown(dims) + " is wanted", 1};
+  }
   if (!request.cut().empty()) {
     std::fprintf(stderr, "tgate-run: warning: the prompt is longer than the model takes; left out: \"%.500s\"\n",
                  request.cut().c_str());
@@ -110,9 +127,7 @@ int run(const tool::Arguments& asked) {
   request.run();
   if (!asked.save_latents.empty()) {
     tool::Floats kept;
-    std::int64_t shape[8];
-    kept.shape = {static_cast<std::int64_t>(asked.images)};
-    kept.shape.insert(kept.shape.end(), shape, shape + tgate_request_latents_shape(request.get(), shape));
+    kept.shape = dims;
     for (std::size_t i = 0; i < asked.images; ++i) {
       const std::vector<float> each = request.latents(i);
       kept.data.insert(kept.data.end(), each.begin(), each.end());

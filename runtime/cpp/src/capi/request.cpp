@@ -236,7 +236,10 @@ tgate_code tgate_request_run(tgate_request* request, tgate_error** error) {
 
 tgate_code tgate_batch(tgate_request* const* requests, size_t count, int32_t* stopped, tgate_error** error) {
   return guarded(error, [&] {
-    thread_local std::vector<tgate::Request*> all;  // its room stays, so that a step allocates nothing
+    // Its room stays, so that a step allocates nothing; a callback that steps another pool's requests has another.
+    thread_local std::vector<tgate::Request*> spare;
+    std::vector<tgate::Request*> all;
+    all.swap(spare);
     all.clear();
     for (std::size_t i = 0; i < count; ++i) {
       all.push_back(needed((&needed(requests, "requests"))[i], "a request").request.get());
@@ -246,6 +249,7 @@ tgate_code tgate_batch(tgate_request* const* requests, size_t count, int32_t* st
     }
     const tgate::Pool::Use use(*all.front()->pool());
     tgate::step_together(all.data(), all.size(), stopped);
+    all.swap(spare);
   });
 }
 

@@ -96,6 +96,14 @@ struct Manifest {
 /// are those that a session would load. As `tgate_runtime.signatures`.
 void check_signatures(const Manifest& manifest, const std::vector<std::pair<std::string, const GraphSpec*>>& kept);
 
+/// Raises Error of Code::bundle where a graph of a shape is not for its latents, pictures and batches, or lacks what is
+/// fed to every graph of its role: buffers are as large as the graphs say, and filled with what the shape says.
+void check_forms(const Shape& shape, const std::vector<std::pair<std::string, const GraphSpec*>>& kept);
+
+/// Raises Error of Code::bundle where the shapes of one size, which differ in their batches, differ in their latents or
+/// in what the graphs of `names` take and give: their images lie in the same buffers. All have those graphs.
+void check_ranges(const std::vector<const Shape*>& shapes, const std::set<std::string>& names);
+
 /// The tensors that walking `plans` needs, each of which has one buffer: what their graphs take, what every step gives,
 /// and the carries that are written. In order of first use.
 std::vector<TensorSpec> buffers_of(const Graphs& graphs, const std::vector<const Plan*>& plans);

@@ -51,6 +51,46 @@ std::vector<std::string> needs(const Manifest& manifest, Role role) {
   return names;
 }
 
+std::string shown_as(const std::string& name, Dtype dtype, const std::vector<std::int64_t>& shape) {
+  std::string text;
+  for (const std::int64_t dim : shape) text += (text.empty() ? "" : ", ") + (dim < 0 ? "batch" : std::to_string(dim));
+  return shown(name) + " as " + std::string(facts_of(dtype).name) + " [" + text + "]";
+}
+
+struct Form {
+  Dtype dtype;
+  std::vector<std::int64_t> shape;
+};
+
+/// The forms that a shape gives to tensors of a role's graphs, by their names.
+std::unordered_map<std::string, Form> forms_of(const Shape& shape, Role role) {
+  std::vector<std::int64_t> latents = shape.latents;
+  if (role == Role::image) {
+    return {{"picture", {Dtype::uint8, {1, shape.height, shape.width, 3}}},
+            {"noise", {Dtype::float32, {1, 3, shape.height, shape.width}}}};
+  }
+  std::unordered_map<std::string, Form> forms;
+  if (role == Role::decode) {
+    latents.insert(latents.begin(), 1);
+    forms.emplace("latents", Form{Dtype::float32, latents});
+  } else if (role == Role::denoise) {
+    latents.insert(latents.begin(), -1);
+    for (const char* name : {"latents", "output", "next_latents", "noise"}) forms.emplace(name, Form{Dtype::float32, latents});
+    for (const char* past : {"latents.", "output."}) {
+      for (int lag = 1; lag <= history; ++lag) forms.emplace(past + std::to_string(lag), Form{Dtype::float32, latents});
+    }
+    forms.emplace("step", Form{Dtype::float32, {-1, step_row_length}});
+  }
+  return forms;
+}
+
+/// What every graph of a role takes.
+std::vector<std::string> always(Role role) {
+  if (role == Role::denoise) return {"latents", "step"};
+  if (role == Role::decode) return {"latents"};
+  return role == Role::image ? std::vector<std::string>{"picture"} : std::vector<std::string>{};
+}
+
 }  // namespace
 
 void check_signatures(const Manifest& manifest, const std::vector<std::pair<std::string, const GraphSpec*>>& kept) {
@@ -95,6 +135,63 @@ void check_signatures(const Manifest& manifest, const std::vector<std::pair<std:
                  [&](const std::string& input) { return !taken.count(input); });
     std::sort(unfed.begin(), unfed.end());
     refuse(" has no input ", unfed, "");
+  }
+}
+
+void check_forms(const Shape& shape, const std::vector<std::pair<std::string, const GraphSpec*>>& kept) {
+  for (const auto& [name, spec] : kept) {
+    const auto refuse = [&, &name = name](const std::string& what) {
+      throw Error(Code::bundle, "graph '" + shown(name) + "' " + what + "; export the bundle again");
+    };
+    std::vector<std::string> missing;
+    for (const std::string& input : always(spec->role)) {
+      if (spec->input(input) == nullptr) missing.push_back(input);
+    }
+    if (!missing.empty()) refuse("has no input " + joined(missing));
+    const bool by_image = spec->role == Role::denoise;
+    const Range &own = spec->batch, &asked = shape.batch;
+    if (by_image && (asked.least < own.least || asked.most > own.most)) {
+      refuse("is for " + std::to_string(own.least) + " to " + std::to_string(own.most) + " images, and its shape for " +
+             std::to_string(asked.least) + " to " + std::to_string(asked.most));
+    }
+    const auto forms = forms_of(shape, spec->role);
+    for (const std::vector<TensorSpec>* tensors : {&spec->inputs, &spec->outputs}) {
+      for (const TensorSpec& tensor : *tensors) {
+        const std::string is = "has " + shown_as(tensor.name, tensor.dtype, tensor.shape);
+        if (by_image && !tensor.by_image()) refuse(is + ", without a row for each image");
+        std::vector<std::int64_t> dims = tensor.shape;
+        if (!by_image && tensor.by_image()) dims.front() = 1;
+        Form wanted{tensor.dtype, dims};
+        if (spec->role == Role::decode && tensor.name == "image") {  // a video's frames come before
+          std::vector<std::int64_t> pixels{1};
+          if (dims.size() > 3) pixels.assign(dims.begin(), dims.end() - 3);
+          pixels.insert(pixels.end(), {shape.height, shape.width, 3});
+          wanted = {Dtype::uint8, std::move(pixels)};
+        } else if (const auto found = forms.find(tensor.name); found != forms.end()) {
+          wanted = found->second;
+        }
+        if (wanted.dtype != tensor.dtype || wanted.shape != dims) {
+          refuse(is + ", where " + shown_as(tensor.name, wanted.dtype, wanted.shape) + " is wanted");
+        }
+      }
+    }
+  }
+}
+
+void check_ranges(const std::vector<const Shape*>& shapes, const std::set<std::string>& names) {
+  const Shape& first = *shapes.front();
+  const auto text_of = [](const Range& range) { return std::to_string(range.least) + " to " + std::to_string(range.most); };
+  const auto alike = [](const std::vector<TensorSpec>& one, const std::vector<TensorSpec>& two) {
+    return one.size() == two.size() && std::is_permutation(one.begin(), one.end(), two.begin());
+  };
+  for (const Shape* other : shapes) {
+    const std::string ranges = text_of(first.batch) + " and " + text_of(other->batch) + " images; export the bundle again";
+    if (other->latents != first.latents) throw Error(Code::bundle, first.size() + " has other latents for " + ranges);
+    for (const std::string& name : names) {
+      const GraphSpec &one = *find(first.graphs, name), &two = *find(other->graphs, name);
+      if (alike(one.inputs, two.inputs) && alike(one.outputs, two.outputs)) continue;
+      throw Error(Code::bundle, "graph '" + shown(name) + "' of " + first.size() + " takes and gives other tensors for " + ranges);
+    }
   }
 }
 

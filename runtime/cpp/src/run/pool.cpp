@@ -66,6 +66,19 @@ Pool::Pool(std::shared_ptr<const Session> session, std::string_view size, const 
   if (chosen.empty()) {
     chosen.push_back(&session_->plan("default"));
   }
+  // What a session has loaded, it has checked; buffers are made of nothing else.
+  for (const Plan* plan : chosen) {
+    for (const std::string& name : plan->graphs()) {
+      for (const Shape* each : shapes_) {
+        const GraphSpec* spec = tgate::find(each->graphs, name);
+        if (spec == nullptr) {
+          throw Error(Code::plan, "plan '" + shown(plan->name) + "' runs graph '" + shown(name) + "', which " + each->size() +
+                                      " does not have");
+        }
+        static_cast<void>(session_->graph(*spec));
+      }
+    }
+  }
   const Graphs& graphs = shape().graphs;
   for (TensorSpec& tensor : buffers_of(graphs, chosen)) {
     if (!tensor.by_image()) {

@@ -250,6 +250,7 @@ void Request::begin(const Ask& ask) {
   cut_ = std::move(cut);
   on_step_ = ask.on_step;
   fault_.clear();
+  const std::lock_guard<std::mutex> lock(guard_);
   interrupt_->clear();
   cancelled_.store(false, std::memory_order_release);
 }
@@ -268,6 +269,7 @@ void Request::reset(const Ask& ask) {
 }
 
 void Request::cancel() noexcept {
+  const std::lock_guard<std::mutex> lock(guard_);
   cancelled_.store(true, std::memory_order_release);
   interrupt_->set();
 }
@@ -288,7 +290,7 @@ void Request::step() {
   }
   try {
     pool_->step(views_.data(), views_.size(), interrupt_.get());
-  } catch (const Error& error) {
+  } catch (const std::exception& error) {
     failed(error);
     check_usable();
     throw;
@@ -297,17 +299,18 @@ void Request::step() {
   check_usable();
 }
 
-void Request::failed(const Error& error) {
-  if (error.code() != Code::request) {  // such a one is told before the engine runs
-    fault_ = error.what();
+void Request::failed(const std::exception& fault) {
+  const auto* error = dynamic_cast<const Error*>(&fault);
+  if (error == nullptr || error->code() != Code::request) {  // such a one is told before the engine runs
+    fault_ = fault.what();
   }
 }
 
 void Request::after_step() {
   if (done()) {
     for (std::size_t i = 0; i < images_.size() && fault_.empty(); ++i) {
-      pool_->latents(*images_[i], scratch_.data());
       try {
+        pool_->latents(*images_[i], scratch_.data());
         check_computed(scratch_.data(), scratch_.size(), Dtype::float32, "the final latents of an image");
       } catch (const Error& error) {
         failed(error);
@@ -325,22 +328,22 @@ void step_together(Request* const* requests, std::size_t count, std::int32_t* st
   Pool* pool = count > 0 ? requests[0]->pool_.get() : nullptr;
   const std::string* graph = nullptr;
   // Whether a request takes part is decided here: one that is cancelled meanwhile is left out of the next batch.
-  const auto clear = [&](std::size_t some) {
-    for (std::size_t i = 0; i < some; ++i) {
-      requests[i]->in_batch_ = false;
+  struct Marks {
+    Request* const* requests;
+    std::size_t count = 0;
+    ~Marks() {
+      for (std::size_t i = 0; i < count; ++i) {
+        requests[i]->in_batch_ = false;
+      }
     }
-  };
-  const auto refuse_after = [&](std::size_t some, Code code, const std::string& text) {
-    clear(some);
-    throw Error(code, text);
-  };
+  } marks{requests};
   for (std::size_t i = 0; i < count; ++i) {
     Request& request = *requests[i];
     if (request.in_batch_) {
-      refuse_after(i, Code::argument, "a request is twice in a batch");
+      throw Error(Code::argument, "a request is twice in a batch");
     }
     if (request.pool_.get() != pool) {
-      refuse_after(i, Code::request, "requests that share a call are made in one pool; got two of different pools");
+      refuse("requests that share a call are made in one pool; got two of different pools");
     }
     const bool usable = !request.cancelled() && request.fault_.empty();
     if (stopped != nullptr) {
@@ -350,31 +353,30 @@ void step_together(Request* const* requests, std::size_t count, std::int32_t* st
       continue;
     }
     if (request.done()) {
-      refuse_after(i, Code::request, "a request of the batch is at its end; leave it out");
+      refuse("a request of the batch is at its end; leave it out");
     }
     const std::string& own = pool->graph_name(request.program_->moves[request.position()].graph);
     if (graph != nullptr && own != *graph) {
-      refuse_after(i, Code::request, "requests that share a call run one graph; got " + *graph + " and " + own);
+      refuse("requests that share a call run one graph; got " + *graph + " and " + own);
     }
     graph = &own;
     request.in_batch_ = true;
+    marks.count = i + 1;
     images.insert(images.end(), request.views_.begin(), request.views_.end());
   }
   try {
     pool == nullptr ? void() : pool->step(images.data(), images.size(), nullptr);
-  } catch (const Error& error) {
+  } catch (const std::exception& error) {
     for (std::size_t i = 0; i < count; ++i) {
       if (requests[i]->in_batch_) {
         requests[i]->failed(error);
       }
     }
-    clear(count);
     throw;
   }
   for (std::size_t i = 0; i < count; ++i) {
     Request& request = *requests[i];
     if (request.in_batch_) {
-      request.in_batch_ = false;
       request.after_step();
       if (stopped != nullptr) {
         stopped[i] = request.cancelled() || !request.fault_.empty() ? 1 : 0;
@@ -387,6 +389,9 @@ void Request::latents(std::size_t image, float* out) const {
   if (image >= images_.size()) {
     throw Error(Code::argument, "the request has " + std::to_string(images_.size()) + " images, got number " +
                                     std::to_string(image));
+  }
+  if (!fault_.empty()) {
+    check_usable();
   }
   pool_->latents(*images_[image], out);
 }
@@ -406,9 +411,6 @@ Request::Picture Request::picture() const {
 }
 
 void Request::decode(std::size_t image, std::uint8_t* pixels, std::size_t bytes) {
-  if (!fault_.empty()) {
-    throw Error(Code::engine, fault_);
-  }
   const std::size_t wanted = picture().bytes();
   if (bytes < wanted) {
     throw Error(Code::argument, "a picture takes " + std::to_string(wanted) + " bytes, got room for " + std::to_string(bytes));

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -62,7 +63,8 @@ class Request {
   [[nodiscard]] std::size_t images() const { return images_.size(); }
   [[nodiscard]] const std::string& cut() const { return cut_; }
 
-  /// One image's latents as they are now, float32. Throws Error of Code::argument for an image that is not there.
+  /// One image's latents as they are now, float32. Throws Error of Code::argument for an image that is not there, and as
+  /// check_usable where a step failed or was ended midway: some images may be a step further then than others.
   void latents(std::size_t image, float* out) const;
   /// Their picture: RGB.
   void decode(std::size_t image, std::uint8_t* pixels, std::size_t bytes);
@@ -80,13 +82,14 @@ class Request {
   void check(const Ask& ask) const;
   [[nodiscard]] float guidance(double asked) const;
   void after_step();
-  void failed(const Error& error);
+  void failed(const std::exception& fault);
 
   std::shared_ptr<const Session> session_;
   std::shared_ptr<Pool> pool_;
   const Program* program_ = nullptr;
   std::vector<std::unique_ptr<Image>> images_;
   std::vector<Image*> views_;
+  std::mutex guard_;  // of these two, which change together
   std::unique_ptr<Interrupt> interrupt_;
   std::atomic<bool> cancelled_{true};
   std::string fault_;  // of a step that failed, after which nothing here is worth anything

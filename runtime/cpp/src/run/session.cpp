@@ -134,19 +134,22 @@ std::shared_ptr<const Session> Session::open(std::shared_ptr<const Bundle> bundl
                                   " was exported with --weights none: it can be inspected, not run; export it with weights");
   }
   const std::vector<const Plan*> plans = session->find_plans(options.plans);
+  std::set<std::string> used;
+  for (const Plan* plan : plans) {
+    for (std::string& name : plan->graphs()) {
+      used.insert(std::move(name));
+    }
+  }
   std::vector<const GraphSpec*> graphs;
   for (const std::string& size : options.sizes.empty() ? manifest.sizes() : options.sizes) {
     if (session->shapes_.count(size) > 0) {
       continue;
     }
     session->sizes_.push_back(size);
-    for (const Shape* shape : session->shapes_[size] = manifest.shapes_of(size)) {
-      std::set<std::string> used;
+    session->shapes_[size] = manifest.shapes_of(size);
+    for (const Shape* shape : session->shapes_[size]) {
       for (const Plan* plan : plans) {
         plan->check(shape->graphs, manifest.carries);
-        for (std::string& name : plan->graphs()) {
-          used.insert(std::move(name));
-        }
       }
       std::vector<std::pair<std::string, const GraphSpec*>> kept;
       for (const auto& [name, spec] : shape->graphs) {
@@ -155,6 +158,7 @@ std::shared_ptr<const Session> Session::open(std::shared_ptr<const Bundle> bundl
         }
       }
       check_signatures(manifest, kept);
+      check_forms(*shape, kept);
       for (const auto& [name, spec] : kept) {
         const std::string& file = spec->file;
         if (std::none_of(graphs.begin(), graphs.end(), [&](const GraphSpec* each) { return each->file == file; })) {
@@ -162,6 +166,7 @@ std::shared_ptr<const Session> Session::open(std::shared_ptr<const Bundle> bundl
         }
       }
     }
+    check_ranges(session->shapes_[size], used);
   }
   session->load_tokenizers();
   session->engine_ = engine != nullptr ? std::move(engine) : Engine::open(options.engine);

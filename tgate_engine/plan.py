@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tgate_engine.errors import BundleError, PlanError, SamplerError, TgateError
-from tgate_engine.graph import DENOISE, Dim, GraphSpec, TensorSpec
+from tgate_engine.graph import DENOISE, GraphSpec
 from tgate_engine.plain_files import open_plain, read_most
+from tgate_engine.plan_check import PlanCheck
 from tgate_engine.reader import Reader, parse_json
 from tgate_engine.sampler import HISTORY, MOST_CALLS, Fact, Sampler, SamplerStep, check_facts
 
 MOST_BYTES = 8 << 20
 """How large a plan's file may be: room for the most calls there are, over 140 carries."""
-_Form = tuple[str, tuple[Dim, ...]]
-"""A carry's dtype and shape."""
 MOST_GUIDANCE = 1e4
 """The largest guidance scale there is. Half precision holds six times that, and pictures go grey long before."""
 _ADVICE = "make the plan again with `tgate plan`"
-_AGAIN = "Make the plan again with `tgate plan`."
 
 
 class Call(NamedTuple):
@@ -90,53 +88,9 @@ class Plan:
         return mine == theirs
 
     def check(self, graphs: Mapping[str, GraphSpec], carries: Collection[str]) -> None:
-        """Prove that the plan can run on the graphs of one shape.
-
-        Every graph exists; the carries a step reads are exactly those its graph takes; each was written by an
-        earlier step with the shape and dtype it is read in; and a step writes exactly those carries that a later
-        step reads. So images at different steps of one graph can share a call: what it writes for one of them
-        beyond its own step is read by nobody. Raises :class:`PlanError` at the first fault.
-        """
-        if not self.steps or len(self.steps) != len(self.sampler.calls):
-            raise PlanError(
-                f"plan {self.name!r} has {len(self.steps)} steps and {len(self.sampler.calls)} sampler calls, which "
-                f"must be as many, and one at least. {_AGAIN}"
-            )
-        written: dict[str, _Form] = {}
-        takes_of = {name: _carried(spec.inputs, carries) for name, spec in graphs.items()}
-        gives_of = {name: _carried(spec.outputs, carries) for name, spec in graphs.items()}
-        for position, step in enumerate(self.steps):
-            where = f"plan {self.name!r}, step {step.index}"
-            if step.index != position:
-                raise PlanError(f"{where}: expected index {position}. {_AGAIN}")
-            graph = graphs.get(step.graph)
-            if graph is None or graph.role != DENOISE:
-                have = ", ".join(name for name, spec in graphs.items() if spec.role == DENOISE)
-                raise PlanError(f"{where} runs graph {step.graph!r}; the bundle has {have}. Export the bundle again.")
-            takes, gives = takes_of[step.graph], gives_of[step.graph]
-            for name in step.reads:
-                if name not in written:
-                    raise PlanError(
-                        f"{where} reads {name}, which no earlier step writes; "
-                        f"the steps before it write {_some(written)}. {_AGAIN}"
-                    )
-            if takes.keys() != set(step.reads):
-                odd = sorted(set(step.reads) ^ set(takes))
-                raise PlanError(f"{where}: graph {step.graph!r} reads {_some(takes)}, the plan differs in {_some(odd)}")
-            for name in step.reads:
-                if written[name] != takes[name]:
-                    raise PlanError(f"{where} reads {name} as {takes[name]}, but it was written as {written[name]}")
-            for name in step.writes:
-                if name not in gives:
-                    raise PlanError(f"{where} writes {name}, which graph {step.graph!r} does not give")
-                written[name] = gives[name]
-        for step, proper in zip(self.steps, _with_writes(self.steps, graphs, carries), strict=True):
-            if set(step.writes) != set(proper.writes):
-                odd = sorted(set(step.writes) ^ set(proper.writes))
-                raise PlanError(
-                    f"plan {self.name!r}, step {step.index}: a step writes the carries of its graph that a later step "
-                    f"reads, no others; the plan differs in {_some(odd)}. {_AGAIN}"
-                )
+        """Prove that the plan can run on the graphs of one shape, as :class:`~tgate_engine.plan_check.PlanCheck` does,
+        which says what that means and proves many plans at once. Raises :class:`PlanError` at the first fault."""
+        PlanCheck([graphs], carries)(self)
 
     def macs(self, graphs: Mapping[str, GraphSpec]) -> tuple[int, int]:
         """Multiply-accumulates of the whole trajectory for one image: (paper's count, all)."""
@@ -255,7 +209,7 @@ def build_plan(
 
 def _with_writes(steps: Sequence[Step], graphs: Mapping[str, GraphSpec], carries: Collection[str]) -> tuple[Step, ...]:
     """The steps, each writing what its graph gives and a later step reads before it is written again."""
-    outputs = {name: tuple(_carried(spec.outputs, carries)) for name, spec in graphs.items()}
+    outputs = {name: [n for n in spec.output_names() if n in carries] for name, spec in graphs.items()}
     live: set[str] = set()
     kept: list[Step] = []
     for step in reversed(steps):
@@ -263,11 +217,6 @@ def _with_writes(steps: Sequence[Step], graphs: Mapping[str, GraphSpec], carries
         live = (live - set(writes)) | set(step.reads)
         kept.append(replace(step, writes=writes))
     return tuple(reversed(kept))
-
-
-def _carried(tensors: Sequence[TensorSpec], carries: Collection[str]) -> dict[str, _Form]:
-    """Those of a graph's inputs or outputs that are carries, in their order."""
-    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors if tensor.name in carries}
 
 
 def _plan_of(data: Any, where: str) -> Plan:
@@ -303,10 +252,3 @@ def _step(r: Reader) -> Step:
         reads=r.words("reads"),
         writes=r.words("writes"),
     )
-
-
-def _some(names: Mapping[str, object] | Sequence[str]) -> str:
-    listed = list(names)
-    if not listed:
-        return "nothing"
-    return ", ".join(listed) if len(listed) <= 4 else f"{listed[0]}, {listed[1]} … {listed[-1]} ({len(listed)} in all)"

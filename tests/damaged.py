@@ -635,7 +635,10 @@ GRAPHS: dict[str, Damage] = {
         "weights.safetensors", listed(WEIGHTS, lambda content: b"\xff" * 8 + content[8:])
     ),
     "a weights' header beyond the file": _graph(
-        "weights.safetensors", listed(WEIGHTS, lambda content: struct.pack("<Q", 2**25) + content[8:])
+        "it ends in its header", listed(WEIGHTS, lambda content: struct.pack("<Q", 2**25) + content[8:])
+    ),
+    "a weights' header that is shorter than it says": _graph(
+        "it ends in its header", listed(WEIGHTS, lambda _: struct.pack("<Q", 3) + b"{}")
     ),
     "weights of seven bytes": _graph("weights.safetensors", listed(WEIGHTS, lambda content: content[:7])),
     "a weights' header that is no JSON": _graph(

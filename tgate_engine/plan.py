@@ -17,7 +17,7 @@ from tgate_engine.graph import DENOISE, GraphSpec
 from tgate_engine.plain_files import open_plain, read_most
 from tgate_engine.plan_check import PlanCheck
 from tgate_engine.reader import Reader, parse_json
-from tgate_engine.sampler import HISTORY, MOST_CALLS, Fact, Sampler, SamplerStep, check_facts
+from tgate_engine.sampler import HISTORY, MOST_CALLS, MOST_LEAD_IN, MOST_STEPS, Fact, Sampler, SamplerStep, check_facts
 
 MOST_BYTES = 8 << 20
 """How large a plan's file may be: room for the most calls there are, over 140 carries."""
@@ -126,10 +126,10 @@ class Plan:
         sampler = r.inner("sampler").all_of(
             lambda s: Sampler(
                 name=s.word("name"),
-                steps=s.whole("steps", 1, MOST_CALLS),
+                steps=s.whole("steps", 1, MOST_STEPS),
                 initial_scale=s.number("initial_scale"),
                 calls=tuple(step.call for step in steps),
-                lead_in=s.whole("lead_in", 0, MOST_CALLS),
+                lead_in=s.whole("lead_in", 0, MOST_LEAD_IN),
                 prediction_type=s.word("prediction_type"),
                 options=check_facts(s.get("options", dict)),
             )

@@ -19,6 +19,7 @@ from tgate_engine.errors import PlanError, TgateError
 from tgate_engine.graph import BATCH, DECODE, DENOISE, GraphSpec, Macs, TensorSpec
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Call, Plan, Step, build_plan
+from tgate_engine.sampler import MOST_CALLS, MOST_LEAD_IN, MOST_STEPS
 from tgate_export.methods.base import Settings
 
 CARRIES = carries(Toy())
@@ -417,8 +418,15 @@ def test_whatever_a_plan_file_holds_is_refused_in_a_line_or_is_a_plan(
 
 def test_absurd_numbers_of_steps_are_refused_at_once(graphs: Mapping[str, GraphSpec]) -> None:
     data = planned(graphs, steps=2, gate=1).to_json()
-    with pytest.raises(PlanError, match=r"plan\.steps: expected at most 4096 entries, got 200000"):
+    with pytest.raises(PlanError, match=rf"plan\.steps: expected at most {MOST_CALLS} entries, got 200000"):
         Plan.from_json({**data, "steps": data["steps"] * 100_000})
+
+
+def test_the_longest_plan_there_is_is_read_again(graphs: Mapping[str, GraphSpec]) -> None:
+    """Of as many steps as anybody may ask for, and the calls that a sampler makes before."""
+    longest = planned(graphs, steps=MOST_STEPS, gate=MOST_STEPS, lead_in=MOST_LEAD_IN)
+    assert len(longest.steps) == MOST_CALLS
+    assert Plan.from_json(longest.to_json()) == longest
 
 
 def test_steps_are_values(graphs: Mapping[str, GraphSpec]) -> None:

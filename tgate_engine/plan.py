@@ -1,21 +1,21 @@
 """The program of one trajectory: which graph runs at each step, and which carries it reads and writes.
 
 A method says which graph each network call runs; what is read and written follows from the graphs' signatures
-(:func:`build_plan`). Run time only reads plans.
+(:func:`tgate_engine.plan_build.build_plan`). Run time only reads plans, and proves them
+(:class:`tgate_engine.plan_check.PlanCheck`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tgate_engine.errors import BundleError, PlanError, SamplerError, TgateError
-from tgate_engine.graph import DENOISE, GraphSpec
+from tgate_engine.graph import GraphSpec
 from tgate_engine.plain_files import open_plain, read_most
-from tgate_engine.plan_check import PlanCheck
 from tgate_engine.reader import Reader, parse_json
 from tgate_engine.sampler import HISTORY, MOST_CALLS, MOST_LEAD_IN, MOST_STEPS, Fact, Sampler, SamplerStep, check_facts
 
@@ -87,11 +87,6 @@ class Plan:
         )
         return mine == theirs
 
-    def check(self, graphs: Mapping[str, GraphSpec], carries: Collection[str]) -> None:
-        """Prove that the plan can run on the graphs of one shape, as :class:`~tgate_engine.plan_check.PlanCheck` does,
-        which says what that means and proves many plans at once. Raises :class:`PlanError` at the first fault."""
-        PlanCheck([graphs], carries)(self)
-
     def macs(self, graphs: Mapping[str, GraphSpec]) -> tuple[int, int]:
         """Multiply-accumulates of the whole trajectory for one image: (paper's count, all)."""
         specs = [graphs[step.graph].macs for step in self.steps]
@@ -156,67 +151,6 @@ class Plan:
         if not isinstance(data, dict):
             raise PlanError(f"{os.fspath(path)} holds {type(data).__name__}, not a plan; write one with `tgate plan`")
         return _plan_of(data, os.fspath(path))
-
-
-def build_plan(
-    name: str,
-    program: Sequence[Call],
-    *,
-    sampler: Sampler,
-    guidance_scale: float,
-    graphs: Mapping[str, GraphSpec],
-    carries: Collection[str],
-    settings: Mapping[str, Fact],
-    baselines: Sequence[str] = (),
-) -> Plan:
-    """The plan that runs the graphs of ``program``, one for each network call of ``sampler``.
-
-    ``graphs``: those of a shape. ``carries``: which of their inputs and outputs are carries. A step reads the carries
-    that its graph takes, and writes those that a later step reads. Raises :class:`PlanError` for a graph that is not
-    there, or a carry that nothing wrote.
-    """
-    if len(sampler.calls) != len(program):
-        raise PlanError(f"the sampler makes {len(sampler.calls)} network calls, the program {len(program)}")
-    for index, (_, graph) in enumerate(program):
-        if graph not in graphs or graphs[graph].role != DENOISE:
-            have = ", ".join(n for n, spec in graphs.items() if spec.role == DENOISE)
-            raise PlanError(
-                f"step {index} needs graph {graph!r}, which the bundle does not hold (it has {have}). "
-                "Export again with settings that need it"
-            )
-    steps = [
-        Step(
-            index=index,
-            phase=call.phase,
-            graph=call.graph,
-            call=numbers,
-            reads=tuple(n for n in graphs[call.graph].input_names() if n in carries),
-            writes=(),
-        )
-        for index, (call, numbers) in enumerate(zip(program, sampler.calls, strict=True))
-    ]
-    plan = Plan(
-        name=name,
-        sampler=sampler,
-        guidance_scale=guidance_scale,
-        steps=_with_writes(steps, graphs, carries),
-        settings=check_facts(dict(settings)),
-        baselines=tuple(baselines),
-    )
-    plan.check(graphs, carries)
-    return plan
-
-
-def _with_writes(steps: Sequence[Step], graphs: Mapping[str, GraphSpec], carries: Collection[str]) -> tuple[Step, ...]:
-    """The steps, each writing what its graph gives and a later step reads before it is written again."""
-    outputs = {name: [n for n in spec.output_names() if n in carries] for name, spec in graphs.items()}
-    live: set[str] = set()
-    kept: list[Step] = []
-    for step in reversed(steps):
-        writes = tuple(name for name in outputs[step.graph] if name in live)
-        live = (live - set(writes)) | set(step.reads)
-        kept.append(replace(step, writes=writes))
-    return tuple(reversed(kept))
 
 
 def _plan_of(data: Any, where: str) -> Plan:

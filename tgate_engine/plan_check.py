@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from tgate_engine.errors import PlanError
 from tgate_engine.graph import DENOISE, Dim, GraphSpec, TensorSpec
-
-if TYPE_CHECKING:
-    from tgate_engine.plan import Plan, Step
+from tgate_engine.plan import Plan, Step
 
 _AGAIN = "Make the plan again with `tgate plan`."
 

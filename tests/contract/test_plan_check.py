@@ -1,7 +1,4 @@
-"""A proof on many shapes says what the proofs on each of them say, and costs what one of them does.
-
-What the proof itself is, test_plan.py holds.
-"""
+"""The proof that a plan can run: what it refuses, that it asks the same of every shape, and what it costs."""
 
 from __future__ import annotations
 
@@ -14,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.contract.plans import CARRIES, changed, planned
 from tests.toy_bundle import sampler
 from tgate_engine.errors import PlanError
-from tgate_engine.graph import BATCH, DENOISE, GraphSpec, Macs, TensorSpec
-from tgate_engine.plan import Call, Plan, Step, build_plan
+from tgate_engine.graph import BATCH, DECODE, DENOISE, GraphSpec, Macs, TensorSpec
+from tgate_engine.plan import Call, Plan, Step
+from tgate_engine.plan_build import build_plan
 from tgate_engine.plan_check import PlanCheck
 from tgate_engine.sampler import MOST_STEPS
 
@@ -39,7 +38,7 @@ def graph(takes: Mapping[str, int], gives: Mapping[str, int]) -> GraphSpec:
     )
 
 
-def planned(program: Sequence[str], graphs: Graphs) -> Plan:
+def plan_of(program: Sequence[str], graphs: Graphs) -> Plan:
     return build_plan(
         "p",
         [Call("phase", name) for name in program],
@@ -58,6 +57,72 @@ def outcome(plan: Plan, *shapes: Graphs) -> str:
     except PlanError as error:
         return str(error)
     return ""
+
+
+# --- on one shape -------------------------------------------------------------------------------
+
+
+FAULTS: dict[str, tuple[Any, str]] = {
+    "a carry that nobody wrote": (
+        lambda p: changed(p, 3, writes=()),
+        "step 4 reads cross.0, which no earlier step writes; the steps before it write self.0, self.1",
+    ),
+    "a graph that is not there": (
+        lambda p: changed(p, 0, graph="nothing"),
+        "step 0 runs graph 'nothing'; the bundle has full, reuse_self, reuse_cross, reuse_both, unguided.",
+    ),
+    "a graph that is no denoiser": (lambda p: changed(p, 0, graph="decoder"), "step 0 runs graph 'decoder'"),
+    "a carry read that its graph does not take": (
+        lambda p: changed(p, 3, reads=("self.0",)),
+        "the plan differs in self.0",
+    ),
+    "a carry read too few": (lambda p: changed(p, 4, reads=("cross.0",)), "the plan differs in cross.1"),
+    "a carry written that its graph does not give": (
+        lambda p: changed(p, 1, writes=("self.0",)),
+        "step 1 writes self.0, which graph 'reuse_self' does not give",
+    ),
+    "a carry written that nobody reads": (
+        lambda p: changed(p, 3, writes=(*p.steps[3].writes, "self.0")),
+        "step 3: a step writes the carries of its graph that a later step reads, no others; the plan differs in self.0",
+    ),
+    "a carry of an earlier step written again": (
+        lambda p: changed(p, 5, writes=("self.0.mean",)),
+        "step 5: a step writes the carries of its graph that a later step reads",
+    ),
+    "a step out of order": (lambda p: replace(p, steps=(*p.steps[1:], p.steps[0])), "expected index 0"),
+    "a step too few": (lambda p: replace(p, steps=p.steps[:-1]), "has 5 steps and 6 sampler calls"),
+    "no step": (lambda p: replace(p, steps=()), "has 0 steps and 6 sampler calls"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_plan_that_cannot_run(graphs: Graphs, fault: str) -> None:
+    change, says = FAULTS[fault]
+    check = PlanCheck([graphs], CARRIES)
+    good = planned(graphs, steps=6, gate=4, self_interval=3, warm_up=0)
+    check(good)
+    with pytest.raises(PlanError) as error:
+        check(change(good))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"shape": (BATCH, 7)}, {"dtype": "float16"}])
+def test_a_carry_read_as_something_else(graphs: Graphs, change: dict[str, Any]) -> None:
+    spec = graphs["reuse_cross"]
+    odd = tuple(replace(t, **change) if t.name == "cross.0" else t for t in spec.inputs)
+    plan = planned(graphs, steps=6, gate=4)
+    with pytest.raises(PlanError, match=r"step 4 reads cross\.0 as .*, but it was written as"):
+        PlanCheck([{**graphs, "reuse_cross": replace(spec, inputs=odd)}], CARRIES)(plan)
+
+
+def test_a_role_is_what_makes_a_denoiser(graphs: Graphs) -> None:
+    plan = planned(graphs, steps=3, gate=3)
+    with pytest.raises(PlanError, match="step 0 runs graph 'full'; the bundle has reuse_self,"):
+        PlanCheck([{**graphs, "full": replace(graphs["full"], role=DECODE)}], CARRIES)(plan)
+
+
+# --- on several shapes --------------------------------------------------------------------------
 
 
 FEW = st.dictionaries(st.sampled_from(NAMES), st.just(1), max_size=3)
@@ -84,9 +149,9 @@ def cases(draw: st.DrawFn) -> tuple[Plan, list[Graphs]]:
         other[name] = graph(*kept)
         shapes.append(other)
     try:
-        return planned(program, graphs), shapes
+        return plan_of(program, graphs), shapes
     except PlanError:
-        return planned(["start"], graphs), shapes
+        return plan_of(["start"], graphs), shapes
 
 
 @given(cases())
@@ -101,7 +166,7 @@ def test_many_shapes_are_as_each_of_them(case: tuple[Plan, list[Graphs]]) -> Non
 def test_a_shape_that_one_plan_ran_on_is_asked_again_by_the_next(case: tuple[Plan, list[Graphs]]) -> None:
     plan, shapes = case
     check = PlanCheck(shapes, NAMES)
-    for one in (planned(["start"], shapes[0]), plan, plan):
+    for one in (plan_of(["start"], shapes[0]), plan, plan):
         try:
             check(one)
             said = ""
@@ -125,13 +190,13 @@ ODD: dict[str, tuple[Graphs, str]] = {
 def test_the_last_shape_is_as_good_a_reason_as_the_first(what: str) -> None:
     odd, says = ODD[what]
     larger = {"start": graph({}, {"a": 5}), "then": graph({"a": 5}, {})}
-    plan = planned(["start", "then", "then"], PLAIN)
+    plan = plan_of(["start", "then", "then"], PLAIN)
     assert outcome(plan, PLAIN, larger) == ""
     assert says in outcome(plan, PLAIN, larger, odd)
 
 
 def test_no_shape_is_no_reason() -> None:
-    assert outcome(planned(["start"], PLAIN)) == ""
+    assert outcome(plan_of(["start"], PLAIN)) == ""
 
 
 # --- what it costs ------------------------------------------------------------------------------
@@ -163,12 +228,12 @@ def test_tensors_are_looked_at_once_for_all_plans() -> None:
     assert carries.asked == 10 * sum(len(g.inputs) + len(g.outputs) for g in PLAIN.values())
     before = carries.asked
     for _ in range(100):
-        check(planned(["start", "then"], PLAIN))
+        check(plan_of(["start", "then"], PLAIN))
     assert carries.asked == before
 
 
 def test_a_plan_is_walked_once_for_all_shapes() -> None:
-    plan = planned(["start", "then"], PLAIN)
+    plan = plan_of(["start", "then"], PLAIN)
     counts = []
     for shapes in (2, MOST_SHAPES):
         Walked.times = 0
@@ -181,7 +246,7 @@ def test_a_plan_is_walked_once_for_all_shapes() -> None:
 def test_a_manifest_full_of_shapes_and_steps_takes_no_time() -> None:
     """Sixty of the longest plans, and as many shapes as there may be, no two of them alike: half a second."""
     loop = {"start": graph({}, {"a": 1}), "then": graph({"a": 1}, {"a": 1}), "end": graph({"a": 1}, {})}
-    plan = planned(["start", *["then"] * (MOST_STEPS - 2), "end"], loop)
+    plan = plan_of(["start", *["then"] * (MOST_STEPS - 2), "end"], loop)
     shapes: list[dict[str, Any]] = [{**loop, f"{i}": graph({}, {"a": i + 2})} for i in range(MOST_SHAPES)]
     began = time.monotonic()
     check = PlanCheck(shapes, NAMES)

@@ -28,7 +28,8 @@ from benchmarks.memory import proportional_bytes
 from tgate_engine.atomic import write_atomically
 from tgate_engine.bundle import Bundle
 from tgate_engine.footprint import carry_bytes
-from tgate_engine.plan import Plan, build_plan
+from tgate_engine.plan import Plan
+from tgate_engine.plan_build import build_plan
 from tgate_engine.step import LATENTS, STEP, step_row
 from tgate_export.methods import find_method
 from tgate_export.methods.base import FULL, Settings

@@ -23,6 +23,7 @@ from tests.hostile import Place, Raw, put, sign
 from tests.toy_bundle import WEIGHTS, edit_manifest
 from tgate_engine.errors import BundleError, PlanError, TgateError
 from tgate_engine.manifest import MANIFEST_FILE
+from tgate_engine.sampler import MOST_CALLS, MOST_LEAD_IN, MOST_STEPS
 
 Harm = Callable[[Path], object]
 """Damages the bundle of that directory."""
@@ -518,9 +519,17 @@ PLANS: dict[str, Damage] = {
         "plans.default.guidance_scale: expected 0", lambda d: _plan(d).update(guidance_scale=-7.5)
     ),
     "a plan of a setting that is a list": _planned("m", lambda d: _plan(d)["settings"].update(m=[5])),
-    "a plan of 5000 steps": _planned(
-        "plans.default.steps: expected at most 4096 entries, got 5000",
-        lambda d: _plan(d).update(steps=_plan(d)["steps"][:1] * 5000),
+    "a plan of a call too many": _planned(
+        f"plans.default.steps: expected at most {MOST_CALLS} entries, got {MOST_CALLS + 1}",
+        lambda d: _plan(d).update(steps=_plan(d)["steps"][:1] * (MOST_CALLS + 1)),
+    ),
+    "a sampler of a step too many": _planned(
+        f"plans.default.sampler.steps: expected at most {MOST_STEPS}, got {MOST_STEPS + 1}",
+        lambda d: _plan(d)["sampler"].update(steps=MOST_STEPS + 1),
+    ),
+    "a sampler of a lead-in too many": _planned(
+        f"plans.default.sampler.lead_in: expected at most {MOST_LEAD_IN}, got {MOST_LEAD_IN + 1}",
+        lambda d: _plan(d)["sampler"].update(steps=6, lead_in=MOST_LEAD_IN + 1),
     ),
     "a plan of no steps": _planned(
         "a sampler of 8 steps and 0 lead-in calls needs", lambda d: _plan(d).update(steps=[])
@@ -635,7 +644,10 @@ GRAPHS: dict[str, Damage] = {
         "weights.safetensors", listed(WEIGHTS, lambda content: b"\xff" * 8 + content[8:])
     ),
     "a weights' header beyond the file": _graph(
-        "weights.safetensors", listed(WEIGHTS, lambda content: struct.pack("<Q", 2**25) + content[8:])
+        "it ends in its header", listed(WEIGHTS, lambda content: struct.pack("<Q", 2**25) + content[8:])
+    ),
+    "a weights' header that is shorter than it says": _graph(
+        "it ends in its header", listed(WEIGHTS, lambda _: struct.pack("<Q", 3) + b"{}")
     ),
     "weights of seven bytes": _graph("weights.safetensors", listed(WEIGHTS, lambda content: content[:7])),
     "a weights' header that is no JSON": _graph(

@@ -25,7 +25,8 @@ from tgate_engine.dtypes import DTYPES
 from tgate_engine.graph import BATCH, DECODE, DENOISE, IMAGE, TEXT, Dim, GraphSpec, Macs, Role, TensorSpec
 from tgate_engine.manifest import MANIFEST_FILE, Conditioning, Golden, Manifest, Shape, Tokenizer
 from tgate_engine.manifest_json import content_digest, dump_manifest
-from tgate_engine.plan import Plan, build_plan
+from tgate_engine.plan import Plan
+from tgate_engine.plan_build import build_plan
 from tgate_engine.sampler import Fact, Sampler, SamplerStep
 from tgate_engine.sampler_tables import dump_tables
 from tgate_engine.step import (

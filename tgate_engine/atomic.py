@@ -70,14 +70,14 @@ def staging(target: Path, *, force: bool = False) -> Iterator[Path]:
     target = Path(os.path.abspath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     _recover(target)
-    check_target(target, force)
+    _check_free(target, force)
     _remove_abandoned(target, _STAGE)
     stage, lock = _new_directory(target, _STAGE)
     try:
         with unfinished(stage), naming_a_full_disk(target.parent):
             yield stage
             _sync(stage)
-        check_target(target, force)
+        _check_free(target, force)
         _commit(stage, target)
     finally:
         remove_tree(stage)
@@ -186,7 +186,23 @@ def _mode_of_file(path: Path) -> int | None:
 
 
 def check_target(target: Path, force: bool) -> None:
-    """What :func:`staging` will find in its way, known before the work. Raises :class:`BundleError`."""
+    """What :func:`staging` will find in its way, known before the work, which making a directory where ``target`` will
+    lie tells. Raises :class:`BundleError`."""
+    _check_free(target, force)
+    parents = Path(os.path.abspath(target)).parents
+    there = next(folder for folder in parents if os.path.lexists(folder))  # those below it will be made
+    probe = there / _marked(target, _STAGE)
+    try:
+        os.mkdir(probe)
+        os.rmdir(probe)
+    except OSError as fault:
+        raise BundleError(
+            f"{target} cannot be written (in {there}: {fault.strerror}); choose another --output"
+        ) from None
+
+
+def _check_free(target: Path, force: bool) -> None:
+    """Nothing lies where the bundle will, or what it may replace."""
     if not os.path.lexists(target):
         return
     if not target.is_dir() or target.is_symlink():

@@ -18,6 +18,7 @@ from tgate_engine.manifest import MANIFEST_FILE, FileDigest, Manifest
 from tgate_engine.manifest_json import MOST_BYTES, dump_manifest, parse_manifest
 from tgate_engine.plain_files import FileState, open_inside, read_most, state_of
 from tgate_engine.plan import Plan
+from tgate_engine.plan_check import PlanCheck
 from tgate_engine.reader import MOST_LETTERS, check_name, is_word
 
 MOST_READ_BYTES = 1 << 31
@@ -230,11 +231,14 @@ class Bundle:
         for shape in m.shapes:
             if missing := [name for name in m.conditioned_by("constant") if not shape.constants.get(name)]:
                 raise BundleError(f"{self.path}: {shape.size} has no constant {missing[0]!r}; export the bundle again")
+        checks: dict[str, PlanCheck] = {}
         for name, golden in m.goldens.items():
             self.file(golden.file)
             graphs = m.shapes_of(golden.size)[0].graphs
             if golden.plan is not None:
-                golden.plan.check(graphs, m.carries)
+                if golden.size not in checks:
+                    checks[golden.size] = PlanCheck([graphs], m.carries)
+                checks[golden.size](golden.plan)
             elif golden.graph not in graphs:
                 raise BundleError(f"{self.path}: golden {name} names graph {golden.graph!r}, which is not there")
 
@@ -251,6 +255,7 @@ class Bundle:
                     raise BundleError(f"{self.path}: {spec.file} is described twice, and differently")
 
     def _check_plans(self, plans: Mapping[str, Plan]) -> None:
+        check = PlanCheck([shape.graphs for shape in self.manifest.shapes], self.manifest.carries)
         for name, plan in plans.items():
             if not is_word(name):
                 raise PlanError(
@@ -263,8 +268,7 @@ class Bundle:
                     f"plan {name!r} has guidance scale {plan.guidance_scale}, which does not fit a bundle "
                     f"{'with' if self.manifest.guided else 'without'} guidance. Make it again with `tgate plan`."
                 )
-            for shape in self.manifest.shapes:
-                plan.check(shape.graphs, self.manifest.carries)
+            check(plan)
             missing = [b for b in plan.baselines if b not in self.manifest.plans]
             if missing:
                 raise PlanError(

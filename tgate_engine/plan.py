@@ -1,31 +1,29 @@
 """The program of one trajectory: which graph runs at each step, and which carries it reads and writes.
 
 A method says which graph each network call runs; what is read and written follows from the graphs' signatures
-(:func:`build_plan`). Run time only reads plans.
+(:func:`tgate_engine.plan_build.build_plan`). Run time only reads plans, and proves them
+(:class:`tgate_engine.plan_check.PlanCheck`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tgate_engine.errors import BundleError, PlanError, SamplerError, TgateError
-from tgate_engine.graph import DENOISE, Dim, GraphSpec, TensorSpec
+from tgate_engine.graph import GraphSpec
 from tgate_engine.plain_files import open_plain, read_most
 from tgate_engine.reader import Reader, parse_json
-from tgate_engine.sampler import HISTORY, MOST_CALLS, Fact, Sampler, SamplerStep, check_facts
+from tgate_engine.sampler import HISTORY, MOST_CALLS, MOST_LEAD_IN, MOST_STEPS, Fact, Sampler, SamplerStep, check_facts
 
 MOST_BYTES = 8 << 20
 """How large a plan's file may be: room for the most calls there are, over 140 carries."""
-_Form = tuple[str, tuple[Dim, ...]]
-"""A carry's dtype and shape."""
 MOST_GUIDANCE = 1e4
 """The largest guidance scale there is. Half precision holds six times that, and pictures go grey long before."""
 _ADVICE = "make the plan again with `tgate plan`"
-_AGAIN = "Make the plan again with `tgate plan`."
 
 
 class Call(NamedTuple):
@@ -89,55 +87,6 @@ class Plan:
         )
         return mine == theirs
 
-    def check(self, graphs: Mapping[str, GraphSpec], carries: Collection[str]) -> None:
-        """Prove that the plan can run on the graphs of one shape.
-
-        Every graph exists; the carries a step reads are exactly those its graph takes; each was written by an
-        earlier step with the shape and dtype it is read in; and a step writes exactly those carries that a later
-        step reads. So images at different steps of one graph can share a call: what it writes for one of them
-        beyond its own step is read by nobody. Raises :class:`PlanError` at the first fault.
-        """
-        if not self.steps or len(self.steps) != len(self.sampler.calls):
-            raise PlanError(
-                f"plan {self.name!r} has {len(self.steps)} steps and {len(self.sampler.calls)} sampler calls, which "
-                f"must be as many, and one at least. {_AGAIN}"
-            )
-        written: dict[str, _Form] = {}
-        takes_of = {name: _carried(spec.inputs, carries) for name, spec in graphs.items()}
-        gives_of = {name: _carried(spec.outputs, carries) for name, spec in graphs.items()}
-        for position, step in enumerate(self.steps):
-            where = f"plan {self.name!r}, step {step.index}"
-            if step.index != position:
-                raise PlanError(f"{where}: expected index {position}. {_AGAIN}")
-            graph = graphs.get(step.graph)
-            if graph is None or graph.role != DENOISE:
-                have = ", ".join(name for name, spec in graphs.items() if spec.role == DENOISE)
-                raise PlanError(f"{where} runs graph {step.graph!r}; the bundle has {have}. Export the bundle again.")
-            takes, gives = takes_of[step.graph], gives_of[step.graph]
-            for name in step.reads:
-                if name not in written:
-                    raise PlanError(
-                        f"{where} reads {name}, which no earlier step writes; "
-                        f"the steps before it write {_some(written)}. {_AGAIN}"
-                    )
-            if takes.keys() != set(step.reads):
-                odd = sorted(set(step.reads) ^ set(takes))
-                raise PlanError(f"{where}: graph {step.graph!r} reads {_some(takes)}, the plan differs in {_some(odd)}")
-            for name in step.reads:
-                if written[name] != takes[name]:
-                    raise PlanError(f"{where} reads {name} as {takes[name]}, but it was written as {written[name]}")
-            for name in step.writes:
-                if name not in gives:
-                    raise PlanError(f"{where} writes {name}, which graph {step.graph!r} does not give")
-                written[name] = gives[name]
-        for step, proper in zip(self.steps, _with_writes(self.steps, graphs, carries), strict=True):
-            if set(step.writes) != set(proper.writes):
-                odd = sorted(set(step.writes) ^ set(proper.writes))
-                raise PlanError(
-                    f"plan {self.name!r}, step {step.index}: a step writes the carries of its graph that a later step "
-                    f"reads, no others; the plan differs in {_some(odd)}. {_AGAIN}"
-                )
-
     def macs(self, graphs: Mapping[str, GraphSpec]) -> tuple[int, int]:
         """Multiply-accumulates of the whole trajectory for one image: (paper's count, all)."""
         specs = [graphs[step.graph].macs for step in self.steps]
@@ -172,10 +121,10 @@ class Plan:
         sampler = r.inner("sampler").all_of(
             lambda s: Sampler(
                 name=s.word("name"),
-                steps=s.whole("steps", 1, MOST_CALLS),
+                steps=s.whole("steps", 1, MOST_STEPS),
                 initial_scale=s.number("initial_scale"),
                 calls=tuple(step.call for step in steps),
-                lead_in=s.whole("lead_in", 0, MOST_CALLS),
+                lead_in=s.whole("lead_in", 0, MOST_LEAD_IN),
                 prediction_type=s.word("prediction_type"),
                 options=check_facts(s.get("options", dict)),
             )
@@ -202,72 +151,6 @@ class Plan:
         if not isinstance(data, dict):
             raise PlanError(f"{os.fspath(path)} holds {type(data).__name__}, not a plan; write one with `tgate plan`")
         return _plan_of(data, os.fspath(path))
-
-
-def build_plan(
-    name: str,
-    program: Sequence[Call],
-    *,
-    sampler: Sampler,
-    guidance_scale: float,
-    graphs: Mapping[str, GraphSpec],
-    carries: Collection[str],
-    settings: Mapping[str, Fact],
-    baselines: Sequence[str] = (),
-) -> Plan:
-    """The plan that runs the graphs of ``program``, one for each network call of ``sampler``.
-
-    ``graphs``: those of a shape. ``carries``: which of their inputs and outputs are carries. A step reads the carries
-    that its graph takes, and writes those that a later step reads. Raises :class:`PlanError` for a graph that is not
-    there, or a carry that nothing wrote.
-    """
-    if len(sampler.calls) != len(program):
-        raise PlanError(f"the sampler makes {len(sampler.calls)} network calls, the program {len(program)}")
-    for index, (_, graph) in enumerate(program):
-        if graph not in graphs or graphs[graph].role != DENOISE:
-            have = ", ".join(n for n, spec in graphs.items() if spec.role == DENOISE)
-            raise PlanError(
-                f"step {index} needs graph {graph!r}, which the bundle does not hold (it has {have}). "
-                "Export again with settings that need it"
-            )
-    steps = [
-        Step(
-            index=index,
-            phase=call.phase,
-            graph=call.graph,
-            call=numbers,
-            reads=tuple(n for n in graphs[call.graph].input_names() if n in carries),
-            writes=(),
-        )
-        for index, (call, numbers) in enumerate(zip(program, sampler.calls, strict=True))
-    ]
-    plan = Plan(
-        name=name,
-        sampler=sampler,
-        guidance_scale=guidance_scale,
-        steps=_with_writes(steps, graphs, carries),
-        settings=check_facts(dict(settings)),
-        baselines=tuple(baselines),
-    )
-    plan.check(graphs, carries)
-    return plan
-
-
-def _with_writes(steps: Sequence[Step], graphs: Mapping[str, GraphSpec], carries: Collection[str]) -> tuple[Step, ...]:
-    """The steps, each writing what its graph gives and a later step reads before it is written again."""
-    outputs = {name: tuple(_carried(spec.outputs, carries)) for name, spec in graphs.items()}
-    live: set[str] = set()
-    kept: list[Step] = []
-    for step in reversed(steps):
-        writes = tuple(name for name in outputs[step.graph] if name in live)
-        live = (live - set(writes)) | set(step.reads)
-        kept.append(replace(step, writes=writes))
-    return tuple(reversed(kept))
-
-
-def _carried(tensors: Sequence[TensorSpec], carries: Collection[str]) -> dict[str, _Form]:
-    """Those of a graph's inputs or outputs that are carries, in their order."""
-    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors if tensor.name in carries}
 
 
 def _plan_of(data: Any, where: str) -> Plan:
@@ -303,10 +186,3 @@ def _step(r: Reader) -> Step:
         reads=r.words("reads"),
         writes=r.words("writes"),
     )
-
-
-def _some(names: Mapping[str, object] | Sequence[str]) -> str:
-    listed = list(names)
-    if not listed:
-        return "nothing"
-    return ", ".join(listed) if len(listed) <= 4 else f"{listed[0]}, {listed[1]} … {listed[-1]} ({len(listed)} in all)"

@@ -31,10 +31,13 @@ Fact = str | int | float | bool | None
 Model = Callable[[NDArray[Any], float], NDArray[Any]]
 Noise = Callable[[int], NDArray[Any]]
 
-
-MOST_CALLS = 4096
-"""How many network calls a trajectory may have: twice those that a schedule of 1000 training steps can ask for, and
-again. No sampler is the better for more, and a plan is walked many times before it runs."""
+MOST_STEPS = 1000
+"""The most steps that a trajectory is asked for, and so the most of whatever is counted in steps. Networks are trained
+on a thousand: no sampler is the better for more, and a plan names each of them."""
+MOST_LEAD_IN = 1
+"""How many calls a sampler may make before its first step; PNDM makes one."""
+MOST_CALLS = MOST_STEPS + MOST_LEAD_IN
+"""How many network calls a trajectory has at most, which is what a file may hold."""
 
 
 def _number(value: object, what: str) -> float:
@@ -66,11 +69,11 @@ def check_facts(facts: Mapping[str, Any]) -> Mapping[str, Fact]:
     return facts
 
 
-def _count(value: object, what: str, least: int) -> int:
+def _count(value: object, what: str, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SamplerError(f"{what} must be a whole number of at least {least}, got {value!r:.60}")
-    if value > MOST_CALLS:
-        raise SamplerError(f"{what} must be at most {MOST_CALLS}, got {value if value <= LARGEST_WHOLE else 'more'}")
+    if value > most:
+        raise SamplerError(f"{what} must be at most {most}, got {value if value <= LARGEST_WHOLE else 'more'}")
     return value
 
 
@@ -156,8 +159,8 @@ class Sampler:
     def __post_init__(self) -> None:
         _text(self.name, "the sampler's name")
         _text(self.prediction_type, "prediction_type")
-        _count(self.steps, "steps (n)", 1)
-        _count(self.lead_in, "lead_in", 0)
+        _count(self.steps, "steps (n)", 1, MOST_STEPS)
+        _count(self.lead_in, "lead_in", 0, MOST_LEAD_IN)
         scale = _number(self.initial_scale, "initial_scale")
         if scale <= 0:
             raise SamplerError(f"initial_scale must be above 0, got {scale}")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.setting import CASES, Setting, session_of
-from tgate_engine.plan import Plan, build_plan
+from tgate_engine.plan import Plan
+from tgate_engine.plan_build import build_plan
 from tgate_runtime.state import State
 from tgate_runtime.verify import relative_error
 

@@ -335,7 +335,7 @@ def _steps(text: str) -> int:
 
 
 def _steps_or_none(text: str, least: int = 0) -> int:
-    from tgate_export.methods.base import MOST_STEPS
+    from tgate_engine.sampler import MOST_STEPS
 
     return _whole(text, least, MOST_STEPS)
 

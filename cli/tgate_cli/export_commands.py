@@ -162,9 +162,9 @@ def _remove(args: argparse.Namespace, report: Reporter) -> Show:
 
 def embed(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate embed``: prompts encoded into a file."""
-    from tgate_export.families import find_text_model
+    from tgate_export.settings import check_text
 
-    find_text_model(args.model)
+    check_text(args.model, checkpoint=args.checkpoint, clip_skip=args.clip_skip)
     check_place(args.output, ExportError)
     report.stage("loading PyTorch and transformers")
     with needs("encoding prompts", EXPORT_ADVICE):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tgate_engine.conditioning import halves
 from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Golden, Tokenizer
-from tgate_engine.plan import Call, Plan, build_plan
+from tgate_engine.plan import Call, Plan
+from tgate_engine.plan_build import build_plan
 from tgate_engine.sampler import HISTORY
 from tgate_engine.step import LATENTS, NEXT_LATENTS, NOISE, OUTPUT, STEP, past, step_row
 from tgate_export.families.base import Texts

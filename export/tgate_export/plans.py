@@ -14,7 +14,8 @@ from tgate_engine.bundle import DEFAULT, Bundle
 from tgate_engine.errors import ExportError, PlanError
 from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Manifest
-from tgate_engine.plan import MOST_GUIDANCE, Plan, build_plan
+from tgate_engine.plan import MOST_GUIDANCE, Plan
+from tgate_engine.plan_build import build_plan
 from tgate_engine.sampler import Sampler
 from tgate_engine.sampler_tables import load_tables
 from tgate_export.methods import METHODS, find_method

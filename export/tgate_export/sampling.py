@@ -26,10 +26,9 @@ import torch
 from numpy.typing import NDArray
 
 from tgate_engine.errors import ExportError
-from tgate_engine.sampler import HISTORY, Sampler, SamplerStep
+from tgate_engine.sampler import HISTORY, MOST_LEAD_IN, MOST_STEPS, Sampler, SamplerStep
 from tgate_export.checkpoints.files import quoted
 from tgate_export.libraries import one_line, refusing
-from tgate_export.methods.base import MOST_STEPS
 from tgate_export.recipes import SAMPLERS
 from tgate_export.schedulers import (
     ADVICE,
@@ -116,7 +115,7 @@ def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
     lead_in = len(run.timesteps) - steps
     # PNDM starts with two calls for its first step. Anything else that is not n calls (Heun takes two per
     # step; a rounding error in a scheduler's spacing adds one) would put the gate at the wrong place.
-    if lead_in not in (0, 1) or (lead_in == 1 and kind != "PNDMScheduler"):
+    if not 0 <= lead_in <= MOST_LEAD_IN or (lead_in == 1 and kind != "PNDMScheduler"):
         other = "Take a few steps more or fewer, or another timestep_spacing. " if lead_in == 1 else ""
         raise ExportError(
             f"{kind} calls the network {len(run.timesteps)} times for {steps} steps, and the gating rules "

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tgate_engine.errors import ExportError, shown
-from tgate_export.families import Model, find_model
+from tgate_export.families import Model, find_model, find_text_model
 from tgate_export.methods import find_method
 from tgate_export.methods.base import Method, Settings
 from tgate_export.places import local
@@ -163,6 +163,15 @@ def check_settings(settings: ExportSettings) -> Asked:
     )
 
 
+def check_text(model: str, *, checkpoint: str | None, clip_skip: int) -> None:
+    """The same of what is asked for embeddings: a model that a prompt conditions, and where its text encoder lies.
+
+    Raises :class:`ExportError`.
+    """
+    _check_clip_skip(clip_skip, model, find_text_model(model))
+    _check_place(checkpoint)
+
+
 def _check_options(settings: ExportSettings, model: Model) -> None:
     """Options that a model does not have, and those that exclude each other."""
     if settings.weights != "checkpoint" and (settings.checkpoint is not None or settings.loras):
@@ -170,19 +179,12 @@ def _check_options(settings: ExportSettings, model: Model) -> None:
     for lora in settings.loras:
         if not os.path.lexists(lora.path):
             raise ExportError(f"LoRA {lora.path} does not exist; --lora wants a .safetensors file")
-    place = settings.checkpoint or ""
-    path = local(place)
-    if place.startswith((".", "/", "~")) and not (path and path.exists()):
-        raise ExportError(
-            f"checkpoint {shown(place, _PATH)} does not exist; --checkpoint wants a diffusers directory, a single "
-            ".safetensors file or a hub id"
-        )
+    _check_place(settings.checkpoint)
     if settings.frames is not None and not model.facts.video:
         raise ExportError(f"--frames is for video models; {settings.model} makes pictures")
     if settings.sizes and (settings.height is not None or settings.width is not None):
         raise ExportError("give --size, or --height and --width, not both")
-    if settings.clip_skip and not model.facts.clip_skips:
-        raise ExportError(f"--clip-skip is for models with CLIP text encoders; {settings.model} has none")
+    _check_clip_skip(settings.clip_skip, settings.model, model)
     rescale = settings.guidance_rescale
     if not 0 <= rescale <= 1:
         raise ExportError(f"--guidance-rescale must be from 0 to 1, got {rescale}")
@@ -192,13 +194,31 @@ def _check_options(settings: ExportSettings, model: Model) -> None:
         )
 
 
+def _check_place(checkpoint: str | None) -> None:
+    """A checkpoint that is said to be on this machine is there."""
+    place = checkpoint or ""
+    path = local(place)
+    if place.startswith((".", "/", "~")) and not (path and path.exists()):
+        raise ExportError(
+            f"checkpoint {shown(place, _PATH)} does not exist; --checkpoint wants a diffusers directory, a single "
+            ".safetensors file or a hub id"
+        )
+
+
+def _check_clip_skip(clip_skip: int, name: str, model: Model) -> None:
+    """How many layers the text encoders have, the checkpoint says later."""
+    if clip_skip > MOST_CLIP_SKIP:
+        raise ExportError(f"--clip-skip must be at most {MOST_CLIP_SKIP}, got {shown(clip_skip)}")
+    if clip_skip and not model.facts.clip_skips:
+        raise ExportError(f"--clip-skip is for models with CLIP text encoders; {name} has none")
+
+
 def _check_numbers(settings: ExportSettings) -> None:
     """Refuse sizes that no model makes; what the checkpoint's own can make is asked for later."""
     sides = [side for size in settings.sizes for side in size]
     for name, values, most in (
         ("--size", [*sides, settings.height, settings.width], MOST_PIXELS),
         ("--frames", [settings.frames], MOST_FRAMES),
-        ("--clip-skip", [settings.clip_skip], MOST_CLIP_SKIP),
     ):
         for value in values:
             if value is not None and value > most:

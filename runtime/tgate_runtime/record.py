@@ -19,7 +19,7 @@ from tgate_engine.errors import RequestError, TgateError, shown
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Plan
 from tgate_engine.reader import Reader, parse_json
-from tgate_engine.sampler import MOST_CALLS, Fact, check_facts
+from tgate_engine.sampler import MOST_STEPS, Fact, check_facts
 from tgate_engine.step import step_row
 from tgate_runtime.engines.protocol import Engine
 from tgate_runtime.generators import SEED_LIMIT
@@ -276,7 +276,7 @@ def _record(r: Reader) -> Record:
             name=plan.word("name"),
             settings=check_facts(facts),
             sampler=plan.word("sampler"),
-            steps=plan.whole("steps", 1, MOST_CALLS),
+            steps=plan.whole("steps", 1, MOST_STEPS),
             digest=_digest(plan, "digest", plan.text("digest")),
         ),
         model=r.text("model"),

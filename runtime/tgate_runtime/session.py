@@ -15,6 +15,7 @@ from tgate_engine.graph import DENOISE, GraphSpec, Role
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plain_files import Watched
 from tgate_engine.plan import Plan
+from tgate_engine.plan_check import PlanCheck
 from tgate_runtime.engines import open_engine
 from tgate_runtime.engines.protocol import Engine, Executable, OnBuild, Options
 from tgate_runtime.mini import place_of
@@ -238,12 +239,13 @@ def graphs_of(
         raise BundleError(
             f"{bundle.path} was exported with --weights none: it can be inspected, not run; export it with weights"
         )
-    graphs: dict[str, GraphSpec] = {}
-    used = {name for plan in chosen for name in plan.graphs()}
     shapes = shapes_of(bundle, sizes)
+    check = PlanCheck([shape.graphs for shape in shapes], manifest.carries)
+    for plan in chosen:
+        check(plan)
+    used = {name for plan in chosen for name in plan.graphs()}
+    graphs: dict[str, GraphSpec] = {}
     for shape in shapes:
-        for plan in chosen:
-            plan.check(shape.graphs, manifest.carries)
         kept = {name: spec for name, spec in shape.graphs.items() if spec.role != DENOISE or name in used}
         check_signatures(manifest, kept)
         check_forms(shape, kept)

@@ -16,6 +16,7 @@ from tgate_engine.errors import RequestError, shown
 from tgate_engine.footprint import buffers
 from tgate_engine.manifest import Shape
 from tgate_engine.plan import Plan, Step
+from tgate_engine.plan_check import PlanCheck
 from tgate_engine.sampler import HISTORY
 from tgate_engine.step import LATENTS, NEXT_LATENTS, NOISE, OUTPUT, STEP, STEP_OUTPUTS, past, step_row
 from tgate_runtime.engines.protocol import Buffer, Call
@@ -94,8 +95,9 @@ class State:
         self._session = session
         self._lock = threading.Lock()
         graphs = self._shapes[0].graphs
+        check = PlanCheck([graphs], session.manifest.carries)
         for plan in self.plans:
-            plan.check(graphs, session.manifest.carries)
+            check(plan)
         self._buffers: dict[str, Buffer] = {
             name: session.engine.allocate(tensor.resolve(rows), tensor.dtype)
             for name, tensor in buffers(graphs, self.plans).items()

@@ -73,7 +73,10 @@ def _places(file: BufferedReader) -> dict[str, Placed]:
     (header_bytes,) = struct.unpack("<Q", start)
     if header_bytes > MOST_HEADER_BYTES:
         raise ValueError(f"its header would hold {header_bytes} bytes, of at most {MOST_HEADER_BYTES}")
-    header = Reader(parse_json(file.read(header_bytes)), "its header")
+    text = file.read(header_bytes)
+    if len(text) < header_bytes:
+        raise ValueError("it ends in its header")
+    header = Reader(parse_json(text), "its header")
     first, end = 8 + header_bytes, file.seek(0, os.SEEK_END)
     names = [name for name in header.data if name != "__metadata__"]
     return {name: _place(Reader(header.get(name, dict), f"tensor {name!r:.60}"), first, end) for name in names}

@@ -495,7 +495,7 @@ def test_previews_that_cannot_be(run: Run, toy: Path, tmp_path: Path) -> None:
         (["--output", "x.png", "--plan", "none.json"], "none.json: there is no such plan file"),
         (["--output", "x.png", "--plan", "text.json"], "text.json is not a plan file"),
         (["--output", "x.png", "--plan", "list.json"], "list.json holds list, not a plan"),
-        (["--output", "x.png", "--plan", "empty.json"], "empty.json: a plan is malformed"),
+        (["--output", "x.png", "--plan", "empty.json"], "empty.json: 'steps' is missing; make the plan again"),
         (["--output", "x.png", "--plan", "other.json"], "runs graph 'elsewhere'; the bundle has full"),
         (["--output", "x.png", "--generator", "other"], "no generator 'other'; use one of numpy, torch-cuda"),
         (["--output", "x.png", "--guidance-scale", "1"], "export with --guidance-scale 1"),

@@ -15,6 +15,7 @@ import pytest
 
 import tgate_engine
 from tests.cli.running import PROMPT, Run, fails
+from tgate_engine.manifest import MANIFEST_FILE
 from tgate_runtime.pipeline import Pipeline
 
 
@@ -137,9 +138,18 @@ def test_nothing_heavy_is_loaded_to_refuse_or_to_tell(good: Path, tmp_path: Path
         ("tgate-export", [*sdxl, "--guidance-rescale", "2"], 1, "--guidance-rescale must be from 0 to 1"),
         ("tgate-export", [*sdxl, "--lora", str(there / "x.safetensors")], 1, "does not exist"),
         ("tgate-export", [*sdxl, "--checkpoint", str(there / "x")], 1, "does not exist"),
+        ("tgate-export", [*sdxl, "--output", str(good / MANIFEST_FILE / "b")], 1, "Not a directory"),
         ("tgate-export", ["--model", "svd", "--clip-skip", "1"], 1, "--clip-skip is for models with CLIP"),
         ("tgate", ["embed", "a", "--model", "svd", "--output", str(there / "e.safetensors")], 1, "by an image"),
         ("tgate", ["embed", "a", "--model", "sdxl", "--output", str(there / "d" / "e")], 1, "there is no directory"),
+        *(
+            ("tgate", ["embed", "a", "--output", str(tmp_path / "e"), *more], 1, says)
+            for more, says in (
+                ([*sdxl, "--checkpoint", str(there / "x")], "does not exist; --checkpoint wants"),
+                (["--model", "mini-pixart", "--clip-skip", "1"], "mini-pixart has none"),
+                ([*sdxl, "--clip-skip", "257"], "--clip-skip must be at most 256, got 257"),
+            )
+        ),
         ("tgate", ["plan", str(good), "--name", "x", "--m", "99"], 1, "got m = 99"),
         *(
             ("tgate", [name, str(there / "none"), *more], 1, "there is no such directory")

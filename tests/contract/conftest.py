@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.toy_bundle import Toy, build
 from tgate_engine.bundle import Bundle
+from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Manifest
 from tgate_export.methods.base import Settings
 
@@ -38,6 +40,12 @@ def toy(good: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="package")
 def manifest(good: Path) -> Manifest:
     return Bundle.open(good).manifest
+
+
+@pytest.fixture(scope="package")
+def graphs(manifest: Manifest) -> Mapping[str, GraphSpec]:
+    """The toy bundle's."""
+    return manifest.shapes[0].graphs
 
 
 @pytest.fixture(scope="package")

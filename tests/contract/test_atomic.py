@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tgate_engine import atomic
-from tgate_engine.atomic import is_half_written, locked, staging, write_atomically
+from tgate_engine.atomic import check_target, is_half_written, locked, staging, write_atomically
 from tgate_engine.bundle import Bundle, digests_of
 from tgate_engine.errors import BundleError
 from tgate_engine.manifest import MANIFEST_FILE
@@ -218,24 +218,42 @@ def test_a_lock_is_of_the_file_that_is_there_when_it_is_taken(tmp_path: Path) ->
     """Whoever waited while the file was replaced waits for the lock of the new one."""
     path = tmp_path / "x"
     path.write_bytes(b"1")
+    new = tmp_path / "new"
+    new.write_bytes(b"2")
     seen: list[bytes] = []
 
     def wait() -> None:
         with locked(path):
             seen.append(path.read_bytes())
 
-    with locked(path):
-        other = threading.Thread(target=wait)
-        other.start()
-        time.sleep(0.1)  # it has opened the file, and waits
-        write_atomically(path, b"2")
+    other = threading.Thread(target=wait)
+    with new.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # before it gets the name, so there is no moment at which nobody has a lock
+        with locked(path):
+            other.start()
+            time.sleep(0.1)  # it has opened the file, and waits
+            os.replace(new, path)
+        time.sleep(0.1)  # the old file's lock is free, which is nothing to it
         assert seen == []
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            time.sleep(0.1)
-            assert seen == []
     other.join(60)
     assert seen == [b"2"]
+
+
+def test_a_file_that_is_replaced_while_its_lock_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening it and locking it: the lock of what is gone is let go of, and the new file's taken."""
+    path, lock = tmp_path / "x", atomic._lock
+    path.write_bytes(b"1")
+
+    def late(handle: int, **how: bool) -> bool:
+        monkeypatch.setattr(atomic, "_lock", lock)
+        write_atomically(path, b"2")
+        return lock(handle, **how)
+
+    monkeypatch.setattr(atomic, "_lock", late)
+    with locked(path), path.open("rb") as file:
+        assert file.read() == b"2"
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_lock_that_never_comes_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,6 +424,37 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, force: bool) -> Non
             pytest.fail("the block must not run")
     assert (precious / "x.jpg").read_text() == "x"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "photos"]
+
+
+@pytest.mark.parametrize("target", ["bundle", "deep/er/bundle", "there"])
+def test_a_target_that_can_be_is_checked_without_a_trace(tmp_path: Path, target: str) -> None:
+    (tmp_path / "there").mkdir()
+    check_target(tmp_path / target, force=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("file/bundle", "file: Not a directory"),
+        ("file/deep/bundle", "file: Not a directory"),
+        ("x" * 250, ": File name too long"),
+        ("/proc/bundle", r"/proc: .*"),
+    ],
+)
+def test_a_target_that_cannot_be_is_known_before_the_work(tmp_path: Path, target: str, says: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BundleError, match=rf"cannot be written \(in .*{says}\); choose another --output$"):
+        check_target(tmp_path / target, force=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_may_not_be_written_to_holds_no_bundle(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(BundleError, match="Permission denied"):
+        check_target(tmp_path / "deep" / "bundle", force=False)
+    tmp_path.chmod(0o700)
 
 
 KILLED = """

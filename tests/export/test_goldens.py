@@ -19,7 +19,8 @@ from tests.plain import export_plain
 from tests.tiny_families import FAMILY_VARIANTS, load_tiny, make_tiny
 from tgate_engine.bundle import Bundle
 from tgate_engine.graph import DENOISE, GraphSpec, Macs
-from tgate_engine.plan import Call, build_plan
+from tgate_engine.plan import Call
+from tgate_engine.plan_build import build_plan
 from tgate_export import goldens, oracle
 from tgate_export.families.base import Family, Scaling
 from tgate_export.families.t5 import T5Text

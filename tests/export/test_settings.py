@@ -9,7 +9,7 @@ import pytest
 
 from tgate_engine.errors import ExportError, TgateError
 from tgate_export.families import MODELS
-from tgate_export.settings import ExportSettings, Lora, check_settings
+from tgate_export.settings import ExportSettings, Lora, check_settings, check_text
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -59,6 +59,26 @@ def test_what_no_checkpoint_could_mend(options: dict[str, Any], says: str) -> No
         check_settings(ExportSettings(model="sdxl", **options))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "says"),
+    [
+        ("svd", {}, "svd is conditioned by an image"),
+        ("sdx", {}, "did you mean 'sdxl'"),
+        ("sdxl", {"checkpoint": "/nowhere/x"}, "checkpoint /nowhere/x does not exist; --checkpoint wants"),
+        ("sdxl", {"clip_skip": 257}, "--clip-skip must be at most 256, got 257"),
+        ("opensora", {"clip_skip": 1}, "--clip-skip is for models with CLIP text encoders; opensora has none"),
+    ],
+)
+def test_embeddings_that_no_checkpoint_could_give(model: str, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ExportError, match=says):
+        check_text(model, **{"checkpoint": None, "clip_skip": 0, **options})
+
+
+def test_embeddings_that_some_checkpoint_may_give(tmp_path: Path) -> None:
+    check_text("sdxl", checkpoint=str(tmp_path), clip_skip=256)
+    check_text("opensora", checkpoint="some/body", clip_skip=0)
 
 
 def test_options_that_a_model_does_not_have() -> None:

@@ -63,6 +63,17 @@ def test_a_file_that_is_cut_short(tmp_path: Path, keep: int) -> None:
         map_weights(path)
 
 
+@pytest.mark.parametrize("header", [b"{}", b'{"__metadata__": {"format": "pt"}}'])
+def test_a_header_that_is_shorter_than_it_says(tmp_path: Path, header: bytes) -> None:
+    """Which is whole JSON, and names no tensor that could lie beyond the end."""
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes((len(header) + 1).to_bytes(8, "little") + header)
+    with pytest.raises(BundleError, match=r"it ends in its header\); export the bundle again"):
+        map_weights(path)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(1))
+    assert map_weights(path) == {}
+
+
 @pytest.mark.parametrize(
     ("header", "says"),
     [

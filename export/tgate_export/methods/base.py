@@ -13,11 +13,7 @@ from typing import Any, Literal
 
 from tgate_engine.errors import MethodError, shown
 from tgate_engine.plan import Call
-from tgate_engine.sampler import Fact
-
-MOST_STEPS = 1000
-"""The most that a trajectory is asked for, and so of what is counted in steps: m, k, w and f. A plan names each of its
-steps; networks are trained on a thousand. (:data:`tgate_engine.sampler.MOST_CALLS` is what a file may hold.)"""
+from tgate_engine.sampler import MOST_STEPS, Fact
 
 Halves = Literal["both", "negative", "positive"]
 
@@ -35,10 +31,10 @@ FIDELITY = "fidelity-improving"
 class Settings:
     """The numbers of a method, as the command line has them.
 
-    ``steps``: n, denoising steps, from 1 to :data:`MOST_STEPS`. ``gate``: m, in 1..n, from which step on the method
-    goes another way; m = n never does. ``self_interval``: k, at least 1: before the gate, self-attention is computed at
-    every k-th step; 1 always. ``warm_up``: w, at least 0: steps that reuse nothing. ``fidelity_interval``: f, at least
-    1, the same interval after the gate.
+    ``steps``: n, denoising steps, from 1 to :data:`~tgate_engine.sampler.MOST_STEPS`. ``gate``: m, in 1..n, from which
+    step on the method goes another way; m = n never does. ``self_interval``: k, at least 1: before the gate,
+    self-attention is computed at every k-th step; 1 always. ``warm_up``: w, at least 0: steps that reuse nothing.
+    ``fidelity_interval``: f, at least 1, the same interval after the gate.
 
     Raises :class:`MethodError` naming the value and what it must be.
     """

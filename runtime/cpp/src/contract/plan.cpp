@@ -11,7 +11,9 @@ namespace tgate {
 namespace {
 
 constexpr std::size_t most_bytes = 8u << 20;  // of a file: room for the most calls there are, over 140 carries
-constexpr std::int64_t most_calls = 4096;
+constexpr std::int64_t most_steps = 1000;
+constexpr std::int64_t most_lead_in = 1;  // calls before the first step; PNDM makes one
+constexpr std::int64_t most_calls = most_steps + most_lead_in;
 constexpr char again[] = "make the plan again with `tgate plan`";
 
 std::array<double, history + 1> coefficients(Reader& step, std::string_view key) {
@@ -42,10 +44,10 @@ Step read_step(Reader& r) {
 
 void read_sampler(Reader& r, Plan& plan) {
   plan.sampler = r.word("name");
-  plan.sampler_steps = r.whole("steps", 1, most_calls);
+  plan.sampler_steps = r.whole("steps", 1, most_steps);
   plan.initial_scale = r.number("initial_scale");
   if (plan.initial_scale <= 0) r.fail(".initial_scale", "expected above 0, got " + json::repr(plan.initial_scale));
-  plan.lead_in = r.whole("lead_in", 0, most_calls);
+  plan.lead_in = r.whole("lead_in", 0, most_lead_in);
   plan.prediction_type = r.word("prediction_type");
   r.facts("options");
 }

@@ -110,7 +110,7 @@ struct Plan {
   static Plan load(const std::string& path);
 };
 
-/// Proves that plans can run on the graphs of one shape, as Python's `Plan.check` does. Borrows the graphs.
+/// Proves that plans can run on the graphs of one shape, as Python's `PlanCheck` does. Borrows the graphs.
 class PlanCheck {
  public:
   PlanCheck(const Graphs& graphs, const std::set<std::string>& carries);

@@ -54,9 +54,9 @@ def test_no_two_headers_include_each_other() -> None:
     def reach(name: str, above: tuple[str, ...]) -> set[str]:
         assert name not in above, f"{name} includes itself by way of {above}"
         if name not in seen:
-            below = [other for other in headers.get(name, ()) if other in headers]
+            below = [other for other in included.get(name, ()) if other in included]
             seen[name] = {name}.union(*(reach(other, (*above, name)) for other in below))
         return seen[name]
 
-    for name in headers:
+    for name in included:
         reach(name, ())

@@ -168,7 +168,9 @@ def check_text(model: str, *, checkpoint: str | None, clip_skip: int) -> None:
 
     Raises :class:`ExportError`.
     """
-    _check_clip_skip(clip_skip, model, find_text_model(model))
+    found = find_text_model(model)
+    _check_most("--clip-skip", [clip_skip], MOST_CLIP_SKIP)
+    _check_clip_skip(clip_skip, model, found)
     _check_place(checkpoint)
 
 
@@ -207,8 +209,6 @@ def _check_place(checkpoint: str | None) -> None:
 
 def _check_clip_skip(clip_skip: int, name: str, model: Model) -> None:
     """How many layers the text encoders have, the checkpoint says later."""
-    if clip_skip > MOST_CLIP_SKIP:
-        raise ExportError(f"--clip-skip must be at most {MOST_CLIP_SKIP}, got {shown(clip_skip)}")
     if clip_skip and not model.facts.clip_skips:
         raise ExportError(f"--clip-skip is for models with CLIP text encoders; {name} has none")
 
@@ -216,13 +216,15 @@ def _check_clip_skip(clip_skip: int, name: str, model: Model) -> None:
 def _check_numbers(settings: ExportSettings) -> None:
     """Refuse sizes that no model makes; what the checkpoint's own can make is asked for later."""
     sides = [side for size in settings.sizes for side in size]
-    for name, values, most in (
-        ("--size", [*sides, settings.height, settings.width], MOST_PIXELS),
-        ("--frames", [settings.frames], MOST_FRAMES),
-    ):
-        for value in values:
-            if value is not None and value > most:
-                raise ExportError(f"{name} must be at most {most}, got {shown(value)}")
+    _check_most("--size", [*sides, settings.height, settings.width], MOST_PIXELS)
+    _check_most("--frames", [settings.frames], MOST_FRAMES)
+    _check_most("--clip-skip", [settings.clip_skip], MOST_CLIP_SKIP)
+
+
+def _check_most(name: str, values: Sequence[int | None], most: int) -> None:
+    for value in values:
+        if value is not None and value > most:
+            raise ExportError(f"{name} must be at most {most}, got {shown(value)}")
 
 
 def _batches(settings: ExportSettings, model: Model) -> tuple[tuple[int, int], ...]:

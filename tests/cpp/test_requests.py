@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.cpp import library as c
-from tests.cpp.library import Failure, Library, batch
+from tests.cpp.library import Failure, Library, Request, Session, batch
 from tests.cpp.twins import Twins, same
 from tgate_engine.bundle import Bundle
 from tgate_engine.footprint import memory
@@ -106,6 +108,22 @@ def test_a_pool_is_of_plans_that_its_session_has_loaded(library: Library) -> Non
         assert failure.value.code == c.ENGINE
         with pytest.raises(Failure, match="is not loaded"):
             twins.request(PROMPTS[0], images=images)
+
+
+def test_a_plan_file_does_not_pass_for_a_plan_of_the_bundle(library: Library, mini: Twins, tmp_path: Path) -> None:
+    """Both may be called the same, and then the name alone says nothing."""
+    other = Bundle.open(place_of("mini")).manifest.plan("ungated")
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({**other.to_json(), "name": "default", "baselines": []}))
+    session = Session(mini.bundle, plans=["default", str(file)], threads=1)
+    for plan in ("default", None):
+        with pytest.raises(Failure, match="with two plans called 'default'; give the file") as failure:
+            Request(session, prompt=PROMPTS[0], plan=plan)
+        assert failure.value.code == c.REQUEST
+    drawn = Request(session, prompt=PROMPTS[0], plan=str(file), seed=3).run().latents()
+    same(drawn, mini.wanted(PROMPTS[0], plan="ungated", seed=3).latents)
+    alone = Session(mini.bundle, plans=[str(file)], threads=1)  # where there is one, it is meant
+    same(Request(alone, prompt=PROMPTS[0], seed=3).run().latents(), drawn)
 
 
 def test_what_a_batch_refuses(mini: Twins) -> None:

@@ -133,7 +133,8 @@ std::shared_ptr<const Session> Session::open(std::shared_ptr<const Bundle> bundl
     throw Error(Code::bundle, bundle->path() +
                                   " was exported with --weights none: it can be inspected, not run; export it with weights");
   }
-  const std::vector<const Plan*> plans = session->find_plans(options.plans);
+  session->find_plans(options.plans);
+  const std::vector<const Plan*>& plans = session->plans_;
   std::set<std::string> used;
   for (const Plan* plan : plans) {
     for (std::string& name : plan->graphs()) {
@@ -182,40 +183,40 @@ std::shared_ptr<const Session> Session::open(std::shared_ptr<const Bundle> bundl
   return session;
 }
 
-std::vector<const Plan*> Session::find_plans(const std::vector<std::string>& names) {
+void Session::find_plans(const std::vector<std::string>& names) {
   const auto& known = manifest().plans;
-  std::vector<const Plan*> plans;
   plan_files_.reserve(names.size());  // what is pointed at stays where it is
   for (const std::string& name : names) {
     const bool is_name = std::any_of(known.begin(), known.end(), [&](const auto& each) { return each.first == name; });
     const bool is_file = name.size() > 5 && name.compare(name.size() - 5, 5, ".json") == 0;
     if (is_name || !is_file) {
-      plans.push_back(&manifest().plan(name));
+      plans_.push_back(&manifest().plan(name));
     } else {
       plan_files_.emplace_back(name, Plan::load(name));
-      plans.push_back(&plan_files_.back().second);
-      manifest().check_scale(*plans.back());
+      plans_.push_back(&plan_files_.back().second);
+      manifest().check_scale(*plans_.back());
     }
   }
-  if (plans.empty()) {
+  if (plans_.empty()) {
     for (const auto& [name, plan] : known) {
-      plans.push_back(&plan);
+      plans_.push_back(&plan);
     }
   }
-  return plans;
 }
 
 const Plan& Session::plan(std::string_view name) const {
-  const Plan* found = nullptr;
   for (const auto& [path, plan] : plan_files_) {
     if (path == name) {
       return plan;
     }
-    if (plan.name == name) {
+  }
+  const Plan* found = nullptr;
+  for (const Plan* plan : plans_) {
+    if (plan->name == name && plan != found) {
       if (found != nullptr) {
         throw Error(Code::request, "the session was opened with two plans called '" + shown(name) + "'; give the file");
       }
-      found = &plan;
+      found = plan;
     }
   }
   return found != nullptr ? *found : manifest().plan(name);

@@ -67,8 +67,9 @@ class Session {
 
   [[nodiscard]] const Manifest& manifest() const { return bundle_->manifest(); }
   [[nodiscard]] const std::shared_ptr<const Engine>& engine() const { return engine_; }
-  /// A plan by its name, or by the file that the session was opened with: one of those files', or else the bundle's.
-  /// Throws Error of Code::bundle listing those there are.
+  /// A plan by its name, or by the file that the session was opened with; one that was not loaded where there is no
+  /// other. Throws Error of Code::request where two that were loaded have the name, of Code::bundle listing those there
+  /// are where none has.
   [[nodiscard]] const Plan& plan(std::string_view name) const;
   /// The loaded shapes of a size, smallest batches first; the first size's where it is empty. Throws Error of
   /// Code::request listing the sizes there are.
@@ -91,7 +92,7 @@ class Session {
  private:
   Session() = default;
   /// Finds the plans that it is for; reads those that are files.
-  [[nodiscard]] std::vector<const Plan*> find_plans(const std::vector<std::string>& names);
+  void find_plans(const std::vector<std::string>& names);
   void load_tokenizers();
   void watch_weights();
   /// A graph's call, lent by `idle_` and given back.
@@ -103,6 +104,7 @@ class Session {
   std::shared_ptr<const Engine> engine_;
   std::map<std::string, std::shared_ptr<const LoadedGraph>, std::less<>> graphs_;  // by file
   std::vector<std::pair<std::string, Plan>> plan_files_;  // by path
+  std::vector<const Plan*> plans_;                        // those that it is for
   std::vector<std::string> sizes_;
   std::map<std::string, std::vector<const Shape*>, std::less<>> shapes_;
   std::vector<Tokenizer> tokenizers_;

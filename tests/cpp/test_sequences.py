@@ -97,3 +97,10 @@ def test_what_callbacks_throw_and_which_is_heard(cpp_build: Path, tmp_path: Path
         run(cpp_build / "probe-host_callbacks", place_of("mini"), onnxruntime_library(), folder=tmp_path)
         == "0 faults\n"
     )
+
+
+def test_memory_that_is_not_there(cpp_preset: Callable[[str], Path], toys: dict[str, Path], tmp_path: Path) -> None:
+    """Any allocation may fail: the call says so, and the next finds everything as it should be."""
+    program = cpp_preset("test") / "probe-host_memory"  # it has an allocator of its own, as sanitizers have
+    said = run(program, toys[str([(1, 4)])], onnxruntime_library(), folder=tmp_path)
+    assert int(said.split()[0]) > 300

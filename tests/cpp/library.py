@@ -224,6 +224,16 @@ class Session(_Owned):
     def engine(self) -> str:
         return str(self.library.c.tgate_session_engine(self.handle).decode())
 
+    def decode(self, latents: NDArray[np.float32], size: str | None = None) -> NDArray[np.uint8]:
+        """RGB pixels [frames, H, W, 3] of one image's latents."""
+        facts, text = self.library.struct("picture_facts"), None if size is None else size.encode()
+        self.library.call("session_picture_facts", self.handle, text, byref(facts))
+        pixels, given = np.empty((facts.frames, facts.height, facts.width, 3), np.uint8), np.ascontiguousarray(latents)
+        numbers, out = given.ctypes.data_as(POINTER(c_float)), pixels.ctypes.data_as(POINTER(c_uint8))
+        counts = c_size_t(given.size), c_size_t(pixels.size)
+        self.library.call("session_decode", self.handle, text, numbers, counts[0], out, counts[1])
+        return pixels
+
 
 class Pool(_Owned):
     def __init__(self, session: Session, images: int, *, plans: Sequence[str] = (), size: str | None = None) -> None:

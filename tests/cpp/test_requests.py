@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tests.cpp import library as c
 from tests.cpp.library import Failure, Library, Request, Session, batch
@@ -234,6 +236,31 @@ def test_one_of_a_batch_is_cancelled_and_the_others_are_not_touched(mini: Twins)
     for i in (0, 2):
         same(requests[i].latents(), mini.wanted(PROMPTS[i], seed=i).latents)
     assert requests[1].progress()[0] == 7
+
+
+def test_latents_are_decoded_beside_the_thread_that_steps(mini: Twins) -> None:
+    library, finished = mini.session.library, mini.request(PROMPTS[0], seed=1).run()
+    latents, running = finished.latents(), mini.request(PROMPTS[1])
+    seen: list[NDArray[np.uint8]] = []
+    thread = threading.Thread(target=lambda: seen.append(mini.session.decode(latents[0])))
+    thread.start()
+    running.run()
+    thread.join()
+    same(seen[0], finished.decode())
+    out, rows = (ctypes.c_uint8 * 49152)(), np.ascontiguousarray(latents[0])
+    numbers = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    for size, count, room, code, says in (
+        (None, rows.size - 1, 49152, c.ARGUMENT, "latents of 128x128 are 1024 numbers, got 1023"),
+        (None, rows.size, 49151, c.ARGUMENT, "a picture takes 49152 bytes, got room for 49151"),
+        (b"1x1", rows.size, 49152, c.REQUEST, "size '1x1' is not loaded"),
+    ):
+        arguments = (mini.session.handle, size, numbers, ctypes.c_size_t(count), out, ctypes.c_size_t(room))
+        with pytest.raises(Failure, match=says) as failure:
+            library.call("session_decode", *arguments)
+        assert failure.value.code == code
+    rows[:] = np.inf
+    with pytest.raises(Failure, match="the latents must be finite"):
+        mini.session.decode(rows)
 
 
 def test_begun_anew(mini: Twins) -> None:

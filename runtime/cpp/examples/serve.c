@@ -56,6 +56,7 @@ int main(int count, char **words) {
       ++in_flight;
     }
     tgate_request *together[ROOM];
+    int32_t stopped[ROOM];
     size_t same = 0;
     const tgate_progress oldest = progress_of(waiting[0]);
     for (size_t i = 0; i < in_flight; ++i) {
@@ -63,8 +64,17 @@ int main(int count, char **words) {
         together[same++] = waiting[i];
       }
     }
-    if (tgate_batch(together, same, NULL, &error)) {
+    if (tgate_batch(together, same, stopped, &error)) {
       return fail(error);
+    }
+    for (size_t i = 0; i < same; ++i) {
+      for (size_t j = 0; stopped[i] && j < in_flight; ++j) { /* cancelled, or failed alone: its place is free again */
+        if (waiting[j] == together[i]) {
+          tgate_request_free(waiting[j]);
+          waiting[j] = waiting[--in_flight];
+          break;
+        }
+      }
     }
     ++calls;
     printf("%-12s for %zu of %zu\n", oldest.graph, same, in_flight);

@@ -334,6 +334,12 @@ TGATE_API tgate_code tgate_request_picture_facts(const tgate_request *request, t
 /* Decode one image's latents as they are now: RGB, one byte a colour, rows from the top, into `pixels`. */
 TGATE_API tgate_code tgate_request_decode(tgate_request *request, size_t image, uint8_t *pixels, size_t bytes,
                                           tgate_error **error);
+/* The same of latents that were taken before, of a size (NULL: the session's first), in any thread: a server decodes beside
+ * the thread that steps. `count` is that of one image's latents. */
+TGATE_API tgate_code tgate_session_picture_facts(const tgate_session *session, const char *image_size,
+                                                 tgate_picture_facts *facts, tgate_error **error);
+TGATE_API tgate_code tgate_session_decode(const tgate_session *session, const char *image_size, const float *latents,
+                                          size_t count, uint8_t *pixels, size_t bytes, tgate_error **error);
 
 #ifdef __cplusplus
 }

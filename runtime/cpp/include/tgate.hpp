@@ -119,6 +119,12 @@ class Bundle {
   detail::Owner<tgate_bundle, tgate_bundle_free> handle_;
 };
 
+/// RGB, one byte a colour, rows from the top; of a video, one picture after the other.
+struct Picture {
+  std::int32_t width = 0, height = 0, frames = 0;
+  std::vector<std::uint8_t> pixels;
+};
+
 /// The fields of tgate_session_options; empty is the default.
 struct SessionOptions {
   std::string engine = "ort-cpu", library, memory;
@@ -155,6 +161,20 @@ class Session {
   }
   [[nodiscard]] const tgate_session* get() const noexcept { return handle_.get(); }
   [[nodiscard]] std::string engine() const { return tgate_session_engine(get()); }
+  /// One image's latents, in any thread. `size` empty is the session's first.
+  [[nodiscard]] Picture decode(const std::vector<float>& latents, const std::string& size = {}) const {
+    tgate_picture_facts facts;
+    tgate_picture_facts_init(&facts, sizeof facts);
+    detail::call([&](tgate_error** error) {
+      return tgate_session_picture_facts(get(), detail::or_null(size), &facts, error);
+    });
+    Picture picture{facts.width, facts.height, facts.frames, std::vector<std::uint8_t>(facts.bytes)};
+    detail::call([&](tgate_error** error) {
+      return tgate_session_decode(get(), detail::or_null(size), latents.data(), latents.size(), picture.pixels.data(),
+                                  picture.pixels.size(), error);
+    });
+    return picture;
+  }
 
  private:
   detail::Owner<tgate_session, tgate_session_free> handle_;
@@ -184,12 +204,6 @@ class Pool {
 
  private:
   detail::Owner<tgate_pool, tgate_pool_free> handle_;
-};
-
-/// RGB, one byte a colour, rows from the top; of a video, one picture after the other.
-struct Picture {
-  std::int32_t width = 0, height = 0, frames = 0;
-  std::vector<std::uint8_t> pixels;
 };
 
 /// What most requests ask for. Everything else is in tgate_request_options, which a Request takes as well.

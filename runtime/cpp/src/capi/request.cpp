@@ -77,6 +77,15 @@ tgate_progress progress_of(const Request& request) noexcept {
   return progress;
 }
 
+tgate_picture_facts facts_of(const Session::Picture& picture) noexcept {
+  tgate_picture_facts facts{};
+  facts.bytes = picture.bytes();
+  facts.width = static_cast<int32_t>(picture.width);
+  facts.height = static_cast<int32_t>(picture.height);
+  facts.frames = static_cast<int32_t>(picture.frames);
+  return facts;
+}
+
 Ask ask_of(const tgate_request_options& options, tgate_request* handle) {
   Ask ask;
   ask.plan = text_or(options.plan, "");
@@ -300,12 +309,31 @@ tgate_code tgate_picture_facts_init(tgate_picture_facts* facts, size_t size) { r
 tgate_code tgate_request_picture_facts(const tgate_request* request, tgate_picture_facts* facts, tgate_error** error) {
   return guarded(error, [&] {
     const auto picture = needed(request, "request").request->picture();
-    tgate_picture_facts found{};
-    found.bytes = picture.bytes();
-    found.width = static_cast<int32_t>(picture.width);
-    found.height = static_cast<int32_t>(picture.height);
-    found.frames = static_cast<int32_t>(picture.frames);
-    put(needed(facts, "facts"), found, "tgate_picture_facts");
+    put(needed(facts, "facts"), tgate::capi::facts_of(picture), "tgate_picture_facts");
+  });
+}
+
+tgate_code tgate_session_picture_facts(const tgate_session* session, const char* image_size, tgate_picture_facts* facts,
+                                       tgate_error** error) {
+  return guarded(error, [&] {
+    const tgate::Session& own = *needed(session, "session").session;
+    const auto picture = own.picture(*own.shapes(text_or(image_size, "")).front());
+    put(needed(facts, "facts"), tgate::capi::facts_of(picture), "tgate_picture_facts");
+  });
+}
+
+tgate_code tgate_session_decode(const tgate_session* session, const char* image_size, const float* latents, size_t count,
+                                uint8_t* pixels, size_t bytes, tgate_error** error) {
+  return guarded(error, [&] {
+    const tgate::Session& own = *needed(session, "session").session;
+    const float* from = &needed(latents, "latents");
+    std::uint8_t* to = &needed(pixels, "pixels");
+    const tgate::Shape& shape = *own.shapes(text_or(image_size, "")).front();
+    if (count != static_cast<std::size_t>(shape.latents_count())) {
+      throw Error(Code::argument, "latents of " + shape.size() + " are " + std::to_string(shape.latents_count()) +
+                                      " numbers, got " + std::to_string(count));
+    }
+    own.decode(shape, from, to, bytes);
   });
 }
 

@@ -396,28 +396,9 @@ void Request::latents(std::size_t image, float* out) const {
   pool_->latents(*images_[image], out);
 }
 
-Request::Picture Request::picture() const {
-  const GraphSpec* decoder = pool_->shape().graph(Role::decode);
-  const TensorSpec* pixels = decoder == nullptr ? nullptr : decoder->output("image");
-  if (pixels == nullptr) {
-    refuse("the bundle has no decoder (--components); export it with one, or take the latents");
-  }
-  const auto& dims = pixels->shape;
-  if (pixels->dtype != Dtype::uint8 || dims.size() < 4 || dims.back() != 3) {
-    throw Error(Code::bundle, "the decoder gives no RGB pixels; export the bundle again");
-  }
-  const std::int64_t height = dims[dims.size() - 3], width = dims[dims.size() - 2];
-  return {width, height, pixels->elements(1) / (height * width * 3)};
-}
-
 void Request::decode(std::size_t image, std::uint8_t* pixels, std::size_t bytes) {
-  const std::size_t wanted = picture().bytes();
-  if (bytes < wanted) {
-    throw Error(Code::argument, "a picture takes " + std::to_string(wanted) + " bytes, got room for " + std::to_string(bytes));
-  }
   latents(image, scratch_.data());
-  check_given(scratch_.data(), scratch_.size(), Dtype::float32, "the latents");
-  session_->decode(pool_->shape(), scratch_.data(), pixels, wanted);
+  session_->decode(pool_->shape(), scratch_.data(), pixels, bytes);
 }
 
 }  // namespace tgate

@@ -68,12 +68,8 @@ class Request {
   void latents(std::size_t image, float* out) const;
   /// Their picture: RGB.
   void decode(std::size_t image, std::uint8_t* pixels, std::size_t bytes);
-  /// Width, height and frames of it. Throws Error of Code::request where the bundle has no decoder.
-  struct Picture {
-    std::int64_t width, height, frames;
-    [[nodiscard]] std::size_t bytes() const { return static_cast<std::size_t>(width * height * frames * 3); }
-  };
-  [[nodiscard]] Picture picture() const;
+  /// What that is. Throws Error of Code::request where the bundle has no decoder.
+  [[nodiscard]] Session::Picture picture() const { return session_->picture(pool_->shape()); }
 
  private:
   friend void step_together(Request* const* requests, std::size_t count, std::int32_t* stopped);

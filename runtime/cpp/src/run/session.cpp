@@ -328,12 +328,31 @@ HostTensors Session::encode_picture(const Shape& shape, const std::uint8_t* pixe
   return tensors;
 }
 
+Session::Picture Session::picture(const Shape& shape) const {
+  const GraphSpec* decoder = shape.graph(Role::decode);
+  const TensorSpec* pixels = decoder == nullptr ? nullptr : decoder->output("image");
+  if (pixels == nullptr) {
+    throw Error(Code::request, "the bundle has no decoder (--components); export it with one, or take the latents");
+  }
+  const auto& dims = pixels->shape;
+  if (pixels->dtype != Dtype::uint8 || dims.size() < 4 || dims.back() != 3) {
+    throw Error(Code::bundle, "the decoder gives no RGB pixels; export the bundle again");
+  }
+  const std::int64_t height = dims[dims.size() - 3], width = dims[dims.size() - 2];
+  return {width, height, pixels->elements(1) / (height * width * 3)};
+}
+
 void Session::decode(const Shape& shape, const float* latents, std::uint8_t* pixels, std::size_t bytes) const {
-  const GraphSpec& spec = *shape.graph(Role::decode);
-  Lent call(*this, spec);
-  call->write("latents", latents, static_cast<std::size_t>(shape.latents_count()) * sizeof(float));
+  const std::size_t wanted = picture(shape).bytes(), count = static_cast<std::size_t>(shape.latents_count());
+  if (bytes < wanted) {
+    throw Error(Code::argument,
+                "a picture takes " + std::to_string(wanted) + " bytes, got room for " + std::to_string(bytes));
+  }
+  check_given(latents, count, Dtype::float32, "the latents");
+  Lent call(*this, *shape.graph(Role::decode));
+  call->write("latents", latents, count * sizeof(float));
   call.run();
-  call->read("image", pixels, bytes);
+  call->read("image", pixels, wanted);
 }
 
 const GraphSpec* find_role(const std::vector<const Shape*>& shapes, Role role) { return shapes.front()->graph(role); }

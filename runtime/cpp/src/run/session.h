@@ -86,7 +86,13 @@ class Session {
   /// The image graph of a size on RGB pixels; noise for it is drawn from the seed.
   [[nodiscard]] HostTensors encode_picture(const Shape& shape, const std::uint8_t* pixels, std::size_t bytes,
                                            std::uint64_t seed) const;
-  /// The decoder of a size, from float32 latents to RGB pixels.
+  /// What the decoder of a size gives of one image. Throws Error of Code::request where the bundle has none.
+  struct Picture {
+    std::int64_t width, height, frames;
+    [[nodiscard]] std::size_t bytes() const { return static_cast<std::size_t>(width * height * frames * 3); }
+  };
+  [[nodiscard]] Picture picture(const Shape& shape) const;
+  /// The decoder of a size, from float32 latents of one image to RGB pixels.
   void decode(const Shape& shape, const float* latents, std::uint8_t* pixels, std::size_t bytes) const;
 
  private:

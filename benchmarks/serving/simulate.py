@@ -1,0 +1,139 @@
+"""The server's own scheduler in a simulation, beside one request at a time and static batching of whole requests.
+
+    python -m benchmarks.serving.simulate --output benchmarks/results/serving-simulated.json
+    python -m benchmarks.serving.simulate --bundle mini
+
+Requests arrive as a Poisson process, whether or not earlier ones are answered, in a mix of sizes and of plans of TGATE
+with several n, m and k. A load of 1 is what one request at a time can just serve. Time is what a table says that each
+call takes (:mod:`benchmarks.serving.tables`). Rivals are given what they can have: static batching waits for requests of
+one size and plan until a batch is full, or until a time-out, of several the one with which its own p99 is best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.serving.tables import Table
+from tgate_export.methods.base import Settings, ungated
+from tgate_export.methods.tgate import Tgate
+from tgate_serve.scheduler import Job, Room, Scheduler
+
+PLANS = (
+    (0.4, Settings(steps=25, gate=10, self_interval=5)),
+    (0.2, Settings(steps=30, gate=12, self_interval=3)),
+    (0.2, Settings(steps=20, gate=8, self_interval=2)),
+    (0.1, Settings(steps=50, gate=20, self_interval=5)),
+    (0.1, None),
+)
+"""Shares of the requests, and what each asks for; None is 25 steps ungated."""
+TIMEOUTS = (0.0, 0.5, 1.0, 2.0, 4.0)
+"""How long static batching may wait for company, in mean times of one request alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """One request for one image, at a time in ms."""
+
+    at_ms: float
+    size: str
+    graphs: tuple[str, ...]
+
+
+def arrivals(table: Table, *, load: float, count: int, seed: int) -> list[Arrival]:
+    """``count`` requests at a load. The same seed gives the same requests at every load, nearer together or further."""
+    rng = np.random.default_rng(seed)
+    programs = [programs_of(settings) for _, settings in PLANS]
+    sizes = list(table.sizes)
+    gaps = rng.exponential(size=count)
+    which = rng.choice(len(PLANS), size=count, p=[share for share, _ in PLANS])
+    where = rng.choice(len(sizes), size=count, p=list(table.sizes.values()))
+    times = np.cumsum(gaps) * mean_ms(table) / load
+    return [
+        Arrival(at_ms=float(t), size=sizes[s], graphs=programs[p]) for t, p, s in zip(times, which, where, strict=True)
+    ]
+
+
+def programs_of(settings: Settings | None) -> tuple[str, ...]:
+    """The graphs that a plan of those settings runs."""
+    program = ungated(25) if settings is None else Tgate().program(settings)
+    return tuple(call.graph for call in program)
+
+
+def mean_ms(table: Table) -> float:
+    """Of one request of the mix, alone."""
+    return sum(
+        share * at * alone_ms(table, size, programs_of(settings))
+        for share, settings in PLANS
+        for size, at in table.sizes.items()
+    )
+
+
+def alone_ms(table: Table, size: str, graphs: Sequence[str], images: int = 1) -> float:
+    """Of a whole trajectory, of so many images together."""
+    return sum(table.ms[size, graph, images] for graph in graphs)
+
+
+# --- the policies: when each request is answered, in ms -----------------------------------------
+
+
+def one_at_a_time(table: Table, requests: Sequence[Arrival]) -> list[float]:
+    """First come, first served."""
+    now, ends = 0.0, []
+    for each in requests:
+        now = max(now, each.at_ms) + alone_ms(table, each.size, each.graphs)
+        ends.append(now)
+    return ends
+
+
+def static(table: Table, requests: Sequence[Arrival], *, timeout_ms: float) -> list[float]:
+    """Requests of one size and plan wait until a batch is full, or the first of them for ``timeout_ms``, and run to the
+    end together. Of several batches that may run, the one whose first request is oldest."""
+    queues: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    ends, now, came, left = [0.0] * len(requests), 0.0, 0, len(requests)
+    while left:
+        while came < len(requests) and requests[came].at_ms <= now:
+            queues.setdefault((requests[came].size, requests[came].graphs), []).append(came)
+            came += 1
+        ready = [
+            (queue[0], kind)
+            for kind, queue in queues.items()
+            if queue and (len(queue) >= table.most or requests[queue[0]].at_ms + timeout_ms <= now)
+        ]
+        if not ready:
+            due = [requests[queue[0]].at_ms + timeout_ms for queue in queues.values() if queue]
+            now = min([*due, *(each.at_ms for each in requests[came : came + 1])])
+            continue
+        _, (size, graphs) = min(ready)
+        batch, queues[size, graphs] = queues[size, graphs][: table.most], queues[size, graphs][table.most :]
+        now += alone_ms(table, size, graphs, len(batch))
+        for index in batch:
+            ends[index] = now
+        left -= len(batch)
+    return ends
+
+
+def scheduled(
+    table: Table, requests: Sequence[Arrival], *, rows: int, patience: int, sizes: list[int] | None = None
+) -> list[float]:
+    """The server's scheduler. ``sizes`` is given the images of each call."""
+    rooms = {size: Room(batches=((1, table.most),), rows=rows) for size in table.sizes}
+    scheduler = Scheduler(rooms, queue=len(requests), patience=patience)
+    ends, now, came = [0.0] * len(requests), 0.0, 0
+    while True:
+        while came < len(requests) and requests[came].at_ms <= now:
+            scheduler.submit([Job(size=requests[came].size, graphs=requests[came].graphs)])
+            came += 1
+        tick = scheduler.tick()
+        if tick is None:
+            if came == len(requests):
+                return ends
+            now = requests[came].at_ms
+            continue
+        now += table.ms[tick.size, tick.graph, len(tick.tickets)]
+        if sizes is not None:
+            sizes.append(len(tick.tickets))
+        for ticket in scheduler.advance(tick.tickets):  # tickets count from 0, as requests do
+            ends[ticket] = now

@@ -44,9 +44,14 @@ class Rows:
         self._put(ticket, row)
         return row
 
-    def free(self, ticket: int) -> None:
-        """An image has left. Raises KeyError for one that has no row."""
-        self._tickets[self._row.pop(ticket)] = None
+    def __contains__(self, ticket: int) -> bool:
+        return ticket in self._row
+
+    def free(self, ticket: int) -> int:
+        """An image has left; the row that it had. Raises KeyError for one that had none."""
+        row = self._row.pop(ticket)
+        self._tickets[row] = None
+        return row
 
     def gather(self, tickets: Collection[int]) -> tuple[range, list[tuple[int, int]]]:
         """Make the images of a call neighbours: their rows, and the moves that bring them there, each from a row to one

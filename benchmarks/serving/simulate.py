@@ -5,20 +5,26 @@
 
 Requests arrive as a Poisson process, whether or not earlier ones are answered, in a mix of sizes and of plans of TGATE
 with several n, m and k. A load of 1 is what one request at a time can just serve. Time is what a table says that each
-call takes (:mod:`benchmarks.serving.tables`). Rivals are given what they can have: static batching waits for requests of
-one size and plan until a batch is full, or until a time-out, of several the one with which its own p99 is best.
+call takes (:mod:`benchmarks.serving.tables`). Static batching waits for requests of one size and plan until a batch is
+full, or until a time-out: of several the one with which its own p99 is best, 0 among them, which waits for nobody.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks.serving.tables import Table
+from benchmarks.serving.tables import FIXED_MS, Table, measured, sdxl_h100
+from tgate_engine.atomic import write_atomically
 from tgate_export.methods.base import Settings, ungated
 from tgate_export.methods.tgate import Tgate
+from tgate_runtime.session import Session
 from tgate_serve.scheduler import Job, Room, Scheduler
 
 PLANS = (
@@ -137,3 +143,105 @@ def scheduled(
             sizes.append(len(tick.tickets))
         for ticket in scheduler.advance(tick.tickets):  # tickets count from 0, as requests do
             ends[ticket] = now
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def figures(requests: Sequence[Sequence[Arrival]], ends: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Percentiles of the seconds to an answer, the means of several runs; and answers per second, from the tenth
+    percent of all answers to the ninetieth."""
+    each = []
+    for arrived, ended in zip(requests, ends, strict=True):
+        seconds = (np.array(ended) - [request.at_ms for request in arrived]) / 1e3
+        ordered = np.sort(ended)
+        first, last = (ordered[int(share * (len(ordered) - 1))] for share in (0.1, 0.9))
+        rate = 0.8 * len(ordered) / (last - first) * 1e3
+        each.append([*np.percentile(seconds, (50, 95, 99)), rate])
+    p50, p95, p99, rate = np.mean(each, axis=0)
+    return {"p50_s": float(p50), "p95_s": float(p95), "p99_s": float(p99), "per_s": float(rate)}
+
+
+def compare(
+    table: Table, *, loads: Sequence[float], count: int, seeds: Sequence[int], rows: int, patience: int
+) -> list[dict[str, Any]]:
+    """One row for each load: what each policy makes of the same arrivals."""
+    compared = []
+    for load in loads:
+        runs = [arrivals(table, load=load, count=count, seed=seed) for seed in seeds]
+        fill: list[int] = []
+        rivals = [
+            {
+                "timeout_ms": share * mean_ms(table),
+                **figures(runs, [static(table, run, timeout_ms=share * mean_ms(table)) for run in runs]),
+            }
+            for share in TIMEOUTS
+        ]
+        scheduler = [scheduled(table, run, rows=rows, patience=patience, sizes=fill) for run in runs]
+        compared.append(
+            {
+                "load": load,
+                "one_at_a_time": figures(runs, [one_at_a_time(table, run) for run in runs]),
+                "static": min(rivals, key=lambda rival: rival["p99_s"]),
+                "static_most_per_s": max(rival["per_s"] for rival in rivals),
+                "static_half_a_request": rivals[1],
+                "scheduler": {**figures(runs, scheduler), "images_per_call": float(np.mean(fill))},
+            }
+        )
+        print(line(compared[-1]), flush=True)
+    return compared
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for people."""
+    told = []
+    for name in ("one_at_a_time", "static", "static_half_a_request", "scheduler"):
+        each = row[name]
+        told.append(f"{name} {each['p50_s']:.2f}/{each['p95_s']:.2f}/{each['p99_s']:.2f} s, {each['per_s']:.3f}/s")
+    return f"load {row['load']}: " + "; ".join(told)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", help="measure the calls of this bundle, in place of SDXL's computed ones")
+    parser.add_argument("--loads", default="0.3,0.5,0.7,0.9,1.0,1.5")
+    parser.add_argument("--count", type=int, default=8000, help="requests of each run")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--most", type=int, default=4, help="images in a call")
+    parser.add_argument("--fixed-ms", type=float, default=FIXED_MS)
+    parser.add_argument("--rows", type=int, help="images of each size in flight; three times --most where not given")
+    parser.add_argument("--patience", type=int, default=8)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    if args.bundle:
+        with Session.open(args.bundle, threads=1) as session:
+            table = measured(session)
+    else:
+        table = sdxl_h100(args.most, args.fixed_ms)
+    settings = {
+        "table": table.name,
+        "origin": table.origin,
+        "ms": {" ".join(map(str, key)): ms for key, ms in table.ms.items()},
+        "sizes": dict(table.sizes),
+        "most": table.most,
+        "mix": [{"share": share, "plan": str(asked) if asked else "25 steps ungated"} for share, asked in PLANS],
+        "alone_ms": mean_ms(table),
+        "count": args.count,
+        "seeds": list(range(1, args.runs + 1)),
+        "rows": args.rows or 3 * table.most,
+        "patience": args.patience,
+    }
+    rows = compare(
+        table,
+        loads=[float(load) for load in args.loads.split(",")],
+        count=args.count,
+        seeds=settings["seeds"],
+        rows=settings["rows"],
+        patience=args.patience,
+    )
+    if args.output:
+        write_atomically(args.output, json.dumps({"settings": settings, "rows": rows}, indent=1).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

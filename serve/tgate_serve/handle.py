@@ -137,13 +137,15 @@ class Handle:
 
     def finish(self, drawn: Drawn) -> None:
         """The request is through; nothing where it has ended before."""
-        if not self._future.done():
-            self._future.set_result(drawn)
+        with self._news:
+            if not self._future.done():
+                self._future.set_result(drawn)
 
     def fail(self, error: Exception) -> None:
         """The request has ended; nothing where it had before."""
-        if not self._future.done():
-            self._future.set_exception(error)
+        with self._news:
+            if not self._future.done():
+                self._future.set_exception(error)
 
     def _ring(self) -> None:
         with self._news:

@@ -29,7 +29,7 @@ from tgate_engine.plan import Step as PlanStep
 from tgate_runtime.decoder import decode
 from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import check_generator, check_seed, in_dtype, in_step, noise
-from tgate_runtime.request import check_mapping, check_several, scales_of
+from tgate_runtime.request import check_mapping, check_several, numbers_of, scales_of
 from tgate_runtime.runner import StepDone, advance
 from tgate_runtime.session import PlanLike, Session
 from tgate_runtime.state import State, most_at_once
@@ -91,6 +91,7 @@ class _Order:
     plan: Plan
     size: str
     guidance_scale: float
+    conditioning: Mapping[str, NDArray[Any]]  # <name>.<half> to [...]
     seeds: tuple[int, ...]
     looks: frozenset[int]
     came_s: float
@@ -158,6 +159,7 @@ class Worker:
         self._left: list[tuple[str, int]] = []  # sizes and tickets of those whose rows may be freed
         self._step_s = _STEP_S
         self._open, self._closing = True, False
+        self._ending = False  # images that are through are taken from here, and their requests not told yet
         self._broken: Exception | None = None
         # Guards everything but the places, which are the thread's. No handle is told of anything under it.
         self._changed = threading.Condition()
@@ -219,7 +221,7 @@ class Worker:
         """Take no more requests, and wait until all that were taken have ended; False where the time ran out."""
         with self._changed:
             self._open = False
-            return self._changed.wait_for(lambda: not self._orders, timeout_s)
+            return self._changed.wait_for(lambda: not self._orders and not self._ending, timeout_s)
 
     def close(self) -> None:
         """End what is not through with :class:`~tgate_serve.handle.Gone`, and then the thread. Closing twice does
@@ -254,6 +256,9 @@ class Worker:
             raise RequestError("a request has a seed for each image, and at least one; got none")
         check_generator(request.generator, self._places[size].latents)
         check_mapping(request.conditioning, "conditioning")
+        arrays = {name: numbers_of(values, f"conditioning {name}") for name, values in request.conditioning.items()}
+        if odd := [name for name, values in arrays.items() if values.shape[:1] != (1,)]:
+            raise RequestError(f"conditioning {odd[0]} must be [1, ...], got shape {list(arrays[odd[0]].shape)}")
         within_s: object = request.within_s
         if within_s is not None and not (isinstance(within_s, (int, float)) and 0 < within_s < math.inf):
             raise RequestError(f"within_s is a number of seconds above 0, got {shown(within_s)}")
@@ -263,6 +268,7 @@ class Worker:
             plan=plan,
             size=size,
             guidance_scale=scales_of(request.guidance_scale, 1, plan, self.session.manifest)[0],
+            conditioning={name: values[0] for name, values in arrays.items()},
             seeds=seeds,
             looks=frozenset(request.looks),
             came_s=time.monotonic(),
@@ -331,6 +337,9 @@ class Worker:
 
     def _begin(self, ticket: int, order: _Order) -> None:
         """Start an image in a row."""
+        with self._changed:
+            if ticket not in self._orders:  # called off since, or failed with another image of its request
+                return
         place, dtype = self._places[order.size], self.session.manifest.dtype
         seed, generator = order.seeds[order.tickets.index(ticket)], order.request.generator
 
@@ -343,12 +352,12 @@ class Worker:
             place.state.begin(
                 row,
                 drawn(0),
-                {name: values[0] for name, values in order.request.conditioning.items()},
+                order.conditioning,
                 guidance_scale=order.guidance_scale,
                 plan=order.plan,
                 step_noise=lambda index: drawn(in_step(index)),
             )
-        except (TgateError, IndexError, TypeError) as error:
+        except TgateError as error:
             self._fail(order, error)
 
     def _call(self, tick: Tick) -> None:
@@ -395,6 +404,7 @@ class Worker:
             there = [ticket for ticket in tickets if ticket in self._orders]
             orders = {ticket: self._orders[ticket] for ticket in there}
             through = self._scheduler.advance(there)
+            self._ending = bool(through)
             for ticket in through:
                 del self._orders[ticket]
             self._left += [(orders[ticket].size, ticket) for ticket in through]
@@ -408,6 +418,7 @@ class Worker:
             if ticket in through:
                 self._through(order, ticket, place.state.latents(row))
         with self._changed:
+            self._ending = False
             self._changed.notify_all()
 
     def _tell(

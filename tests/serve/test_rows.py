@@ -45,7 +45,7 @@ def test_whoever_comes_and_goes(data: st.DataObject) -> None:
             rows.free(there.pop(data.draw(st.integers(0, len(there) - 1))))
         if not there:
             continue
-        call = data.draw(st.lists(st.sampled_from(there), unique=True, min_size=1))
+        call: list[int] = data.draw(st.lists(st.sampled_from(there), unique=True, min_size=1))
         before = {ticket: rows.row(ticket) for ticket in there}
         stretch, moves = rows.gather(call)
         follow(rows, before, moves)

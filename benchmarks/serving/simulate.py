@@ -82,6 +82,12 @@ def alone_ms(table: Table, size: str, graphs: Sequence[str], images: int = 1) ->
     return sum(table.ms[size, graph, images] for graph in graphs)
 
 
+def added(table: Table, size: str) -> float:
+    """What a second image adds to a call for one, as a share of it: the mean of the graphs."""
+    graphs = {graph for of, graph, _ in table.ms if of == size}
+    return float(np.mean([table.ms[size, graph, 2] / table.ms[size, graph, 1] - 1 for graph in graphs]))
+
+
 # --- the policies: when each request is answered, in ms -----------------------------------------
 
 
@@ -125,7 +131,10 @@ def scheduled(
     table: Table, requests: Sequence[Arrival], *, rows: int, patience: int, sizes: list[int] | None = None
 ) -> list[float]:
     """The server's scheduler. ``sizes`` is given the images of each call."""
-    rooms = {size: Room(batches=((1, table.most),), rows=rows) for size in table.sizes}
+    rooms = {
+        size: Room(batches=((1, table.most),), rows=rows, added=added(table, size) if table.most > 1 else 1.0)
+        for size in table.sizes
+    }
     scheduler = Scheduler(rooms, queue=len(requests), patience=patience)
     ends, now, came = [0.0] * len(requests), 0.0, 0
     while True:

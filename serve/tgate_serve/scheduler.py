@@ -4,9 +4,12 @@ Pure: no thread, no clock, no engine. A plan is known before its first step, so 
 the names of the graphs that it still runs.
 
 **Who goes first.** Images are ordered by age, a priority being a head start of so many places. A tick is the oldest's:
-it takes its next step, and whoever in flight is at the same graph of the same size comes along, older ones first. While
-images wait for a row of that size, throughput counts too, and the fullest call of that size goes first; it may pass
-over the oldest ``patience`` times in a row. A free row of a size goes to the oldest that waits for that size.
+it takes its next step, and of those in flight that are at the same graph of the same size older ones come along.
+Company makes a call longer for the oldest and shorter for all together. So how young it may be depends on how many are
+there and on what it adds (:attr:`Room.added`): where it adds as much as a call of its own, it is of the older half.
+Where more are there than the size has rows, throughput counts: whoever fits comes along; and while images wait for one
+of those rows, the fullest call of that size goes first, which may pass over the oldest ``patience`` times in a row. A
+free row goes to the oldest that waits for its size.
 
 **What is promised.** An image that :meth:`Scheduler.submit` has taken is through after
 
@@ -23,7 +26,8 @@ patience + 1 advances it, so it is the oldest for n * (patience + 1) ticks at mo
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+import math
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -51,14 +55,18 @@ class Busy(TgateError):
 @dataclass(frozen=True, kw_only=True)
 class Room:
     """What there is for one size. ``batches``: the ranges of images that a call may have, as (least, most), one image
-    among them. ``rows``: how many images are in flight at most."""
+    among them. ``rows``: how many images are in flight at most. ``added``: what each further image adds to the time of
+    a call for one, as a share of that: 1 where an engine is as fast alone as in company, less where it is not."""
 
     batches: tuple[tuple[int, int], ...]
     rows: int
+    added: float = 1.0
 
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise RequestError(f"a size needs at least 1 row, got {self.rows}")
+        if not 0 < self.added < math.inf:
+            raise RequestError(f"what an image adds to a call is a share above 0, got {shown(self.added)}")
         if not any(least == 1 for least, _ in self.batches):
             ranges = " or ".join(f"{least} to {most}" for least, most in self.batches)
             raise RequestError(
@@ -108,6 +116,7 @@ class _Line:
     """The images of one size: those that wait, and those in flight by their next graph; oldest first."""
 
     most: int
+    added: float
     takes: tuple[int, ...]  # how many of so many images a call has
     free: int
     waiting: list[Order] = field(default_factory=list)
@@ -250,7 +259,10 @@ class Scheduler:
         if line.waiting and self.ticks - oldest.seen < self.patience:
             graph = line.fullest()
         group = line.groups[graph]
-        count = line.takes[min(len(group), line.most)]
+        count = len(group)
+        if len(self._entries) <= self.rooms[oldest.job.size].rows:
+            count = bisect_right(group, self._youngest(line.added))
+        count = line.takes[min(count, line.most)]
         self.ticks += 1
         return Tick(size=oldest.job.size, graph=graph, tickets=tuple(t for _, t in group[:count]), joined=joined)
 
@@ -275,6 +287,13 @@ class Scheduler:
                 _remove(self._deadlines, (entry.job.deadline, ticket))
         return tuple(through)
 
+    def _youngest(self, added: float) -> Order:
+        """The youngest in flight that may come along while few are there. Those that came before it are held up by
+        ``added``, those that came after it are spared the rest of a call; where that is nothing, half of all weigh as
+        much as the other half, and where it is more, so many more may come."""
+        older = max(1, int((len(self._entries) + 1) / (2 * added)))
+        return self._flight[min(older, len(self._flight)) - 1]
+
     def _join(self) -> tuple[int, ...]:
         joined = []
         for line in self._lines.values():
@@ -297,7 +316,7 @@ class Scheduler:
 def _line(room: Room) -> _Line:
     counts = range(1, room.most + 1)
     takes = (0, *(max(min(most, count) for least, most in room.batches if least <= count) for count in counts))
-    return _Line(most=takes[-1], takes=takes, free=room.rows)
+    return _Line(most=takes[-1], added=room.added, takes=takes, free=room.rows)
 
 
 def _remove(orders: list[tuple[int, int]] | list[tuple[float, int]], order: tuple[float, int]) -> None:

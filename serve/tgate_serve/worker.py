@@ -130,11 +130,13 @@ class Worker:
         rows: int | None = None,
         queue: int = 64,
         patience: int = 8,
+        added: float = 1.0,
         memory_bytes: int | None = None,
     ) -> None:
         """``plans``: those that requests may follow; None takes every plan of the bundle. ``rows``: how many images of
-        each size are in flight at most; None is four times what a call has. ``queue``, ``patience``: see
-        :class:`~tgate_serve.scheduler.Scheduler`. ``memory_bytes``: what :attr:`planned_bytes` may be.
+        each size are in flight at most; None is three times what a call has, so that one of a plan's three graphs fills
+        a call, or nearly. ``queue``, ``patience``: see :class:`~tgate_serve.scheduler.Scheduler`. ``added``: see
+        :class:`~tgate_serve.scheduler.Room`. ``memory_bytes``: what :attr:`planned_bytes` may be.
 
         Raises :class:`RequestError` for what has no room, or a bundle whose calls take no single image, and
         :class:`EngineError` where the engine cannot allocate.
@@ -143,7 +145,7 @@ class Worker:
         chosen = session.manifest.plans if plans is None else plans
         self.session = session
         self.plans = tuple(session.plan(plan) for plan in chosen)
-        rooms = {size: _room(session, size, rows) for size in session.sizes}
+        rooms = {size: _room(session, size, rows, added) for size in session.sizes}
         self.planned_bytes = _planned_bytes(session, self.plans, rooms)
         """What weights, buffers and the hungriest call take together; the engine's own memory is not in it."""
         if memory_bytes is not None and self.planned_bytes > memory_bytes:
@@ -474,9 +476,9 @@ class Worker:
 # --- what there is room for ---------------------------------------------------------------------
 
 
-def _room(session: Session, size: str, rows: int | None) -> Room:
+def _room(session: Session, size: str, rows: int | None, added: float) -> Room:
     batches = tuple(shape.batch for shape in session.shapes(size))
-    return Room(batches=batches, rows=4 * max(most for _, most in batches) if rows is None else rows)
+    return Room(batches=batches, rows=3 * max(most for _, most in batches) if rows is None else rows, added=added)
 
 
 def _planned_bytes(session: Session, plans: Sequence[Plan], rooms: Mapping[str, Room]) -> int:

@@ -41,7 +41,7 @@ def test_whoever_comes_and_goes(data: st.DataObject) -> None:
             assert row not in [rows.row(ticket) for ticket in there]
             there.append(following)
             following += 1
-        if there and data.draw(st.booleans()):
+        if data.draw(st.booleans()) and there:
             rows.free(there.pop(data.draw(st.integers(0, len(there) - 1))))
         if not there:
             continue

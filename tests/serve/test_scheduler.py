@@ -16,8 +16,9 @@ GRAPHS = ("full", "reuse_self", "reuse_cross")
 ONE_TO_FOUR = ((1, 4),)
 
 
-def room(rows: int = 4, batches: tuple[tuple[int, int], ...] = ONE_TO_FOUR) -> Room:
-    return Room(batches=batches, rows=rows)
+def room(rows: int = 4, batches: tuple[tuple[int, int], ...] = ONE_TO_FOUR, added: float = 0.1) -> Room:
+    """Where company costs little, whoever fits comes along."""
+    return Room(batches=batches, rows=rows, added=added)
 
 
 def job(graphs: str = "ffss", size: str = "s", **more: float) -> Job:
@@ -60,7 +61,10 @@ JOBS = st.builds(
     priority=st.sampled_from([0, 0, 0, 1, *PRIORITIES]),
 )
 ROOMS = st.builds(
-    Room, rows=st.integers(1, 6), batches=st.sampled_from([((1, 1),), ONE_TO_FOUR, ((1, 2), (4, 4)), ((1, 1), (3, 8))])
+    Room,
+    added=st.sampled_from([0.1, 0.7, 1.0, 1.5]),
+    rows=st.integers(1, 6),
+    batches=st.sampled_from([((1, 1),), ONE_TO_FOUR, ((1, 2), (4, 4)), ((1, 1), (3, 8))]),
 )
 
 
@@ -153,6 +157,25 @@ def test_company_is_what_a_call_takes_oldest_first() -> None:
     scheduler = Scheduler({"s": room(rows=8, batches=((1, 1), (3, 3)))})
     tickets = scheduler.submit([job("f")] * 5)
     assert [tick.tickets for tick in ticks(scheduler)] == [tickets[:3], tickets[3:4], tickets[4:]]
+
+
+@pytest.mark.parametrize(
+    ("added", "images", "company"),
+    [(1.0, 2, 1), (1.0, 3, 2), (1.0, 6, 3), (1.0, 7, 4), (0.75, 2, 2), (0.1, 4, 4), (2.0, 6, 1), (2.0, 7, 2)],
+)
+def test_company_is_of_the_older_ones_where_it_costs_something(added: float, images: int, company: int) -> None:
+    scheduler = Scheduler({"s": room(rows=8, added=added)})
+    tickets = scheduler.submit([job("f")] * images)
+    assert taken(scheduler).tickets == tickets[:company]
+
+
+def test_whoever_fits_comes_along_where_many_are_there() -> None:
+    """More than there are rows, whether they wait for one of them or for another size's."""
+    scheduler = Scheduler({"s": room(rows=3, added=1.0), "t": room(rows=1)})
+    scheduler.submit([job("ff"), job("ff"), job("ff"), job("f", "t")])
+    assert taken(scheduler).tickets == (0, 1, 2)
+    scheduler.cancel(3)
+    assert taken(scheduler).tickets == (0, 1)
 
 
 def test_sizes_share_nothing() -> None:
@@ -266,6 +289,9 @@ def test_what_is_no_scheduler() -> None:
         room(rows=0)
     with pytest.raises(RequestError, match="takes 2 to 4 images at once, and a server needs to run one image alone"):
         room(batches=((2, 4),))
+    for added in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(RequestError, match="a share above 0"):
+            room(added=added)
 
 
 # --- what it costs ------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ WAIT_S = 120.0
 
 @pytest.fixture
 def worker(session: Session) -> Iterator[Worker]:
-    with Worker(session, plans=list(plans(session).values()), rows=6) as made:
+    with Worker(session, plans=list(plans(session).values()), rows=6, added=0.1) as made:
         yield made
 
 
@@ -67,7 +67,9 @@ def test_a_request_is_the_same_alone_and_in_any_company(session: Session, seed: 
     rng = np.random.default_rng(seed)
     names = list(plans(session))
     asked: list[tuple[Handle, Wish, bool]] = []
-    with Worker(session, plans=list(plans(session).values()), rows=int(rng.integers(3, 7)), patience=2) as worker:
+    with Worker(
+        session, plans=list(plans(session).values()), rows=int(rng.integers(3, 7)), patience=2, added=0.1
+    ) as worker:
         for _ in range(14):
             wish = Wish(
                 plan=names[rng.integers(len(names))],
@@ -107,7 +109,7 @@ def test_requests_at_other_steps_of_other_plans_share_calls(session: Session, wo
 
 def test_rows_that_stay_together_stay_where_they_are(session: Session) -> None:
     """Four that come together move nothing; where one of them leaves, one moves."""
-    with Worker(session, plans=list(plans(session).values()), rows=4) as worker:
+    with Worker(session, plans=list(plans(session).values()), rows=4, added=0.1) as worker:
         wishes = [Wish("long", (seed,)) for seed in range(4)]
 
         def together() -> list[Handle]:
@@ -240,7 +242,7 @@ def test_a_call_that_fails_ends_the_request_it_fails_for(
         return advance(state, rows)
 
     monkeypatch.setattr("tgate_serve.worker.advance", failing)
-    with Worker(session, plans=list(plans(session).values()), rows=4) as worker:
+    with Worker(session, plans=list(plans(session).values()), rows=4, added=0.1) as worker:
         wishes = [Wish("long", (seed,), guidance_scale=7.0 if seed == poisoned else 3.0) for seed in range(3)]
         handles = [worker.submit(wish.request(session)) for wish in wishes]
         held.set()

@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--most", type=int, default=4, help="images in a call")
     parser.add_argument("--fixed-ms", type=float, default=FIXED_MS)
-    parser.add_argument("--rows", type=int, help="images of each size in flight; three times --most where not given")
+    parser.add_argument("--rows", type=int, help="images of each size in flight; four times --most where not given")
     parser.add_argument("--patience", type=int, default=8)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -237,7 +237,7 @@ def main() -> None:
         "alone_ms": mean_ms(table),
         "count": args.count,
         "seeds": list(range(1, args.runs + 1)),
-        "rows": args.rows or 3 * table.most,
+        "rows": args.rows or 4 * table.most,
         "patience": args.patience,
     }
     rows = compare(

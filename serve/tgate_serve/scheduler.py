@@ -7,9 +7,9 @@ the names of the graphs that it still runs.
 it takes its next step, and of those in flight that are at the same graph of the same size older ones come along.
 Company makes a call longer for the oldest and shorter for all together. So how young it may be depends on how many are
 there and on what it adds (:attr:`Room.added`): where it adds as much as a call of its own, it is of the older half.
-Where more are there than the size has rows, throughput counts: whoever fits comes along; and while images wait for one
-of those rows, the fullest call of that size goes first, which may pass over the oldest ``patience`` times in a row. A
-free row goes to the oldest that waits for its size.
+While images wait for a row of that size, throughput counts: whoever fits comes along, and the fullest call of that size
+goes first, which may pass over the oldest ``patience`` times in a row. A free row goes to the oldest that waits for its
+size.
 
 **What is promised.** An image that :meth:`Scheduler.submit` has taken is through after
 
@@ -260,7 +260,7 @@ class Scheduler:
             graph = line.fullest()
         group = line.groups[graph]
         count = len(group)
-        if len(self._entries) <= self.rooms[oldest.job.size].rows:
+        if not line.waiting:
             count = bisect_right(group, self._youngest(line.added))
         count = line.takes[min(count, line.most)]
         self.ticks += 1
@@ -288,7 +288,7 @@ class Scheduler:
         return tuple(through)
 
     def _youngest(self, added: float) -> Order:
-        """The youngest in flight that may come along while few are there. Those that came before it are held up by
+        """The youngest in flight that may come along while nobody waits. Those that came before it are held up by
         ``added``, those that came after it are spared the rest of a call; where that is nothing, half of all weigh as
         much as the other half, and where it is more, so many more may come."""
         older = max(1, int((len(self._entries) + 1) / (2 * added)))

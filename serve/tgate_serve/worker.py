@@ -134,8 +134,8 @@ class Worker:
         memory_bytes: int | None = None,
     ) -> None:
         """``plans``: those that requests may follow; None takes every plan of the bundle. ``rows``: how many images of
-        each size are in flight at most; None is three times what a call has, so that one of a plan's three graphs fills
-        a call, or nearly. ``queue``, ``patience``: see :class:`~tgate_serve.scheduler.Scheduler`. ``added``: see
+        each size are in flight at most; None is four times what a call has, so that one of a plan's graphs fills a
+        call, where there are three. ``queue``, ``patience``: see :class:`~tgate_serve.scheduler.Scheduler`. ``added``: see
         :class:`~tgate_serve.scheduler.Room`. ``memory_bytes``: what :attr:`planned_bytes` may be.
 
         Raises :class:`RequestError` for what has no room, or a bundle whose calls take no single image, and
@@ -478,7 +478,7 @@ class Worker:
 
 def _room(session: Session, size: str, rows: int | None, added: float) -> Room:
     batches = tuple(shape.batch for shape in session.shapes(size))
-    return Room(batches=batches, rows=3 * max(most for _, most in batches) if rows is None else rows, added=added)
+    return Room(batches=batches, rows=4 * max(most for _, most in batches) if rows is None else rows, added=added)
 
 
 def _planned_bytes(session: Session, plans: Sequence[Plan], rooms: Mapping[str, Room]) -> int:

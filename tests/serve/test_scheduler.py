@@ -169,13 +169,12 @@ def test_company_is_of_the_older_ones_where_it_costs_something(added: float, ima
     assert taken(scheduler).tickets == tickets[:company]
 
 
-def test_whoever_fits_comes_along_where_many_are_there() -> None:
-    """More than there are rows, whether they wait for one of them or for another size's."""
-    scheduler = Scheduler({"s": room(rows=3, added=1.0), "t": room(rows=1)})
-    scheduler.submit([job("ff"), job("ff"), job("ff"), job("f", "t")])
+def test_whoever_fits_comes_along_while_others_wait() -> None:
+    scheduler = Scheduler({"s": room(rows=3, added=1.0)})
+    scheduler.submit([job("f"), job("f"), job("ff"), job("f"), job("f")])
     assert taken(scheduler).tickets == (0, 1, 2)
-    scheduler.cancel(3)
-    assert taken(scheduler).tickets == (0, 1)
+    assert scheduler.waiting == 2
+    assert taken(scheduler).tickets == (2, 3)  # nobody waits any more: of three that are there, two
 
 
 def test_sizes_share_nothing() -> None:

@@ -135,7 +135,8 @@ class Worker:
     ) -> None:
         """``plans``: those that requests may follow; None takes every plan of the bundle. ``rows``: how many images of
         each size are in flight at most; None is four times what a call has, so that one of a plan's graphs fills a
-        call, where there are three. ``queue``, ``patience``: see :class:`~tgate_serve.scheduler.Scheduler`. ``added``: see
+        call, where there are three.
+        ``queue``, ``patience``: see :class:`~tgate_serve.scheduler.Scheduler`. ``added``: see
         :class:`~tgate_serve.scheduler.Room`. ``memory_bytes``: what :attr:`planned_bytes` may be.
 
         Raises :class:`RequestError` for what has no room, or a bundle whose calls take no single image, and

@@ -18,6 +18,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from tgate_engine.dtypes import decode, encode
 from tgate_engine.errors import RequestError, shown
 
 INITIAL = 0
@@ -76,6 +77,12 @@ def noise(seed: int, shape: tuple[int, ...], *, draw: int = INITIAL, generator: 
     ``torch-cuda`` does not draw.
     """
     return GENERATORS[check_generator(generator)](check_seed(seed), shape, draw)
+
+
+def in_dtype(values: NDArray[np.float32], generator: str, dtype: str) -> NDArray[np.float32]:
+    """Noise as a bundle of ``dtype`` takes it: PyTorch draws in the pipeline's dtype, so numbers of ``torch-cuda`` are
+    rounded to it. Pure."""
+    return decode(encode(values, dtype), dtype) if generator == "torch-cuda" else values
 
 
 def _numpy(seed: int, shape: tuple[int, ...], draw: int) -> NDArray[np.float32]:

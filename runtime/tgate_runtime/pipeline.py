@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tgate_engine.bundle import Bundle
-from tgate_engine.dtypes import decode as to_float
-from tgate_engine.dtypes import encode
 from tgate_engine.errors import shown
 from tgate_engine.graph import DECODE, IMAGE, TEXT
 from tgate_engine.manifest_json import bundle_digest
@@ -26,7 +24,7 @@ from tgate_runtime.conditioning import conditioning_of, from_embeddings, rows_of
 from tgate_runtime.decoder import decode
 from tgate_runtime.engines.protocol import Engine, OnBuild, Options
 from tgate_runtime.finite import check_computed
-from tgate_runtime.generators import check_generator, in_step, noise
+from tgate_runtime.generators import check_generator, in_dtype, in_step, noise
 from tgate_runtime.image import encode_image, fit_picture
 from tgate_runtime.names import with_hints
 from tgate_runtime.preview import Colours, Look
@@ -183,7 +181,7 @@ class Pipeline:
         rows = self._rows(texts, image, prompt_embeds, seeds, number, size)
 
         def drawn(image: int, draw: int) -> NDArray[np.float32]:
-            return _in_dtype(noise(seeds[image], latents_shape, draw=draw, generator=generator), generator, dtype)
+            return in_dtype(noise(seeds[image], latents_shape, draw=draw, generator=generator), generator, dtype)
 
         if initial_latents is None:
             start = np.stack([drawn(j, 0) for j in range(count)])
@@ -360,11 +358,6 @@ def _step_noise(
     drawn: Callable[[int, int], NDArray[np.float32]], images: Sequence[int], row: int, step: int
 ) -> NDArray[np.float32]:
     return drawn(images[row], in_step(step))
-
-
-def _in_dtype(values: NDArray[np.float32], generator: str, dtype: str) -> NDArray[np.float32]:
-    """PyTorch draws in the pipeline's dtype: the numbers of ``torch-cuda`` are rounded to the bundle's."""
-    return to_float(encode(values, dtype), dtype) if generator == "torch-cuda" else values
 
 
 def _batches(count: int, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ class _Image:
     guidance_scale: float
     step_noise: StepNoise | None
     reach: int  # how far back the plan's sampler looks
+    live: tuple[tuple[str, ...], ...]  # the carries that are still to be read, at each position of the plan
 
     @property
     def step(self) -> Step | None:
@@ -58,6 +60,15 @@ def shape_for(shapes: Sequence[Shape], images: int) -> Shape:
     batches = (shape.batch for shape in shapes)
     ranges = " or ".join(f"{least} to {most}" if least < most else str(least) for least, most in batches)
     raise RequestError(f"the bundle takes {ranges} images at once, got {images}; export with --batch")
+
+
+def _live(plan: Plan) -> tuple[tuple[str, ...], ...]:
+    """The carries that the steps from each position on read before they write them; none behind the last step."""
+    live: list[tuple[str, ...]] = [()]
+    for step in reversed(plan.steps):
+        kept = [name for name in live[-1] if name not in step.writes]
+        live.append(tuple(dict.fromkeys([*step.reads, *kept])))
+    return tuple(reversed(live))
 
 
 class State:
@@ -104,6 +115,7 @@ class State:
         }
         self._halves = [name for name in half_names(session.manifest.conditioning) if name in self._buffers]
         self._images: list[_Image | None] = [None] * rows
+        self._live = [_live(plan) for plan in self.plans]
         self._views: dict[tuple[int, int], dict[str, Buffer]] = {}
         self._calls: dict[tuple[str, frozenset[str], int, int], Call] = {}
         if any(least <= rows <= most for least, most in self.batches()):
@@ -156,7 +168,36 @@ class State:
         self._write(own[LATENTS], drawn * np.float32(chosen.sampler.initial_scale), "the initial latents")
         for name in self._halves:
             self._write(own[name], conditioning[name], f"conditioning {name}")
-        self._images[row] = _Image(chosen, 0, scale, step_noise, chosen.sampler.reach)
+        live = next(live for own, live in zip(self.plans, self._live, strict=True) if own is chosen or own == chosen)
+        self._images[row] = _Image(chosen, 0, scale, step_noise, chosen.sampler.reach, live)
+
+    def end(self, row: int) -> None:
+        """Let the image in a row go, through or not; what its latents were stays readable until another one begins
+        there, or is moved there. Where there is none, nothing happens."""
+        self._images[check_row(row, self.rows)] = None
+
+    def move(self, row: int, to: int) -> int:
+        """Move an image to a row that has none, between two steps: the bytes that were copied.
+
+        Its latents and history move, its conditioning, and of the carries those that its plan has still to read. Raises
+        :class:`RequestError` where there is no image in the one row, or one in the other.
+        """
+        row, to = check_row(row, self.rows), check_row(to, self.rows)
+        image = self._images[row]
+        if image is None or self._images[to] is not None:
+            raise RequestError(
+                f"an image moves to a row without one; row {row} has {'one' if image else 'none'}, row {to} "
+                f"{'none' if self._images[to] is None else 'one'}"
+            )
+        old, new = self._view(row, 1), self._view(to, 1)
+        trajectory = (past(name, lag) for name in (LATENTS, OUTPUT) for lag in range(HISTORY + 1))
+        copied = 0
+        for name in (*trajectory, *self._halves, *image.live[image.position]):
+            if name in new:
+                new[name].copy(old[name])
+                copied += math.prod(new[name].shape) * storage(new[name].dtype).itemsize
+        self._images[to], self._images[row] = image, None
+        return copied
 
     def step(self, row: int) -> Step | None:
         """The next step of the image in a row; None where its plan is at its end, or there is no image."""

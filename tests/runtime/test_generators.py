@@ -20,6 +20,7 @@ from tgate_runtime.generators import (
     TORCH_CUDA_LIMIT,
     check_generator,
     check_seed,
+    in_dtype,
     in_step,
     noise,
     random_seed,
@@ -306,3 +307,11 @@ def test_drawn_seeds_are_seeds() -> None:
     drawn = {random_seed() for _ in range(10)}
     assert len(drawn) > 5
     assert all(check_seed(seed) == seed for seed in drawn)
+
+
+def test_noise_is_in_the_dtype_that_its_generator_draws_in() -> None:
+    """PyTorch rounds to the pipeline's; NumPy's float32 stays."""
+    values = noise(3, (64,))
+    assert in_dtype(values, "numpy", "float16") is values
+    assert in_dtype(values, "torch-cuda", "float32").tobytes() == values.tobytes()
+    np.testing.assert_array_equal(in_dtype(values, "torch-cuda", "float16"), values.astype(np.float16))

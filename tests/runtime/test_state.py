@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from tests.runtime.pictures import GUIDANCE, Picture, planned
 from tests.toy_bundle import Toy, build, make_plan, sampler
+from tgate_engine.dtypes import storage
 from tgate_engine.errors import EngineError, PlanError, RequestError
 from tgate_engine.plan import Plan
 from tgate_export.methods.base import Settings
@@ -135,6 +137,69 @@ def test_images_that_come_and_go_equal_those_that_were_alone(
         advance(state, range(first, int(rng.integers(first + 1, neighbours.stop + 1))))
         for row in [row for row in running if state.step(row) is None]:
             assert state.latents(row).tobytes() == alone(session, running.pop(row))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_images_that_move_equal_those_that_stay(session: Session, plans: dict[str, Plan], seed: int) -> None:
+    """To any empty row, before any step, out of rows whose every buffer is overwritten as soon as they have left."""
+    rng = np.random.default_rng(seed)
+    state = State(session, list(plans.values()), 4)
+    names = list(plans)
+    running = {row: Picture(plans[names[rng.integers(len(names))]], row, 2.0 + row) for row in range(3)}
+    for row, picture in running.items():
+        picture.begin(session, state, row)
+    moved = 0
+    while running:
+        row = int(rng.choice(list(running)))
+        (empty, *_) = (r for r in range(4) if r not in running)
+        if rng.random() < 0.5:
+            assert state.move(row, empty) > 0
+            for buffer in state._view(row, 1).values():  # whoever went on reading here would be seen
+                buffer.write(np.full((), 3, storage(buffer.dtype)))
+            running[empty] = running.pop(row)
+            row, moved = empty, moved + 1
+        if state.step(row) is not None:
+            advance(state, range(row, row + 1))
+            continue
+        assert state.latents(row).tobytes() == alone(session, running.pop(row))
+        state.end(row)
+    assert moved > 5
+
+
+def test_a_move_copies_the_carries_that_are_still_read(session: Session, plans: dict[str, Plan]) -> None:
+    """None before the first step, those of each step's future afterwards, none at the end."""
+    plan = plans["gated"]
+    state = State(session, plan, 2)
+    Picture(plan, 1).begin(session, state, 0)
+    sizes = {name: math.prod(buffer.shape[1:]) * buffer.read().itemsize for name, buffer in state.carries().items()}
+    row, copied, wanted = 0, [], []
+    for position in range(len(plan.steps) + 1):
+        copied.append(state.move(row, 1 - row))
+        row = 1 - row
+        live: set[str] = set()
+        for step in reversed(plan.steps[position:]):
+            live = (live - set(step.writes)) | set(step.reads)
+        wanted.append(sum(sizes[name] for name in live))
+        if state.step(row) is not None:
+            advance(state, range(row, row + 1))
+    assert [each - copied[0] for each in copied] == wanted
+    assert wanted[0] == wanted[-1] == 0 < max(wanted)
+
+
+def test_an_image_moves_to_a_row_without_one(session: Session, plans: dict[str, Plan]) -> None:
+    state = State(session, plans["gated"], 3)
+    for row in range(2):
+        Picture(plans["gated"], row).begin(session, state, row)
+    for row, to in ((0, 1), (0, 0), (2, 0), (2, 2)):
+        with pytest.raises(RequestError, match=f"row {row} has .*, row {to} "):
+            state.move(row, to)
+    with pytest.raises(RequestError, match="rows 0 to 2, got 3"):
+        state.move(0, 3)
+    state.end(1)
+    assert state.step(1) is None
+    state.move(0, 1)
+    assert state.step(0) is None
+    assert state.step(1) == plans["gated"].steps[0]
 
 
 def test_the_shipped_models_images_share_calls(shipped_bundle: Path) -> None:

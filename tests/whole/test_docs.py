@@ -27,7 +27,13 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *DOCS]
 SOURCES = [
     path
-    for package in ("tgate_engine", "export/tgate_export", "runtime/tgate_runtime", "cli/tgate_cli")
+    for package in (
+        "tgate_engine",
+        "export/tgate_export",
+        "runtime/tgate_runtime",
+        "serve/tgate_serve",
+        "cli/tgate_cli",
+    )
     for path in (ROOT / package).rglob("*.py")
 ]
 

@@ -1,4 +1,5 @@
-"""The layers hold: export and run time know the contract, the command line knows all three, and nothing looks up."""
+"""The layers hold: export and run time know the contract, the server knows run time, the command line knows all, and
+nothing looks up."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTRACT, EXPORT, RUN_TIME, CLI = "tgate_engine", "tgate_export", "tgate_runtime", "tgate_cli"
+CONTRACT, EXPORT, RUN_TIME, SERVE, CLI = "tgate_engine", "tgate_export", "tgate_runtime", "tgate_serve", "tgate_cli"
 PACKAGES = {
     CONTRACT: ROOT / "tgate_engine",
     EXPORT: ROOT / "export" / "tgate_export",
     RUN_TIME: ROOT / "runtime" / "tgate_runtime",
+    SERVE: ROOT / "serve" / "tgate_serve",
     CLI: ROOT / "cli" / "tgate_cli",
 }
 
@@ -137,8 +139,8 @@ def contract(of: Module, imported: Import) -> bool:
 
 
 def export(_: Module, imported: Import) -> bool:
-    """Any library, the contract, and neither of the floors above."""
-    return imported.package not in {RUN_TIME, CLI} and not imported.package.endswith("*")
+    """Any library, the contract, and none of the floors beside and above."""
+    return imported.package not in {RUN_TIME, SERVE, CLI} and not imported.package.endswith("*")
 
 
 def run_time(of: Module, imported: Import) -> bool:
@@ -146,12 +148,23 @@ def run_time(of: Module, imported: Import) -> bool:
     return imported.package in RUN_TIME_LIBRARIES | ENGINE_LIBRARIES.get(of.engine, frozenset()) | {CONTRACT, RUN_TIME}
 
 
+def serve(_: Module, imported: Import) -> bool:
+    """The contract, run time, and what those may import."""
+    return imported.package in CONTRACT_LIBRARIES | {"PIL", CONTRACT, RUN_TIME, SERVE}
+
+
 def cli(_: Module, imported: Import) -> bool:
     """Everything; what not every host has, inside the command that needs it."""
     return imported.deferred or imported.package in CONTRACT_LIBRARIES | {CONTRACT, CLI}
 
 
-LAYERS: dict[str, Callable[[Module, Import], bool]] = {CONTRACT: contract, EXPORT: export, RUN_TIME: run_time, CLI: cli}
+LAYERS: dict[str, Callable[[Module, Import], bool]] = {
+    CONTRACT: contract,
+    EXPORT: export,
+    RUN_TIME: run_time,
+    SERVE: serve,
+    CLI: cli,
+}
 
 
 def violations(of: Module, source: str) -> list[str]:
@@ -193,6 +206,11 @@ def test_a_module_imports_only_what_its_layer_allows(path: Path) -> None:
         ("tgate_runtime.engines.tensorrt.build", "import torch"),
         ("tgate_runtime.engines.aoti", "import transformers"),
         ("tgate_runtime.engines", "import onnx"),
+        ("tgate_runtime.runner", "def f():\n    from tgate_serve import scheduler"),
+        ("tgate_export.build", "from tgate_serve.scheduler import Job"),
+        ("tgate_serve.worker", "def f():\n    from tgate_export.methods import tgate"),
+        ("tgate_serve.worker", "from tgate_cli import views"),
+        ("tgate_serve.worker", "import onnxruntime"),
         ("tgate_cli.main", "from tgate_export import build"),
         ("tgate_cli.main", "import rich"),
     ],
@@ -212,6 +230,7 @@ def test_a_forbidden_import_is_seen(name: str, source: str) -> None:
         ("tgate_runtime.engines.ort", "import onnxruntime"),
         ("tgate_runtime.engines.aoti.graph", "import onnx\nfrom torch import Tensor"),
         ("tgate_runtime.engines.tensorrt.build", "from onnx import helper\nimport_module('polygraphy.config')"),
+        ("tgate_serve.worker", "from tgate_runtime.state import State\nfrom tgate_engine.plan import Plan"),
         ("tgate_cli.main", "if TYPE_CHECKING:\n    from tgate_runtime.session import Session"),
         ("tgate_cli.views", "def f():\n    import rich.table\n    from tgate_runtime import pipeline"),
     ],

@@ -12,6 +12,7 @@ PLACES = {
     ROOT / "tgate_engine": ROOT / "tests" / "contract",
     ROOT / "export" / "tgate_export": ROOT / "tests" / "export",
     ROOT / "runtime" / "tgate_runtime": ROOT / "tests" / "runtime",
+    ROOT / "serve" / "tgate_serve": ROOT / "tests" / "serve",
     ROOT / "cli" / "tgate_cli": ROOT / "tests" / "cli",
 }
 

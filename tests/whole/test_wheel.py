@@ -26,6 +26,7 @@ SOURCES = (
     "tgate_engine",
     "export/tgate_export",
     "runtime/tgate_runtime",
+    "serve/tgate_serve",
     "cli/tgate_cli",
 )
 PROMPT = "a large red circle above a small blue square"
@@ -77,6 +78,7 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> Non
         "tgate_engine": ROOT,
         "tgate_export": ROOT / "export",
         "tgate_runtime": ROOT / "runtime",
+        "tgate_serve": ROOT / "serve",
         "tgate_cli": ROOT / "cli",
     }
     files = {

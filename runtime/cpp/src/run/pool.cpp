@@ -278,12 +278,7 @@ void Pool::swap_rows(std::size_t one, std::size_t other) {
 }
 
 std::size_t Pool::gather(Image* const* images, std::size_t count, std::size_t rows) {
-  // Mostly they are where they were in the step before, one behind the other.
-  bool neighbours = rows == count;
-  for (std::size_t i = 1; i < count && neighbours; ++i) {
-    neighbours = images[i]->row == images[0]->row + i;
-  }
-  if (neighbours) {
+  if (rows == count && neighbours(images, count)) {
     return images[0]->row;
   }
   // 0 for nobody, 1 for somebody else, 2 for one of the images.
@@ -412,46 +407,67 @@ void Pool::step(Image* const* images, std::size_t count, Interrupt* interrupt) {
   if (count == 0) {
     return;
   }
-  const std::size_t first = gather(images, count, rows_of_calls(shapes_, count));
-  ordered_.assign(rows_.begin() + static_cast<std::ptrdiff_t>(first), rows_.begin() + static_cast<std::ptrdiff_t>(first + count));
+  Interrupt& ends = interrupt != nullptr ? *interrupt : *interrupt_;
+  // Mostly they are where they were in the step before, one behind the other, and one call takes them all. Short for a
+  // reason: after an engine's call every line of this is fetched from memory.
+  if (count == steady_.together && neighbours(images, count)) {
+    run(images, count, images[0]->row, count, ends);
+    return;
+  }
+  const std::size_t rows = rows_of_calls(shapes_, count), first = gather(images, count, rows);
+  const auto place = rows_.begin() + static_cast<std::ptrdiff_t>(first);
+  ordered_.assign(place, place + static_cast<std::ptrdiff_t>(count));
+  const auto [all, called_once] = next_call(shapes_, count);
+  steady_.together = all == count && called_once == count ? count : 0;
   std::size_t done = 0;
   while (done < count) {
     const auto [taken, called] = next_call(shapes_, count - done);
-    run(ordered_.data() + done, taken, first + done, called, interrupt != nullptr ? *interrupt : *interrupt_);
+    run(ordered_.data() + done, taken, first + done, called, ends);
     done += taken;
   }
 }
 
+bool Pool::neighbours(Image* const* images, std::size_t count) {
+  for (std::size_t i = 1; i < count; ++i) {
+    if (images[i]->row != images[0]->row + i) {
+      return false;
+    }
+  }
+  return true;
+}
+
 void Pool::run(Image* const* images, std::size_t count, std::size_t first, std::size_t rows, Interrupt& interrupt) {
   const std::size_t graph = images[0]->program->moves[images[0]->position].graph;
+  int reach = 0;
   for (std::size_t i = 0; i < count; ++i) {
     const Image& image = *images[i];
     const Program::Move& move = image.program->moves[image.position];
     float* row = numbers_.data() + i * step_row_length;
-    std::copy(move.row.begin(), move.row.end(), row);
+    std::memcpy(row, move.row.data(), sizeof move.row);
     row[guidance_column] = image.guidance_scale;
+    reach = std::max(reach, image.program->reach);
     if (move.noise && steady_.noise != nullptr) {
-      draw_noise(image.generator, image.seed, draw_of_step(image.position), drawn_.data(), drawn_.size());
-      if (image.generator == Generator::torch_cuda) {
-        round_to(session_->manifest().dtype, drawn_.data(), drawn_.size());
-      }
-      engine_->upload(steady_.noise + image.row * steady_.row_bytes, drawn_.data(), steady_.row_bytes);
+      draw_step_noise(image);
     }
   }
   constexpr std::size_t row_bytes = step_row_length * sizeof(float);
   engine_->upload(steady_.step + first * row_bytes, numbers_.data(), count * row_bytes);
   call(graph, first, rows).run(interrupt);
-  turn(first, count);
+  turn(first, count, reach);
   for (std::size_t i = 0; i < count; ++i) {
     ++images[i]->position;
   }
 }
 
-void Pool::turn(std::size_t first, std::size_t count) {
-  int reach = 0;
-  for (std::size_t row = first; row < first + count; ++row) {
-    reach = std::max(reach, rows_[row]->program->reach);
+void Pool::draw_step_noise(const Image& image) {
+  draw_noise(image.generator, image.seed, draw_of_step(image.position), drawn_.data(), drawn_.size());
+  if (image.generator == Generator::torch_cuda) {
+    round_to(session_->manifest().dtype, drawn_.data(), drawn_.size());
   }
+  engine_->upload(steady_.noise + image.row * steady_.row_bytes, drawn_.data(), steady_.row_bytes);
+}
+
+void Pool::turn(std::size_t first, std::size_t count, int reach) {
   const std::size_t bytes = count * steady_.row_bytes, offset = first * steady_.row_bytes;
   const auto copy = [&](std::byte* to, const std::byte* from) {
     if (to != nullptr && from != nullptr) {

@@ -110,7 +110,10 @@ class Pool {
   void swap_rows(std::size_t one, std::size_t other);
   Call& call(std::size_t graph, std::size_t first, std::size_t rows);
   void run(Image* const* images, std::size_t count, std::size_t first, std::size_t rows, Interrupt& interrupt);
-  void turn(std::size_t first, std::size_t count);
+  void draw_step_noise(const Image& image);
+  /// Moves the history of images on, as far back as any of them reads.
+  void turn(std::size_t first, std::size_t count, int reach);
+  [[nodiscard]] static bool neighbours(Image* const* images, std::size_t count);
 
   std::shared_ptr<const Session> session_;
   std::shared_ptr<const Engine> engine_;
@@ -127,6 +130,7 @@ class Pool {
     std::array<std::byte*, history + 1> latents{}, outputs{};  // of row 0, by lag; null where no graph reads it
     std::byte *next_latents = nullptr, *step = nullptr, *noise = nullptr;
     std::size_t row_bytes = 0;  // of one image's latents, and of all that is like them
+    std::size_t together = 0;   // how many images the last step took in one call; 0 where it took several
   } steady_;
   std::vector<Image*> rows_;  // who is where
   std::vector<Image*> ordered_;

@@ -1,0 +1,1 @@
+"""The server of tgate-engine: images of many requests, at different steps of different plans, share calls."""

@@ -1,0 +1,324 @@
+"""Who runs next: at each tick one graph, for images whose next steps are of that graph at one size.
+
+Pure: no thread, no clock, no engine. A plan is known before its first step, so all that has to be known of an image is
+the names of the graphs that it still runs.
+
+**Who goes first.** Images are ordered by age, a priority being a head start of so many places. A tick is the oldest's:
+it takes its next step, and of those in flight that are at the same graph of the same size older ones come along.
+Company makes a call longer for the oldest and shorter for all together. So how young it may be depends on how many are
+there and on what it adds (:attr:`Room.added`): where it adds as much as a call of its own, it is of the older half.
+While images wait for a row of that size, throughput counts: whoever fits comes along, and the fullest call of that size
+goes first, which may pass over the oldest ``patience`` times in a row. A free row goes to the oldest that waits for its
+size.
+
+**What is promised.** An image that :meth:`Scheduler.submit` has taken is through after
+
+    (a + 1) * n * (patience + 1)
+
+ticks at most, whatever arrives later. n: steps of the longest plan. a: the images that had been taken before it and
+were not through yet, and those of the next :data:`MOST_OVERTAKING` that have a priority above 0.
+
+*Proof.* Call those a images and itself the elders. At every tick until it is through, the oldest in flight is an elder:
+if it is in flight itself, whoever is older is an elder; if it waits, all rows of its size are taken, and by elders,
+since rows are given by age; who is older than one of those is an elder again. While an image is the oldest, one tick in
+patience + 1 advances it, so it is the oldest for n * (patience + 1) ticks at most, and there are a + 1 elders.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tgate_engine.errors import RequestError, TgateError, shown
+
+PRIORITIES = range(10)
+"""What a priority may be; 0 is nobody's favourite."""
+HEAD_START = 16
+"""How many images that came before it an image overtakes for each priority that it has more."""
+MOST_OVERTAKING = HEAD_START * (len(PRIORITIES) - 1)
+"""No image is overtaken by one that comes later than by so many."""
+
+Order = tuple[int, int]
+"""An image's place in the line, the oldest's being the least, and its ticket."""
+
+
+class Busy(TgateError):
+    """The queue has no room for a request; ``steps`` are to be taken, of one image each, until it may have."""
+
+    def __init__(self, message: str, steps: int) -> None:
+        super().__init__(message)
+        self.steps = steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What there is for one size. ``batches``: the ranges of images that a call may have, as (least, most), one image
+    among them. ``rows``: how many images are in flight at most. ``added``: what each further image adds to the time of
+    a call for one, as a share of that: 1 where an engine is as fast alone as in company, less where it is not."""
+
+    batches: tuple[tuple[int, int], ...]
+    rows: int
+    added: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise RequestError(f"a size needs at least 1 row, got {self.rows}")
+        if not 0 < self.added < math.inf:
+            raise RequestError(f"what an image adds to a call is a share above 0, got {shown(self.added)}")
+        if not any(least == 1 for least, _ in self.batches):
+            ranges = " or ".join(f"{least} to {most}" for least, most in self.batches)
+            raise RequestError(
+                f"the bundle takes {ranges or 'no'} images at once, and a server needs to run one image alone; export "
+                "with --batch 1:4"
+            )
+
+    @property
+    def most(self) -> int:
+        """How many images a call has at most."""
+        return min(self.rows, max(most for _, most in self.batches))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One image. ``graphs``: what its steps run, in order. ``priority``: one of :data:`PRIORITIES`. ``deadline``: when
+    nobody wants it any more, by whichever clock :meth:`Scheduler.expired` is asked with; None is never."""
+
+    size: str
+    graphs: tuple[str, ...]
+    priority: int = 0
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick:
+    """One call: ``graph`` at ``size`` for the images of ``tickets``, oldest first. ``joined``: the images that are in
+    flight from this tick on."""
+
+    size: str
+    graph: str
+    tickets: tuple[int, ...]
+    joined: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Entry:
+    job: Job
+    order: Order
+    position: int = 0
+    in_flight: bool = False
+    seen: int = 0  # how many ticks there had been when it joined or last advanced
+
+
+@dataclass(slots=True)
+class _Line:
+    """The images of one size: those that wait, and those in flight by their next graph; oldest first."""
+
+    most: int
+    added: float
+    takes: tuple[int, ...]  # how many of so many images a call has
+    free: int
+    waiting: list[Order] = field(default_factory=list)
+    groups: dict[str, list[Order]] = field(default_factory=dict)
+
+    def fullest(self) -> str:
+        """The graph of the fullest call there may be, the one with the oldest image among equals."""
+        groups = [(-min(len(group), self.most), group[0], graph) for graph, group in self.groups.items() if group]
+        return min(groups)[2]
+
+
+class Scheduler:
+    """The images of all requests, from :meth:`submit` until they are through, cancelled or expired.
+
+    Between two ticks any of them may come or go; that changes no other's place. Not thread-safe.
+    """
+
+    def __init__(self, rooms: Mapping[str, Room], *, queue: int = 64, patience: int = 8) -> None:
+        """``rooms``: what there is of each size. ``queue``: how many images may wait. ``patience``: how often in a row
+        fuller calls may pass over the oldest image while others wait; 0 is strictly by age. Raises
+        :class:`RequestError`."""
+        if not rooms or queue < 1 or patience < 0:
+            raise RequestError(
+                f"a scheduler needs a size, a queue of at least 1 and a patience of at least 0; got {len(rooms)} "
+                f"sizes, a queue of {queue} and a patience of {patience}"
+            )
+        self.rooms = dict(rooms)
+        self.queue = queue
+        self.patience = patience
+        self.ticks = 0
+        """How many there have been."""
+        self.steps_left = 0
+        """Steps that all images together have still to take."""
+        self._entries: dict[int, _Entry] = {}
+        self._flight: list[Order] = []
+        self._lines = {size: _line(room) for size, room in rooms.items()}
+        self._deadlines: list[tuple[float, int]] = []
+        self._waiting = 0
+        self._next = 0
+
+    # --- coming and going -----------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        """Images in flight."""
+        return len(self._flight)
+
+    @property
+    def waiting(self) -> int:
+        """Images that have no row yet."""
+        return self._waiting
+
+    def submit(self, jobs: Sequence[Job]) -> tuple[int, ...]:
+        """Take the images of one request, all of them or none; a ticket for each, in their order.
+
+        Images that find a row at the next tick need no place in the queue. Raises :class:`Busy` where there is no room,
+        and :class:`RequestError` for a size that is not there, an image without a step, or a request that is larger
+        than queue and rows together.
+        """
+        for job in jobs:
+            if job.size not in self._lines:
+                raise RequestError(f"size '{shown(job.size)}' is not served; there is {', '.join(self._lines)}")
+            if not job.graphs or job.priority not in PRIORITIES:
+                raise RequestError(
+                    f"an image has at least 1 step and a priority from 0 to {PRIORITIES[-1]}; got {len(job.graphs)} "
+                    f"steps and priority {shown(job.priority)}"
+                )
+        if len(jobs) > (most := self.queue + min((self.rooms[job.size].rows for job in jobs), default=0)):
+            raise RequestError(f"a request may have {most} images here, got {len(jobs)}; ask for fewer at a time")
+        if (over := self._beyond(jobs) - self.queue) > 0:
+            each = self.steps_left / max(1, len(self._entries))
+            raise Busy(
+                f"the queue has {self.queue} places, and {over} more are wanted; ask again later", round(over * each)
+            )
+        return tuple(self._take(job) for job in jobs)
+
+    def _beyond(self, jobs: Iterable[Job]) -> int:
+        """How many images wait once these are there and all free rows are given."""
+        asked = {size: len(line.waiting) for size, line in self._lines.items()}
+        for job in jobs:
+            asked[job.size] += 1
+        return sum(max(0, asked[size] - line.free) for size, line in self._lines.items())
+
+    def _take(self, job: Job) -> int:
+        ticket = self._next
+        self._next += 1
+        entry = _Entry(job, (ticket - HEAD_START * job.priority, ticket))
+        self._entries[ticket] = entry
+        insort(self._lines[job.size].waiting, entry.order)
+        self._waiting += 1
+        self.steps_left += len(job.graphs)
+        if job.deadline is not None:
+            insort(self._deadlines, (job.deadline, ticket))
+        return ticket
+
+    def cancel(self, ticket: int) -> bool:
+        """Let an image go; its row is free at the next tick. False where it has gone already."""
+        entry = self._entries.pop(ticket, None)
+        if entry is None:
+            return False
+        line = self._lines[entry.job.size]
+        if entry.in_flight:
+            _remove(self._flight, entry.order)
+            _remove(line.groups[entry.job.graphs[entry.position]], entry.order)
+            line.free += 1
+        else:
+            _remove(line.waiting, entry.order)
+            self._waiting -= 1
+        self.steps_left -= len(entry.job.graphs) - entry.position
+        if entry.job.deadline is not None:
+            _remove(self._deadlines, (entry.job.deadline, ticket))
+        return True
+
+    def expired(self, now: float) -> tuple[int, ...]:
+        """The images whose deadlines are before ``now``, let go."""
+        late = tuple(ticket for _, ticket in self._deadlines[: bisect_left(self._deadlines, (now, -1))])
+        for ticket in late:
+            self.cancel(ticket)
+        return late
+
+    def ahead(self, ticket: int) -> int:
+        """How many images wait for the size of one and are older; 0 where it is in flight, or gone."""
+        entry = self._entries.get(ticket)
+        if entry is None or entry.in_flight:
+            return 0
+        return bisect_left(self._lines[entry.job.size].waiting, entry.order)
+
+    # --- ticks ----------------------------------------------------------------------------------
+
+    def tick(self) -> Tick | None:
+        """Give free rows to those that wait, and choose the next call; None where nobody is there.
+
+        :meth:`advance` has to follow for the images whose step was taken, :meth:`cancel` for others.
+        """
+        joined = self._join() if self._waiting else ()
+        if not self._flight:
+            return None
+        oldest = self._entries[self._flight[0][1]]
+        line, graph = self._lines[oldest.job.size], oldest.job.graphs[oldest.position]
+        if line.waiting and self.ticks - oldest.seen < self.patience:
+            graph = line.fullest()
+        group = line.groups[graph]
+        count = len(group)
+        if not line.waiting:
+            count = bisect_right(group, self._youngest(line.added))
+        count = line.takes[min(count, line.most)]
+        self.ticks += 1
+        return Tick(size=oldest.job.size, graph=graph, tickets=tuple(t for _, t in group[:count]), joined=joined)
+
+    def advance(self, tickets: Iterable[int]) -> tuple[int, ...]:
+        """The steps of those images are taken. Those that are through by it, which have left."""
+        through = []
+        for ticket in tickets:
+            entry = self._entries[ticket]
+            line = self._lines[entry.job.size]
+            _remove(line.groups[entry.job.graphs[entry.position]], entry.order)
+            entry.position += 1
+            entry.seen = self.ticks
+            self.steps_left -= 1
+            if entry.position < len(entry.job.graphs):
+                self._group(line, entry)
+                continue
+            through.append(ticket)
+            del self._entries[ticket]
+            _remove(self._flight, entry.order)
+            line.free += 1
+            if entry.job.deadline is not None:
+                _remove(self._deadlines, (entry.job.deadline, ticket))
+        return tuple(through)
+
+    def _youngest(self, added: float) -> Order:
+        """The youngest in flight that may come along while nobody waits. Those that came before it are held up by
+        ``added``, those that came after it are spared the rest of a call; where that is nothing, half of all weigh as
+        much as the other half, and where it is more, so many more may come."""
+        older = max(1, int((len(self._entries) + 1) / (2 * added)))
+        return self._flight[min(older, len(self._flight)) - 1]
+
+    def _join(self) -> tuple[int, ...]:
+        joined = []
+        for line in self._lines.values():
+            count = min(line.free, len(line.waiting))
+            for order in line.waiting[:count]:
+                entry = self._entries[order[1]]
+                entry.in_flight, entry.seen = True, self.ticks
+                insort(self._flight, order)
+                self._group(line, entry)
+                joined.append(order[1])
+            del line.waiting[:count]
+            line.free -= count
+            self._waiting -= count
+        return tuple(joined)
+
+    def _group(self, line: _Line, entry: _Entry) -> None:
+        insort(line.groups.setdefault(entry.job.graphs[entry.position], []), entry.order)
+
+
+def _line(room: Room) -> _Line:
+    counts = range(1, room.most + 1)
+    takes = (0, *(max(min(most, count) for least, most in room.batches if least <= count) for count in counts))
+    return _Line(most=takes[-1], added=room.added, takes=takes, free=room.rows)
+
+
+def _remove(orders: list[tuple[int, int]] | list[tuple[float, int]], order: tuple[float, int]) -> None:
+    """Take an order out of a sorted list that holds it."""
+    del orders[bisect_left(orders, order)]

@@ -1,0 +1,500 @@
+"""One thread that draws: it owns the buffers of a session's requests and follows the scheduler.
+
+Requests come from any thread, or from asyncio, and are checked before the thread hears of them. Between two calls
+images join, leave and are moved. What an image becomes depends on its request alone: to the last bit where an engine
+computes each image of a call as it would alone, as ort-cpu does.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tgate_engine.errors import EngineError, RequestError, TgateError, shown
+from tgate_engine.footprint import buffers, memory
+from tgate_engine.graph import DECODE
+from tgate_engine.plan import Plan
+from tgate_engine.plan import Step as PlanStep
+from tgate_runtime.decoder import decode
+from tgate_runtime.finite import check_computed
+from tgate_runtime.generators import check_generator, check_seed, in_dtype, in_step, noise
+from tgate_runtime.request import check_mapping, check_several, numbers_of, scales_of
+from tgate_runtime.runner import StepDone, advance
+from tgate_runtime.session import PlanLike, Session
+from tgate_runtime.state import State, most_at_once
+from tgate_serve.handle import Drawn, Gone, Handle, Step
+from tgate_serve.rows import Rows
+from tgate_serve.scheduler import Busy, Job, Room, Scheduler, Tick
+
+log = logging.getLogger("tgate")
+
+_STEP_S = 0.1
+"""How long a step of one image is taken to last before one has been measured."""
+_NEW = 0.05
+"""What a new measurement counts in the mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Images of one prompt, one for each of ``seeds``.
+
+    ``conditioning``: ``<name>.<half>`` to [1, ...], as :func:`tgate_runtime.conditioning.conditioning_of` gives it.
+    ``plan``, ``size``, ``guidance_scale`` and ``generator`` as :class:`~tgate_runtime.pipeline.Pipeline` has them.
+    ``priority``: one of :data:`tgate_serve.scheduler.PRIORITIES`. ``within_s``: after so many seconds nobody wants it
+    any more. ``looks``: the steps, by index, of which :class:`~tgate_serve.handle.Step` has the latents.
+    """
+
+    conditioning: Mapping[str, NDArray[Any]]
+    seeds: Sequence[int]
+    plan: PlanLike = "default"
+    size: str | None = None
+    guidance_scale: float | None = None
+    generator: str = "numpy"
+    priority: int = 0
+    within_s: float | None = None
+    looks: Iterable[int] = ()
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What a worker has done. ``calls``: by size, graph and images. ``moves``: of images from row to row, which copied
+    ``moved_bytes``. ``images``: through; ``cancelled``, ``expired``, ``failed``: ended before; ``refused``: requests
+    that found the queue full."""
+
+    calls: Counter[tuple[str, str, int]] = field(default_factory=Counter)
+    moves: int = 0
+    moved_bytes: int = 0
+    images: int = 0
+    cancelled: int = 0
+    expired: int = 0
+    failed: int = 0
+    refused: int = 0
+
+
+@dataclass(kw_only=True)
+class _Order:
+    """A request as the worker keeps it: what is settled, and what has become of it."""
+
+    handle: Handle
+    request: Request
+    plan: Plan
+    size: str
+    guidance_scale: float
+    conditioning: Mapping[str, NDArray[Any]]  # <name>.<half> to [...]
+    seeds: tuple[int, ...]
+    looks: frozenset[int]
+    came_s: float
+    began_s: float = 0.0
+    tickets: tuple[int, ...] = ()
+    done: int = 0
+    final: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # latents by seed's place
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """The buffers of one size, and who lies in which row."""
+
+    state: State
+    rows: Rows
+    latents: tuple[int, ...]
+
+    def leave(self, ticket: int) -> None:
+        """An image is gone; its row, where it ever had one, is free."""
+        if ticket in self.rows:
+            self.state.end(self.rows.free(ticket))
+
+
+class Worker:
+    """The thread, and the buffers that it owns. Thread-safe.
+
+    All buffers are allocated when it is made: what has no room fails then, and not under load. The session stays the
+    caller's, to close after :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        plans: Sequence[PlanLike] | None = None,
+        rows: int | None = None,
+        queue: int = 64,
+        patience: int = 8,
+        added: float = 1.0,
+        memory_bytes: int | None = None,
+    ) -> None:
+        """``plans``: those that requests may follow; None takes every plan of the bundle. ``rows``: how many images of
+        each size are in flight at most; None is four times what a call has, so that one of a plan's graphs fills a
+        call, where there are three.
+        ``queue``, ``patience``: see :class:`~tgate_serve.scheduler.Scheduler`. ``added``: see
+        :class:`~tgate_serve.scheduler.Room`. ``memory_bytes``: what :attr:`planned_bytes` may be.
+
+        Raises :class:`RequestError` for what has no room, or a bundle whose calls take no single image, and
+        :class:`EngineError` where the engine cannot allocate.
+        """
+        check_several(plans, "plans")
+        chosen = session.manifest.plans if plans is None else plans
+        self.session = session
+        self.plans = tuple(session.plan(plan) for plan in chosen)
+        rooms = {size: _room(session, size, rows, added) for size in session.sizes}
+        self.planned_bytes = _planned_bytes(session, self.plans, rooms)
+        """What weights, buffers and the hungriest call take together; the engine's own memory is not in it."""
+        if memory_bytes is not None and self.planned_bytes > memory_bytes:
+            several = ", ".join(f"{room.rows} images of {size}" for size, room in rooms.items())
+            raise RequestError(
+                f"{several} at once take {self.planned_bytes} bytes, weights included, and {memory_bytes} are allowed; "
+                "serve fewer rows, sizes or plans, or allow more"
+            )
+        self.counts = Counts()
+        self._scheduler = Scheduler(rooms, queue=queue, patience=patience)
+        self._places = {size: _place(session, self.plans, size, room) for size, room in rooms.items()}
+        self._orders: dict[int, _Order] = {}  # by ticket
+        self._left: list[tuple[str, int]] = []  # sizes and tickets of those whose rows may be freed
+        self._step_s = _STEP_S
+        self._open, self._closing = True, False
+        self._ending = False  # images that are through are taken from here, and their requests not told yet
+        self._broken: Exception | None = None
+        # Guards everything but the places, which are the thread's. No handle is told of anything under it.
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="tgate-worker", daemon=True)
+        self._thread.start()
+
+    # --- from any thread ------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Handle:
+        """Take a request; it is drawn when its turn comes.
+
+        Raises :class:`~tgate_serve.scheduler.Busy` where the queue is full, :class:`RequestError` for what cannot be
+        drawn, and :class:`~tgate_serve.handle.Gone` where the worker takes no more.
+        """
+        order = self._settled(request)
+        within_s = request.within_s
+        graphs = tuple(step.graph for step in order.plan.steps)
+        deadline = None if within_s is None else order.came_s + within_s
+        job = Job(size=order.size, graphs=graphs, priority=request.priority, deadline=deadline)
+        with self._changed:
+            if self._broken is not None:
+                raise Gone(f"the server's worker has failed ({self._broken}); start it again")
+            if not self._open:
+                raise Gone("the server takes no more requests; ask another one")
+            try:
+                order.tickets = self._scheduler.submit([job] * len(order.seeds))
+            except Busy as busy:
+                self.counts.refused += 1
+                raise Busy(f"{busy}, in {self.seconds(busy.steps):.0f} s", busy.steps) from None
+            self._orders |= dict.fromkeys(order.tickets, order)
+            self._changed.notify_all()
+        return order.handle
+
+    def seconds(self, steps: int) -> float:
+        """How long so many steps of single images take, going by those of late; at least 1."""
+        return max(1.0, steps * self._step_s)
+
+    def ahead(self, handle: Handle) -> int:
+        """How many images wait before the last one of a request; 0 where none of it waits."""
+        with self._changed:
+            return max(
+                (self._scheduler.ahead(t) for t, order in self._orders.items() if order.handle is handle), default=0
+            )
+
+    def load(self) -> tuple[int, int]:
+        """The images in flight, and those that wait."""
+        with self._changed:
+            return self._scheduler.running, self._scheduler.waiting
+
+    def pictures(self, drawn: Drawn) -> list[list[Image.Image]]:
+        """Of each image, its RGB picture, or a video's frames, decoded in the calling thread. Raises
+        :class:`RequestError` for a bundle without a decoder."""
+        graph = self.session.graph(DECODE, drawn.size)
+        if graph is None:
+            raise RequestError("the bundle has no decoder (--components); export it with one, or take the latents")
+        return [decode(self.session, graph, latents) for latents in drawn.latents]
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Take no more requests, and wait until all that were taken have ended; False where the time ran out."""
+        with self._changed:
+            self._open = False
+            return self._changed.wait_for(lambda: not self._orders and not self._ending, timeout_s)
+
+    def close(self) -> None:
+        """End what is not through with :class:`~tgate_serve.handle.Gone`, and then the thread. Closing twice does
+        nothing."""
+        with self._changed:
+            self._open, self._closing = False, True
+            ended = self._let_go(list(self._orders))
+            self._changed.notify_all()
+        for order in ended:
+            order.handle.fail(Gone("the server has stopped; ask again"))
+        self._thread.join()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _settled(self, request: Request) -> _Order:
+        """What a request asks for, checked."""
+        plan = self.session.plan(request.plan)
+        if not any(plan is own or plan == own for own in self.plans):
+            raise RequestError(
+                f"plan {plan.name!r} is not served; there is {', '.join(own.name for own in self.plans)}"
+            )
+        size = self.session.shapes(request.size)[0].size
+        check_several(request.seeds, "seeds")
+        seeds = tuple(check_seed(seed) for seed in request.seeds)
+        if not seeds:
+            raise RequestError("a request has a seed for each image, and at least one; got none")
+        check_generator(request.generator, self._places[size].latents)
+        check_mapping(request.conditioning, "conditioning")
+        arrays = {name: numbers_of(values, f"conditioning {name}") for name, values in request.conditioning.items()}
+        if odd := [name for name, values in arrays.items() if values.shape[:1] != (1,)]:
+            raise RequestError(f"conditioning {odd[0]} must be [1, ...], got shape {list(arrays[odd[0]].shape)}")
+        within_s: object = request.within_s
+        if within_s is not None and not (isinstance(within_s, (int, float)) and 0 < within_s < math.inf):
+            raise RequestError(f"within_s is a number of seconds above 0, got {shown(within_s)}")
+        return _Order(
+            handle=Handle(self._cancel),
+            request=request,
+            plan=plan,
+            size=size,
+            guidance_scale=scales_of(request.guidance_scale, 1, plan, self.session.manifest)[0],
+            conditioning={name: values[0] for name, values in arrays.items()},
+            seeds=seeds,
+            looks=frozenset(request.looks),
+            came_s=time.monotonic(),
+        )
+
+    def _cancel(self, handle: Handle) -> None:
+        with self._changed:
+            there = [ticket for ticket, order in self._orders.items() if order.handle is handle]
+            self.counts.cancelled += len(there)
+            self._let_go(there)
+        handle.fail(Gone("the request was cancelled"))
+
+    def _let_go(self, tickets: Iterable[int]) -> list[_Order]:
+        """Take images out of everything but their rows, which the thread frees before its next call; their requests.
+        Under the lock."""
+        ended: dict[int, _Order] = {}
+        for ticket in tickets:
+            order = self._orders.pop(ticket)
+            self._scheduler.cancel(ticket)
+            self._left.append((order.size, ticket))
+            ended[id(order)] = order
+        self._changed.notify_all()
+        return list(ended.values())
+
+    # --- the thread -----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except Exception as error:  # a fault of ours: whoever waits is told, and nobody is let in any more
+            log.exception("the server's worker has failed")
+            with self._changed:
+                self._broken = error
+                ended = self._let_go(list(self._orders))
+            for order in ended:
+                order.handle.fail(Gone(f"the server's worker has failed ({error}); start it again"))
+
+    def _turn(self) -> bool:
+        """One call, or a wait for something to do; False where the thread is to end."""
+        with self._changed:
+            late = [self._orders[ticket] for ticket in self._scheduler.expired(time.monotonic())]
+            of_late = (
+                [ticket for ticket, order in self._orders.items() if any(order is each for each in late)]
+                if late
+                else []
+            )
+            self.counts.expired += len(of_late)
+            ended = self._let_go(of_late)
+            for size, ticket in self._left:
+                self._places[size].leave(ticket)
+            self._left.clear()
+            tick = self._scheduler.tick()
+            joined = [(ticket, self._orders[ticket]) for ticket in tick.joined] if tick else []
+            if tick is None and not ended:
+                if self._closing:
+                    return False
+                self._changed.wait()
+        for order in ended:
+            order.handle.fail(Gone(f"the request was not through within {order.request.within_s} s"))
+        if tick is not None:
+            for ticket, order in joined:
+                self._begin(ticket, order)
+            self._call(tick)
+        return True
+
+    def _begin(self, ticket: int, order: _Order) -> None:
+        """Start an image in a row."""
+        with self._changed:
+            if ticket not in self._orders:  # called off since, or failed with another image of its request
+                return
+        place, dtype = self._places[order.size], self.session.manifest.dtype
+        seed, generator = order.seeds[order.tickets.index(ticket)], order.request.generator
+
+        def drawn(draw: int) -> NDArray[np.float32]:
+            return in_dtype(noise(seed, place.latents, draw=draw, generator=generator), generator, dtype)
+
+        order.began_s = order.began_s or time.monotonic()
+        row = place.rows.take(ticket)
+        try:
+            place.state.begin(
+                row,
+                drawn(0),
+                order.conditioning,
+                guidance_scale=order.guidance_scale,
+                plan=order.plan,
+                step_noise=lambda index: drawn(in_step(index)),
+            )
+        except TgateError as error:
+            self._fail(order, error)
+
+    def _call(self, tick: Tick) -> None:
+        """Take the steps of a tick, those of images that are still wanted."""
+        place, begin_s = self._places[tick.size], time.monotonic()
+        with self._changed:
+            wanted = [ticket for ticket in tick.tickets if ticket in self._orders]
+        # Without those that were just let go a call may be of a number that the bundle does not take.
+        wanted = wanted[: most_at_once(place.state.batches(), len(wanted))]
+        if not wanted:
+            return
+        rows, moves = place.rows.gather(wanted)
+        for old, new in moves:
+            self.counts.moved_bytes += place.state.move(old, new)
+        self.counts.moves += len(moves)
+        try:
+            self._took(place, wanted, advance(place.state, rows))
+        except EngineError as error:
+            self._alone(place, wanted, error)
+        self._step_s += _NEW * ((time.monotonic() - begin_s) / len(wanted) - self._step_s)
+
+    def _alone(self, place: _Place, tickets: Sequence[int], error: EngineError) -> None:
+        """A call has failed: each image tries its step alone, so that it ends the request of the one it was for."""
+        for ticket in tickets:
+            row = place.rows.row(ticket)
+            step = place.state.step(row)
+            assert step is not None  # it was to be taken
+            failed: TgateError = error
+            # What a call reads it may not have written when it failed, or the step can't be tried again.
+            if len(tickets) > 1 and not set(step.reads) & set(step.writes):
+                try:
+                    self._took(place, [ticket], advance(place.state, range(row, row + 1)))
+                    continue
+                except EngineError as own:
+                    failed = own
+            with self._changed:
+                order = self._orders.get(ticket)
+            if order is not None:
+                self._fail(order, failed)
+
+    def _took(self, place: _Place, tickets: Sequence[int], done: StepDone) -> None:
+        """The steps of those images are taken: tell their requests, and end those that are through."""
+        with self._changed:
+            there = [ticket for ticket in tickets if ticket in self._orders]
+            orders = {ticket: self._orders[ticket] for ticket in there}
+            through = self._scheduler.advance(there)
+            self._ending = bool(through)
+            for ticket in through:
+                del self._orders[ticket]
+            self._left += [(orders[ticket].size, ticket) for ticket in through]
+            size = next((order.size for order in orders.values()), "")
+            self.counts.calls[size, done.step.graph, len(tickets)] += 1
+        for ticket, order in orders.items():
+            row = place.rows.row(ticket)
+            self._tell(
+                order, ticket, done.steps[row - done.rows.start], len(tickets), done.elapsed_ms, place.state, row
+            )
+            if ticket in through:
+                self._through(order, ticket, place.state.latents(row))
+        with self._changed:
+            self._ending = False
+            self._changed.notify_all()
+
+    def _tell(
+        self, order: _Order, ticket: int, step: PlanStep, company: int, elapsed_ms: float, state: State, row: int
+    ) -> None:
+        order.done += 1
+        order.handle.add(
+            Step(
+                image=order.tickets.index(ticket),
+                index=step.index,
+                graph=step.graph,
+                done=order.done,
+                total=len(order.plan.steps) * len(order.seeds),
+                company=company,
+                elapsed_ms=elapsed_ms,
+                latents=state.latents(row) if step.index in order.looks else None,
+            )
+        )
+
+    def _through(self, order: _Order, ticket: int, latents: NDArray[np.float32]) -> None:
+        """An image is through, and the request with its last one."""
+        image = order.tickets.index(ticket)
+        try:
+            check_computed(latents, f"the latents of image {image} after the last step of plan {order.plan.name!r}")
+        except TgateError as error:
+            self.counts.failed += 1
+            self._fail(order, error)
+            return
+        self.counts.images += 1
+        order.final[image] = latents
+        if len(order.final) == len(order.seeds):
+            order.handle.finish(
+                Drawn(
+                    latents=np.stack([order.final[i] for i in range(len(order.seeds))]),
+                    seeds=order.seeds,
+                    plan=order.plan,
+                    size=order.size,
+                    steps=Counter(step.graph for step in order.plan.steps),
+                    waited_s=order.began_s - order.came_s,
+                    drawn_s=time.monotonic() - order.began_s,
+                )
+            )
+
+    def _fail(self, order: _Order, error: Exception) -> None:
+        """End one request, and nobody else's."""
+        with self._changed:
+            there = [ticket for ticket in order.tickets if ticket in self._orders]
+            self.counts.failed += len(there)
+            self._let_go(there)
+        order.handle.fail(error)
+
+
+# --- what there is room for ---------------------------------------------------------------------
+
+
+def _room(session: Session, size: str, rows: int | None, added: float) -> Room:
+    batches = tuple(shape.batch for shape in session.shapes(size))
+    return Room(batches=batches, rows=4 * max(most for _, most in batches) if rows is None else rows, added=added)
+
+
+def _planned_bytes(session: Session, plans: Sequence[Plan], rooms: Mapping[str, Room]) -> int:
+    held, scratch = 0, 0
+    weights = 0
+    for size, room in rooms.items():
+        shape = session.shapes(size)[-1]
+        held += sum(t.size_bytes(Rows(room.rows).total) for t in buffers(shape.graphs, plans).values())
+        for plan in plans:
+            planned = memory(plan, session.manifest, shape, batch=room.most)
+            weights, scratch = planned["weights"], max(scratch, planned["scratch"])
+    return weights + held + scratch
+
+
+def _place(session: Session, plans: Sequence[Plan], size: str, room: Room) -> _Place:
+    rows = Rows(room.rows)
+    state = State(session, plans, rows.total, size=size)
+    return _Place(state=state, rows=rows, latents=session.shapes(size)[0].latents)

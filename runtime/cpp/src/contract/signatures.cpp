@@ -165,7 +165,7 @@ void check_forms(const Shape& shape, const std::vector<std::pair<std::string, co
         if (spec->role == Role::decode && tensor.name == "image") {  // a video's frames come before
           std::vector<std::int64_t> pixels{1};
           if (dims.size() > 3) pixels.assign(dims.begin(), dims.end() - 3);
-          pixels.insert(pixels.end(), {shape.height, shape.width, 3});
+          for (const std::int64_t side : {shape.height, shape.width, std::int64_t{3}}) pixels.push_back(side);
           wanted = {Dtype::uint8, std::move(pixels)};
         } else if (const auto found = forms.find(tensor.name); found != forms.end()) {
           wanted = found->second;

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgate_engine.graph import DENOISE
-from tgate_engine.plan import Plan, build_plan
+from tgate_engine.plan import Plan
+from tgate_engine.plan_build import build_plan
 from tgate_export.methods.base import Settings, ungated
 from tgate_export.methods.tgate import Tgate
 from tgate_runtime.conditioning import conditioning_inputs, from_embeddings

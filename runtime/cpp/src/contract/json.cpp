@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -196,6 +197,7 @@ std::string canonical(const Value& value) {
 }
 
 std::string repr(double number) {
+  if (!std::isfinite(number)) return std::isnan(number) ? "nan" : number < 0 ? "-inf" : "inf";
   // The shortest digits that give the number back: d.ddde±dd, which Python lays out anew.
   char text[32] = {};
   const auto end = std::to_chars(text, text + sizeof text, number, std::chars_format::scientific).ptr;

@@ -45,7 +45,7 @@ Value parse(std::string_view text);
 /// a manifest's digest is made of.
 std::string canonical(const Value& value);
 
-/// A finite number as Python's `repr` writes it.
+/// A number as Python's `repr` writes it.
 std::string repr(double number);
 
 }  // namespace tgate::json

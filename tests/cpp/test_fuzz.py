@@ -1,7 +1,7 @@
 """A minute of libFuzzer on everything that reads a stranger's bytes, under AddressSanitizer and UBSan.
 
-The same inputs each time, so that a change that breaks something is told from bad luck. For others, let a target run with
-another seed: ``make cpp-fuzz && build/cpp/fuzz/fuzz-graph -max_total_time=3600 FOLDER``.
+The same inputs each time, so that a change that breaks something is told from bad luck. For others, let a target run
+with another seed: ``make cpp-fuzz && build/cpp/fuzz/fuzz-graph -max_total_time=3600 FOLDER``.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ Pool::Pool(std::shared_ptr<const Session> session, std::string_view size, const 
   if (chosen.empty()) {
     chosen.push_back(&session_->plan("default"));
   }
-  // What a session has loaded, it has checked; buffers are made of nothing else.
+  // What a session has loaded, it has checked (check_forms): every tensor has a row for each image, and latents and step
+  // rows are of the lengths that every step takes them for. Buffers are made of nothing else.
   for (const Plan* plan : chosen) {
     for (const std::string& name : plan->graphs()) {
       for (const Shape* each : shapes_) {
@@ -81,9 +82,6 @@ Pool::Pool(std::shared_ptr<const Session> session, std::string_view size, const 
   }
   const Graphs& graphs = shape().graphs;
   for (TensorSpec& tensor : buffers_of(graphs, chosen)) {
-    if (!tensor.by_image()) {
-      throw Error(Code::bundle, "tensor " + shown(tensor.name) + " has no row for each image; export the bundle again");
-    }
     const std::size_t row_bytes = static_cast<std::size_t>(tensor.bytes(1));
     if (row_bytes > SIZE_MAX / rows) {
       throw Error(Code::memory, "there is no memory for " + std::to_string(images) + " images; ask for fewer at once");
@@ -105,7 +103,6 @@ Pool::Pool(std::shared_ptr<const Session> session, std::string_view size, const 
   steady_.step = address(find("step"));
   steady_.noise = address(noise_);
   steady_.row_bytes = static_cast<std::size_t>(shape().latents_count()) * sizeof(float);
-  check_forms();
   for (const Conditioning& tensor : session_->manifest().conditioning) {
     for (const char* half : {".negative", ".positive"}) {
       if (const std::size_t index = find(tensor.name + half); index < buffers_.size()) {
@@ -130,28 +127,6 @@ Pool::Pool(std::shared_ptr<const Session> session, std::string_view size, const 
     for (std::size_t graph = 0; graph < graphs_.size(); ++graph) {
       call(graph, 0, called);
     }
-  }
-}
-
-void Pool::check_forms() const {
-  std::vector<std::string> trajectory{"next_latents", "noise"};
-  for (int lag = 0; lag <= history; ++lag) {
-    trajectory.push_back(past("latents", lag));
-    trajectory.push_back(past("output", lag));
-  }
-  for (const Buffer& each : buffers_) {
-    const std::string& name = each.tensor.name;
-    const bool latents = std::find(trajectory.begin(), trajectory.end(), name) != trajectory.end();
-    const std::size_t bytes = latents ? steady_.row_bytes : step_row_length * sizeof(float);
-    if ((latents || name == "step") && (each.tensor.dtype != Dtype::float32 || each.row_bytes != bytes)) {
-      throw Error(Code::bundle, "the graphs' " + name + " is " + std::to_string(each.row_bytes) + " bytes of " +
-                                    std::string(facts_of(each.tensor.dtype).name) + " for an image, and " +
-                                    std::to_string(bytes) + " of float32 are wanted; export the bundle again");
-    }
-  }
-  if (steady_.latents[0] == nullptr || steady_.outputs[0] == nullptr || steady_.next_latents == nullptr ||
-      steady_.step == nullptr) {
-    throw Error(Code::bundle, "the graphs lack latents or step as inputs; export the bundle again");
   }
 }
 

@@ -101,8 +101,6 @@ class Pool {
 
   [[nodiscard]] std::size_t find(std::string_view name) const;
   [[nodiscard]] Buffer& buffer(std::string_view name) { return buffers_[find(name)]; }
-  /// Sees that the tensors of the trajectory are what every step takes them for. Throws Error of Code::bundle.
-  void check_forms() const;
   void compile(const Plan& plan);
   /// Makes the images neighbours, with `rows` rows from the first one on that are theirs or nobody's; the first row.
   std::size_t gather(Image* const* images, std::size_t count, std::size_t rows);

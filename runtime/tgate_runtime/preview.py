@@ -81,13 +81,7 @@ class Look:
     def pictures(self, remaining: Sequence[Step]) -> list[Image.Image]:
         """Of each image, the latents that ``remaining`` steps would end in if the network gave what it gave last."""
         state = self._opened()
-        towards, given = ahead(remaining)
-        pictures = []
-        for row in self._rows:
-            latents, outputs = state.history(row)
-            end = np.tensordot(towards, latents, 1) + np.tensordot(given, outputs, 1)
-            pictures.append(self._colours.picture(end.astype(np.float32)))
-        return pictures
+        return [self._colours.picture(end_of(state, row, remaining)) for row in self._rows]
 
     def over(self) -> None:
         """The next step begins."""
@@ -97,6 +91,14 @@ class Look:
         if self._state is None:
             raise RequestError("a step's latents can be looked at until on_step returns; copy them there")
         return self._state
+
+
+def end_of(state: State, row: int, remaining: Sequence[Step]) -> NDArray[np.float32]:
+    """The latents [...] that an image would end in after the ``remaining`` steps of its plan if the network gave from
+    now on what it gave last."""
+    towards, given = ahead(remaining)
+    latents, outputs = state.history(row)
+    return (np.tensordot(towards, latents, 1) + np.tensordot(given, outputs, 1)).astype(np.float32)
 
 
 def ahead(remaining: Sequence[Step]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -26,7 +26,8 @@ class Step:
 
     ``image``: which of the request's. ``index``: the step's in its plan. ``done`` of ``total`` steps of the whole
     request are taken. ``company``: the images of the call, of all requests; ``elapsed_ms``: its time inside the engine.
-    ``latents``: float32 [...] after the step, a copy, where the request asked to look at it.
+    ``towards``: where the latents are heading, float32 [...], to be decoded, where the request asked to look: what the
+    plan would end in if the network gave from now on what it gave last (:func:`tgate_runtime.preview.end_of`).
     """
 
     image: int
@@ -36,7 +37,7 @@ class Step:
     total: int
     company: int
     elapsed_ms: float
-    latents: NDArray[np.float32] | None
+    towards: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -22,20 +22,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tgate_engine.errors import EngineError, RequestError, TgateError, shown
-from tgate_engine.footprint import buffers, memory
 from tgate_engine.graph import DECODE
 from tgate_engine.plan import Plan
 from tgate_engine.plan import Step as PlanStep
 from tgate_runtime.decoder import decode
 from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import check_generator, check_seed, in_dtype, in_step, noise
+from tgate_runtime.preview import end_of
 from tgate_runtime.request import check_mapping, check_several, numbers_of, scales_of
 from tgate_runtime.runner import StepDone, advance
 from tgate_runtime.session import PlanLike, Session
 from tgate_runtime.state import State, most_at_once
 from tgate_serve.handle import Drawn, Gone, Handle, Step
-from tgate_serve.rows import Rows
-from tgate_serve.scheduler import Busy, Job, Room, Scheduler, Tick
+from tgate_serve.places import Place, planned_bytes, room_of
+from tgate_serve.scheduler import Busy, Job, Scheduler, Tick
 
 log = logging.getLogger("tgate")
 
@@ -52,7 +52,8 @@ class Request:
     ``conditioning``: ``<name>.<half>`` to [1, ...], as :func:`tgate_runtime.conditioning.conditioning_of` gives it.
     ``plan``, ``size``, ``guidance_scale`` and ``generator`` as :class:`~tgate_runtime.pipeline.Pipeline` has them.
     ``priority``: one of :data:`tgate_serve.scheduler.PRIORITIES`. ``within_s``: after so many seconds nobody wants it
-    any more. ``looks``: the steps, by index, of which :class:`~tgate_serve.handle.Step` has the latents.
+    any more. ``looks``: the steps, by index, of which :class:`~tgate_serve.handle.Step` tells where the latents are
+    heading.
     """
 
     conditioning: Mapping[str, NDArray[Any]]
@@ -101,20 +102,6 @@ class _Order:
     final: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # latents by seed's place
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """The buffers of one size, and who lies in which row."""
-
-    state: State
-    rows: Rows
-    latents: tuple[int, ...]
-
-    def leave(self, ticket: int) -> None:
-        """An image is gone; its row, where it ever had one, is free."""
-        if ticket in self.rows:
-            self.state.end(self.rows.free(ticket))
-
-
 class Worker:
     """The thread, and the buffers that it owns. Thread-safe.
 
@@ -132,12 +119,14 @@ class Worker:
         patience: int = 8,
         added: float = 1.0,
         memory_bytes: int | None = None,
+        on_call: Callable[[str, str, int, float], None] | None = None,
     ) -> None:
         """``plans``: those that requests may follow; None takes every plan of the bundle. ``rows``: how many images of
         each size are in flight at most; None is four times what a call has, so that one of a plan's graphs fills a
         call, where there are three.
         ``queue``, ``patience``: see :class:`~tgate_serve.scheduler.Scheduler`. ``added``: see
         :class:`~tgate_serve.scheduler.Room`. ``memory_bytes``: what :attr:`planned_bytes` may be.
+        ``on_call(size, graph, images, seconds)`` hears of each call, in the thread, with its time inside the engine.
 
         Raises :class:`RequestError` for what has no room, or a bundle whose calls take no single image, and
         :class:`EngineError` where the engine cannot allocate.
@@ -146,8 +135,8 @@ class Worker:
         chosen = session.manifest.plans if plans is None else plans
         self.session = session
         self.plans = tuple(session.plan(plan) for plan in chosen)
-        rooms = {size: _room(session, size, rows, added) for size in session.sizes}
-        self.planned_bytes = _planned_bytes(session, self.plans, rooms)
+        rooms = {size: room_of(session, size, rows, added) for size in session.sizes}
+        self.planned_bytes = planned_bytes(session, self.plans, rooms)
         """What weights, buffers and the hungriest call take together; the engine's own memory is not in it."""
         if memory_bytes is not None and self.planned_bytes > memory_bytes:
             several = ", ".join(f"{room.rows} images of {size}" for size, room in rooms.items())
@@ -156,8 +145,9 @@ class Worker:
                 "serve fewer rows, sizes or plans, or allow more"
             )
         self.counts = Counts()
+        self._on_call = on_call
         self._scheduler = Scheduler(rooms, queue=queue, patience=patience)
-        self._places = {size: _place(session, self.plans, size, room) for size, room in rooms.items()}
+        self._places = {size: Place.of(session, self.plans, size, room) for size, room in rooms.items()}
         self._orders: dict[int, _Order] = {}  # by ticket
         self._left: list[tuple[str, int]] = []  # sizes and tickets of those whose rows may be freed
         self._step_s = _STEP_S
@@ -382,7 +372,7 @@ class Worker:
             self._alone(place, wanted, error)
         self._step_s += _NEW * ((time.monotonic() - begin_s) / len(wanted) - self._step_s)
 
-    def _alone(self, place: _Place, tickets: Sequence[int], error: EngineError) -> None:
+    def _alone(self, place: Place, tickets: Sequence[int], error: EngineError) -> None:
         """A call has failed: each image tries its step alone, so that it ends the request of the one it was for."""
         for ticket in tickets:
             row = place.rows.row(ticket)
@@ -401,7 +391,7 @@ class Worker:
             if order is not None:
                 self._fail(order, failed)
 
-    def _took(self, place: _Place, tickets: Sequence[int], done: StepDone) -> None:
+    def _took(self, place: Place, tickets: Sequence[int], done: StepDone) -> None:
         """The steps of those images are taken: tell their requests, and end those that are through."""
         with self._changed:
             there = [ticket for ticket in tickets if ticket in self._orders]
@@ -413,6 +403,8 @@ class Worker:
             self._left += [(orders[ticket].size, ticket) for ticket in through]
             size = next((order.size for order in orders.values()), "")
             self.counts.calls[size, done.step.graph, len(tickets)] += 1
+        if self._on_call is not None:
+            self._on_call(size, done.step.graph, len(tickets), done.elapsed_ms / 1000)
         for ticket, order in orders.items():
             row = place.rows.row(ticket)
             self._tell(
@@ -437,7 +429,7 @@ class Worker:
                 total=len(order.plan.steps) * len(order.seeds),
                 company=company,
                 elapsed_ms=elapsed_ms,
-                latents=state.latents(row) if step.index in order.looks else None,
+                towards=end_of(state, row, order.plan.steps[step.index + 1 :]) if step.index in order.looks else None,
             )
         )
 
@@ -472,29 +464,3 @@ class Worker:
             self.counts.failed += len(there)
             self._let_go(there)
         order.handle.fail(error)
-
-
-# --- what there is room for ---------------------------------------------------------------------
-
-
-def _room(session: Session, size: str, rows: int | None, added: float) -> Room:
-    batches = tuple(shape.batch for shape in session.shapes(size))
-    return Room(batches=batches, rows=4 * max(most for _, most in batches) if rows is None else rows, added=added)
-
-
-def _planned_bytes(session: Session, plans: Sequence[Plan], rooms: Mapping[str, Room]) -> int:
-    held, scratch = 0, 0
-    weights = 0
-    for size, room in rooms.items():
-        shape = session.shapes(size)[-1]
-        held += sum(t.size_bytes(Rows(room.rows).total) for t in buffers(shape.graphs, plans).values())
-        for plan in plans:
-            planned = memory(plan, session.manifest, shape, batch=room.most)
-            weights, scratch = planned["weights"], max(scratch, planned["scratch"])
-    return weights + held + scratch
-
-
-def _place(session: Session, plans: Sequence[Plan], size: str, room: Room) -> _Place:
-    rows = Rows(room.rows)
-    state = State(session, plans, rows.total, size=size)
-    return _Place(state=state, rows=rows, latents=session.shapes(size)[0].latents)

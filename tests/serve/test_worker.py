@@ -347,7 +347,7 @@ def test_a_drawn_request_says_what_ran(session: Session, worker: Worker) -> None
     assert [step.done for step in steps] == list(range(1, 15))
     assert {step.total for step in steps} == {14}
     assert sorted((step.image, step.index) for step in steps) == [(i, j) for i in range(2) for j in range(7)]
-    looks = {(step.image, step.index): step.latents for step in steps if step.latents is not None}
+    looks = {(step.image, step.index): step.towards for step in steps if step.towards is not None}
     assert looks.keys() == {(image, index) for image in range(2) for index in (2, 6)}
     np.testing.assert_array_equal(np.stack([looks[0, 6], looks[1, 6]]), drawn.latents)
     pictures = worker.pictures(drawn)

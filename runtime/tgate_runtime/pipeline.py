@@ -17,15 +17,15 @@ from PIL import Image
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import shown
-from tgate_engine.graph import DECODE, IMAGE, TEXT
+from tgate_engine.graph import DECODE
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
-from tgate_runtime.conditioning import conditioning_of, from_embeddings, rows_of
+from tgate_runtime.conditioning import from_embeddings, rows_of
 from tgate_runtime.decoder import decode
+from tgate_runtime.encoder import Encoder, Row
 from tgate_runtime.engines.protocol import Engine, OnBuild, Options
 from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import check_generator, in_dtype, in_step, noise
-from tgate_runtime.image import encode_image, fit_picture
 from tgate_runtime.names import with_hints
 from tgate_runtime.preview import Colours, Look
 from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given
@@ -42,15 +42,11 @@ from tgate_runtime.request import (
 from tgate_runtime.runner import StepDone, run
 from tgate_runtime.session import PlanLike, Session
 from tgate_runtime.state import State, most_at_once
-from tgate_runtime.text import TextEncoder
 
 log = logging.getLogger("tgate")
 
 _CUT_SHOWN = 500
 """How many characters of what was cut off a prompt are quoted."""
-
-Row = Mapping[str, NDArray[Any]]
-"""What conditions one image: ``<name>.<half>`` to [1, ...]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +98,7 @@ class Pipeline:
     def __init__(self, session: Session) -> None:
         """Draw with an open session, which stays the caller's to close."""
         self.session = session
-        self._text = TextEncoder(session) if session.graph(TEXT) else None
+        self._encoder = Encoder(session)
         self._colours = Colours(session)
 
     @staticmethod
@@ -239,40 +235,18 @@ class Pipeline:
         size: str | None,
     ) -> list[Row]:
         """What conditions each image, ``number`` of each prompt."""
+        if image is not None:
+            return self._encoder.of_picture(image, seeds, size)
         if embeds is not None:
             tensors = from_embeddings(self.session, embeds, size=size)
-            each = [{name: rows[i : i + 1] for name, rows in tensors.items()} for i in range(len(seeds) // number)]
-        elif image is not None:
-            graph = self.session.graph(IMAGE, size)
-            assert graph is not None  # check_source has seen it
-            picture = fit_picture(image, graph)
-            encoded = [encode_image(self.session, graph, picture, seed=seed) for seed in seeds]
-            return [conditioning_of(self.session, tensors, None, size=size) for tensors in encoded]
+            each: list[Row] = [
+                {name: rows[i : i + 1] for name, rows in tensors.items()} for i in range(len(seeds) // number)
+            ]
         else:
-            each = self._encode(texts, size)
+            each, cuts = self._encoder.of_texts(texts, size)
+            for cut in cuts:
+                log.warning('the prompt is longer than the model takes; left out: "%s"', shown(cut, _CUT_SHOWN))
         return [row for row in each for _ in range(number)]
-
-    def _encode(self, texts: Sequence[tuple[str, str | None]], size: str | None) -> list[dict[str, NDArray[Any]]]:
-        """What conditions one image of each text, every distinct text encoded once."""
-        manifest = self.session.manifest
-        assert self._text is not None  # check_source has seen its graph
-        if not manifest.guided:
-            texts = [(prompt, None) for prompt, _ in texts]
-        elif not manifest.zero_negative:
-            texts = [(prompt, negative or "") for prompt, negative in texts]
-        distinct = dict.fromkeys(text for pair in texts for text in pair if text is not None)
-        encoded = {text: self._text.encode(text) for text in distinct}
-        for cut in dict.fromkeys(text.cut for text in encoded.values() if text.cut):
-            log.warning('the prompt is longer than the model takes; left out: "%s"', shown(cut, _CUT_SHOWN))
-        return [
-            conditioning_of(
-                self.session,
-                encoded[prompt].tensors,
-                None if negative is None else encoded[negative].tensors,
-                size=size,
-            )
-            for prompt, negative in texts
-        ]
 
     def _records(
         self,

@@ -184,14 +184,28 @@ class Scheduler:
                     f"an image has at least 1 step and a priority from 0 to {PRIORITIES[-1]}; got {len(job.graphs)} "
                     f"steps and priority {shown(job.priority)}"
                 )
-        if len(jobs) > (most := self.queue + min((self.rooms[job.size].rows for job in jobs), default=0)):
-            raise RequestError(f"a request may have {most} images here, got {len(jobs)}; ask for fewer at a time")
+        self._check_most(len(jobs), {job.size for job in jobs})
         if (over := self._beyond(jobs) - self.queue) > 0:
-            each = self.steps_left / max(1, len(self._entries))
-            raise Busy(
-                f"the queue has {self.queue} places, and {over} more are wanted; ask again later", round(over * each)
-            )
+            raise self._busy(over)
         return tuple(self._take(job) for job in jobs)
+
+    def check_room(self, size: str, images: int) -> None:
+        """Raises as :meth:`submit` does where so many images, some of which may still be on their way here, would find
+        neither a row nor a place in the queue."""
+        self._check_most(images, {size})
+        line = self._lines[size]
+        if (over := self._waiting + images - line.free - self.queue) > 0:
+            raise self._busy(over)
+
+    def _check_most(self, images: int, sizes: Iterable[str]) -> None:
+        if images > (most := self.queue + min((self.rooms[size].rows for size in sizes), default=0)):
+            raise RequestError(f"a request may have {most} images here, got {images}; ask for fewer at a time")
+
+    def _busy(self, over: int) -> Busy:
+        each = self.steps_left / max(1, len(self._entries))
+        return Busy(
+            f"the queue has {self.queue} places, and {over} more are wanted; ask again later", round(over * each)
+        )
 
     def _beyond(self, jobs: Iterable[Job]) -> int:
         """How many images wait once these are there and all free rows are given."""

@@ -12,7 +12,8 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -177,14 +178,26 @@ class Worker:
                 raise Gone(f"the server's worker has failed ({self._broken}); start it again")
             if not self._open:
                 raise Gone("the server takes no more requests; ask another one")
-            try:
+            with self._refusals():
                 order.tickets = self._scheduler.submit([job] * len(order.seeds))
-            except Busy as busy:
-                self.counts.refused += 1
-                raise Busy(f"{busy}, in {self.seconds(busy.steps):.0f} s", busy.steps) from None
             self._orders |= dict.fromkeys(order.tickets, order)
             self._changed.notify_all()
         return order.handle
+
+    def check_room(self, size: str, images: int) -> None:
+        """Raises as :meth:`submit` does where so many images, those that are on their way here among them, would find
+        the queue full now."""
+        with self._changed, self._refusals():
+            self._scheduler.check_room(size, images)
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """A full queue is counted, and told with a time."""
+        try:
+            yield
+        except Busy as busy:
+            self.counts.refused += 1
+            raise Busy(f"{busy}, in {self.seconds(busy.steps):.0f} s", busy.steps) from None
 
     def seconds(self, steps: int) -> float:
         """How long so many steps of single images take, going by those of late; at least 1."""

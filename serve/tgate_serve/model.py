@@ -1,0 +1,211 @@
+"""A bundle that is served: its session, its worker, and what stands between a prompt and a picture."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from PIL import Image
+
+from tgate_engine.errors import RequestError
+from tgate_engine.graph import DECODE
+from tgate_engine.manifest_json import bundle_digest
+from tgate_engine.plan import Plan
+from tgate_runtime.decoder import decode
+from tgate_runtime.encoder import Encoder, Row
+from tgate_runtime.generators import check_generator
+from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given
+from tgate_runtime.request import check_prompts, check_source, scales_of, seeds_of
+from tgate_runtime.session import Session
+from tgate_serve.choice import Choice
+from tgate_serve.handle import Drawn, Handle, Step
+from tgate_serve.scheduler import PRIORITIES
+from tgate_serve.worker import Request, Worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What somebody asks of a model; None takes what the model has of its own.
+
+    ``picture``: RGB, what an image-to-video model starts from, in place of a prompt. ``images``: how many, of seeds
+    that count on from ``seed``; a random one where that is None. ``size``: one of the model's. ``guidance_scale``:
+    above 1. ``generator``: of noise. ``priority``, ``within_s``: see :class:`~tgate_serve.worker.Request`.
+    ``partials``: how many looks at each image before it is through, evenly spread over its steps.
+    """
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    picture: Image.Image | None = None
+    images: int = 1
+    size: str | None = None
+    choice: Choice = field(default_factory=Choice)
+    guidance_scale: float | None = None
+    seed: int | None = None
+    generator: str = "numpy"
+    priority: int = 0
+    within_s: float | None = None
+    partials: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """A wish that a worker has taken, its open questions settled. ``cuts``: what was cut off its prompts."""
+
+    handle: Handle
+    model: Model
+    wish: Wish
+    plan: Plan
+    size: str
+    guidance_scale: float
+    seeds: tuple[int, ...]
+    cuts: tuple[str, ...]
+
+    def record(self, image: int) -> Record:
+        """What one of its images is drawn from."""
+        wish, manifest = self.wish, self.model.session.manifest
+        return Record(
+            prompt=wish.prompt,
+            negative_prompt=wish.negative_prompt,
+            seed=self.seeds[image],
+            generator=wish.generator,
+            guidance_scale=self.guidance_scale,
+            size=self.size,
+            plan=PlanRecord.of(self.plan),
+            model=manifest.model,
+            bundle=self.model.digest,
+            engine=EngineRecord.of(self.model.session.engine),
+            given=digests_of_given(1, image=wish.picture)[0],
+        )
+
+    def pictures(self, drawn: Drawn) -> list[list[Image.Image]]:
+        """Of each image, its picture, or a video's frames; decoded in the calling thread."""
+        return self.model.worker.pictures(drawn)
+
+    def partial(self, step: Step) -> Image.Image:
+        """Where a step's image is heading, as the decoder sees it, or a video's first frame. The step is one of those
+        that were to be looked at."""
+        graph = self.model.session.graph(DECODE, self.size)
+        assert graph is not None  # Model.submit has seen it
+        assert step.towards is not None
+        return decode(self.model.session, graph, step.towards)[0]
+
+
+class Model:
+    """A session and its worker. Thread-safe. It owns neither: close the worker, then the session."""
+
+    def __init__(self, name: str, session: Session, worker: Worker) -> None:
+        """Serve what the worker draws under a name. Raises :class:`RequestError` for a bundle that makes no pictures of
+        its own."""
+        if session.graph(DECODE) is None:
+            raise RequestError(
+                f"{name} has no decoder, and a server answers with pictures; export it with --components all"
+            )
+        self.name = name
+        self.session = session
+        self.worker = worker
+        self.created_s = int(time.time())
+        """When it was opened, in seconds of Unix time."""
+        self._encoder = Encoder(session)
+        self._entering = 0
+        self._lock = threading.Lock()
+
+    @property
+    def video(self) -> bool:
+        """Whether it makes videos."""
+        return self.session.manifest.frames > 1
+
+    @property
+    def takes_picture(self) -> bool:
+        """Whether it starts from a picture, and no prompt."""
+        return bool(self.session.manifest.conditioned_by("image"))
+
+    @cached_property
+    def digest(self) -> str:
+        """The :func:`~tgate_engine.manifest_json.bundle_digest` of its bundle."""
+        return bundle_digest(self.session.manifest)
+
+    def check(self, wish: Wish) -> tuple[Plan, str, float]:
+        """The plan, size and guidance scale that are meant. Raises :class:`RequestError` for whatever cannot be drawn,
+        or would change nothing, before anything is computed."""
+        manifest = self.session.manifest
+        check_source(manifest, prompt=wish.prompt, negative_prompt=wish.negative_prompt, image=wish.picture)
+        if wish.prompt is not None:
+            check_prompts(wish.prompt, wish.negative_prompt)
+        if wish.negative_prompt is not None and not manifest.guided:
+            raise RequestError(f"{self.name} has no guidance, and so negative_prompt no effect; leave it out")
+        if wish.guidance_scale is not None and manifest.guidance == "none":
+            raise RequestError(f"{self.name} has no guidance, and so guidance_scale no effect; leave it out")
+        plan = wish.choice.of(self.worker.plans)
+        shape = self.session.shapes(wish.size)[0]
+        check_generator(wish.generator, shape.latents)
+        if wish.priority not in PRIORITIES:
+            raise RequestError(f"a priority is 0 to {PRIORITIES[-1]}, got {wish.priority}")
+        if wish.partials >= len(plan.steps):
+            raise RequestError(
+                f"plan '{plan.name}' has {len(plan.steps)} steps, and at most {len(plan.steps) - 1} partial images "
+                f"before the last; got {wish.partials}"
+            )
+        return plan, shape.size, scales_of(wish.guidance_scale, 1, plan, manifest)[0]
+
+    def submit(self, wish: Wish) -> Drawing:
+        """Encode what a wish is conditioned by, and have it drawn. Blocks for the encoder's time.
+
+        Raises as :meth:`check` and :meth:`~tgate_serve.worker.Worker.submit` do; a full queue is told before anything
+        is encoded.
+        """
+        plan, size, scale = self.check(wish)
+        seeds = seeds_of(wish.seed, wish.images)
+        with self._entrance(size, wish.images):
+            rows, cuts = self._encoded(wish, seeds, size)
+            handle = self.worker.submit(
+                Request(
+                    conditioning=rows[0],
+                    seeds=seeds,
+                    plan=plan,
+                    size=size,
+                    guidance_scale=scale,
+                    generator=wish.generator,
+                    priority=wish.priority,
+                    within_s=wish.within_s,
+                    looks=looks(len(plan.steps), wish.partials),
+                )
+            )
+        return Drawing(
+            handle=handle,
+            model=self,
+            wish=wish,
+            plan=plan,
+            size=size,
+            guidance_scale=scale,
+            seeds=seeds,
+            cuts=cuts,
+        )
+
+    def _encoded(self, wish: Wish, seeds: Sequence[int], size: str) -> tuple[list[Row], tuple[str, ...]]:
+        if wish.picture is None:
+            assert wish.prompt is not None  # check has seen it
+            return self._encoder.of_texts([(wish.prompt, wish.negative_prompt)], size)
+        if len(seeds) > 1:
+            raise RequestError(f"{self.name} makes one video of a picture at a time, got n={len(seeds)}")
+        return self._encoder.of_picture(wish.picture, seeds, size), ()
+
+    @contextmanager
+    def _entrance(self, size: str, images: int) -> Iterator[None]:
+        """Those whose prompts are being encoded count as waiting, or any number of them would be."""
+        with self._lock:
+            self.worker.check_room(size, self._entering + images)
+            self._entering += images
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._entering -= images
+
+
+def looks(steps: int, partials: int) -> tuple[int, ...]:
+    """The steps, by index, after which an image is looked at: evenly spread, and none of them the last."""
+    return tuple(steps * (i + 1) // (partials + 1) - 1 for i in range(partials))

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-stamp
-EXTRAS ?= cpu,openvino,tensorrt,video,export,dev
+EXTRAS ?= cpu,openvino,tensorrt,serve,video,export,dev
 # The demo installs what it uses; where all of the above is installed, that will do.
 DEMO_STAMP := $(VENV)/.demo-stamp
 $(DEMO_STAMP): EXTRAS := cpu,export

@@ -174,6 +174,27 @@ def tgate_parser() -> Parser:
     _size(p, help="the graphs of this size alone; of every size if left out")
     _engine(p)
 
+    p = command("serve", "Answer requests for pictures over HTTP, as OpenAI's API has them.", bundle=False)
+    named = "a bundle's directory, or NAME=DIRECTORY; mini is the one that ships"
+    p.add_argument("bundle", metavar="BUNDLE", nargs="+", help=named)
+    p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on; 127.0.0.1 if left out")
+    p.add_argument("--port", type=_port, default=8000, metavar="N", help="0 takes one that is free; 8000 if left out")
+    p.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that requests need, one a line")
+    p.add_argument("--without-api-key", action="store_true", help="let whoever reaches ADDRESS draw")
+    p.add_argument("--plan", action="append", metavar="NAME", help="serve this plan alone; repeatable")
+    p.add_argument(
+        "--size", action="append", type=_size_name, metavar="WIDTHxHEIGHT", help="this size alone; repeatable"
+    )
+    p.add_argument("--rows", type=_count, metavar="N", help="images of each size in flight; four calls' if left out")
+    p.add_argument("--queue", type=_count, default=64, metavar="N", help="images that may wait; 64 if left out")
+    patience = "calls that may pass over the oldest image while others wait; 8 if left out"
+    p.add_argument("--patience", type=_count_or_none, default=8, metavar="N", help=patience)
+    p.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="all that is planned must fit, such as 8GiB")
+    p.add_argument("--most-images", type=_count, default=10, metavar="N", help="of a request; 10 if left out")
+    drain = "requests may go on for so long after SIGTERM; 60 if left out"
+    p.add_argument("--drain-seconds", type=_count_or_none, default=60, metavar="N", help=drain)
+    _engine(p)
+
     p = command("plan", "Add a plan to a bundle, over the graphs it has, with its baselines; or take some out.")
     p.add_argument("--name", type=_name, help="what it is called; a plan that is added needs it")
     p.add_argument("--m", type=_steps, help="the gate step; a plan that is added needs it")
@@ -338,6 +359,17 @@ def _steps_or_none(text: str, least: int = 0) -> int:
     from tgate_engine.sampler import MOST_STEPS
 
     return _whole(text, least, MOST_STEPS)
+
+
+def _port(text: str) -> int:
+    return _whole(text, 0, 65535)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch("([0-9]{1,9})(MiB|GiB)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a size such as 900MiB or 8GiB, got '{shown(text, 40)}'")
+    return int(match[1]) * (2**20 if match[2] == "MiB" else 2**30)
 
 
 def _count(text: str) -> int:

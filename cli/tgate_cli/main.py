@@ -23,6 +23,7 @@ from tgate_cli.arguments import CHECKS, FAILED, Parser, export_parser, tgate_par
 from tgate_cli.command import LONGEST, Show
 from tgate_cli.display import reporter
 from tgate_cli.generate import generate
+from tgate_cli.serve import serve
 from tgate_cli.signals import Signals
 from tgate_engine.errors import TgateError, shown
 from tgate_engine.report import Reporter
@@ -36,10 +37,14 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Reporter], Show]] = {
     "bench": run_commands.bench,
     "engines": run_commands.engines,
     "build": run_commands.build,
+    "serve": serve,
     "plan": export_commands.plan,
     "embed": export_commands.embed,
     "export": export_commands.export,
 }
+
+STAY = ("serve",)
+"""Commands whose results are shown until a signal comes, which they answer themselves."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +84,8 @@ def _run(parser: Parser, arguments: Sequence[str] | None) -> int:
         with signals:
             with reporter(parser.prog, quiet=args.quiet) as report, _warnings_to(report):
                 show = COMMANDS[args.command](args, report)
+            if args.command in STAY:
+                signals.leave()
             with _on_stdout():
                 show()
     except BrokenPipeError:  # the reader of stdout went away, which is its right

@@ -82,6 +82,10 @@ class Signals:
     ) -> None:
         self._taken.close()
 
+    def leave(self) -> None:
+        """Leave signals to what the command does from now on."""
+        self._taken.close()
+
     def ended(self, error: BaseException) -> bool:
         """Whether a signal ended the command with this error. One may come while this opens or closes, and some raise
         KeyboardInterrupt by other means: then the error tells which it was."""

@@ -109,10 +109,13 @@ def save_picture(image: Image.Image, path: Path, record: Record | None = None) -
     write_atomically(path, picture_bytes(image, path.suffix, record))
 
 
-def picture_bytes(image: Image.Image, suffix: str, record: Record | None = None) -> bytes:
-    """What :func:`save_picture` writes."""
+def picture_bytes(
+    image: Image.Image, suffix: str, record: Record | None = None, *, quality: int | None = None
+) -> bytes:
+    """What :func:`save_picture` writes. ``quality``: 0 to 100, of a format that has it; None is Pillow's choice."""
     content, kind = io.BytesIO(), FORMATS[suffix.lower()]
-    image.save(content, kind, **save_options(record, kind))
+    chosen = {} if quality is None else {"quality": quality}
+    image.save(content, kind, **chosen, **save_options(record, kind))
     return content.getvalue()
 
 

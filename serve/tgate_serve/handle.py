@@ -17,7 +17,19 @@ from tgate_engine.plan import Plan
 
 
 class Gone(TgateError):
-    """A request ended before it was through: it was cancelled, came too late, or the server has stopped."""
+    """A request ended before it was through."""
+
+
+class Cancelled(Gone):
+    """Somebody called it off."""
+
+
+class Late(Gone):
+    """It was not through within its time."""
+
+
+class Stopped(Gone):
+    """The server has stopped, or is about to: another one may take it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,11 +45,13 @@ Order = tuple[int, int]
 
 
 class Busy(TgateError):
-    """The queue has no room for a request; ``steps`` are to be taken, of one image each, until it may have."""
+    """The queue has no room for a request; ``steps`` are to be taken, of one image each, until it may have, which takes
+    ``after_s`` seconds where that is known."""
 
-    def __init__(self, message: str, steps: int) -> None:
+    def __init__(self, message: str, steps: int, after_s: float | None = None) -> None:
         super().__init__(message)
         self.steps = steps
+        self.after_s = after_s
 
 
 @dataclass(frozen=True, kw_only=True)

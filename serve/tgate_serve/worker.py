@@ -34,7 +34,7 @@ from tgate_runtime.request import check_mapping, check_several, numbers_of, scal
 from tgate_runtime.runner import StepDone, advance
 from tgate_runtime.session import PlanLike, Session
 from tgate_runtime.state import State, most_at_once
-from tgate_serve.handle import Drawn, Gone, Handle, Step
+from tgate_serve.handle import Cancelled, Drawn, Handle, Late, Step, Stopped
 from tgate_serve.places import Place, planned_bytes, room_of
 from tgate_serve.scheduler import Busy, Job, Scheduler, Tick
 
@@ -166,7 +166,7 @@ class Worker:
         """Take a request; it is drawn when its turn comes.
 
         Raises :class:`~tgate_serve.scheduler.Busy` where the queue is full, :class:`RequestError` for what cannot be
-        drawn, and :class:`~tgate_serve.handle.Gone` where the worker takes no more.
+        drawn, and :class:`~tgate_serve.handle.Stopped` where the worker takes no more.
         """
         order = self._settled(request)
         within_s = request.within_s
@@ -175,9 +175,9 @@ class Worker:
         job = Job(size=order.size, graphs=graphs, priority=request.priority, deadline=deadline)
         with self._changed:
             if self._broken is not None:
-                raise Gone(f"the server's worker has failed ({self._broken}); start it again")
+                raise Stopped(f"the server's worker has failed ({self._broken}); start it again")
             if not self._open:
-                raise Gone("the server takes no more requests; ask another one")
+                raise Stopped("the server takes no more requests; ask another one")
             with self._refusals():
                 order.tickets = self._scheduler.submit([job] * len(order.seeds))
             self._orders |= dict.fromkeys(order.tickets, order)
@@ -197,7 +197,8 @@ class Worker:
             yield
         except Busy as busy:
             self.counts.refused += 1
-            raise Busy(f"{busy}, in {self.seconds(busy.steps):.0f} s", busy.steps) from None
+            after_s = self.seconds(busy.steps)
+            raise Busy(f"{busy}, in {after_s:.0f} s", busy.steps, after_s) from None
 
     def seconds(self, steps: int) -> float:
         """How long so many steps of single images take, going by those of late; at least 1."""
@@ -215,6 +216,11 @@ class Worker:
         with self._changed:
             return self._scheduler.running, self._scheduler.waiting
 
+    @property
+    def failed(self) -> bool:
+        """Whether the thread has ended by a fault of its own: nothing is drawn any more."""
+        return self._broken is not None
+
     def pictures(self, drawn: Drawn) -> list[list[Image.Image]]:
         """Of each image, its RGB picture, or a video's frames, decoded in the calling thread. Raises
         :class:`RequestError` for a bundle without a decoder."""
@@ -230,14 +236,14 @@ class Worker:
             return self._changed.wait_for(lambda: not self._orders and not self._ending, timeout_s)
 
     def close(self) -> None:
-        """End what is not through with :class:`~tgate_serve.handle.Gone`, and then the thread. Closing twice does
+        """End what is not through with :class:`~tgate_serve.handle.Stopped`, and then the thread. Closing twice does
         nothing."""
         with self._changed:
             self._open, self._closing = False, True
             ended = self._let_go(list(self._orders))
             self._changed.notify_all()
         for order in ended:
-            order.handle.fail(Gone("the server has stopped; ask again"))
+            order.handle.fail(Stopped("the server has stopped; ask again"))
         self._thread.join()
 
     def __enter__(self) -> Worker:
@@ -285,7 +291,7 @@ class Worker:
             there = [ticket for ticket, order in self._orders.items() if order.handle is handle]
             self.counts.cancelled += len(there)
             self._let_go(there)
-        handle.fail(Gone("the request was cancelled"))
+        handle.fail(Cancelled("the request was cancelled"))
 
     def _let_go(self, tickets: Iterable[int]) -> list[_Order]:
         """Take images out of everything but their rows, which the thread frees before its next call; their requests.
@@ -311,7 +317,7 @@ class Worker:
                 self._broken = error
                 ended = self._let_go(list(self._orders))
             for order in ended:
-                order.handle.fail(Gone(f"the server's worker has failed ({error}); start it again"))
+                order.handle.fail(Stopped(f"the server's worker has failed ({error}); start it again"))
 
     def _turn(self) -> bool:
         """One call, or a wait for something to do; False where the thread is to end."""
@@ -334,7 +340,7 @@ class Worker:
                     return False
                 self._changed.wait()
         for order in ended:
-            order.handle.fail(Gone(f"the request was not through within {order.request.within_s} s"))
+            order.handle.fail(Late(f"the request was not through within {order.request.within_s} s"))
         if tick is not None:
             for ticket, order in joined:
                 self._begin(ticket, order)

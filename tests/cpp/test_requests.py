@@ -277,7 +277,7 @@ def test_begun_anew(mini: Twins) -> None:
 
 
 def test_token_ids_are_as_good_as_a_prompt(mini: Twins) -> None:
-    tokenizer = mini.python._text._tokenizers[0]  # type: ignore[union-attr]
+    tokenizer = mini.python._encoder._text._tokenizers[0]  # type: ignore[union-attr]
     ids, none = ([tokenizer.encode(text).ids] for text in (PROMPTS[3], ""))
     same(mini.draw(ids=ids, negative_ids=none, seed=2), mini.draw(PROMPTS[3], seed=2))
     with pytest.raises(Failure, match="give negative_ids beside ids"):
@@ -291,7 +291,7 @@ def test_token_ids_are_as_good_as_a_prompt(mini: Twins) -> None:
 def test_what_of_a_prompt_does_not_fit(mini: Twins) -> None:
     long = "a red circle and " * 100
     request = mini.request(long)
-    assert request.cut() == mini.python._text.encode(long).cut != ""  # type: ignore[union-attr]
+    assert request.cut() == mini.python._encoder._text.encode(long).cut != ""  # type: ignore[union-attr]
     request.reset(prompt=PROMPTS[0])
     assert request.cut() == ""
 

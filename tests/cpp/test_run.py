@@ -70,7 +70,7 @@ def test_latents_and_ids_in_place_of_seed_and_prompt(run: Runner, bundle: Path, 
     with Pipeline.open(bundle, plans=["default"]) as pipe:
         start = np.random.default_rng(1).standard_normal((1, *pipe.session.shapes()[0].latents), np.float32)
         wanted = pipe(PROMPT, initial_latents=start)
-        tokenizer = pipe._text._tokenizers[0]  # type: ignore[union-attr]
+        tokenizer = pipe._encoder._text._tokenizers[0]  # type: ignore[union-attr]
         ids, none = (",".join(map(str, tokenizer.encode(text).ids)) for text in (PROMPT, ""))
     np.save(tmp_path / "start.npy", start)
     words = ["--token-ids", ids, "--negative-token-ids", none, "--initial-latents", "start.npy"]

@@ -15,7 +15,7 @@ WAIT_S = 30.0
 
 
 def step(done: int) -> Step:
-    return Step(image=0, index=done, graph="f", done=done, total=3, company=1, elapsed_ms=1.0, latents=None)
+    return Step(image=0, index=done, graph="f", done=done, total=3, company=1, elapsed_ms=1.0, towards=None)
 
 
 def drawn() -> Drawn:

@@ -1,0 +1,169 @@
+"""What is asked and answered, in JSON."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tgate_runtime.generators import SEED_LIMIT
+from tgate_serve.choice import Choice
+from tgate_serve.scheduler import PRIORITIES
+
+Format = Literal["png", "jpeg", "webp"]
+MOST_PARTIALS = 3
+
+
+class Asked(BaseModel):
+    """What pictures and videos are asked with alike. What is left out, or null, is the model's own."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: Annotated[str | None, Field(description="one of /v1/models; the first that can if left out")] = None
+    negative_prompt: Annotated[str | None, Field(description="what to steer away from")] = None
+    size: Annotated[str | None, Field(description="WIDTHxHEIGHT, one of the model's; auto is its default")] = None
+    plan: Annotated[str | None, Field(description="one of the model's plans, by name")] = None
+    num_inference_steps: Annotated[int | None, Field(ge=1, description="of the plan that is meant")] = None
+    m: Annotated[int | None, Field(ge=1, description="the gate step of the plan that is meant")] = None
+    k: Annotated[int | None, Field(ge=1, description="the self-attention interval of the plan that is meant")] = None
+    guidance_scale: Annotated[float | None, Field(allow_inf_nan=False, description="above 1")] = None
+    seed: Annotated[int | None, Field(ge=0, lt=SEED_LIMIT, description="image j has seed + j; random if left out")] = (
+        None
+    )
+    generator: Annotated[
+        Literal["numpy", "torch-cuda"] | None, Field(description="of noise: numpy, or what diffusers draws on CUDA")
+    ] = None
+    priority: Annotated[int | None, Field(ge=0, le=PRIORITIES[-1], description="higher goes first; 0 if left out")] = (
+        None
+    )
+    within_s: Annotated[
+        float | None, Field(gt=0, allow_inf_nan=False, description="after so many seconds nobody wants it any more")
+    ] = None
+
+    def choice(self) -> Choice:
+        """Which plan is meant."""
+        return Choice(plan=self.plan, steps=self.num_inference_steps, m=self.m, k=self.k)
+
+    def common(self) -> dict[str, Any]:
+        """The fields of a :class:`~tgate_serve.model.Wish` that all of them say."""
+        return {
+            "negative_prompt": self.negative_prompt,
+            "size": None if self.size == "auto" else self.size,
+            "choice": self.choice(),
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seed,
+            "generator": self.generator or "numpy",
+            "priority": self.priority or 0,
+            "within_s": self.within_s,
+        }
+
+
+class ImageAsked(Asked):
+    """Pictures of a prompt."""
+
+    prompt: Annotated[str, Field(description="what to draw")]
+    n: Annotated[int | None, Field(ge=1, description="how many; 1 if left out")] = None
+    response_format: Annotated[Literal["b64_json"] | None, Field(description="no files are kept, and so no URLs")] = (
+        None
+    )
+    output_format: Annotated[Format | None, Field(description="png if left out")] = None
+    output_compression: Annotated[int | None, Field(ge=0, le=100, description="quality of jpeg and webp; 100")] = None
+    user: Annotated[str | None, Field(max_length=256, description="noted in the server's log")] = None
+    stream: Annotated[bool | None, Field(description="answer with server-sent events")] = None
+    partial_images: Annotated[
+        int | None, Field(ge=0, le=MOST_PARTIALS, description="looks at each picture on its way, of a stream")
+    ] = None
+    stream_steps: Annotated[bool | None, Field(description="events of the queue and of each step, of a stream")] = None
+
+
+class Report(BaseModel):
+    """What was done for an answer. ``steps``: how many of each graph an image took. ``company``: images that shared a
+    call, over all steps the mean. ``cut``: what was cut off the prompts, as it was written; null if nothing."""
+
+    model: str
+    plan: str
+    sampler: str
+    steps: dict[str, int]
+    guidance_scale: float
+    queue_s: float
+    draw_s: float
+    decode_s: float
+    company: float
+    cut: list[str] | None
+
+
+class Picture(BaseModel):
+    """A picture of an answer, and the seed with which it can be drawn alone."""
+
+    b64_json: str
+    seed: int
+
+
+class ImagesAnswer(BaseModel):
+    """Pictures."""
+
+    id: str
+    created: int
+    background: Literal["opaque"] = "opaque"
+    output_format: Format
+    size: str
+    data: list[Picture]
+    tgate: Report
+
+
+class PlanFacts(BaseModel):
+    """A plan that is served. ``settings``: what it was made from. ``steps``: of each graph."""
+
+    name: str
+    sampler: str
+    num_inference_steps: int
+    guidance_scale: float
+    settings: dict[str, Any]
+    steps: dict[str, int]
+    baselines: list[str]
+
+
+class ModelFacts(BaseModel):
+    """A model that is served. ``takes``: what it is conditioned by. ``running``, ``waiting``: images, now."""
+
+    sizes: list[str]
+    plans: list[PlanFacts]
+    takes: Literal["prompt", "picture"]
+    makes: Literal["pictures", "videos"]
+    frames: int
+    negative_prompt: bool
+    guidance_scale: bool
+    engine: str
+    running: int
+    waiting: int
+
+
+class ModelAnswer(BaseModel):
+    """A model, as OpenAI has it, and our facts of it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["tgate-engine"] = "tgate-engine"
+    tgate: ModelFacts
+
+
+class ModelsAnswer(BaseModel):
+    """All models, the one for those who name none first."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelAnswer]
+
+
+class HealthAnswer(BaseModel):
+    """Whether the server works; ``models``: images that run and wait."""
+
+    status: Literal["ok", "starting", "stopping", "failed"]
+    models: dict[str, dict[str, int]]
+
+
+class CancelAnswer(BaseModel):
+    """A request that was called off."""
+
+    id: str
+    cancelled: Literal[True] = True

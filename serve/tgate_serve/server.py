@@ -1,0 +1,119 @@
+"""Models opened from bundles, and the loop that serves them until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import uvicorn
+
+from tgate_engine.bundle import Bundle
+from tgate_engine.errors import RequestError, shown
+from tgate_runtime.engines.protocol import Engine, OnBuild
+from tgate_runtime.session import Session
+from tgate_serve.api.app import create_app
+from tgate_serve.api.guards import Keys
+from tgate_serve.api.service import Service
+from tgate_serve.metrics import Metrics
+from tgate_serve.model import Model
+from tgate_serve.worker import Worker
+
+log = logging.getLogger("tgate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """How bundles are served. ``plans``, ``sizes``: those that requests may name, None being all of a bundle.
+    ``rows``, ``queue``, ``patience``: see :class:`~tgate_serve.worker.Worker`. ``memory_bytes``: what all bundles'
+    weights, buffers and hungriest calls may take together."""
+
+    plans: Sequence[str] | None = None
+    sizes: Sequence[str] | None = None
+    rows: int | None = None
+    queue: int = 64
+    patience: int = 8
+    memory_bytes: int | None = None
+
+
+@contextmanager
+def opened(
+    bundles: Mapping[str, Bundle], engine: Engine, serving: Serving, on_build: OnBuild | None = None
+) -> Iterator[tuple[dict[str, Model], Metrics]]:
+    """Models by the names of their bundles, each with a worker, and what measures them. Closed at the end, in-flight
+    requests too.
+
+    Raises as :meth:`Session.open` and :class:`~tgate_serve.worker.Worker` do.
+    """
+    models: dict[str, Model] = {}
+    metrics, left = Metrics(models), serving.memory_bytes
+    with ExitStack() as stack:
+        for name, bundle in bundles.items():
+            session = stack.enter_context(
+                Session.open(bundle, engine=engine, plans=serving.plans, sizes=serving.sizes, on_build=on_build)
+            )
+            worker = stack.enter_context(
+                Worker(
+                    session,
+                    plans=serving.plans,
+                    rows=serving.rows,
+                    queue=serving.queue,
+                    patience=serving.patience,
+                    memory_bytes=left,
+                    on_call=metrics.on_call(name),
+                )
+            )
+            if left is not None:
+                left -= worker.planned_bytes
+            models[name] = Model(name, session, worker)
+        yield models, metrics
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there; ``port`` 0 is any that is free. Raises :class:`RequestError` if there is none."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RequestError(
+            f"cannot listen on {shown(host)} port {port} ({why}); say another --host or --port"
+        ) from None
+
+
+def serve(
+    service: Service,
+    listener: socket.socket,
+    *,
+    keys: Keys | None = None,
+    hosts: Collection[str] | None = None,
+    drain_s: int = 60,
+) -> None:
+    """Answer until SIGTERM or SIGINT; then let requests that are under way end, for ``drain_s`` seconds at most. A
+    second signal ends at once. To be called in the main thread, and once for a service."""
+    app = create_app(service, keys=keys, hosts=hosts)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=drain_s,
+        h11_max_incomplete_event_size=2**16,
+    )
+    server = uvicorn.Server(config)
+    # Its own handlers are in place while it runs. Once it has ended it sends itself what came once more, for whoever
+    # had handlers before: that is what the command ends by already.
+    before = {number: signal.signal(number, _nothing) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        asyncio.run(server.serve(sockets=[listener]))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _nothing(*_: object) -> None:
+    pass

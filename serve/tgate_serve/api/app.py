@@ -51,7 +51,6 @@ def create_app(service: Service, *, keys: Keys | None = None, hosts: Collection[
         title="tgate-engine",
         version=__version__,
         lifespan=lifespan,
-        max_body_size=service.limits.body_bytes,
         responses={code: {"model": ErrorAnswer, **said} for code, said in _TROUBLE.items()},
     )
     app.state.service = service
@@ -59,7 +58,7 @@ def create_app(service: Service, *, keys: Keys | None = None, hosts: Collection[
         app.include_router(routes)
     errors.install(app)
     app.openapi = described(app, service)  # type: ignore[method-assign]
-    app.add_middleware(Guards, metrics=service.metrics, body_s=service.limits.body_s, keys=keys, hosts=hosts)
+    app.add_middleware(Guards, metrics=service.metrics, limits=service.limits, keys=keys, hosts=hosts)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

@@ -61,18 +61,17 @@ class ApiError(TgateError):
         super().__init__(message)
         self.status, self.code, self.param, self.retry_s = status, code, param, retry_s
 
-    def body(self) -> dict[str, Any]:
-        """The answer, an :class:`ErrorAnswer`."""
+    def trouble(self) -> Trouble:
+        """What is told of it."""
         kind = (
             "invalid_request_error" if self.status < 429 else "rate_limit_error" if self.status == 429 else "api_error"
         )
-        trouble = Trouble(message=str(self), type=kind, param=self.param, code=self.code)
-        return ErrorAnswer(error=trouble).model_dump()
+        return Trouble(message=str(self), type=kind, param=self.param, code=self.code)
 
     def answer(self) -> JSONResponse:
-        """The same, to be sent."""
+        """An :class:`ErrorAnswer`, to be sent."""
         headers = {} if self.retry_s is None else {"Retry-After": str(math.ceil(self.retry_s))}
-        return JSONResponse(self.body(), self.status, headers=headers)
+        return JSONResponse(ErrorAnswer(error=self.trouble()).model_dump(), self.status, headers=headers)
 
 
 def api_error(error: BaseException) -> ApiError:
@@ -107,6 +106,8 @@ def install(app: FastAPI) -> None:
 
     async def tell_http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if error.status_code == 400:  # the parser's
+            return _no_json().answer()
         answer = ApiError(error.status_code, str(error.detail), code=_CODES.get(error.status_code, "invalid_request"))
         response = answer.answer()
         response.headers.update(error.headers or {})
@@ -132,11 +133,14 @@ def _of_validation(error: RequestValidationError) -> ApiError:
             400, f"parameter '{name}' is not known or has no effect; {instead}", code="unknown_parameter", param=name
         )
     if first["type"] == "json_invalid" or name is None:
-        message = "the body must be JSON, with Content-Type: application/json"
-        return ApiError(400, message, code="invalid_json")
+        return _no_json()
     return ApiError(
         400, f"{name}: {shown(first['msg'], 300)}, got {_got(first.get('input'))}", code="invalid_value", param=name
     )
+
+
+def _no_json() -> ApiError:
+    return ApiError(400, "the body must be JSON, with Content-Type: application/json", code="invalid_json")
 
 
 def _got(value: object) -> str:

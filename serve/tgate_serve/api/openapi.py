@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from tgate_engine.plan import Plan
+from tgate_serve.api.events import event_schemas
 from tgate_serve.api.service import Service
 
 
@@ -22,6 +23,7 @@ def described(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
             schemas = document["components"]["schemas"]
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
+            schemas |= event_schemas()
             for path in document["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)

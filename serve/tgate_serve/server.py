@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -79,7 +80,8 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None) or 0
+        why = os.strerror(number) if number > 0 else error  # names that cannot be resolved have numbers of their own
         raise RequestError(
             f"cannot listen on {shown(host)} port {port} ({why}); say another --host or --port"
         ) from None

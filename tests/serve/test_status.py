@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,8 @@ from tests.serve.requests import plans
 from tests.serve.running import PATH, Server, running, until
 from tgate_runtime.session import Session
 from tgate_serve.api.limits import Limits
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +154,22 @@ def test_the_description_holds(
 
     with suppress(Unsatisfiable):  # nothing can be wrong with a request that says nothing
         check()
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(server: Server) -> None:
+    server.draw()
+    there = {name for name, *_ in metrics(server)}
+    text = (DOCS / "grafana.json").read_text("utf-8")
+    asked = set(re.findall(r"\btgate_\w+", text))
+    assert asked - {"tgate_engine"} <= there
+    panels = json.loads(text)["panels"]
+    assert len(panels) == 8
+    assert {panel["datasource"]["uid"] for panel in panels} == {"${source}"}
+
+
+def test_the_documentation_names_every_metric(server: Server) -> None:
+    server.draw()
+    families = text_string_to_metric_families(server.http.get("/metrics").text)
+    named = set(re.findall(r"`(tgate_\w+)`", (DOCS / "serving.md").read_text("utf-8")))
+    there = {family.name + "_total" * (family.type == "counter") for family in families}
+    assert named == {name for name in there if not name.endswith("_created")}

@@ -8,17 +8,20 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import httpx
 import numpy as np
 import pytest
 
-from tests.serve.running import PATH, alone, pixels
+from tests.serve.running import PATH, alone, pixels, until
 from tgate_runtime.session import Session
 
 COMMAND = [sys.executable, "-m", "tgate_engine", "serve"]
@@ -30,42 +33,66 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], text=True, capture_output=True, timeout=WAIT_S, check=False)
 
 
-@contextmanager
-def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+@dataclass(frozen=True)
+class Process:
     """A server's process, and where it answers."""
+
+    popen: subprocess.Popen[str]
+    url: str
+    log: IO[str]
+
+    def end(self, *signals: signal.Signals) -> tuple[int, str]:
+        """Its exit status after those signals, and what it wrote to standard error."""
+        for number in signals:
+            self.popen.send_signal(number)
+        status = self.popen.wait(WAIT_S)
+        self.log.seek(0)
+        return status, self.log.read()
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[Process]:
     command = [*COMMAND, *arguments, "--port", "0", "--threads", "1"]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=log) as popen,
+    ):
         try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            match = re.search(r"http://\S+", line)
-            assert match, line + (process.stderr.read() if process.stderr else "")
-            yield process, match[0]
+            assert popen.stdout is not None
+            match = re.search(r"http://\S+", popen.stdout.readline())
+            if match is None:
+                log.seek(0)
+                raise AssertionError(log.read())
+            yield Process(popen, match[0], log)
         finally:
-            process.kill()
+            popen.kill()
 
 
 def test_a_server_ends_what_was_asked_and_then_itself(session: Session) -> None:
-    with serving("mini", "star=mini", "--plan", "default") as (process, url), ThreadPoolExecutor(6) as pool:
+    with serving("mini", "star=mini", "--plan", "default") as process, ThreadPoolExecutor(6) as pool:
+        url = process.url
         models = httpx.get(f"{url}/v1/models").json()["data"]
         assert [model["id"] for model in models] == ["mini", "star"]
         assert [plan["name"] for plan in models[1]["tgate"]["plans"]] == ["default"]
-        sent = threading.Barrier(7)
 
         def draw(seed: int) -> httpx.Response:
-            sent.wait()
-            body = {"prompt": "a green star", "seed": seed, "model": ("mini", "star")[seed % 2]}
+            body = {"prompt": "a green star", "seed": seed, "n": 2, "model": ("mini", "star")[seed % 2]}
             return httpx.post(f"{url}{PATH}", json=body, timeout=WAIT_S)
 
         asked = [pool.submit(draw, seed) for seed in range(6)]
-        sent.wait()
-        threading.Event().wait(0.5)
-        process.send_signal(signal.SIGTERM)
+
+        def arrived() -> bool:
+            loads = httpx.get(f"{url}/health").json()["models"].values()
+            return sum(load["running"] + load["waiting"] for load in loads) == 12
+
+        assert until(arrived)
+        process.popen.send_signal(signal.SIGTERM)
         for seed, answer in enumerate(each.result() for each in asked):
             assert answer.status_code == 200
-            np.testing.assert_array_equal(pixels(answer.json()["data"][0]["b64_json"]), alone(session, seed=seed)[0])
-        _, stderr = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 0
+            first, _ = answer.json()["data"]
+            np.testing.assert_array_equal(pixels(first["b64_json"]), alone(session, seed=seed)[0])
+        status, stderr = process.end()
+    assert status == 0
     assert stderr.rstrip().endswith("stopped")
     assert "Traceback" not in stderr
     with pytest.raises(httpx.ConnectError):
@@ -73,15 +100,14 @@ def test_a_server_ends_what_was_asked_and_then_itself(session: Session) -> None:
 
 
 def test_a_second_signal_ends_it_at_once() -> None:
-    with serving("mini") as (process, url):
+    with serving("mini") as process:
         body = {"prompt": "a", "n": 10, "plan": "ungated", "stream": True}
-        with httpx.stream("POST", f"{url}{PATH}", json=body, timeout=WAIT_S):
-            process.send_signal(signal.SIGINT)
+        with httpx.stream("POST", f"{process.url}{PATH}", json=body, timeout=WAIT_S):
+            process.popen.send_signal(signal.SIGINT)
             threading.Event().wait(0.3)
-            assert process.poll() is None
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=10)
-    assert process.returncode == 0
+            assert process.popen.poll() is None
+            status, _ = process.end(signal.SIGINT)
+    assert status == 0
 
 
 def test_what_nobody_may_reach_needs_a_key_or_a_word(tmp_path: Path) -> None:
@@ -93,8 +119,8 @@ def test_what_nobody_may_reach_needs_a_key_or_a_word(tmp_path: Path) -> None:
     )
     keys = tmp_path / "keys"
     keys.write_text("a-key-of-enough-letters\n")
-    with serving("mini", "--host", "0.0.0.0", "--api-key-file", str(keys)) as (_, url):
-        port = url.rpartition(":")[2]
+    with serving("mini", "--host", "0.0.0.0", "--api-key-file", str(keys)) as process:
+        port = process.url.rpartition(":")[2]
         here = f"http://127.0.0.1:{port}"
         assert httpx.get(f"{here}/health", headers={"host": "any.example"}).status_code == 200
         assert httpx.get(f"{here}/v1/models").status_code == 401

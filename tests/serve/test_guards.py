@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+from starlette.responses import PlainTextResponse
+from starlette.types import Message, Receive, Scope, Send
 
 from tests.serve.running import PATH, Server, running
 from tgate_engine.errors import RequestError
 from tgate_runtime.session import Session
+from tgate_serve.api import guards
 from tgate_serve.api.guards import LOOPBACK, Keys
 from tgate_serve.api.limits import Limits
 
@@ -107,6 +113,30 @@ def test_a_body_that_does_not_come(server: Server) -> None:
         answer = client.recv(4096)
     assert answer.startswith(b"HTTP/1.1 408")
     assert time.monotonic() - began_s < 10
+
+
+def test_who_does_not_read_is_cut(server: Server, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(guards, "_READ_S", 0.05)
+    ended = []
+
+    async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await PlainTextResponse("x")(scope, receive, send)
+        finally:
+            ended.append(True)
+
+    async def received() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    async def unread(_: Message) -> None:
+        await asyncio.sleep(60)
+
+    scope = {"type": "http", "path": "/", "headers": [], "method": "GET"}
+    guarded = guards.Guards(answers, metrics=server.service.metrics, limits=Limits())
+    with caplog.at_level(logging.INFO, "tgate"):
+        asyncio.run(guarded(scope, received, unread))
+    assert ended
+    assert "left it unread" in caplog.text
 
 
 def test_what_is_no_route_is_no_metric(server: Server) -> None:

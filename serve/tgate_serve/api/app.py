@@ -50,6 +50,8 @@ def create_app(service: Service, *, keys: Keys | None = None, hosts: Collection[
     app = FastAPI(
         title="tgate-engine",
         version=__version__,
+        docs_url=None,  # it would load its scripts from another host
+        redoc_url=None,
         lifespan=lifespan,
         responses={code: {"model": ErrorAnswer, **said} for code, said in _TROUBLE.items()},
     )

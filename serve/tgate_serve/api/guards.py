@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tgate_engine.plain_files import read_plain
 from tgate_serve.api.errors import ApiError
 from tgate_serve.api.limits import Limits
 from tgate_serve.metrics import Metrics
+
+log = logging.getLogger("tgate")
 
 OPEN = ("/", "/page", "/health", "/ready")
 """What may be asked without a key: nothing of it draws, or tells of anybody's requests."""
@@ -97,7 +100,10 @@ class Guards:
         except ApiError as error:
             await error.answer()(scope, receive, sent)
         else:
-            await self._app(scope, _again(body, receive), sent)
+            try:
+                await self._app(scope, _again(body, receive), sent)
+            except TimeoutError:
+                log.info("an answer was cut, since its client left it unread for %.0f s", _READ_S)
         finally:
             self._metrics.answered(_route(scope), status)
 

@@ -22,8 +22,11 @@ log = logging.getLogger("tgate")
 INSTEAD = {
     "background": "pictures are opaque",
     "cfg_scale": "say guidance_scale",
+    "fps": "a model has its own",
     "height": "say size",
+    "input_reference.file_id": "no files are kept; give image_url, a data: URL",
     "moderation": "pictures are not judged",
+    "num_frames": "a model has its own",
     "num_images": "say n",
     "num_images_per_prompt": "say n",
     "quality": "say plan, or m, k and num_inference_steps",

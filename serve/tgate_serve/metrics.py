@@ -26,7 +26,7 @@ class Metrics:
         """How many videos there are by status, asked at every scrape; whoever keeps them sets it."""
         self.registry = CollectorRegistry()
         self.registry.register(_Workers(models))
-        self.registry.register(_Jobs(lambda: self.jobs()))
+        self.registry.register(_Jobs(self))
         kind: dict[str, Any] = {"registry": self.registry, "labelnames": ("model",)}
         of_graph: dict[str, Any] = {"registry": self.registry, "labelnames": ("model", "size", "graph")}
         self._answers = Counter(
@@ -111,11 +111,11 @@ class _Workers(Collector):
 class _Jobs(Collector):
     """The videos that are kept."""
 
-    def __init__(self, jobs: Callable[[], Mapping[str, int]]) -> None:
-        self._jobs = jobs
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
         kept = GaugeMetricFamily("tgate_jobs", "Videos that are kept now", labels=("status",))
-        for status, count in self._jobs().items():
+        for status, count in self._metrics.jobs().items():
             kept.add_metric((status,), count)
         yield kept

@@ -19,6 +19,7 @@ from tgate_runtime.engines.protocol import Engine, OnBuild
 from tgate_runtime.session import Session
 from tgate_serve.api.app import create_app
 from tgate_serve.api.guards import Keys
+from tgate_serve.api.jobs import Job
 from tgate_serve.api.service import Service
 from tgate_serve.metrics import Metrics
 from tgate_serve.model import Model
@@ -133,17 +134,20 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         begin_s, most_s = time.monotonic(), self.config.timeout_graceful_shutdown or 0
         under_way = [job for job in self._service.jobs if job.ended_s is None]
-        if under_way:
-            self._service.ready = False
-            for model in self._service.models.values():
-                model.worker.drain(0)  # takes no more; they end by themselves
-        while not self.force_exit and (left_s := begin_s + most_s - time.monotonic()) > 0:
-            if not any(job.wanted for job in self._service.jobs if job in under_way):
+        if under_way and not self.force_exit:
+            await self._fetched(under_way, begin_s + most_s)
+            self.config.timeout_graceful_shutdown = max(1, round(begin_s + most_s - time.monotonic()))
+        await super().shutdown(sockets)
+
+    async def _fetched(self, under_way: Collection[Job], end_s: float) -> None:
+        """Take no more, and wait until nobody can want any of those, for as long as there is time."""
+        self._service.ready = False
+        for model in self._service.models.values():
+            model.worker.drain(0)  # what it has taken ends by itself
+        while any(job.wanted for job in self._service.jobs if job in under_way):
+            if self.force_exit or time.monotonic() >= end_s:
                 break
             await asyncio.sleep(_LOOK_S)
-        if under_way:
-            self.config.timeout_graceful_shutdown = max(1, round(left_s))
-        await super().shutdown(sockets)
 
 
 def _nothing(*_: object) -> None:

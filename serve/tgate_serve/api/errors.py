@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -125,8 +125,10 @@ _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 4
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    """The first of what a body is not."""
-    first: Mapping[str, Any] = error.errors()[0]
+    """The first of what a body is not; a name that is not known before one that is missing, which it may be meant
+    for."""
+    found: Sequence[Mapping[str, Any]] = error.errors()
+    first = min(found, key=lambda each: each["type"] != "extra_forbidden")
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     name = shown(".".join(where), 80) or None
     if first["type"] == "extra_forbidden":

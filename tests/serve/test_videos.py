@@ -514,7 +514,7 @@ def test_ids_that_are_none(there: Running) -> None:
 # --- what the document says ---------------------------------------------------------------------
 
 
-def test_openapi(there: Running) -> None:
+def test_openapi(there: Running, models: Models) -> None:
     document = there.client.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
     body = document["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
@@ -523,6 +523,7 @@ def test_openapi(there: Running) -> None:
     asked, form = schemas["VideoAsked"], schemas["VideoForm"]
     assert set(asked["properties"]) == set(VideoAsked.model_fields)
     assert set(form["properties"]) == {*VideoAsked.model_fields, "input_reference[image_url]"}
+    assert asked["anyOf"] == [{"required": ["input_reference"]}, {"required": ["prompt"]}]
     assert asked["additionalProperties"] is form["additionalProperties"] is False
     of = {name: next(s for s in said["anyOf"] if s != {"type": "null"}) for name, said in asked["properties"].items()}
     assert of["model"]["enum"] == ["latte", "svd"]
@@ -530,6 +531,13 @@ def test_openapi(there: Running) -> None:
     assert of["seconds"]["enum"] == ["0.625", "0.714286"]
     assert form["properties"]["seconds"]["enum"] == of["seconds"]["enum"]
     assert form["properties"]["seed"]["type"] == "integer"
+
+    for name, gone in (("latte", {"input_reference"}), ("svd", {"prompt", "negative_prompt"})):
+        with running({name: models.models[name]}) as alone:
+            schemas_alone = alone.client.get("/openapi.json").json()["components"]["schemas"]
+            there_alone = set(schemas_alone["VideoAsked"]["properties"])
+            assert there_alone == set(VideoAsked.model_fields) - gone
+            assert not gone & set(schemas_alone["VideoForm"]["properties"])
 
     def references(said: Any) -> Iterator[str]:
         if isinstance(said, dict):

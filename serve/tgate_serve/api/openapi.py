@@ -36,6 +36,8 @@ def described(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
             for name, video in (("ImageAsked", False), ("VideoAsked", True)):
                 models = [model for model in service.models.values() if model.video == video]
                 _narrow(schemas[name]["properties"], service, models)
+                if video and models:
+                    _narrow_sources(schemas[name], models)
             schemas["VideoForm"] = _form(schemas["VideoAsked"], schemas["Reference"])
             app.openapi_schema = document
         return app.openapi_schema
@@ -68,24 +70,30 @@ def _narrow(properties: dict[str, Any], service: Service, models: Sequence[Model
             _of(properties[name]).update(bounds)
 
 
+def _narrow_sources(asked: dict[str, Any], models: Sequence[Model]) -> None:
+    """To prompts, or pictures, or one of both, as there are models for."""
+    sources = {_REFERENCE if model.takes_picture else "prompt" for model in models}
+    for name, source in (("prompt", "prompt"), ("negative_prompt", "prompt"), (_REFERENCE, _REFERENCE)):
+        if source not in sources:
+            del asked["properties"][name]
+    asked["anyOf"] = [{"required": [name]} for name in sorted(sources)]
+
+
 def _form(asked: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
     """The same as a form, which has no null, and a picture as a file or as the field of an object."""
     fields = {
         name: {**{key: value for key, value in schema.items() if key not in ("anyOf", "default")}, **_of(schema)}
         for name, schema in asked["properties"].items()
     }
-    fields[_REFERENCE] = {
-        "type": "string",
-        "contentMediaType": "application/octet-stream",
-        "description": f"the file of a picture; {fields[_REFERENCE]['description']}",
-    }
-    inside = {f"{_REFERENCE}[{name}]": schema for name, schema in reference["properties"].items()}
-    return {
-        **asked,
-        "title": "VideoForm",
-        "description": f"{asked['description']} As a form.",
-        "properties": fields | inside,
-    }
+    sources = [*asked.get("anyOf", [])]
+    if _REFERENCE in fields:
+        file = {"type": "string", "contentMediaType": "application/octet-stream"}
+        fields[_REFERENCE] = {**file, "description": f"the file of a picture; {fields[_REFERENCE]['description']}"}
+        inside = {f"{_REFERENCE}[{name}]": schema for name, schema in reference["properties"].items()}
+        fields |= inside
+        sources += [{"required": [name]} for name in inside]
+    form = {"title": "VideoForm", "description": f"{asked['description']} As a form.", "properties": fields}
+    return {**asked, **form, **({"anyOf": sources} if sources else {})}
 
 
 def _facts(plans: Sequence[Plan], name: str) -> list[Any]:

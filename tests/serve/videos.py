@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import io
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import uvicorn
+from PIL import Image
 
 from tests.conftest import family_settings
 from tests.tiny_families import make_tiny
@@ -27,6 +32,9 @@ from tgate_serve.model import Model
 from tgate_serve.worker import Worker
 
 VARIANTS = {"latte": "latte_b", "svd": "svd_b"}
+PROMPT = "a red fox runs over snow"
+GIF: dict[str, Any] = {"output_format": "gif"}
+FOX: dict[str, Any] = {"model": "latte", "prompt": PROMPT, **GIF}
 WAIT_S = 60.0
 DRAIN_S = 30
 
@@ -57,6 +65,7 @@ class Gate:
 
     @contextmanager
     def shut(self) -> Iterator[None]:
+        self._passes = threading.Semaphore(0)
         self._open.clear()
         try:
             yield
@@ -149,3 +158,28 @@ def running(
         yield server_there
     finally:
         server_there.close()
+
+
+@functools.cache
+def start() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(3).integers(0, 256, (20, 40, 3), np.uint8))
+
+
+@functools.cache
+def png() -> bytes:
+    content = io.BytesIO()
+    start().save(content, "PNG")
+    return content.getvalue()
+
+
+def data_url(content: bytes = b"") -> dict[str, str]:
+    return {"image_url": f"data:image/png;base64,{base64.b64encode(content or png()).decode()}"}
+
+
+def frames_of(content: bytes) -> list[Image.Image]:
+    with Image.open(io.BytesIO(content)) as image:
+        found = []
+        for i in range(image.n_frames):  # type: ignore[attr-defined]
+            image.seek(i)
+            found.append(image.convert("RGB"))
+        return found

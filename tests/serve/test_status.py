@@ -129,6 +129,12 @@ def described(session: Session) -> Iterator[schemathesis.BaseSchema]:
 ROUTES = {
     (PATH, "POST"),
     (f"{PATH}/{{identity}}", "DELETE"),
+    ("/v1/videos", "POST"),
+    ("/v1/videos", "GET"),
+    ("/v1/videos/{identity}", "GET"),
+    ("/v1/videos/{identity}", "DELETE"),
+    ("/v1/videos/{identity}/cancel", "POST"),
+    ("/v1/videos/{identity}/content", "GET"),
     ("/v1/models", "GET"),
     ("/v1/models/{name}", "GET"),
     ("/health", "GET"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,8 +22,11 @@ log = logging.getLogger("tgate")
 INSTEAD = {
     "background": "pictures are opaque",
     "cfg_scale": "say guidance_scale",
+    "fps": "a model has its own",
     "height": "say size",
+    "input_reference.file_id": "no files are kept; give image_url, a data: URL",
     "moderation": "pictures are not judged",
+    "num_frames": "a model has its own",
     "num_images": "say n",
     "num_images_per_prompt": "say n",
     "quality": "say plan, or m, k and num_inference_steps",
@@ -123,8 +126,10 @@ _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 4
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    """The first of what a body is not."""
-    first: Mapping[str, Any] = error.errors()[0]
+    """The first of what a body is not; a name that is not known before one that is missing, which it may be meant
+    for."""
+    found: Sequence[Mapping[str, Any]] = error.errors()
+    first = min(found, key=lambda each: each["type"] != "extra_forbidden")
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     name = shown(".".join(where), 80) or None
     if first["type"] == "extra_forbidden":

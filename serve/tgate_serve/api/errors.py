@@ -109,7 +109,7 @@ def install(app: FastAPI) -> None:
 
     async def tell_http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        if error.status_code == 400:  # the parser's
+        if error.detail == "There was an error parsing the body":  # FastAPI's, of JSON that is too deep
             return _no_json().answer()
         answer = ApiError(error.status_code, str(error.detail), code=_CODES.get(error.status_code, "invalid_request"))
         response = answer.answer()

@@ -102,7 +102,7 @@ function begin(seed) {
     .filter(Boolean)
     .map((plan) => new Drawing(plan, {
       graphs: [...new Set(plans.flatMap((each) => Object.keys(each.steps)))],
-      about: `“${prompt}”`,
+      about: `“${short(prompt)}”`,
       size,
       fileName: `${[prompt, String(seed), plan.name].map(plain).filter(Boolean).join("-")}.png`,
       onStep: scale,
@@ -157,6 +157,12 @@ function compare(atOnce) {
   );
 }
 
+/** Enough of a prompt to know it by. */
+function short(prompt) {
+  const characters = [...prompt];
+  return characters.length > 80 ? `${characters.slice(0, 79).join("")}…` : prompt;
+}
+
 /** Part of a file's name: letters and digits of any script. */
 function plain(text) {
   const words = text.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [];
@@ -197,7 +203,8 @@ async function poll() {
     const answer = await fetch("health", { cache: "no-store" });
     const health = await answer.json();
     const load = health.models[at("model").value];
-    if (health.status !== "ok") text = `The server is ${health.status}.`;
+    if (health.status === "failed") text = "The server has failed, and has to be started again.";
+    else if (health.status !== "ok") text = `The server is ${health.status}.`;
     else text = load ? `${at("model").value}: ${load.running} running, ${load.waiting} waiting` : "";
   } catch {
     // said already

@@ -99,7 +99,7 @@ def done(page: Page, *plans: str) -> None:
 def saved(page: Page, plan: str) -> tuple[str, bytes]:
     """The name and the bytes of the picture's file."""
     with page.expect_download() as download:
-        page.get_by_role("link", name=f"Save picture by {plan}").click()
+        page.get_by_role("link", name=f"Save picture of plan {plan}").click()
     return download.value.suggested_filename, download.value.path().read_bytes()
 
 
@@ -126,7 +126,9 @@ def test_gated_beside_ungated_from_one_seed(server: Server, session: Session, op
     page.on("request", note)
     ask(page, prompt="Ein grüner Stern!", Negative_prompt="blue", Seed="")
     done(page, "default", "ungated")
-    expect(page.get_by_role("status")).to_contain_text(re.compile(r"default was drawn in .* and ungated in .* times"))
+    expect(page.get_by_role("status")).to_contain_text(
+        re.compile(r"plan default was drawn in .* and plan ungated in .* times")
+    )
 
     seed = asked[0]["seed"]
     assert [each["plan"] for each in asked] == ["default", "ungated"]
@@ -165,11 +167,11 @@ def test_a_picture_is_seen_as_it_forms(server: Server, opened: Callable[..., Pag
     expect(ours.get_by_role("progressbar")).to_have_js_property("value", 14)
     expect(ours.get_by_role("img", name=re.compile("still forming"))).to_be_visible()
     forming = looks(ours)
-    expect(drawing(page, "ungated")).to_contain_text("Waits for default")
+    expect(drawing(page, "ungated")).to_contain_text("Waits for plan default")
     expect(page.get_by_text("mini: 1 running, 0 waiting")).to_be_visible()
     brake.let_go()
     done(page, "default", "ungated")
-    expect(ours.get_by_role("img", name="“a green star”, by default", exact=True)).to_be_visible()
+    expect(ours.get_by_role("img", name="“a green star”, plan default", exact=True)).to_be_visible()
     assert forming[0] == looks(ours)[0] == (128, 128)
     assert forming[1] != looks(ours)[1]
 
@@ -225,7 +227,7 @@ def test_drawings_are_cancelled(server: Server, opened: Callable[..., Page], bra
     brake.hold(after=3)
     ask(page)
     expect(drawing(page, "default")).to_contain_text("Step 3 of 25")
-    cancel = page.get_by_role("button", name="Cancel default")
+    cancel = page.get_by_role("button", name="Cancel plan default")
     cancel.focus()
     page.keyboard.press("Enter")
     expect(drawing(page, "default")).to_contain_text("Cancelled")
@@ -388,15 +390,15 @@ def test_by_keyboard_alone(server: Server, opened: Callable[..., Page]) -> None:
         reached.append(page.locator(":focus").inner_text())
     assert reached == [
         "Keep this seed",
-        "Save picture by default",
-        "Steps of default as a table",
-        "Save picture by guidance_stopped",
-        "Steps of guidance_stopped as a table",
+        "Save picture of plan default",
+        "Steps of plan default as a table",
+        "Save picture of plan guidance_stopped",
+        "Steps of plan guidance_stopped as a table",
     ]
     page.keyboard.press("Enter")
     expect(drawing(page, "guidance_stopped").get_by_role("table")).to_be_visible()
     page.get_by_label("Prompt", exact=True).press("Control+Enter")
-    expect(page.get_by_role("status")).to_contain_text("Drawing by")
+    expect(page.get_by_role("status")).to_contain_text("Drawing with")
 
 
 def test_all_of_it_is_named_and_stands_out(server: Server, opened: Callable[..., Page]) -> None:
@@ -435,8 +437,8 @@ def test_little_is_read_out(server: Server, opened: Callable[..., Page]) -> None
     done(page, "default")
     told = [text for text in page.evaluate("told") if text]
     assert len(told) == 2
-    assert told[0] == "Drawing by default."
-    assert told[1].startswith("default is done: drawn in ")
+    assert told[0] == "Drawing with plan default."
+    assert told[1].startswith("Plan default is done: drawn in ")
 
 
 # --- its parts ----------------------------------------------------------------------------------

@@ -28,12 +28,12 @@ export class Drawing {
     this.hangUp = new AbortController();
 
     this.at("h3").textContent = plan.name;
-    this.at("progress").setAttribute("aria-label", `Steps of ${plan.name}`);
-    this.at(".cancel").textContent = `Cancel ${plan.name}`;
+    this.at("progress").setAttribute("aria-label", `Steps of plan ${plan.name}`);
+    this.at(".cancel").textContent = `Cancel plan ${plan.name}`;
     this.at(".cancel").addEventListener("click", () => this.cancel());
-    this.at(".bars").setAttribute("aria-label", `Steps of ${plan.name}: none yet`);
-    this.at("summary").textContent = `Steps of ${plan.name} as a table`;
-    this.at(".scroll").setAttribute("aria-label", `Steps of ${plan.name}`);
+    this.at(".bars").setAttribute("aria-label", `Steps of plan ${plan.name}: none yet`);
+    this.at("summary").textContent = `Steps of plan ${plan.name} as a table`;
+    this.at(".scroll").setAttribute("aria-label", `Steps of plan ${plan.name}`);
     const [width, height] = size.split("x");
     this.at(".frame").style.aspectRatio = `${width} / ${height}`;
     this.at("img").width = width;
@@ -104,7 +104,7 @@ export class Drawing {
         this.step(event);
         break;
       case "image_generation.partial_image":
-        this.show(event, `${this.about}, by ${this.plan.name}, still forming`);
+        this.show(event, `${this.about}, plan ${this.plan.name}, still forming`);
         break;
       case "image_generation.completed":
         this.complete(event);
@@ -159,7 +159,7 @@ export class Drawing {
   complete(event) {
     const told = event.tgate;
     this.through = told;
-    this.show(event, `${this.about}, by ${this.plan.name}`);
+    this.show(event, `${this.about}, plan ${this.plan.name}`);
     this.at(".queue").textContent = seconds(told.queue_s);
     this.at(".draw").textContent = seconds(told.draw_s);
     this.at(".decode").textContent = seconds(told.decode_s);
@@ -171,7 +171,7 @@ export class Drawing {
     const save = this.at(".save");
     save.href = this.at("img").src;
     save.download = this.fileName;
-    save.textContent = `Save picture by ${this.plan.name}`;
+    save.textContent = `Save picture of plan ${this.plan.name}`;
     save.hidden = false;
   }
 
@@ -193,7 +193,7 @@ export class Drawing {
     this.say(this.through ? `Done: ${this.done} steps` : this.cancelled ? "Cancelled" : "Failed");
     if (focused) (this.through ? this.at(".save") : this.at("h3")).focus(); // what had the focus is gone
     const tallies = [...this.tallies].map(([graph, { count, ms }]) => `${count} of ${graph} in ${milliseconds(ms)}`);
-    this.at(".bars").setAttribute("aria-label", `Steps of ${this.plan.name}: ${tallies.join(", ") || "none"}`);
+    this.at(".bars").setAttribute("aria-label", `Steps of plan ${this.plan.name}: ${tallies.join(", ") || "none"}`);
     this.onStep();
   }
 

@@ -108,16 +108,16 @@ function begin(seed) {
       onStep: scale,
     }));
   at("drawings").replaceChildren(...drawings.map((drawing) => drawing.element));
-  drawings[1]?.say(at("at-once").checked ? "" : `Waits for ${drawings[0].plan.name}`);
+  drawings[1]?.say(at("at-once").checked ? "" : `Waits for plan ${drawings[0].plan.name}`);
 }
 
 /** One drawing from its start to its end; whether the run goes on. */
 async function draw(drawing, body) {
   const { name } = drawing.plan;
-  if (!drawing.cancelled) say(`Drawing by ${name}.`);
+  if (!drawing.cancelled) say(`Drawing with plan ${name}.`);
   try {
     const there = await drawing.draw(body);
-    say(there ? `${name} is done: drawn in ${seconds(drawing.through.draw_s)}.` : `${name} was cancelled.`);
+    say(there ? `Plan ${name} is done: drawn in ${seconds(drawing.through.draw_s)}.` : `Plan ${name} was cancelled.`);
     return true;
   } catch (error) {
     failed(error);
@@ -150,9 +150,9 @@ function scale() {
 function compare(atOnce) {
   const [first, second] = drawings;
   const [a, b] = drawings.map((drawing) => drawing.through.draw_s);
-  const shared = atOnce ? "; drawn at once, so neither time is its own alone" : "";
+  const shared = atOnce ? "; drawn at once, so each has waited for the other" : "";
   say(
-    `From one seed, ${first.plan.name} was drawn in ${seconds(a)} and ${second.plan.name} in ${seconds(b)}, ` +
+    `From one seed, plan ${first.plan.name} was drawn in ${seconds(a)} and plan ${second.plan.name} in ${seconds(b)}, ` +
       `${(b / a).toFixed(2)} times as long${shared}.`,
   );
 }

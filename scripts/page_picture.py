@@ -29,6 +29,7 @@ def main(url: str, output: str) -> None:
         page.get_by_label("Seed").fill(SEED)
         page.get_by_role("button", name="Draw", exact=True).click()
         expect(page.get_by_role("status")).to_contain_text("times as long", timeout=WAIT_MS)
+        expect(page.get_by_text("0 running, 0 waiting")).to_be_visible(timeout=WAIT_MS)
         page.screenshot(path=output, full_page=True, animations="disabled")
         print(f"{output}: {page.get_by_role('status').inner_text()}")
         chromium.close()

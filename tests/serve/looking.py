@@ -1,18 +1,20 @@
-"""What looks at the server's page: a Chromium, and a brake that holds workers at a step while somebody looks."""
+"""What looks at the server's page: a Chromium, hands and eyes, and a brake that holds workers at a step meanwhile."""
 
 from __future__ import annotations
 
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 SETUP = ROOT / "scripts" / "chromium_setup.sh"
 WAIT_MS = 20_000
+
+expect.set_options(timeout=WAIT_MS)
 
 
 @contextmanager
@@ -45,11 +47,69 @@ class Brake:
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Before a call."""
+        """Before a call. Whoever has forgotten to let go is not waited for: the worker outlives a test that fails."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._left is None or self._left > 0, WAIT_MS / 1000)
+            self._changed.wait_for(lambda: self._left is None or self._left > 0, WAIT_MS / 1000)
             if self._left is not None:
                 self._left -= 1
+
+
+# --- hands and eyes -----------------------------------------------------------------------------
+
+
+def ask(page: Page, *, prompt: str = "a green star", **chosen: str) -> None:
+    """Fill the form in, and draw."""
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    for label, value in chosen.items():
+        field = page.get_by_label(label.replace("_", " "), exact=True)
+        field.fill(value) if label in ("Seed", "Negative_prompt") else field.select_option(value)
+    page.get_by_role("button", name="Draw", exact=True).click()
+
+
+def drawing(page: Page, plan: str) -> Locator:
+    return page.get_by_role("article").filter(has=page.get_by_role("heading", name=plan, exact=True))
+
+
+def done(page: Page, *plans: str) -> None:
+    for plan in plans:
+        expect(drawing(page, plan)).to_contain_text("Done: 25 steps")
+
+
+def saved(page: Page, plan: str) -> tuple[str, bytes]:
+    """The name and the bytes of the picture's file."""
+    with page.expect_download() as download:
+        page.get_by_role("link", name=f"Save picture of plan {plan}").click()
+    return download.value.suggested_filename, download.value.path().read_bytes()
+
+
+def table(page: Page, plan: str) -> list[list[str]]:
+    """Step, graph, time in ms, images: of each step."""
+    drawing(page, plan).get_by_text("as a table").click()
+    rows = drawing(page, plan).locator("tbody tr").all()
+    return [row.locator("td").all_inner_texts() for row in rows]
+
+
+def looks(ours: Locator) -> tuple[tuple[int, int], str]:
+    """The size and the pixels of a drawing's picture, as the browser has decoded it."""
+    found = ours.locator("img").evaluate("""(image) => {
+      const canvas = document.createElement("canvas");
+      [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+      canvas.getContext("2d").drawImage(image, 0, 0);
+      return [canvas.width, canvas.height, canvas.toDataURL()];
+    }""")
+    return (found[0], found[1]), found[2]
+
+
+def answering(body: str, content_type: str) -> Callable[[Route], None]:
+    """Answers in the server's place."""
+
+    def answer(route: Route) -> None:
+        route.fulfill(body=body, content_type=content_type)
+
+    return answer
+
+
+# --- for whoever looks --------------------------------------------------------------------------
 
 
 def unnamed(page: Page) -> list[str]:

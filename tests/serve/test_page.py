@@ -17,14 +17,27 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Request, Route, expect
 
-from tests.serve.looking import ROOT, WAIT_MS, Brake, chromium, contrasts, unnamed
+from tests.serve.looking import (
+    ROOT,
+    WAIT_MS,
+    Brake,
+    answering,
+    ask,
+    chromium,
+    contrasts,
+    done,
+    drawing,
+    looks,
+    saved,
+    table,
+    unnamed,
+)
 from tests.serve.running import PATH, Server, running, until
 from tgate_runtime.request import MOST_CHARACTERS
 from tgate_runtime.session import Session
 from tgate_runtime.state import State
 from tgate_serve.api.guards import Keys
 
-expect.set_options(timeout=WAIT_MS)
 LONG = "a green star " * 100
 TOO_LONG = "a" * (MOST_CHARACTERS + 1)
 
@@ -76,38 +89,6 @@ def brake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Brake]:
     monkeypatch.setattr(State, "take", take)
     yield made
     made.let_go()
-
-
-def ask(page: Page, *, prompt: str = "a green star", **chosen: str) -> None:
-    """Fill the form in, and draw."""
-    page.get_by_label("Prompt", exact=True).fill(prompt)
-    for label, value in chosen.items():
-        field = page.get_by_label(label.replace("_", " "), exact=True)
-        field.fill(value) if label in ("Seed", "Negative_prompt") else field.select_option(value)
-    page.get_by_role("button", name="Draw", exact=True).click()
-
-
-def drawing(page: Page, plan: str) -> Any:
-    return page.get_by_role("article").filter(has=page.get_by_role("heading", name=plan, exact=True))
-
-
-def done(page: Page, *plans: str) -> None:
-    for plan in plans:
-        expect(drawing(page, plan)).to_contain_text("Done: 25 steps")
-
-
-def saved(page: Page, plan: str) -> tuple[str, bytes]:
-    """The name and the bytes of the picture's file."""
-    with page.expect_download() as download:
-        page.get_by_role("link", name=f"Save picture of plan {plan}").click()
-    return download.value.suggested_filename, download.value.path().read_bytes()
-
-
-def table(page: Page, plan: str) -> list[list[str]]:
-    """Step, graph, time in ms, images: of each step."""
-    drawing(page, plan).get_by_text("as a table").click()
-    rows = drawing(page, plan).locator("tbody tr").all()
-    return [row.locator("td").all_inner_texts() for row in rows]
 
 
 # --- drawing ------------------------------------------------------------------------------------
@@ -174,17 +155,6 @@ def test_a_picture_is_seen_as_it_forms(server: Server, opened: Callable[..., Pag
     expect(ours.get_by_role("img", name="“a green star”, plan default", exact=True)).to_be_visible()
     assert forming[0] == looks(ours)[0] == (128, 128)
     assert forming[1] != looks(ours)[1]
-
-
-def looks(ours: Any) -> tuple[tuple[int, int], str]:
-    """The size and the pixels of a drawing's picture, as the browser has decoded it."""
-    found = ours.locator("img").evaluate("""(image) => {
-      const canvas = document.createElement("canvas");
-      [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-      canvas.getContext("2d").drawImage(image, 0, 0);
-      return [canvas.width, canvas.height, canvas.toDataURL()];
-    }""")
-    return (found[0], found[1]), found[2]
 
 
 def test_the_queue_is_seen(session: Session, opened: Callable[..., Page], brake: Brake) -> None:
@@ -275,15 +245,6 @@ def test_errors_are_told_in_the_servers_words(server: Server, opened: Callable[.
     ask(page)
     done(page, "default", "ungated")
     expect(page.get_by_role("alert")).to_be_empty()
-
-
-def answering(body: str, content_type: str) -> Callable[[Route], None]:
-    """Answers in the server's place."""
-
-    def answer(route: Route) -> None:
-        route.fulfill(body=body, content_type=content_type)
-
-    return answer
 
 
 def test_a_seed_that_is_none_is_not_sent(server: Server, opened: Callable[..., Page]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 ROOT = Path(__file__).parents[2]
-SETUP = ROOT / "scripts" / "chromium_setup.sh"
+SETUP = ROOT / "scripts" / "serve_setup.sh"
 WAIT_MS = 20_000
 
 expect.set_options(timeout=WAIT_MS)

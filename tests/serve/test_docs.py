@@ -15,7 +15,8 @@ from PIL import Image
 from tests.serve.running import Server, alone, running
 from tgate_runtime.session import Session
 
-PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "serving.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 HERE = "http://localhost:8000"
 
@@ -29,6 +30,7 @@ def server(session: Session) -> Iterator[Server]:
 def run(language: str, block: str, server: Server, folder: Path) -> str:
     """What a block prints, with the server's address in place of the documentation's."""
     assert HERE in block
+    assert subprocess.run([ROOT / "scripts" / "serve_setup.sh"], stdout=subprocess.DEVNULL, check=False).returncode == 0
     program = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}[language]
     done = subprocess.run(
         [*program, block.replace(HERE, server.url)], cwd=folder, text=True, capture_output=True, check=False

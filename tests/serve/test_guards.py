@@ -61,7 +61,9 @@ def test_openais_client_tells_of_a_wrong_key(server: Server) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/health", "/ready", "/page/index.html"])
 def test_what_needs_no_key(server: Server, path: str) -> None:
-    assert server.http.get(path).status_code == 200
+    answer = server.http.get(path)
+    assert answer.status_code == 200
+    assert answer.headers.get("cache-control") == ("no-cache" if path.startswith("/page") else None)
 
 
 @pytest.mark.parametrize("path", ["/page/../api/app.py", "/page/%2e%2e/api/app.py", "/page//etc/passwd", "/healthy"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from tgate_engine import __version__
@@ -67,8 +67,17 @@ def create_app(service: Service, *, keys: Keys | None = None, hosts: Collection[
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": _POLICY})
 
-    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    app.mount("/page", _Files(directory=PAGE), name="page")
     return app
+
+
+class _Files(StaticFiles):
+    """Files that a browser asks for again each time, so that it never mixes those of two versions."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 _POLICY = "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

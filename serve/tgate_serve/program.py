@@ -53,7 +53,7 @@ def meeting(lead: Left, other: Left) -> Meeting | None:
     """Where an image had better meet the one in the lead, going by the gain; None where that is not worth it."""
     best: Meeting | None = None
     behind, at = 0, other
-    while WORTH * behind < lead.steps:
+    while min(lead.steps, at.steps) - WORTH * behind > (best.gain if best else 0):  # or nothing better is to come
         gain = _together(lead, at) - WORTH * behind
         if gain > (best.gain if best else 0):
             best = Meeting(behind, gain)

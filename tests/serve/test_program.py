@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from os.path import commonprefix
+from itertools import takewhile
 
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -18,6 +18,10 @@ def left(programs: Programs, graphs: str) -> Left:
     return made
 
 
+def together(one: str, other: str) -> int:
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
+
+
 @given(lead=GRAPHS, other=GRAPHS)
 @example(lead="ccccc", other="fccccc")  # one step for five
 @example(lead="cccc", other="fcccc")  # and for four
@@ -25,7 +29,7 @@ def left(programs: Programs, graphs: str) -> Left:
 @example(lead="c" * 12, other="fc" + "s" + "c" * 12)
 def test_images_meet_where_most_is_gained(lead: str, other: str) -> None:
     programs = Programs()
-    gains = {behind: len(commonprefix([lead, other[behind:]])) - WORTH * behind for behind in range(len(other))}
+    gains = {behind: together(lead, other[behind:]) - WORTH * behind for behind in range(len(other))}
     best = max(gains.values())
     met = meeting(left(programs, lead), left(programs, other))
     if best <= 0:

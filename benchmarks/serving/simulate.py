@@ -260,18 +260,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="images of each size in flight; four times --most where not given")
     parser.add_argument("--patience", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=1, help="loads at once")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="a file that keeps its other cases")
     args = parser.parse_args()
     if args.bundle:
         with Session.open(args.bundle, threads=1) as session:
             cases = {"bundle": (measured(session), PLANS)}
     else:
         cases = {name: case(name, args.most, args.fixed_ms) for name in args.case or CASES}
-    made = []
     for name, (table, mix) in cases.items():
         print(name, flush=True)
         settings = {
-            "case": name,
             "table": table.name,
             "origin": table.origin,
             "ms": {" ".join(map(str, key)): ms for key, ms in table.ms.items()},
@@ -294,9 +292,10 @@ def main() -> None:
             mix=mix,
             jobs=args.jobs,
         )
-        made.append({"settings": settings, "rows": rows})
-    if args.output:
-        write_atomically(args.output, json.dumps({"cases": made}, indent=1).encode() + b"\n")
+        if args.output:
+            saved = json.loads(args.output.read_text("utf-8"))["cases"] if args.output.exists() else {}
+            saved[name] = {"settings": settings, "rows": rows}
+            write_atomically(args.output, json.dumps({"cases": saved}, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,6 @@ class _Line:
     """The images of one size: those that wait, and those in flight by what is left to them; oldest first."""
 
     most: int
-    added: float
     takes: tuple[int, ...]  # how many of so many images a call has
     free: int
     waiting: list[Order] = field(default_factory=list)
@@ -164,6 +163,8 @@ class Scheduler:
                 f"sizes, a queue of {queue} and a patience of {patience}"
             )
         self.rooms = dict(rooms)
+        self.added = {size: room.added for size, room in rooms.items()}
+        """:attr:`Room.added` of each size; who learns better may change it between two ticks."""
         self.queue = queue
         self.patience = patience
         self.ticks = 0
@@ -288,7 +289,7 @@ class Scheduler:
             call = [order for _, order, left in late if left.graph == graph]
         if len(call) < line.most:
             apart = {lead.order, *(order for order, _, _ in company)}
-            call += [order for order in self._others(line, graph) if order not in apart]
+            call += [order for order in self._others(line, graph, lead.job.size) if order not in apart]
         call = call[: line.takes[min(len(call), line.most)]]
         oldest.passed += oldest.order not in call
         self.ticks += 1
@@ -324,8 +325,9 @@ class Scheduler:
     def _company(self, line: _Line, lead: _Entry) -> list[tuple[Order, Left, int]]:
         """Who is to share calls with an image, the best first: what is left to each, and how far behind it is."""
         found = []
-        youngest = self._youngest(line, line.added)
-        stays = self._youngest(line, line.added ** (_STAYS if line.added < 1 else 1))
+        added = self.added[lead.job.size]
+        youngest = self._youngest(line, added)
+        stays = self._youngest(line, added ** (_STAYS if added < 1 else 1))
         for left, group in line.groups.items():
             met = meeting(lead.left, left)
             if met is None:
@@ -335,9 +337,9 @@ class Scheduler:
         found.sort(key=lambda one: one[:2])
         return [(order, left, behind) for _, order, left, behind in found[: line.most - 1]]
 
-    def _others(self, line: _Line, graph: str) -> list[Order]:
+    def _others(self, line: _Line, graph: str, size: str) -> list[Order]:
         """Whoever is at a graph and may come along, oldest first."""
-        youngest = self._youngest(line, line.added)
+        youngest = self._youngest(line, self.added[size])
         return sorted(o for left, group in line.groups.items() if left.graph == graph for o in group if o <= youngest)
 
     def _youngest(self, line: _Line, added: float) -> Order:
@@ -368,7 +370,7 @@ class Scheduler:
 def _line(room: Room) -> _Line:
     counts = range(1, room.most + 1)
     takes = (0, *(max(min(most, count) for least, most in room.batches if least <= count) for count in counts))
-    return _Line(most=takes[-1], added=room.added, takes=takes, free=room.rows)
+    return _Line(most=takes[-1], takes=takes, free=room.rows)
 
 
 def _remove(orders: list[tuple[int, int]] | list[tuple[float, int]], order: tuple[float, int]) -> None:

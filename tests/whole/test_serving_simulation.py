@@ -114,9 +114,12 @@ def test_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     """The settings beside the figures, and that nothing of them was measured."""
     file = tmp_path / "simulated.json"
     command = ["simulate", "--loads", "0.5", "--count", "100", "--runs", "1", "--case", "sdxl", "--output", str(file)]
+    file.write_text('{"cases": {"other": "kept"}}', "utf-8")
     monkeypatch.setattr(sys, "argv", command)
     main()
-    (saved,) = json.loads(file.read_text("utf-8"))["cases"]
+    cases = json.loads(file.read_text("utf-8"))["cases"]
+    assert cases.keys() == {"other", "sdxl"}
+    saved = cases["sdxl"]
     assert saved["settings"]["origin"].startswith("computed, not measured")
     assert saved["settings"]["ms"]["1024x1024 full 1"] == 33.0
     assert saved["rows"][0]["scheduler"]["p50_s"] > 0

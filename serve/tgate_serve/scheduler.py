@@ -9,10 +9,10 @@ while the oldest waits, if it then shares :data:`~tgate_serve.program.WORTH` tim
 places left, others at its graph take them.
 
 Company makes a call longer for the oldest and shorter for all together. So how young it may be depends on how many are
-there and on what it adds (:attr:`Room.added`): where it adds as much as a call of its own, it is of the older half. An
-image that has the same to do as the oldest stays to the end, which saves more, so it may be younger. While images wait
-for a row of that size, throughput counts: whoever fits comes along, and the oldest image that can fill a call goes
-first. A free row goes to the oldest that waits for its size.
+there and on what it adds (:attr:`Room.added`): where that is nearly a call of its own, it is of the older half, and
+where it is one, nobody comes along. An image that has the same to do as the oldest stays to the end, which saves more,
+so it may be younger. While images wait for a row of that size, throughput counts: whoever fits comes along, and the
+oldest image that can fill a call goes first. A free row goes to the oldest that waits for its size.
 
 The oldest waits for others at most ``patience`` times as often as it has steps.
 
@@ -280,7 +280,8 @@ class Scheduler:
             return None
         oldest = self._entries[self._flight[0][1]]
         line = self._lines[oldest.job.size]
-        may_wait = oldest.passed < self.patience * len(oldest.job.graphs)
+        saves = self.added[oldest.job.size] < 1
+        may_wait = saves and oldest.passed < self.patience * len(oldest.job.graphs)
         lead = self._lead(line, oldest) if line.waiting and may_wait else oldest
         company = self._company(line, lead)
         call, graph = [lead.order, *(order for order, _, behind in company if not behind)], lead.left.graph
@@ -327,7 +328,7 @@ class Scheduler:
         found = []
         added = self.added[lead.job.size]
         youngest = self._youngest(line, added)
-        stays = self._youngest(line, added ** (_STAYS if added < 1 else 1))
+        stays = self._youngest(line, min(added, 1.0) ** _STAYS)
         for left, group in line.groups.items():
             met = meeting(lead.left, left)
             if met is None:
@@ -344,8 +345,10 @@ class Scheduler:
 
     def _youngest(self, line: _Line, added: float) -> Order:
         """The youngest in flight that may come along. Those that came before it are held up by ``added``, those that
-        came after it are spared the rest of a call; where that is nothing, half of all weigh as much as the other half,
-        and where it is more, so many more may come."""
+        came after it are spared the rest of a call; where that is little, half of all weigh as much as the other half,
+        and where it is more, so many more may come. Where it is nothing, the oldest goes alone."""
+        if added >= 1:
+            return self._flight[0]
         weight = len(self._entries) + 1
         if line.waiting or 2 * added * len(self._flight) <= weight:
             return self._flight[-1]

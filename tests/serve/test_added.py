@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tgate_serve.added import GUESS, LEAST, Added
+from tgate_serve.added import GUESS, LEAST, TRIES, Added
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9, 1.0, 1.6])
@@ -40,6 +40,16 @@ def test_what_has_changed_is_learned_again() -> None:
         for images in [1, 2] * 20:
             learned = added.saw("f", images, 10.0 * (1 + share * (images - 1)))
         assert learned == pytest.approx(share)
+
+
+def test_company_is_tried_again_now_and_then() -> None:
+    """A server where nobody goes together would never learn that this has become worth it."""
+    added = Added()
+    for images in (1, 1, 2, 2):
+        learned = added.saw("f", images, 10.0 * images)
+    assert learned == 1.0
+    assert [added.saw("f", 1, 10.0) for _ in range(TRIES)] == [1.0] * (TRIES - 1) + [GUESS]
+    assert added.saw("f", 2, 20.0) == 1.0
 
 
 @pytest.mark.parametrize("ms", [0.0, 5.0, 10.0])

@@ -175,7 +175,7 @@ def test_company_is_what_a_call_takes_oldest_first() -> None:
 
 @pytest.mark.parametrize(
     ("added", "images", "company"),
-    [(1.0, 2, 1), (1.0, 3, 2), (1.0, 6, 3), (1.0, 7, 4), (0.75, 2, 2), (0.1, 4, 4), (2.0, 6, 1), (2.0, 7, 2)],
+    [(0.99, 2, 1), (0.99, 3, 2), (0.99, 6, 3), (0.99, 7, 4), (0.75, 2, 2), (0.1, 4, 4), (1.0, 7, 1), (1e300, 7, 1)],
 )
 def test_company_is_of_the_older_ones_where_it_costs_something(added: float, images: int, company: int) -> None:
     scheduler = Scheduler({"s": room(rows=8, added=added)})
@@ -184,7 +184,7 @@ def test_company_is_of_the_older_ones_where_it_costs_something(added: float, ima
 
 
 @pytest.mark.parametrize(
-    ("added", "images", "company"), [(0.9, 2, 2), (0.95, 2, 1), (0.95, 3, 2), (1.0, 2, 1), (1.0, 3, 2), (2.0, 6, 1)]
+    ("added", "images", "company"), [(0.9, 2, 2), (0.95, 2, 1), (0.95, 3, 2), (1e-300, 8, 4), (1.0, 8, 1), (2.0, 8, 1)]
 )
 def test_who_stays_to_the_end_may_be_younger(added: float, images: int, company: int) -> None:
     scheduler = Scheduler({"s": room(rows=8, added=added)})
@@ -228,11 +228,20 @@ def test_who_catches_up_takes_others_along() -> None:
 
 
 def test_whoever_fits_comes_along_while_others_wait() -> None:
-    scheduler = Scheduler({"s": room(rows=3, added=1.0)})
+    scheduler = Scheduler({"s": room(rows=3, added=0.99)})
     scheduler.submit([job("f"), job("f"), job("ff"), job("f"), job("f")])
     assert taken(scheduler).tickets == (0, 1, 2)
     assert scheduler.waiting == 2
     assert taken(scheduler).tickets == (2, 3)  # nobody waits any more: of three that are there, two
+
+
+def test_everybody_goes_alone_by_age_where_company_saves_nothing() -> None:
+    """Full calls or not, and whoever waits; until it is learned that company does save something."""
+    scheduler = Scheduler({"s": room(rows=6, added=1.0)}, queue=10)
+    tickets = scheduler.submit([job("xff"), job("f"), *[job("f" * 9)] * 6])
+    assert [taken(scheduler).tickets for _ in range(4)] == [(tickets[0],)] * 3 + [(tickets[1],)]
+    scheduler.added["s"] = 0.5
+    assert taken(scheduler).tickets == tickets[2:6]
 
 
 def test_sizes_share_nothing() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 WORTH = 4
-"""How many steps two images have to share for each that one of them takes alone to be where the other is."""
+"""Two images have to share more than so many steps for each that one of them takes first, to be where the other is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,8 +5,8 @@ the names of the graphs that it still runs.
 
 **Who goes first.** Images are ordered by age, a priority being a head start of so many places. A tick is the oldest's.
 Whoever has steps in common with it comes along, those first that have the most. Who is a few steps behind takes those
-while the oldest waits, if it then shares :data:`~tgate_serve.program.WORTH` times as many with it. Where a call has
-places left, others at its graph take them.
+while the oldest waits, if it then shares more than :data:`~tgate_serve.program.WORTH` times as many with it. Where a
+call has places left, others at its graph take them.
 
 Company makes a call longer for the oldest and shorter for all together. So how young it may be depends on how many are
 there and on what it adds (:attr:`Room.added`): where that is nearly a call of its own, it is of the older half, and

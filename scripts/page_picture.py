@@ -18,9 +18,7 @@ WAIT_MS = 120_000
 
 def main(url: str, output: str) -> None:
     """Draw with the first model's first plan beside its baseline, and save the page as ``output``."""
-    browser = subprocess.run(
-        [Path(__file__).parent / "serve_setup.sh"], stdout=subprocess.PIPE, text=True, check=True
-    )
+    browser = subprocess.run([Path(__file__).parent / "serve_setup.sh"], stdout=subprocess.PIPE, text=True, check=True)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser.stdout.strip())
         page = chromium.new_page(viewport={"width": 1280, "height": 800}, color_scheme="light")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.loops import request
@@ -54,6 +54,21 @@ def sdxl_h100(most: int = 4, fixed_ms: float = FIXED_MS) -> Table:
         "in proportion to images and pixels"
     )
     return Table(name="sdxl-h100", ms=ms, most=most, sizes=SDXL_SIZES, origin=origin)
+
+
+def adding(table: Table, added: float) -> Table:
+    """The same calls for one image, and each further image adds that share of it: made up, to see what hangs on it."""
+    ms = {
+        (size, graph, images): table.ms[size, graph, 1] * (1 + added * (images - 1)) for size, graph, images in table.ms
+    }
+    origin = f"made up: one image as in {table.name}, and each further one adds {added} of it"
+    return replace(table, name=f"{table.name}, added {added}", ms=ms, origin=origin)
+
+
+def one_size(table: Table) -> Table:
+    """All requests are of the first size."""
+    size = next(iter(table.sizes))
+    return replace(table, sizes={size: 1.0}, ms={key: ms for key, ms in table.ms.items() if key[0] == size})
 
 
 def measured(session: Session, *, repeats: int = 5) -> Table:

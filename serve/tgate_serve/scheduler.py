@@ -3,13 +3,18 @@
 Pure: no thread, no clock, no engine. A plan is known before its first step, so all that has to be known of an image is
 the names of the graphs that it still runs.
 
-**Who goes first.** Images are ordered by age, a priority being a head start of so many places. A tick is the oldest's:
-it takes its next step, and of those in flight that are at the same graph of the same size older ones come along.
+**Who goes first.** Images are ordered by age, a priority being a head start of so many places. A tick is the oldest's.
+Whoever has steps in common with it comes along, those first that have the most. Who is a few steps behind takes those
+while the oldest waits, if it then shares more than :data:`~tgate_serve.program.WORTH` times as many with it. Where a
+call has places left, others at its graph take them.
+
 Company makes a call longer for the oldest and shorter for all together. So how young it may be depends on how many are
-there and on what it adds (:attr:`Room.added`): where it adds as much as a call of its own, it is of the older half.
-While images wait for a row of that size, throughput counts: whoever fits comes along, and the fullest call of that size
-goes first, which may pass over the oldest ``patience`` times in a row. A free row goes to the oldest that waits for its
-size.
+there and on what it adds (:attr:`Room.added`): where that is nearly a call of its own, it is of the older half, and
+where it is one, nobody comes along. An image that has the same to do as the oldest stays to the end, which saves more,
+so it may be younger. While images wait for a row of that size, throughput counts: whoever fits comes along, and the
+oldest image that can fill a call goes first. A free row goes to the oldest that waits for its size.
+
+The oldest waits for others at most ``patience`` times as often as it has steps.
 
 **What is promised.** An image that :meth:`Scheduler.submit` has taken is through after
 
@@ -20,8 +25,9 @@ were not through yet, and those of the next :data:`MOST_OVERTAKING` that have a 
 
 *Proof.* Call those a images and itself the elders. At every tick until it is through, the oldest in flight is an elder:
 if it is in flight itself, whoever is older is an elder; if it waits, all rows of its size are taken, and by elders,
-since rows are given by age; who is older than one of those is an elder again. While an image is the oldest, one tick in
-patience + 1 advances it, so it is the oldest for n * (patience + 1) ticks at most, and there are a + 1 elders.
+since rows are given by age; who is older than one of those is an elder again. A tick advances the oldest, or counts
+among the n * patience that may pass over it; so it is the oldest for n * (patience + 1) ticks at most, and there are
+a + 1 elders.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tgate_engine.errors import RequestError, TgateError, shown
+from tgate_serve.program import Left, Programs, meeting
 
 PRIORITIES = range(10)
 """What a priority may be; 0 is nobody's favourite."""
@@ -39,6 +46,8 @@ HEAD_START = 16
 """How many images that came before it an image overtakes for each priority that it has more."""
 MOST_OVERTAKING = HEAD_START * (len(PRIORITIES) - 1)
 """No image is overtaken by one that comes later than by so many."""
+_STAYS = 4
+"""Who stays to the end may be so much younger as if each image added this power of what it does."""
 
 Order = tuple[int, int]
 """An image's place in the line, the oldest's being the least, and its ticket."""
@@ -108,26 +117,37 @@ class Tick:
 class _Entry:
     job: Job
     order: Order
-    position: int = 0
+    left: Left
     in_flight: bool = False
-    seen: int = 0  # how many ticks there had been when it joined or last advanced
+    passed: int = 0  # how many ticks it was the oldest of and had no step in
 
 
 @dataclass(slots=True)
 class _Line:
-    """The images of one size: those that wait, and those in flight by their next graph; oldest first."""
+    """The images of one size: those that wait, and those in flight by what is left to them; oldest first."""
 
     most: int
-    added: float
     takes: tuple[int, ...]  # how many of so many images a call has
     free: int
     waiting: list[Order] = field(default_factory=list)
-    groups: dict[str, list[Order]] = field(default_factory=dict)
+    groups: dict[Left, list[Order]] = field(default_factory=dict)
 
-    def fullest(self) -> str:
-        """The graph of the fullest call there may be, the one with the oldest image among equals."""
-        groups = [(-min(len(group), self.most), group[0], graph) for graph, group in self.groups.items() if group]
-        return min(groups)[2]
+    def add(self, left: Left, order: Order) -> None:
+        insort(self.groups.setdefault(left, []), order)
+
+    def remove(self, left: Left, order: Order) -> None:
+        group = self.groups[left]
+        _remove(group, order)
+        if not group:
+            del self.groups[left]
+
+    def fills(self, lead: Left) -> bool:
+        """Whether an image that has this to do and its company may fill a call."""
+        count = 0
+        for left, group in self.groups.items():
+            if meeting(lead, left) is not None and (count := count + len(group)) >= self.most:
+                return True
+        return False
 
 
 class Scheduler:
@@ -137,21 +157,23 @@ class Scheduler:
     """
 
     def __init__(self, rooms: Mapping[str, Room], *, queue: int = 64, patience: int = 8) -> None:
-        """``rooms``: what there is of each size. ``queue``: how many images may wait. ``patience``: how often in a row
-        fuller calls may pass over the oldest image while others wait; 0 is strictly by age. Raises
-        :class:`RequestError`."""
+        """``rooms``: what there is of each size. ``queue``: how many images may wait. ``patience``: how often the
+        oldest image may wait for others, for each of its steps; 0 is strictly by age. Raises :class:`RequestError`."""
         if not rooms or queue < 1 or patience < 0:
             raise RequestError(
                 f"a scheduler needs a size, a queue of at least 1 and a patience of at least 0; got {len(rooms)} "
                 f"sizes, a queue of {queue} and a patience of {patience}"
             )
         self.rooms = dict(rooms)
+        self.added = {size: room.added for size, room in rooms.items()}
+        """:attr:`Room.added` of each size; who learns better may change it between two ticks."""
         self.queue = queue
         self.patience = patience
         self.ticks = 0
         """How many there have been."""
         self.steps_left = 0
         """Steps that all images together have still to take."""
+        self._programs = Programs()
         self._entries: dict[int, _Entry] = {}
         self._flight: list[Order] = []
         self._lines = {size: _line(room) for size, room in rooms.items()}
@@ -219,7 +241,9 @@ class Scheduler:
     def _take(self, job: Job) -> int:
         ticket = self._next
         self._next += 1
-        entry = _Entry(job, (ticket - HEAD_START * job.priority, ticket))
+        left = self._programs.left(job.graphs)
+        assert left is not None  # it has been checked
+        entry = _Entry(job, (ticket - HEAD_START * job.priority, ticket), left)
         self._entries[ticket] = entry
         insort(self._lines[job.size].waiting, entry.order)
         self._waiting += 1
@@ -236,12 +260,12 @@ class Scheduler:
         line = self._lines[entry.job.size]
         if entry.in_flight:
             _remove(self._flight, entry.order)
-            _remove(line.groups[entry.job.graphs[entry.position]], entry.order)
+            line.remove(entry.left, entry.order)
             line.free += 1
         else:
             _remove(line.waiting, entry.order)
             self._waiting -= 1
-        self.steps_left -= len(entry.job.graphs) - entry.position
+        self.steps_left -= entry.left.steps
         if entry.job.deadline is not None:
             _remove(self._deadlines, (entry.job.deadline, ticket))
         return True
@@ -271,16 +295,22 @@ class Scheduler:
         if not self._flight:
             return None
         oldest = self._entries[self._flight[0][1]]
-        line, graph = self._lines[oldest.job.size], oldest.job.graphs[oldest.position]
-        if line.waiting and self.ticks - oldest.seen < self.patience:
-            graph = line.fullest()
-        group = line.groups[graph]
-        count = len(group)
-        if not line.waiting:
-            count = bisect_right(group, self._youngest(line.added))
-        count = line.takes[min(count, line.most)]
+        line = self._lines[oldest.job.size]
+        saves = self.added[oldest.job.size] < 1
+        may_wait = saves and oldest.passed < self.patience * len(oldest.job.graphs)
+        lead = self._lead(line, oldest) if line.waiting and may_wait else oldest
+        company = self._company(line, lead)
+        call, graph = [lead.order, *(order for order, _, behind in company if not behind)], lead.left.graph
+        if may_wait and (late := [(-behind, order, left) for order, left, behind in company if behind]):
+            graph = min(late, key=lambda one: one[0])[2].graph
+            call = [order for _, order, left in late if left.graph == graph]
+        if len(call) < line.most:
+            apart = {lead.order, *(order for order, _, _ in company)}
+            call += [order for order in self._others(line, graph, lead.job.size) if order not in apart]
+        call = call[: line.takes[min(len(call), line.most)]]
+        oldest.passed += oldest.order not in call
         self.ticks += 1
-        return Tick(size=oldest.job.size, graph=graph, tickets=tuple(t for _, t in group[:count]), joined=joined)
+        return Tick(size=oldest.job.size, graph=graph, tickets=tuple(t for _, t in sorted(call)), joined=joined)
 
     def advance(self, tickets: Iterable[int]) -> tuple[int, ...]:
         """The steps of those images are taken. Those that are through by it, which have left."""
@@ -288,12 +318,11 @@ class Scheduler:
         for ticket in tickets:
             entry = self._entries[ticket]
             line = self._lines[entry.job.size]
-            _remove(line.groups[entry.job.graphs[entry.position]], entry.order)
-            entry.position += 1
-            entry.seen = self.ticks
+            line.remove(entry.left, entry.order)
             self.steps_left -= 1
-            if entry.position < len(entry.job.graphs):
-                self._group(line, entry)
+            if entry.left.then is not None:
+                entry.left = entry.left.then
+                line.add(entry.left, entry.order)
                 continue
             through.append(ticket)
             del self._entries[ticket]
@@ -303,12 +332,43 @@ class Scheduler:
                 _remove(self._deadlines, (entry.job.deadline, ticket))
         return tuple(through)
 
-    def _youngest(self, added: float) -> Order:
-        """The youngest in flight that may come along while nobody waits. Those that came before it are held up by
-        ``added``, those that came after it are spared the rest of a call; where that is nothing, half of all weigh as
-        much as the other half, and where it is more, so many more may come."""
-        older = max(1, int((len(self._entries) + 1) / (2 * added)))
-        return self._flight[min(older, len(self._flight)) - 1]
+    def _lead(self, line: _Line, oldest: _Entry) -> _Entry:
+        """The oldest image of its size that can fill a call; the oldest of all where none can."""
+        if line.fills(oldest.left):
+            return oldest
+        full = [group[0] for left, group in line.groups.items() if line.fills(left)]
+        return self._entries[min(full)[1]] if full else oldest
+
+    def _company(self, line: _Line, lead: _Entry) -> list[tuple[Order, Left, int]]:
+        """Who is to share calls with an image, the best first: what is left to each, and how far behind it is."""
+        found = []
+        added = self.added[lead.job.size]
+        youngest = self._youngest(line, added)
+        stays = self._youngest(line, min(added, 1.0) ** _STAYS)
+        for left, group in line.groups.items():
+            met = meeting(lead.left, left)
+            if met is None:
+                continue
+            count = min(line.most, bisect_right(group, stays if left is lead.left else youngest))
+            found += [(-met.gain, order, left, met.behind) for order in group[:count] if order != lead.order]
+        found.sort(key=lambda one: one[:2])
+        return [(order, left, behind) for _, order, left, behind in found[: line.most - 1]]
+
+    def _others(self, line: _Line, graph: str, size: str) -> list[Order]:
+        """Whoever is at a graph and may come along, oldest first."""
+        youngest = self._youngest(line, self.added[size])
+        return sorted(o for left, group in line.groups.items() if left.graph == graph for o in group if o <= youngest)
+
+    def _youngest(self, line: _Line, added: float) -> Order:
+        """The youngest in flight that may come along. Those that came before it are held up by ``added``, those that
+        came after it are spared the rest of a call; where that is little, half of all weigh as much as the other half,
+        and where it is more, so many more may come. Where it is nothing, the oldest goes alone."""
+        if added >= 1:
+            return self._flight[0]
+        weight = len(self._entries) + 1
+        if line.waiting or 2 * added * len(self._flight) <= weight:
+            return self._flight[-1]
+        return self._flight[max(1, int(weight / (2 * added))) - 1]
 
     def _join(self) -> tuple[int, ...]:
         joined = []
@@ -316,23 +376,20 @@ class Scheduler:
             count = min(line.free, len(line.waiting))
             for order in line.waiting[:count]:
                 entry = self._entries[order[1]]
-                entry.in_flight, entry.seen = True, self.ticks
+                entry.in_flight = True
                 insort(self._flight, order)
-                self._group(line, entry)
+                line.add(entry.left, entry.order)
                 joined.append(order[1])
             del line.waiting[:count]
             line.free -= count
             self._waiting -= count
         return tuple(joined)
 
-    def _group(self, line: _Line, entry: _Entry) -> None:
-        insort(line.groups.setdefault(entry.job.graphs[entry.position], []), entry.order)
-
 
 def _line(room: Room) -> _Line:
     counts = range(1, room.most + 1)
     takes = (0, *(max(min(most, count) for least, most in room.batches if least <= count) for count in counts))
-    return _Line(most=takes[-1], added=room.added, takes=takes, free=room.rows)
+    return _Line(most=takes[-1], takes=takes, free=room.rows)
 
 
 def _remove(orders: list[tuple[int, int]] | list[tuple[float, int]], order: tuple[float, int]) -> None:

@@ -34,6 +34,7 @@ from tgate_runtime.request import check_mapping, check_several, numbers_of, scal
 from tgate_runtime.runner import StepDone, advance
 from tgate_runtime.session import PlanLike, Session
 from tgate_runtime.state import State, most_at_once
+from tgate_serve.added import GUESS, Added
 from tgate_serve.handle import Cancelled, Drawn, Handle, Late, Step, Stopped
 from tgate_serve.places import Place, planned_bytes, room_of
 from tgate_serve.scheduler import Busy, Job, Scheduler, Tick
@@ -118,7 +119,7 @@ class Worker:
         rows: int | None = None,
         queue: int = 64,
         patience: int = 8,
-        added: float = 1.0,
+        added: float | None = None,
         memory_bytes: int | None = None,
         on_call: Callable[[str, str, int, float], None] | None = None,
     ) -> None:
@@ -126,8 +127,9 @@ class Worker:
         each size are in flight at most; None is four times what a call has, so that one of a plan's graphs fills a
         call, where there are three.
         ``queue``, ``patience``: see :class:`~tgate_serve.scheduler.Scheduler`. ``added``: see
-        :class:`~tgate_serve.scheduler.Room`. ``memory_bytes``: what :attr:`planned_bytes` may be.
-        ``on_call(size, graph, images, seconds)`` hears of each call, in the thread, with its time inside the engine.
+        :class:`~tgate_serve.scheduler.Room`; None learns it from the calls that are made. ``memory_bytes``: what
+        :attr:`planned_bytes` may be. ``on_call(size, graph, images, seconds)`` hears of each call, in the thread, with
+        its time inside the engine.
 
         Raises :class:`RequestError` for what has no room, or a bundle whose calls take no single image, and
         :class:`EngineError` where the engine cannot allocate.
@@ -136,7 +138,7 @@ class Worker:
         chosen = session.manifest.plans if plans is None else plans
         self.session = session
         self.plans = tuple(session.plan(plan) for plan in chosen)
-        rooms = {size: room_of(session, size, rows, added) for size in session.sizes}
+        rooms = {size: room_of(session, size, rows, GUESS if added is None else added) for size in session.sizes}
         self.planned_bytes = planned_bytes(session, self.plans, rooms)
         """What weights, buffers and the hungriest call take together; the engine's own memory is not in it."""
         if memory_bytes is not None and self.planned_bytes > memory_bytes:
@@ -148,6 +150,7 @@ class Worker:
         self.counts = Counts()
         self._on_call = on_call
         self._scheduler = Scheduler(rooms, queue=queue, patience=patience)
+        self._added = {size: Added() for size in rooms} if added is None else {}
         self._places = {size: Place.of(session, self.plans, size, room) for size, room in rooms.items()}
         self._orders: dict[int, _Order] = {}  # by ticket
         self._left: list[tuple[str, int]] = []  # sizes and tickets of those whose rows may be freed
@@ -220,6 +223,11 @@ class Worker:
     def failed(self) -> bool:
         """Whether the thread has ended by a fault of its own: nothing is drawn any more."""
         return self._broken is not None
+
+    def added(self) -> dict[str, float]:
+        """What each further image of a size adds to a call, as a share of one for one image: as given, or learned."""
+        with self._changed:
+            return dict(self._scheduler.added)
 
     def pictures(self, drawn: Drawn) -> list[list[Image.Image]]:
         """Of each image, its RGB picture, or a video's frames, decoded in the calling thread. Raises
@@ -422,6 +430,8 @@ class Worker:
             self._left += [(orders[ticket].size, ticket) for ticket in through]
             size = next((order.size for order in orders.values()), "")
             self.counts.calls[size, done.step.graph, len(tickets)] += 1
+            if learned := self._added.get(size):
+                self._scheduler.added[size] = learned.saw(done.step.graph, len(tickets), done.elapsed_ms)
         if self._on_call is not None:
             self._on_call(size, done.step.graph, len(tickets), done.elapsed_ms / 1000)
         for ticket, order in orders.items():

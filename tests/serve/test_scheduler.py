@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tgate_engine.errors import RequestError
-from tgate_serve.scheduler import MOST_OVERTAKING, PRIORITIES, Busy, Job, Room, Scheduler, Tick
+from tgate_serve.scheduler import HEAD_START, MOST_OVERTAKING, PRIORITIES, Busy, Job, Room, Scheduler, Tick
 
 GRAPHS = ("full", "reuse_self", "reuse_cross")
 ONE_TO_FOUR = ((1, 4),)
@@ -82,6 +83,8 @@ def test_nobody_waits_longer_than_promised(
     seen: dict[int, Seen] = {}
     jobs: dict[int, Job] = {}
     positions: dict[int, int] = {}
+    flying: set[int] = set()
+    passed: Counter[int] = Counter()
     longest = max((len(job.graphs) for arrived, _ in rounds for job in arrived), default=1)
 
     def arrive(arrived: list[Job]) -> None:
@@ -98,6 +101,11 @@ def test_nobody_waits_longer_than_promised(
             return
         assert len(set(tick.tickets)) == len(tick.tickets)
         assert any(least <= len(tick.tickets) <= most for least, most in rooms[tick.size].batches)
+        flying.update(tick.joined)
+        oldest = min(flying & jobs.keys(), key=lambda ticket: (ticket - HEAD_START * jobs[ticket].priority, ticket))
+        passed[oldest] += oldest not in tick.tickets
+        assert passed[oldest] <= patience * len(jobs[oldest].graphs)
+        assert flying.issuperset(tick.tickets)
         for ticket in tick.tickets:
             assert (jobs[ticket].size, jobs[ticket].graphs[positions[ticket]]) == (tick.size, tick.graph)
             positions[ticket] += 1
@@ -126,18 +134,24 @@ def test_nobody_waits_longer_than_promised(
 
 
 @pytest.mark.parametrize("patience", [0, 1, 3])
-def test_the_oldest_is_passed_over_as_often_as_patience_says(patience: int) -> None:
-    """Fuller calls go first while others wait for a row, and no longer."""
+def test_the_oldest_waits_as_often_as_patience_says(patience: int) -> None:
+    """A full call goes first while others wait for a row, so often for each step of the oldest and no longer."""
     scheduler = Scheduler({"s": room(rows=5)}, queue=10, patience=patience)
     scheduler.submit([job("xxx"), *[job("f" * 20)] * 6])
     graphs = [taken(scheduler).graph for _ in range(3 * patience + 3)]
-    assert graphs == (["f"] * patience + ["x"]) * 3
+    assert graphs == ["f"] * 3 * patience + ["x"] * 3
 
 
-def test_nobody_is_passed_over_where_nobody_waits() -> None:
+def test_no_full_call_goes_first_where_nobody_waits() -> None:
     scheduler = Scheduler({"s": room(rows=7)}, patience=5)
     scheduler.submit([job("xxx"), *[job("f" * 20)] * 6])
     assert [taken(scheduler).graph for _ in range(4)] == ["x", "x", "x", "f"]
+
+
+def test_the_oldest_that_can_fill_a_call_goes_first_while_others_wait() -> None:
+    scheduler = Scheduler({"s": room(rows=6, batches=((1, 2),))}, queue=10)
+    tickets = scheduler.submit([job("xxx"), job("yy"), job("zz"), job("yy"), job("zz"), job("y"), job("w")])
+    assert [taken(scheduler).tickets for _ in range(2)] == [(tickets[1], tickets[3])] * 2
 
 
 # --- who shares a call --------------------------------------------------------------------------
@@ -161,20 +175,73 @@ def test_company_is_what_a_call_takes_oldest_first() -> None:
 
 @pytest.mark.parametrize(
     ("added", "images", "company"),
-    [(1.0, 2, 1), (1.0, 3, 2), (1.0, 6, 3), (1.0, 7, 4), (0.75, 2, 2), (0.1, 4, 4), (2.0, 6, 1), (2.0, 7, 2)],
+    [(0.99, 2, 1), (0.99, 3, 2), (0.99, 6, 3), (0.99, 7, 4), (0.75, 2, 2), (0.1, 4, 4), (1.0, 7, 1), (1e300, 7, 1)],
 )
 def test_company_is_of_the_older_ones_where_it_costs_something(added: float, images: int, company: int) -> None:
+    scheduler = Scheduler({"s": room(rows=8, added=added)})
+    tickets = scheduler.submit([job(f"f{own}") for own in range(images)])
+    assert taken(scheduler).tickets == tickets[:company]
+
+
+@pytest.mark.parametrize(
+    ("added", "images", "company"), [(0.9, 2, 2), (0.95, 2, 1), (0.95, 3, 2), (1e-300, 8, 4), (1.0, 8, 1), (2.0, 8, 1)]
+)
+def test_who_stays_to_the_end_may_be_younger(added: float, images: int, company: int) -> None:
     scheduler = Scheduler({"s": room(rows=8, added=added)})
     tickets = scheduler.submit([job("f")] * images)
     assert taken(scheduler).tickets == tickets[:company]
 
 
+def test_who_shares_most_comes_along_first() -> None:
+    scheduler = Scheduler({"s": room(rows=8, batches=((1, 2),))})
+    tickets = scheduler.submit([job("fffc"), job("fx"), job("ffy"), job("fffz")])
+    assert taken(scheduler).tickets == (tickets[0], tickets[3])
+
+
+@pytest.mark.parametrize(("steps", "met"), [(6, True), (5, False)])
+def test_who_is_behind_catches_up_where_it_is_worth_it(steps: int, met: bool) -> None:
+    """One step for five that are shared then; for four it is not."""
+    scheduler = Scheduler({"s": room()})
+    (first,) = scheduler.submit([job("f" + "c" * (steps - 1))])
+    taken(scheduler)
+    (second,) = scheduler.submit([job("f" + "c" * (steps - 1))])
+    rest = steps - 1
+    together = [(second,)] + [(first, second)] * rest
+    assert [tick.tickets for tick in ticks(scheduler)] == (together if met else [(first,)] * rest + [(second,)] * steps)
+
+
+def test_nobody_catches_up_where_the_oldest_has_no_patience() -> None:
+    scheduler = Scheduler({"s": room()}, patience=0)
+    (first,) = scheduler.submit([job("f" + "c" * 9)])
+    taken(scheduler)
+    scheduler.submit([job("f" + "c" * 9)])
+    assert taken(scheduler).tickets == (first,)
+
+
+def test_who_catches_up_takes_others_along() -> None:
+    """They share no step with the oldest; and who is where the oldest is stays there with it."""
+    scheduler = Scheduler({"s": room(rows=8)})
+    first, mate = scheduler.submit([job("f" + "c" * 9)] * 2)
+    taken(scheduler)
+    behind, other = scheduler.submit([job("f" + "c" * 9), job("fx")])
+    assert [taken(scheduler).tickets for _ in range(2)] == [(behind, other), (first, mate, behind)]
+
+
 def test_whoever_fits_comes_along_while_others_wait() -> None:
-    scheduler = Scheduler({"s": room(rows=3, added=1.0)})
+    scheduler = Scheduler({"s": room(rows=3, added=0.99)})
     scheduler.submit([job("f"), job("f"), job("ff"), job("f"), job("f")])
     assert taken(scheduler).tickets == (0, 1, 2)
     assert scheduler.waiting == 2
     assert taken(scheduler).tickets == (2, 3)  # nobody waits any more: of three that are there, two
+
+
+def test_everybody_goes_alone_by_age_where_company_saves_nothing() -> None:
+    """Full calls or not, and whoever waits; until it is learned that company does save something."""
+    scheduler = Scheduler({"s": room(rows=6, added=1.0)}, queue=10)
+    tickets = scheduler.submit([job("xff"), job("f"), *[job("f" * 9)] * 6])
+    assert [taken(scheduler).tickets for _ in range(4)] == [(tickets[0],)] * 3 + [(tickets[1],)]
+    scheduler.added["s"] = 0.5
+    assert taken(scheduler).tickets == tickets[2:6]
 
 
 def test_sizes_share_nothing() -> None:

@@ -19,6 +19,7 @@ from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.runner import advance
 from tgate_runtime.session import Session
 from tgate_runtime.state import State
+from tgate_serve.added import GUESS
 from tgate_serve.handle import Gone, Handle
 from tgate_serve.scheduler import Busy
 from tgate_serve.worker import Worker
@@ -130,6 +131,28 @@ def test_rows_that_stay_together_stay_where_they_are(session: Session) -> None:
             < worker.counts.moved_bytes
             <= memory(plans(session)["long"], session.manifest, session.shapes()[0])["request"]
         )
+
+
+@pytest.mark.parametrize("share", [0.3, 1.2])
+def test_what_an_image_adds_is_learned_from_the_calls(
+    session: Session, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """Of calls that say that they took so long; unless it is given."""
+
+    def timed(state: State, rows: range) -> Any:
+        return replace(advance(state, rows), elapsed_ms=10 * (1 + share * (len(rows) - 1)))
+
+    monkeypatch.setattr("tgate_serve.worker.advance", timed)
+    wishes = [Wish("long", (seed,)) for seed in range(3)]
+    for given, learned in ((None, share), (0.7, 0.7)):
+        with Worker(session, plans=list(plans(session).values()), rows=4, added=given) as worker:
+            size = session.sizes[0]
+            assert worker.added() == {size: GUESS if given is None else given}
+            for several in (wishes[:1], wishes, wishes):
+                handles = [worker.submit(wish.request(session)) for wish in several]
+                for handle, wish in zip(handles, several, strict=True):
+                    same(handle, wish, session)
+            assert worker.added()[size] == pytest.approx(learned)
 
 
 # --- cancels, deadlines, ends -------------------------------------------------------------------

@@ -93,7 +93,7 @@ class Service:
         try:
             yield
         finally:
-            del self._handles[identity]
+            self._handles.pop(identity, None)
             if not handle.done():
                 handle.cancel()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import Any
 
 from fastapi import Response
@@ -24,6 +25,7 @@ _MOST = 3
 _PAUSE_S = 1.0
 """Before a replica is asked again that had no room, or may be the one that stops: Ray learns of that in a moment."""
 _BUSY, _STOPPED = 429, 503
+_ID, _UUID = b"x-request-id", r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
 class Passed(Response):
@@ -35,10 +37,11 @@ class Passed(Response):
         super().__init__()
         self._draws, self._name, self._asked, self._told = draws, name, asked, Told()
         self._ended = 0
-        self._identity = new_identity("img")
+        self._identity = ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request. Ray cancels this where its client has gone."""
+        self._identity = _rays(scope) or new_identity("img")
         while self._ended < _MOST:
             try:
                 status = await self._attempt(scope, send)
@@ -75,6 +78,8 @@ class Passed(Response):
                 status = message.get("status", status)
                 if status == _STOPPED or (status == _BUSY and self._ended):
                     return status
+                if message["type"] == "http.response.start" and self._identity == _rays(scope):
+                    message["headers"] = [each for each in message["headers"] if each[0].lower() != _ID]
                 for due in self._told.due(message):
                     await send(due)
             whole = True
@@ -82,6 +87,13 @@ class Passed(Response):
         finally:
             if not whole:
                 answer.cancel()
+
+
+def _rays(scope: Scope) -> str | None:
+    """The id by which Ray knows a request, unless its client has chosen one that may be anybody's. Ray adds it to the
+    answer, whatever is there."""
+    said = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == _ID]
+    return said[-1] if said and re.fullmatch(_UUID, said[-1]) else None
 
 
 def _travelling(scope: Scope, identity: str, length: int) -> dict[str, Any]:

@@ -88,14 +88,14 @@ class Client:
         for name, said, value in re.findall(r"^(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
             tags = dict(re.findall(r'(\w+)="([^"]*)"', said))
             if name == metric and labels.items() <= tags.items():
-                found[tags["replica"]] += float(value)
+                found[tags["replica"]] += round(float(value))
         return found
 
-    def there(self) -> float:
+    def there(self) -> int:
         """Images that run or wait."""
         return sum(self.counted("tgate_images").values())
 
-    def cancelled(self) -> float:
+    def cancelled(self) -> int:
         return sum(self.counted("tgate_images_ended_total", how="cancelled").values())
 
 
@@ -310,9 +310,14 @@ def test_models_that_do_not_fit_take_turns(
     cluster: str, client: Client, alone: Callable[[int], NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     shutil.copytree(place_of("mini"), tmp_path / "other")
-    said = {"bundles": ["mini", str(tmp_path / "other")], "models_per_replica": 1}
+    keys, key = tmp_path / "keys", secrets.token_hex(16)
+    keys.write_text(key)
+    said = {"bundles": ["mini", str(tmp_path / "other")], "models_per_replica": 1, "api_key_file": str(keys)}
     serve.run(build(said), name="several", route_prefix="/several")
     several = Client(f"{cluster}/several")
+    assert several.draw().status_code == 401
+    assert several.http.get("/health").status_code == 200
+    several.http.headers["Authorization"] = f"Bearer {key}"
     assert [model["id"] for model in several.http.get("/v1/models").json()["data"]] == ["mini", "other"]
     assert several.counted("tgate_planned_bytes", model="mini")
     names = ["other", "mini"] * 2

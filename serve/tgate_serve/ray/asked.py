@@ -35,8 +35,8 @@ class Asked:
 
     def body(self, *, again: bool) -> bytes:
         """What a replica is to read. ``again``: of the time that the request had, as much as is left."""
-        within_s = self._fields.get("within_s")
-        if not again or not isinstance(within_s, (int, float)) or not 0 < within_s < _MOST_S:
+        within_s: Any = self._fields.get("within_s")
+        if not again or type(within_s) not in (int, float) or not 0 < within_s < _MOST_S:
             return self._body
         left_s = max(0.001, within_s - (time.monotonic() - self._came_s))
         return json.dumps({**self._fields, "within_s": left_s}).encode()

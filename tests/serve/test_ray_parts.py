@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Message
 
+from tgate_engine.bundle import Bundle
 from tgate_engine.errors import RequestError
 from tgate_runtime.mini import place_of
 
 pytest.importorskip("ray")
 from tgate_serve.ray import build
 from tgate_serve.ray.asked import Asked
+from tgate_serve.ray.away import Away
 from tgate_serve.ray.settings import Settings
 from tgate_serve.ray.summed import summed
 from tgate_serve.ray.told import Told
@@ -31,7 +33,7 @@ from tgate_serve.ray.told import Told
     ("said", "told"),
     [
         ({}, "say bundles=..., such as bundles=bundles/a,bundles/b"),
-        ({"bundle": "mini", "bundles": "mini"}, "'bundle' is not known; there is bundles, replicas"),
+        ({"bundle": "mini"}, "'bundle' is not known; there is bundles, replicas"),
         ({"bundles": "mini", "replicas": "many"}, "replicas: how many there are, such as 2, or at least and at most"),
         ({"bundles": "mini", "replicas": "3-2"}, "such as 1-4, got '3-2'"),
         ({"bundles": "mini", "replicas": 0}, "such as 1-4, got '0'"),
@@ -54,10 +56,11 @@ def test_what_cannot_be_served_is_refused_in_one_line(said: dict[str, Any], told
     assert refused.value.format_message() == str(refused.value)
 
 
-def test_a_bundle_of_videos_is_refused(family_bundle: Callable[..., tuple[Path, Path]]) -> None:
-    _, bundle = family_bundle("svd_a")
-    with pytest.raises(RequestError, match="makes videos"):
-        build({"bundles": f"film={bundle}"})
+def test_a_bundle_of_videos_is_refused() -> None:
+    bundle = Bundle.open(place_of("mini"), check_digests=False)
+    film = replace(bundle, manifest=replace(bundle.manifest, frames=4, fps=8))
+    with pytest.raises(RequestError, match="film makes videos"):
+        Away("film", film, Settings.of({"bundles": "film"}))
 
 
 def test_replicas_follow_the_load_between_two_numbers() -> None:

@@ -70,7 +70,8 @@ class Settings(BaseModel):
         try:
             settings = Settings.model_validate(dict(args))
         except ValidationError as error:
-            first = error.errors()[0]
+            # A name that is misspelt is also one that is missing.
+            first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
             name = ".".join(str(part) for part in first["loc"])
             raise RequestError(_told(shown(name), first)) from None
         if settings.engine not in ENGINES:

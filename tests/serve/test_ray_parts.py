@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from dataclasses import replace
@@ -19,9 +20,13 @@ from tgate_engine.errors import RequestError
 from tgate_runtime.mini import place_of
 
 pytest.importorskip("ray")
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+
 from tgate_serve.ray import build
 from tgate_serve.ray.asked import Asked
 from tgate_serve.ray.away import Away
+from tgate_serve.ray.passed import Passed
 from tgate_serve.ray.settings import Settings
 from tgate_serve.ray.summed import summed
 from tgate_serve.ray.told import Told
@@ -180,6 +185,115 @@ def test_a_second_attempt_that_is_refused_ends_the_stream_with_its_error() -> No
     assert json.loads(last["body"].partition(b"data: ")[2]) == {"type": "error", **json.loads(error)}
     assert not last["more_body"]
     assert answer.ended
+
+
+# --- who is asked -------------------------------------------------------------------------------
+
+WHOLE = [start(JSON), part(b"{}", more=False)]
+BUSY = [start(JSON, 429), part(b"busy", more=False)]
+STOPPED = [start(JSON, 503), part(b"stopped", more=False)]
+DIES = RayActorError()
+
+
+class Replicas:
+    """A handle whose replicas answer by turns what they were told to."""
+
+    def __init__(self, *answers: list[Any]) -> None:
+        self.answers = list(answers)
+        self.asked: list[tuple[str, dict[str, Any], bytes]] = []
+
+    def remote(self, name: str, scope: dict[str, Any], body: bytes) -> Replicas:
+        self.asked.append((name, scope, body))
+        self.parts = iter(self.answers.pop(0))
+        return self
+
+    def cancel(self) -> None:
+        self.parts = iter(())
+
+    def __aiter__(self) -> Replicas:
+        return self
+
+    async def __anext__(self) -> Any:
+        for each in self.parts:
+            if isinstance(each, Exception):
+                raise each
+            return {**each}
+        raise StopAsyncIteration
+
+
+def passed(monkeypatch: pytest.MonkeyPatch, replicas: Replicas, *headers: tuple[bytes, bytes]) -> list[Message]:
+    """What a client gets of them."""
+    monkeypatch.setattr("tgate_serve.ray.passed._PAUSE_S", 0.0)
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        raise AssertionError("the body has been read")
+
+    scope = {"type": "http", "http_version": "1.1", "scheme": "http", "method": "POST", "path": "/p"}
+    answer = Passed(replicas, "mini", Asked(b'{"prompt": "x"}'))
+    asyncio.run(answer({**scope, "query_string": b"", "headers": list(headers)}, receive, send))
+    assert not replicas.answers  # nobody is left who should have been asked
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        ([WHOLE], WHOLE),
+        ([[DIES], WHOLE], WHOLE),
+        ([[start(JSON), DIES], [DIES], WHOLE], WHOLE),
+        ([[*WHOLE, DIES]], WHOLE),  # once all is sent nobody draws again
+        ([BUSY], BUSY),  # it was never taken
+        ([[DIES], BUSY, BUSY, BUSY, BUSY, WHOLE], WHOLE),  # it was
+        ([[DIES], [BackPressureError(1, 1)], WHOLE], WHOLE),
+        ([STOPPED, WHOLE], WHOLE),
+        ([[start(STREAM), step(0, 0), DIES], BUSY, [start(STREAM), step(0, 0), step(0, 1), part(b"", more=False)]],
+         [start(STREAM), step(0, 0), step(0, 1), part(b"", more=False)]),
+    ],
+)  # fmt: skip
+def test_another_replica_is_asked_where_one_ends(
+    monkeypatch: pytest.MonkeyPatch, answers: list[list[Any]], told: list[Any]
+) -> None:
+    replicas = Replicas(*answers)
+    assert passed(monkeypatch, replicas) == told
+    assert len({body for _, _, body in replicas.asked}) == 1
+    assert len({scope["state"]["identity"] for _, scope, _ in replicas.asked}) == 1
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "code"),
+    [
+        ([[DIES], [DIES], [DIES]], 503, "stopped"),
+        ([[DIES], STOPPED, [DIES]], 503, "stopped"),
+        ([[BackPressureError(1, 1)]], 429, "queue_full"),
+    ],
+)
+def test_a_request_that_nobody_draws_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, answers: list[list[Any]], status: int, code: str
+) -> None:
+    first, last = passed(monkeypatch, Replicas(*answers))
+    assert first["status"] == status
+    assert (b"retry-after", b"1") in first["headers"]
+    assert json.loads(last["body"])["error"]["code"] == code
+
+
+def test_a_stream_that_nobody_draws_on_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, last = passed(monkeypatch, Replicas([start(STREAM), step(0, 0), DIES], [DIES], [DIES]))
+    assert json.loads(last["body"].partition(b"data: ")[2])["error"]["code"] == "stopped"
+    assert not last["more_body"]
+
+
+def test_a_key_stays_and_an_id_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = b"0123abcd-0123-4567-89ab-0123456789ab"
+    replicas = Replicas([start([*JSON, (b"x-request-id", identity)]), WHOLE[1]])
+    first, _ = passed(monkeypatch, replicas, (b"authorization", b"Bearer x"), (b"x-request-id", identity))
+    assert first["headers"] == JSON  # Ray adds it
+    ((_, scope, _),) = replicas.asked
+    assert scope["state"]["identity"] == identity.decode()
+    assert b"authorization" not in dict(scope["headers"])
 
 
 # --- what is counted ----------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class Guards:
                 await send(message)
 
         try:
-            refusal = self._refusal(scope["path"], Headers(scope=scope))
+            refusal = self._refusal(_path(scope), Headers(scope=scope))
             if refusal is not None:
                 await refusal.answer()(scope, receive, sent)
             else:
@@ -127,6 +127,11 @@ class Guards:
             return message
 
         return received
+
+
+def _path(scope: Scope) -> str:
+    """What is asked for, wherever the application hangs."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
 
 
 def _open(path: str) -> bool:

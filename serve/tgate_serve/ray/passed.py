@@ -44,7 +44,7 @@ class Passed(Response):
         self._identity = _rays(scope) or new_identity("img")
         while self._ended < _MOST:
             try:
-                status = await self._attempt(scope, send)
+                counts = await self._attempt(scope, send)
             except (RayActorError, ObjectLostError) as error:
                 if self._told.ended:
                     return
@@ -52,14 +52,14 @@ class Passed(Response):
                 self._ended += 1
                 continue
             except BackPressureError:
-                status = _BUSY
+                counts = False
                 if not self._ended:
                     refusal = ApiError(429, "the queue is full; ask again", code="queue_full", retry_s=1)
                     await refusal.answer()(scope, receive, send)
                     return
-            if status not in (_BUSY, _STOPPED):
+            if self._told.ended:
                 return
-            self._ended += status == _STOPPED
+            self._ended += counts
             await asyncio.sleep(_PAUSE_S)
         refusal = ApiError(503, f"{_MOST} replicas have ended at this request; ask again", code="stopped", retry_s=1)
         if self._told.began:
@@ -67,23 +67,23 @@ class Passed(Response):
         else:
             await refusal.answer()(scope, receive, send)
 
-    async def _attempt(self, scope: Scope, send: Send) -> int:
-        """The status of a replica's answer. It was sent, unless another replica is to be asked."""
+    async def _attempt(self, scope: Scope, send: Send) -> bool:
+        """Send what a replica answers, unless it stops, or has no room for a request that was taken before. Whether
+        that counts as an end."""
         body = self._asked.body(again=self._ended > 0)
         answer = self._draws.remote(self._name, _travelling(scope, self._identity, len(body)), body)
-        status: int = 0
         whole = False
         try:
             async for message in answer:
-                status = message.get("status", status)
+                status = message.get("status")
                 if status == _STOPPED or (status == _BUSY and self._ended):
-                    return status
+                    return bool(status == _STOPPED)
                 if message["type"] == "http.response.start" and self._identity == _rays(scope):
                     message["headers"] = [each for each in message["headers"] if each[0].lower() != _ID]
                 for due in self._told.due(message):
                     await send(due)
             whole = True
-            return status
+            return not self._told.ended
         finally:
             if not whole:
                 answer.cancel()

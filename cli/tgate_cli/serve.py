@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import logging
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -55,6 +56,10 @@ def serve(args: argparse.Namespace, report: Reporter) -> Show:
         rest = stack.pop_all()
 
     def show() -> None:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.getLogger("tgate").addHandler(handler)
+        logging.getLogger("tgate").setLevel(logging.WARNING if args.quiet else logging.INFO)
         with rest:
             host, port = listener.getsockname()[:2]
             where = f"[{host}]" if ":" in host else host

@@ -61,8 +61,7 @@ def output_paths(output: Path, count: int, *, decoded: bool = True, video: bool 
         raise RequestError(
             f"{output}: the suffix {output.suffix!r} is no {kind} format; use one of {', '.join(suffixes)}{why}"
         )
-    if output.suffix.lower() == ".mp4":
-        _ffmpeg()  # missing libraries are better found before the work
+    check_writable(output.suffix)
     check_place(output)
     if count == 1:
         return [output]
@@ -70,6 +69,13 @@ def output_paths(output: Path, count: int, *, decoded: bool = True, video: bool 
     for path in paths:
         atomic.check_replaceable(path, RequestError)
     return paths
+
+
+def check_writable(suffix: str) -> None:
+    """Raises :class:`RequestError` where a library that writes such files is missing, which is better found before the
+    work."""
+    if suffix.lower() == ".mp4":
+        _ffmpeg()
 
 
 def holds_record(suffix: str) -> bool:

@@ -32,9 +32,7 @@ class Choice:
             if not named:
                 raise RequestError(f"plan '{shown(self.plan)}' is not served; there is {_listed(plans)}")
             if not self._fits(named[0]):
-                raise RequestError(
-                    f"plan '{self.plan}' is not of {self}; it is {_told(named[0])}: leave one of both out"
-                )
+                raise RequestError(f"plan '{self.plan}' is of {_facts(named[0])}, not of {self}; leave one out")
             return named[0]
         fitting = [plan for plan in plans if self._fits(plan)]
         baselines = {name for plan in plans for name in plan.baselines}
@@ -62,5 +60,9 @@ def _listed(plans: Sequence[Plan]) -> str:
 
 
 def _told(plan: Plan) -> str:
+    return f"{plan.name} ({_facts(plan)})"
+
+
+def _facts(plan: Plan) -> str:
     facts = {"steps": plan.sampler.steps, **{name: plan.settings[name] for name in ("m", "k") if name in plan.settings}}
-    return f"{plan.name} ({', '.join(f'{name}={fact}' for name, fact in facts.items())})"
+    return ", ".join(f"{name}={fact}" for name, fact in facts.items())

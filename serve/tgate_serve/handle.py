@@ -101,6 +101,11 @@ class Handle:
         """The same from asyncio. A task that is cancelled while it waits leaves the request as it is."""
         return await asyncio.shield(asyncio.wrap_future(self._future))
 
+    def latest(self) -> Step | None:
+        """The step that was taken last; None before the first."""
+        with self._news:
+            return self._steps[-1] if self._steps else None
+
     def steps(self) -> Iterator[Step]:
         """Every step from the first on, until the request ends; how it ended says :meth:`result`."""
         seen = 0

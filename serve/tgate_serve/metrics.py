@@ -22,8 +22,11 @@ class Metrics:
 
     def __init__(self, models: Mapping[str, Model]) -> None:
         """``models`` by the names that they are served under; it is read at every scrape."""
+        self.jobs: Callable[[], Mapping[str, int]] = dict
+        """How many videos there are by status, asked at every scrape; whoever keeps them sets it."""
         self.registry = CollectorRegistry()
         self.registry.register(_Workers(models))
+        self.registry.register(_Jobs(self))
         kind: dict[str, Any] = {"registry": self.registry, "labelnames": ("model",)}
         of_graph: dict[str, Any] = {"registry": self.registry, "labelnames": ("model", "size", "graph")}
         self._answers = Counter(
@@ -103,3 +106,16 @@ class _Workers(Collector):
             moved.add_metric((name,), counts.moved_bytes)
             planned.add_metric((name,), model.worker.planned_bytes)
         yield from (images, ended, rejected, moves, moved, planned)
+
+
+class _Jobs(Collector):
+    """The videos that are kept."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        kept = GaugeMetricFamily("tgate_jobs", "Videos that are kept now", labels=("status",))
+        for status, count in self._metrics.jobs().items():
+            kept.add_metric((status,), count)
+        yield kept

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,12 +20,16 @@ from tgate_runtime.engines.protocol import Engine, OnBuild
 from tgate_runtime.session import Session
 from tgate_serve.api.app import create_app
 from tgate_serve.api.guards import Keys
+from tgate_serve.api.jobs import Job
 from tgate_serve.api.service import Service
 from tgate_serve.metrics import Metrics
 from tgate_serve.model import Model
 from tgate_serve.worker import Worker
 
 log = logging.getLogger("tgate")
+
+_LOOK_S = 0.1
+"""How often a server that is to stop looks whether it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +85,8 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None) or 0
+        why = os.strerror(number) if number > 0 else error  # names that cannot be resolved have numbers of their own
         raise RequestError(
             f"cannot listen on {shown(host)} port {port} ({why}); say another --host or --port"
         ) from None
@@ -98,7 +105,11 @@ def serve(
     drain_s: int = 60,
 ) -> None:
     """Answer until SIGTERM or SIGINT; then let requests that are under way end, for ``drain_s`` seconds at most. A
-    second signal ends at once. To be called in the main thread, and once for a service."""
+    second signal ends at once. To be called in the main thread, and once for a service.
+
+    While videos are under way then, no more requests are drawn, and the server answers on until each of those videos
+    has ended and its content is fetched, or ``drain_s`` are over. Whatever else it keeps of videos goes with it.
+    """
     app = create_app(service, keys=keys, hosts=hosts)
     config = uvicorn.Config(
         app,
@@ -108,7 +119,7 @@ def serve(
         timeout_graceful_shutdown=drain_s,
         h11_max_incomplete_event_size=2**16,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config, service)
     # Its own handlers are in place while it runs. Once it has ended it sends itself what came once more, for whoever
     # had handlers before: that is what the command ends by already.
     before = {number: signal.signal(number, _nothing) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -117,6 +128,32 @@ def serve(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _Server(uvicorn.Server):
+    """A server that waits for videos: there is no connection that does, and whose end it would wait for."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        begin_s, most_s = time.monotonic(), self.config.timeout_graceful_shutdown or 0
+        under_way = [job for job in self._service.jobs if job.ended_s is None]
+        if under_way and not self.force_exit:
+            await self._fetched(under_way, begin_s + most_s)
+            self.config.timeout_graceful_shutdown = max(1, round(begin_s + most_s - time.monotonic()))
+        await super().shutdown(sockets)
+
+    async def _fetched(self, under_way: Collection[Job], end_s: float) -> None:
+        """Take no more, and wait until nobody can want any of those, for as long as there is time."""
+        self._service.ready = False
+        for model in self._service.models.values():
+            model.worker.drain(0)  # what it has taken ends by itself
+        while any(job.wanted for job in self._service.jobs if job in under_way):
+            if self.force_exit or time.monotonic() >= end_s:
+                break
+            await asyncio.sleep(_LOOK_S)
 
 
 def _nothing(*_: object) -> None:

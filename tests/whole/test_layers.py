@@ -33,6 +33,14 @@ ENGINE_LIBRARIES: dict[str, frozenset[str]] = {
 }
 """What the folder, or the one file, of each engine in ``tgate_runtime.engines`` may import besides: its own library."""
 
+WEB_LIBRARIES: dict[str, frozenset[str]] = {
+    "api": frozenset({"fastapi", "pydantic", "pydantic_core", "starlette"}),
+    "metrics": frozenset({"prometheus_client"}),
+    "ray": frozenset({"click", "fastapi", "prometheus_client", "pydantic", "ray", "starlette"}),
+    "server": frozenset({"uvicorn"}),
+}
+"""The same of parts of ``tgate_serve``."""
+
 BUILD_LIBRARIES = frozenset(
     {"accelerate", "diffusers", "huggingface_hub", "onnx", "onnx_ir", "onnxscript", "torch", "transformers"}
 )
@@ -148,9 +156,11 @@ def run_time(of: Module, imported: Import) -> bool:
     return imported.package in RUN_TIME_LIBRARIES | ENGINE_LIBRARIES.get(of.engine, frozenset()) | {CONTRACT, RUN_TIME}
 
 
-def serve(_: Module, imported: Import) -> bool:
-    """The contract, run time, and what those may import."""
-    return imported.package in CONTRACT_LIBRARIES | {"PIL", CONTRACT, RUN_TIME, SERVE}
+def serve(of: Module, imported: Import) -> bool:
+    """The contract, run time, and what those may import; what speaks HTTP also the libraries for that, and the rest is
+    not to know that there is any."""
+    web = next((names for part, names in WEB_LIBRARIES.items() if of.name.startswith(f"{SERVE}.{part}")), frozenset())
+    return imported.package in CONTRACT_LIBRARIES | web | {"PIL", CONTRACT, RUN_TIME, SERVE}
 
 
 def cli(_: Module, imported: Import) -> bool:
@@ -211,6 +221,9 @@ def test_a_module_imports_only_what_its_layer_allows(path: Path) -> None:
         ("tgate_serve.worker", "def f():\n    from tgate_export.methods import tgate"),
         ("tgate_serve.worker", "from tgate_cli import views"),
         ("tgate_serve.worker", "import onnxruntime"),
+        ("tgate_serve.worker", "import fastapi"),
+        ("tgate_serve.api.app", "import uvicorn"),
+        ("tgate_serve.api.app", "from ray import serve"),
         ("tgate_cli.main", "from tgate_export import build"),
         ("tgate_cli.main", "import rich"),
     ],

@@ -1,1 +1,1 @@
-"""The server over HTTP, as OpenAI's Images API has it and its clients speak it."""
+"""The server over HTTP, as OpenAI's Images and Videos APIs have it and its clients speak it."""

@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
 from tgate_engine import __version__
-from tgate_serve.api import errors, images, status
+from tgate_serve.api import errors, images, status, videos
 from tgate_serve.api.errors import ErrorAnswer
 from tgate_serve.api.guards import Guards, Keys
 from tgate_serve.api.openapi import described
@@ -26,6 +26,7 @@ _TROUBLE: dict[int | str, dict[str, Any]] = {
     403: {"description": "another host was asked for"},
     404: {"description": "there is none"},
     408: {"description": "the body came too slowly"},
+    409: {"description": "not yet, or no longer"},
     410: {"description": "cancelled, or not through within its time"},
     413: {"description": "the body is too large"},
     429: {"description": "the queue is full; Retry-After says when to ask again"},
@@ -50,16 +51,17 @@ def create_app(service: Service, *, keys: Keys | None = None, hosts: Collection[
     app = FastAPI(
         title="tgate-engine",
         version=__version__,
+        docs_url=None,  # it would load its scripts from another host
+        redoc_url=None,
         lifespan=lifespan,
-        max_body_size=service.limits.body_bytes,
         responses={code: {"model": ErrorAnswer, **said} for code, said in _TROUBLE.items()},
     )
     app.state.service = service
-    for routes in (images.router, status.router):
+    for routes in (images.router, videos.router, status.router):
         app.include_router(routes)
     errors.install(app)
     app.openapi = described(app, service)  # type: ignore[method-assign]
-    app.add_middleware(Guards, metrics=service.metrics, body_s=service.limits.body_s, keys=keys, hosts=hosts)
+    app.add_middleware(Guards, metrics=service.metrics, limits=service.limits, keys=keys, hosts=hosts)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,8 +22,11 @@ log = logging.getLogger("tgate")
 INSTEAD = {
     "background": "pictures are opaque",
     "cfg_scale": "say guidance_scale",
+    "fps": "a model has its own",
     "height": "say size",
+    "input_reference.file_id": "no files are kept; give image_url, a data: URL",
     "moderation": "pictures are not judged",
+    "num_frames": "a model has its own",
     "num_images": "say n",
     "num_images_per_prompt": "say n",
     "quality": "say plan, or m, k and num_inference_steps",
@@ -61,18 +64,17 @@ class ApiError(TgateError):
         super().__init__(message)
         self.status, self.code, self.param, self.retry_s = status, code, param, retry_s
 
-    def body(self) -> dict[str, Any]:
-        """The answer, an :class:`ErrorAnswer`."""
+    def trouble(self) -> Trouble:
+        """What is told of it."""
         kind = (
             "invalid_request_error" if self.status < 429 else "rate_limit_error" if self.status == 429 else "api_error"
         )
-        trouble = Trouble(message=str(self), type=kind, param=self.param, code=self.code)
-        return ErrorAnswer(error=trouble).model_dump()
+        return Trouble(message=str(self), type=kind, param=self.param, code=self.code)
 
     def answer(self) -> JSONResponse:
-        """The same, to be sent."""
+        """An :class:`ErrorAnswer`, to be sent."""
         headers = {} if self.retry_s is None else {"Retry-After": str(math.ceil(self.retry_s))}
-        return JSONResponse(self.body(), self.status, headers=headers)
+        return JSONResponse(ErrorAnswer(error=self.trouble()).model_dump(), self.status, headers=headers)
 
 
 def api_error(error: BaseException) -> ApiError:
@@ -107,6 +109,8 @@ def install(app: FastAPI) -> None:
 
     async def tell_http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if error.status_code == 400:  # the parser's
+            return _no_json().answer()
         answer = ApiError(error.status_code, str(error.detail), code=_CODES.get(error.status_code, "invalid_request"))
         response = answer.answer()
         response.headers.update(error.headers or {})
@@ -122,8 +126,10 @@ _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 4
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    """The first of what a body is not."""
-    first: Mapping[str, Any] = error.errors()[0]
+    """The first of what a body is not; a name that is not known before one that is missing, which it may be meant
+    for."""
+    found: Sequence[Mapping[str, Any]] = error.errors()
+    first = min(found, key=lambda each: each["type"] != "extra_forbidden")
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     name = shown(".".join(where), 80) or None
     if first["type"] == "extra_forbidden":
@@ -132,11 +138,14 @@ def _of_validation(error: RequestValidationError) -> ApiError:
             400, f"parameter '{name}' is not known or has no effect; {instead}", code="unknown_parameter", param=name
         )
     if first["type"] == "json_invalid" or name is None:
-        message = "the body must be JSON, with Content-Type: application/json"
-        return ApiError(400, message, code="invalid_json")
+        return _no_json()
     return ApiError(
         400, f"{name}: {shown(first['msg'], 300)}, got {_got(first.get('input'))}", code="invalid_value", param=name
     )
+
+
+def _no_json() -> ApiError:
+    return ApiError(400, "the body must be JSON, with Content-Type: application/json", code="invalid_json")
 
 
 def _got(value: object) -> str:

@@ -1,10 +1,12 @@
-"""What stands before all routes: who may ask, from which host, how fast a body has to come and an answer to be read."""
+"""What stands before all routes: who may ask, from which host, how large and fast a body has to be, and how fast an
+answer is to be read."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import hmac
+import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tgate_engine.errors import RequestError
 from tgate_engine.plain_files import read_plain
 from tgate_serve.api.errors import ApiError
+from tgate_serve.api.limits import Limits
 from tgate_serve.metrics import Metrics
+
+log = logging.getLogger("tgate")
 
 OPEN = ("/", "/page", "/health", "/ready")
 """What may be asked without a key: nothing of it draws, or tells of anybody's requests."""
@@ -66,15 +71,15 @@ class Guards:
         app: ASGIApp,
         *,
         metrics: Metrics,
-        body_s: float,
+        limits: Limits,
         keys: Keys | None = None,
         hosts: Collection[str] | None = None,
     ) -> None:
         """``keys``: None lets everybody in. ``hosts``: what a Host header may name, without a port; None is anything. A
         server on loopback names its own: a page of another site, in a browser here, may otherwise have its name
         resolved to this host and ask."""
-        self._app, self._metrics = app, metrics
-        self._body_s, self._keys, self._hosts = body_s, keys, hosts
+        self._app, self._metrics, self._limits = app, metrics, limits
+        self._keys, self._hosts = keys, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,43 +95,55 @@ class Guards:
                 await send(message)
 
         try:
-            refusal = self._refusal(_path(scope), Headers(scope=scope))
-            if refusal is not None:
-                await refusal.answer()(scope, receive, sent)
-            else:
-                await self._app(scope, self._in_time(receive), sent)
+            self._check(_path(scope), headers := Headers(scope=scope))
+            body = await self._body(receive, headers)
+        except ApiError as error:
+            await error.answer()(scope, receive, sent)
+        else:
+            try:
+                await self._app(scope, _again(body, receive), sent)
+            except TimeoutError:
+                log.info("an answer was cut, since its client left it unread for %.0f s", _READ_S)
         finally:
             self._metrics.answered(_route(scope), status)
 
-    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+    def _check(self, path: str, headers: Headers) -> None:
         if self._hosts is not None and _name(headers.get("host", "")) not in self._hosts:
-            return ApiError(
-                403,
-                f"this server answers to {', '.join(self._hosts)} alone; start it with --host for others",
-                code="host",
-            )
+            message = f"this server answers to {', '.join(self._hosts)} alone; start it with --host for others"
+            raise ApiError(403, message, code="host")
         if self._keys is not None and not _open(path) and not self._keys.allow(headers.get("authorization")):
-            return ApiError(401, "an API key is wanted: Authorization: Bearer KEY", code="invalid_api_key")
-        return None
+            raise ApiError(401, "an API key is wanted: Authorization: Bearer KEY", code="invalid_api_key")
 
-    def _in_time(self, receive: Receive) -> Receive:
-        """A body that is there in time; its sender has gone otherwise."""
-        ends_s: float | None = asyncio.get_running_loop().time() + self._body_s
+    async def _body(self, receive: Receive, headers: Headers) -> bytes:
+        """All of a request's body. Raises :class:`ApiError` where it is too large, or comes too slowly."""
+        most = self._limits.body_bytes
+        too_large = ApiError(413, f"a body may have {most} bytes; ask for less at a time", code="too_large")
+        length = headers.get("content-length", "0")
+        if length.isascii() and length.isdigit() and int(length) > most:
+            raise too_large
+        parts: list[bytes] = []
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                while (message := await receive())["type"] == "http.request":
+                    parts.append(message.get("body", b""))
+                    if sum(map(len, parts)) > most:
+                        raise too_large
+                    if not message.get("more_body"):
+                        break
+        except TimeoutError:
+            text = f"the body was not there within {self._limits.body_s:.0f} s; send it faster"
+            raise ApiError(408, text, code="timeout") from None
+        return b"".join(parts)
 
-        async def received() -> Message:
-            nonlocal ends_s
-            try:
-                async with asyncio.timeout_at(ends_s):
-                    message = await receive()
-            except TimeoutError:
-                raise ApiError(
-                    408, f"the body was not there within {self._body_s:.0f} s; send it faster", code="timeout"
-                ) from None
-            if message["type"] != "http.request" or not message.get("more_body"):
-                ends_s = None
-            return message
 
-        return received
+def _again(body: bytes, receive: Receive) -> Receive:
+    """What gives a body that was read, and then what comes after it."""
+    parts = [body]
+
+    async def received() -> Message:
+        return {"type": "http.request", "body": parts.pop()} if parts else await receive()
+
+    return received
 
 
 def _path(scope: Scope) -> str:

@@ -13,11 +13,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
-from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from tgate_engine.errors import shown
 from tgate_serve.api.errors import ApiError, api_error
+from tgate_serve.api.events import Completed, Event, Failed, PartialImage, Queued, StepTaken, event_stream
 from tgate_serve.api.pictures import all_encoded, encoded, report
 from tgate_serve.api.schemas import CancelAnswer, Format, ImageAsked, ImagesAnswer, Picture
 from tgate_serve.api.service import Served, Service, identity_of, unless_gone
@@ -30,13 +30,11 @@ router = APIRouter(tags=["images"])
 _BEAT_S = 1.0
 """How often a stream looks at the queue, and says that it lives, while there is nothing else to tell."""
 
-Event = dict[str, Any]
-
 
 @router.post(
     "/v1/images/generations",
     response_model=ImagesAnswer,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": event_stream()}},
 )
 async def generate(asked: ImageAsked, request: Request, response: Response, service: Served) -> Any:
     """Draw pictures of a prompt. A client that hangs up calls its request off.
@@ -117,7 +115,7 @@ async def _written(events: AsyncIterator[Event | None]) -> AsyncIterator[bytes]:
         async for event in events:
             yield b": waiting\n\n" if event is None else _sse(event)
     except Exception as error:  # the answer has begun: what went wrong is an event, as OpenAI's clients read it
-        yield _sse({"type": "error", **api_error(error).body()})
+        yield _sse(Failed(error=api_error(error).trouble()))
 
 
 async def _told(
@@ -131,13 +129,7 @@ async def _told(
     began_s: float,
 ) -> AsyncIterator[Event | None]:
     """Events, and None where nothing has happened for a while."""
-    common = {
-        "created_at": int(time.time()),
-        "background": "opaque",
-        "output_format": form,
-        "quality": "auto",
-        "size": drawing.size,
-    }
+    common: dict[str, Any] = {"created_at": int(time.time()), "output_format": form, "size": drawing.size}
     partials = [0] * len(drawing.seeds)
     taken: list[Step] = []
     ahead = None
@@ -145,48 +137,41 @@ async def _told(
         if step is None:
             if steps and not taken and (now := drawing.model.worker.ahead(drawing.handle)) != ahead:
                 ahead = now
-                yield {"type": "image_generation.queued", "id": identity, "ahead": ahead}
+                yield Queued(id=identity, ahead=ahead)
             else:
                 yield None
             continue
         taken.append(step)
         if steps:
-            yield _step_event(step, identity)
+            yield _step(step, identity)
         if step.towards is not None:
             text = await service.in_thread(partial(_look, drawing, step, form, quality))
-            yield {
-                "type": "image_generation.partial_image",
-                **common,
-                "b64_json": text,
-                "partial_image_index": partials[step.image],
-                "image_index": step.image,
-            }
+            index = partials[step.image]
+            yield PartialImage(**common, b64_json=text, partial_image_index=index, image_index=step.image)
             partials[step.image] += 1
     drawn = await drawing.handle.drawn()
     texts, decode_s = await service.in_thread(lambda: all_encoded(drawing, drawn, form, quality))
     _observe(service, drawing, drawn, decode_s, began_s)
-    told = report(drawing, drawn, taken, decode_s).model_dump()
+    told = report(drawing, drawn, taken, decode_s)
     for image, (text, seed) in enumerate(zip(texts, drawn.seeds, strict=True)):
-        own = {"b64_json": text, "image_index": image, "seed": seed, "tgate": told}
-        yield {"type": "image_generation.completed", **common, **own}
+        yield Completed(**common, b64_json=text, image_index=image, seed=seed, tgate=told)
 
 
 def _look(drawing: Drawing, step: Step, form: Format, quality: int | None) -> str:
     return encoded(drawing.partial(step), form, quality)
 
 
-def _step_event(step: Step, identity: str) -> Event:
-    return {
-        "type": "image_generation.step",
-        "id": identity,
-        "image_index": step.image,
-        "step": step.index,
-        "graph": step.graph,
-        "done": step.done,
-        "total": step.total,
-        "company": step.company,
-        "elapsed_ms": round(step.elapsed_ms, 3),
-    }
+def _step(step: Step, identity: str) -> StepTaken:
+    return StepTaken(
+        id=identity,
+        image_index=step.image,
+        step=step.index,
+        graph=step.graph,
+        done=step.done,
+        total=step.total,
+        company=step.company,
+        elapsed_ms=round(step.elapsed_ms, 3),
+    )
 
 
 async def _beating(steps: AsyncIterator[Step]) -> AsyncIterator[Step | None]:
@@ -214,4 +199,4 @@ async def _beating(steps: AsyncIterator[Step]) -> AsyncIterator[Step | None]:
 
 
 def _sse(event: Event) -> bytes:
-    return format_sse_event(data_str=to_json(event).decode(), event=event["type"])
+    return format_sse_event(data_str=event.model_dump_json(), event=event.type)

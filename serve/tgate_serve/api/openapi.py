@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic.json_schema import models_json_schema
 
 from tgate_engine.plan import Plan
+from tgate_serve.api.events import event_schemas
+from tgate_serve.api.schemas import VideoAsked
 from tgate_serve.api.service import Service
+from tgate_serve.api.videos import length
+from tgate_serve.model import Model
+
+_REFERENCE = "input_reference"
 
 
 def described(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
@@ -22,19 +29,26 @@ def described(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
             schemas = document["components"]["schemas"]
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
+            schemas |= event_schemas()
             for path in document["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)
-            for asked in (schemas[name] for name in ("ImageAsked",) if name in schemas):
-                _narrow(asked["properties"], service)
+            _, asked = models_json_schema([(VideoAsked, "validation")], ref_template="#/components/schemas/{model}")
+            schemas |= asked["$defs"]
+            for name, video in (("ImageAsked", False), ("VideoAsked", True)):
+                models = [model for model in service.models.values() if model.video == video]
+                _narrow(schemas[name]["properties"], service, models)
+                if video and models:
+                    _narrow_sources(schemas[name], models)
+            schemas["VideoForm"] = _form(schemas["VideoAsked"], schemas["Reference"])
             app.openapi_schema = document
         return app.openapi_schema
 
     return openapi
 
 
-def _narrow(properties: dict[str, Any], service: Service) -> None:
-    models = service.models.values()
+def _narrow(properties: dict[str, Any], service: Service, models: Sequence[Model]) -> None:
+    """To what some of ``models`` take."""
     plans = [plan for model in models for plan in model.worker.plans]
     choices: dict[str, list[Any]] = {
         "model": [model.name for model in models],
@@ -43,9 +57,11 @@ def _narrow(properties: dict[str, Any], service: Service) -> None:
         "num_inference_steps": sorted({plan.sampler.steps for plan in plans}),
         "m": _facts(plans, "m"),
         "k": _facts(plans, "k"),
+        "seconds": [length(model) for model in models if model.video],
     }
     for name, values in choices.items():
-        _of(properties[name])["enum"] = list(dict.fromkeys(values))
+        if name in properties and values:
+            _of(properties[name])["enum"] = list(dict.fromkeys(values))
     limits = service.limits
     for name, bounds in {
         "prompt": {"maxLength": limits.prompt},
@@ -54,6 +70,32 @@ def _narrow(properties: dict[str, Any], service: Service) -> None:
     }.items():
         if name in properties:
             _of(properties[name]).update(bounds)
+
+
+def _narrow_sources(asked: dict[str, Any], models: Sequence[Model]) -> None:
+    """To prompts, or pictures, or one of both, as there are models for."""
+    sources = {_REFERENCE if model.takes_picture else "prompt" for model in models}
+    for name, source in (("prompt", "prompt"), ("negative_prompt", "prompt"), (_REFERENCE, _REFERENCE)):
+        if source not in sources:
+            del asked["properties"][name]
+    asked["anyOf"] = [{"required": [name]} for name in sorted(sources)]
+
+
+def _form(asked: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as a form, which has no null, and a picture as a file or as the field of an object."""
+    fields = {
+        name: {**{key: value for key, value in schema.items() if key not in ("anyOf", "default")}, **_of(schema)}
+        for name, schema in asked["properties"].items()
+    }
+    sources = [*asked.get("anyOf", [])]
+    if _REFERENCE in fields:
+        file = {"type": "string", "contentMediaType": "application/octet-stream"}
+        fields[_REFERENCE] = {**file, "description": f"the file of a picture; {fields[_REFERENCE]['description']}"}
+        inside = {f"{_REFERENCE}[{name}]": schema for name, schema in reference["properties"].items()}
+        fields |= inside
+        sources += [{"required": [name]} for name in inside]
+    form = {"title": "VideoForm", "description": f"{asked['description']} As a form.", "properties": fields}
+    return {**asked, **form, **({"anyOf": sources} if sources else {})}
 
 
 def _facts(plans: Sequence[Plan], name: str) -> list[Any]:

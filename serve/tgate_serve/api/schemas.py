@@ -11,6 +11,8 @@ from tgate_serve.choice import Choice
 from tgate_serve.scheduler import PRIORITIES
 
 Format = Literal["png", "jpeg", "webp"]
+VideoFormat = Literal["mp4", "gif"]
+VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 MOST_PARTIALS = 3
 
 
@@ -76,6 +78,45 @@ class ImageAsked(Asked):
     stream_steps: Annotated[bool | None, Field(description="events of the queue and of each step, of a stream")] = None
 
 
+class Reference(BaseModel):
+    """A picture inside JSON."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    image_url: Annotated[str, Field(description="data:image/...;base64,...; other URLs are not fetched")]
+
+
+class VideoAsked(Asked):
+    """A video of a prompt or of a picture, whichever its model takes."""
+
+    prompt: Annotated[str | None, Field(description="what to draw, of a model that takes a prompt")] = None
+    input_reference: Annotated[
+        Reference | None, Field(description="what to start from, of a model that takes a picture")
+    ] = None
+    seconds: Annotated[str | None, Field(description="the model's own length, the only one that it draws")] = None
+    output_format: Annotated[VideoFormat | None, Field(description="mp4 if left out")] = None
+
+
+class VideosAsked(BaseModel):
+    """Which of the videos are listed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    after: Annotated[str | None, Field(description="the video before the first that is wanted")] = None
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+    order: Annotated[Literal["asc", "desc"], Field(description="the oldest first, or the newest")] = "desc"
+
+
+class ContentAsked(BaseModel):
+    """What of a video is wanted."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    variant: Annotated[Literal["video", "thumbnail"], Field(description="thumbnail: the first frame, as WebP")] = (
+        "video"
+    )
+
+
 class Report(BaseModel):
     """What was done for an answer. ``steps``: how many of each graph an image took. ``company``: images that shared a
     call, over all steps the mean. ``cut``: what was cut off the prompts, as it was written; null if nothing."""
@@ -109,6 +150,54 @@ class ImagesAnswer(BaseModel):
     size: str
     data: list[Picture]
     tgate: Report
+
+
+class VideoError(BaseModel):
+    """Why there will be no video."""
+
+    code: str
+    message: str
+
+
+class VideoAnswer(BaseModel):
+    """A video and how far it is. Times are in seconds of Unix time; ``completed_at`` is when it ended, well or not.
+    ``progress``: in percent. ``queue_position``: how many images wait before it; null once its first step is taken.
+    ``tgate``: null until it is completed."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: VideoStatus
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    output_format: VideoFormat
+    size: str
+    seconds: str
+    seed: int
+    prompt: str | None
+    error: VideoError | None
+    queue_position: int | None
+    tgate: Report | None
+
+
+class VideosAnswer(BaseModel):
+    """Some of the videos; the next ones come after ``last_id``."""
+
+    object: Literal["list"] = "list"
+    data: list[VideoAnswer]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class VideoDeleted(BaseModel):
+    """A video that is forgotten."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
 
 
 class PlanFacts(BaseModel):

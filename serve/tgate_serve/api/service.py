@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Annotated, TypeVar
 from fastapi import Depends, Request
 
 from tgate_serve.api.errors import ApiError
+from tgate_serve.api.jobs import Jobs
 from tgate_serve.api.limits import Limits
 from tgate_serve.handle import Cancelled, Handle
 from tgate_serve.metrics import Metrics
@@ -27,13 +29,22 @@ _THREADS = 2
 class Service:
     """The models of one server, which it does not own, by the names that they are served under."""
 
-    def __init__(self, models: Mapping[str, Model], metrics: Metrics, limits: Limits | None = None) -> None:
-        """Serve ``models``, the first of them to those who name none."""
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        metrics: Metrics,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Serve ``models``, the first of them to those who name none. ``clock``: Unix time in seconds, by which videos
+        expire."""
         self.models = models
         self.metrics = metrics
         self.limits = limits or Limits()
         self.ready = False
         """Whether requests are taken; set once all models are open, and unset when the server is to stop."""
+        self.jobs = Jobs(self.limits.jobs, self.limits.job_s, clock)
+        metrics.jobs = self.jobs.counts
         self._handles: dict[str, Handle] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tgate-serve")
 
@@ -75,7 +86,7 @@ class Service:
             message = (
                 f"a request may be for {limits.pixels} pixels, and {wish.images} of {size} are {pixels}; ask for fewer"
             )
-            raise ApiError(400, message, code="invalid_value", param="n")
+            raise ApiError(400, message, code="invalid_value", param="n" if wish.images > 1 else "size")
 
     async def submit(self, model: Model, wish: Wish) -> Drawing:
         """Have a wish drawn. Raises as :meth:`check` and :meth:`~tgate_serve.model.Model.submit` do."""
@@ -104,7 +115,8 @@ class Service:
         self._handles[identity].cancel()
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Call off the videos that are not through, which nobody can fetch any more, and let the threads end."""
+        self.jobs.close()
         self._threads.shutdown(cancel_futures=True)
 
 

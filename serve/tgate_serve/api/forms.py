@@ -1,0 +1,93 @@
+"""Bodies that are JSON or a form, as OpenAI's clients send those that may have a file."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+
+from tgate_engine.errors import shown
+from tgate_serve.api.errors import ApiError
+
+T = TypeVar("T", bound=BaseModel)
+
+_MOST_FIELDS = 64
+_INSIDE = re.compile(r"(\w+)\[(\w+)\]")
+"""How a form names a field of an object."""
+_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
+
+
+async def asked_in(request: Request, schema: type[T], file: str, most_bytes: int) -> tuple[T, bytes | None]:
+    """What a body asks for, and what is in the file that a form has under the name ``file``, if it has one.
+
+    ``most_bytes``: of a form's field. Raises :class:`RequestValidationError` for what ``schema`` does not take, and
+    :class:`ApiError` for a body that is neither, a field that is given twice, and a form that a page of another site
+    sends.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        if kind == "multipart/form-data":
+            _check_site(request)
+            form = request.form(max_files=1, max_fields=_MOST_FIELDS, max_part_size=most_bytes)
+            async with form as parts:
+                fields, content = await _fields(parts.multi_items(), file)
+            return schema.model_validate_strings(fields), content
+        if kind == "application/json":
+            return schema.model_validate_json(await request.body()), None
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
+    message = "the body must be JSON (Content-Type: application/json) or a form (multipart/form-data)"
+    raise ApiError(400, message, code="invalid_json")
+
+
+def data_in(url: str, name: str) -> bytes:
+    """What is in a picture's data: URL. Raises :class:`ApiError` for another one: what it names may be on a network
+    that this host alone reaches. ``name``: the parameter's."""
+    start = _DATA_URL.match(url)
+    if start is None:
+        message = (
+            f"{name}: URLs are not fetched, got '{shown(url, 60)}'; send the picture itself, as "
+            "data:image/png;base64,... or as a form's file"
+        )
+        raise ApiError(400, message, code="invalid_value", param=name)
+    try:
+        return base64.b64decode(url[start.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        message = f"{name}: what follows ;base64, is not base64"
+        raise ApiError(400, message, code="invalid_value", param=name) from None
+
+
+async def _fields(parts: list[tuple[str, UploadFile | str]], file: str) -> tuple[dict[str, Any], bytes | None]:
+    """Texts by name, those of objects by theirs, and the file's content."""
+    names = [name for name, _ in parts]
+    inside = {name: match for name in names if (match := _INSIDE.fullmatch(name))}
+    objects = {match[1] for match in inside.values()}
+    if twice := [name for name in names if names.count(name) > 1 or name in objects]:
+        message = f"'{shown(twice[0])}' is given more than once; give it once"
+        raise ApiError(400, message, code="invalid_value", param=shown(twice[0], 80))
+    fields: dict[str, Any] = {}
+    content = None
+    for name, part in parts:
+        if isinstance(part, str):
+            if name in inside:
+                fields.setdefault(inside[name][1], {})[inside[name][2]] = part
+            else:
+                fields[name] = part
+        elif name == file:
+            content = await part.read()
+        else:
+            message = f"parameter '{shown(name)}' is a file, and {file} alone may be one; leave it out"
+            raise ApiError(400, message, code="unknown_parameter", param=shown(name, 80))
+    return fields, content
+
+
+def _check_site(request: Request) -> None:
+    """Browsers send a form of any page to any server without asking it first; what they don't do for JSON."""
+    if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        raise ApiError(403, "forms of other sites' pages are not taken; send JSON", code="host")

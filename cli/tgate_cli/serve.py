@@ -8,7 +8,6 @@ import logging
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 
 from tgate_cli.command import Show, asked_engine, needs
 from tgate_engine.bundle import Bundle
@@ -73,21 +72,13 @@ def serve(args: argparse.Namespace, report: Reporter) -> Show:
 
 
 def bundles_asked(asked: list[str]) -> Mapping[str, Bundle]:
-    """The bundles of the command line by the names that they are served under: NAME=DIRECTORY, or a directory, whose
-    own name is taken. Their digests are not checked yet."""
+    """The bundles of the command line by the names that they are served under. Their digests are not checked yet."""
     from tgate_runtime.mini import place_of
+    from tgate_serve.bundles import places_asked
 
-    bundles: dict[str, Bundle] = {}
-    for text in asked:
-        name, _, directory = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
-        bundle = Bundle.open(place_of(directory), check_digests=False)
-        name = name or Path(text).name or Path(text).resolve().name
-        if not name.isprintable() or "/" in name:
-            raise RequestError(f"a model's name is printable and without /, got '{shown(name)}'")
-        if name in bundles:
-            raise RequestError(f"two bundles would be called '{shown(name)}'; give one a name: NAME=DIRECTORY")
-        bundles[name] = bundle
-    return bundles
+    return {
+        name: Bundle.open(place_of(directory), check_digests=False) for name, directory in places_asked(asked).items()
+    }
 
 
 def is_loopback(host: str) -> bool:

@@ -36,6 +36,7 @@ ENGINE_LIBRARIES: dict[str, frozenset[str]] = {
 WEB_LIBRARIES: dict[str, frozenset[str]] = {
     "api": frozenset({"fastapi", "pydantic", "pydantic_core", "starlette"}),
     "metrics": frozenset({"prometheus_client"}),
+    "ray": frozenset({"click", "fastapi", "prometheus_client", "pydantic", "ray", "starlette"}),
     "server": frozenset({"uvicorn"}),
 }
 """The same of parts of ``tgate_serve``."""
@@ -222,6 +223,7 @@ def test_a_module_imports_only_what_its_layer_allows(path: Path) -> None:
         ("tgate_serve.worker", "import onnxruntime"),
         ("tgate_serve.worker", "import fastapi"),
         ("tgate_serve.api.app", "import uvicorn"),
+        ("tgate_serve.api.app", "from ray import serve"),
         ("tgate_cli.main", "from tgate_export import build"),
         ("tgate_cli.main", "import rich"),
     ],

@@ -95,7 +95,7 @@ class Guards:
                 await send(message)
 
         try:
-            self._check(scope["path"], headers := Headers(scope=scope))
+            self._check(_path(scope), headers := Headers(scope=scope))
             body = await self._body(receive, headers)
         except ApiError as error:
             await error.answer()(scope, receive, sent)
@@ -144,6 +144,11 @@ def _again(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": parts.pop()} if parts else await receive()
 
     return received
+
+
+def _path(scope: Scope) -> str:
+    """What is asked for, wherever the application hangs."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
 
 
 def _open(path: str) -> bool:

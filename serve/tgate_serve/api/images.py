@@ -20,7 +20,7 @@ from tgate_serve.api.errors import ApiError, api_error
 from tgate_serve.api.events import Completed, Event, Failed, PartialImage, Queued, StepTaken, event_stream
 from tgate_serve.api.pictures import all_encoded, encoded, report
 from tgate_serve.api.schemas import CancelAnswer, Format, ImageAsked, ImagesAnswer, Picture
-from tgate_serve.api.service import Served, Service, new_identity, unless_gone
+from tgate_serve.api.service import Served, Service, identity_of, unless_gone
 from tgate_serve.handle import Drawn, Step
 from tgate_serve.model import Drawing, Wish
 
@@ -44,7 +44,7 @@ async def generate(asked: ImageAsked, request: Request, response: Response, serv
     ``image_generation.step``.
     """
     _check(asked)
-    identity = new_identity("img")
+    identity = identity_of(request, "img")
     model = service.model(asked.model, video=False)
     wish = Wish(prompt=asked.prompt, images=asked.n or 1, partials=asked.partial_images or 0, **asked.common())
     began_s = time.monotonic()

@@ -104,7 +104,7 @@ class Service:
         try:
             yield
         finally:
-            del self._handles[identity]
+            self._handles.pop(identity, None)
             if not handle.done():
                 handle.cancel()
 
@@ -123,6 +123,11 @@ class Service:
 def new_identity(kind: str) -> str:
     """An id that nobody guesses."""
     return f"{kind}_{secrets.token_hex(12)}"
+
+
+def identity_of(request: Request, kind: str) -> str:
+    """The id that whoever passed the request on gave it, or else a new one. No client can say it: it is no header."""
+    return getattr(request.state, "identity", None) or new_identity(kind)
 
 
 async def unless_gone(request: Request, awaited: Awaitable[T]) -> T:
@@ -146,11 +151,12 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _service(request: Request) -> Service:
+def service_of(request: Request) -> Service:
+    """The service of a request's application."""
     service = request.app.state.service
     assert isinstance(service, Service)
     return service
 
 
-Served = Annotated[Service, Depends(_service)]
+Served = Annotated[Service, Depends(service_of)]
 """A route's parameter: the service of its application."""

@@ -102,7 +102,7 @@ def trace(
     example_batch = batch[0] if batch[0] == batch[1] else max(2, batch[0])
     symbol = torch.export.Dim("batch", min=batch[0], max=batch[1]) if batch[0] != batch[1] else None
     dynamic = tuple(_dynamic(spec, symbol) for spec in inputs) if symbol is not None else None
-    with mode, torch.no_grad(), _quiet(), quick():
+    with mode, torch.no_grad(), _quiet(), quick(symbolic=symbol is not None):
         args = tuple(_example(spec, example_batch) for spec in inputs)
         try:
             program = torch.export.export(module, args, dynamic_shapes=(dynamic,) if dynamic else None, strict=False)

@@ -1,16 +1,19 @@
-"""What PyTorch's exporters do for every graph and nothing here reads, left out: two thirds of the time of tracing.
+"""What PyTorch's exporters do for every graph and nothing here reads, left out: three quarters of the time of tracing.
 
 The parts of PyTorch that are asked for it are its own affair: where a version has them elsewhere, it does all its work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+
+from tgate_export.translatable import rewritten
 
 try:
     from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazily
@@ -29,69 +32,107 @@ try:
     from torch.onnx._internal.fx.passes import type_promotion as promotion
 except ImportError:
     promotion = None
+try:
+    from torch.fx.experimental import proxy_tensor as recorder
+    from torch.fx.experimental import symbolic_shapes as symbols
+except ImportError:
+    recorder = symbols = None
+try:
+    from onnx_ir.schemas import OpSignature as Signature
+except ImportError:
+    Signature = None
+try:
+    from torch._dynamo import config as results
+except ImportError:
+    results = None
 
-_read: dict[str, Any] = {}
+_read: dict[Any, Any] = {}
 
 
 @contextmanager
-def quick() -> Iterator[None]:
-    """While open, graphs are exported without notes of which line made each node, without Python code for graphs that
-    are never run, with PyTorch's table of translations to ONNX as it was read for the first of them, and traced once
-    where PyTorch would trace them again: to take apart operators that have no translation, and to see which numbers
-    have to be cast."""
-    noted = getattr(torch.fx.config, "do_not_emit_stack_traces", False)
+def quick(*, symbolic: bool = False) -> Iterator[None]:
+    """While open, graphs are exported
+
+    - without notes of which line made each node, and of strides that each node's value tells as well;
+    - without Python code for graphs that are never run;
+    - with PyTorch's table of translations to ONNX, and each operator's signature, as they were read for the first graph;
+    - traced once where PyTorch would trace them again: to take apart operators that have no translation, and to see
+      which numbers have to be cast;
+    - without a search for unknown sizes where there are none, or, where a size is a symbol (``symbolic``), with no
+      results kept, which are found again for few operators and cost as much as they save for the others;
+    - without a search for garbage among millions of new objects, of which most stay until the graph is done.
+    """
     with ExitStack() as stack:
+        if hasattr(torch.fx.config, "do_not_emit_stack_traces"):
+            stack.enter_context(_replaced(torch.fx.config, "do_not_emit_stack_traces", True))
         if lazily is not None:
             stack.enter_context(lazily(True))
+        if hasattr(recorder, "_extract_tensor_metadata"):
+            stack.enter_context(_replaced(recorder, "_extract_tensor_metadata", lambda *_values, **_options: None))
+        if hasattr(symbols, "_free_unbacked_symbols_with_path"):
+            stack.enter_context(_nothing_sought())
+        if symbolic and hasattr(results, "fake_tensor_cache_enabled"):
+            stack.enter_context(_replaced(results, "fake_tensor_cache_enabled", False))
         if hasattr(Translations, "from_torchlib"):
-            stack.enter_context(_translations_kept())
+            stack.enter_context(_kept(Translations, "from_torchlib", lambda **options: repr(options)))
+        if hasattr(Signature, "from_op_schema"):
+            stack.enter_context(_kept(Signature, "from_op_schema", _operator))
         if hasattr(passes, "decompose_with_registry"):
             stack.enter_context(_traced_once())
         if hasattr(promotion, "_TypePromotionInterpreter") and hasattr(promotion, "get_type_promotion_rule"):
             stack.enter_context(_results_known())
-        torch.fx.config.do_not_emit_stack_traces = True
-        try:
-            yield
-        finally:
-            torch.fx.config.do_not_emit_stack_traces = noted
+        stack.enter_context(_no_garbage_sought())
+        yield
 
 
 @contextmanager
-def _translations_kept() -> Iterator[None]:
-    own, read = vars(Translations)["from_torchlib"], Translations.from_torchlib
-
-    def kept(_table: Any, /, **options: Any) -> Any:
-        key = repr(options)
-        if key not in _read:
-            _read[key] = read(**options)
-        return _read[key]
-
-    Translations.from_torchlib = classmethod(kept)
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = vars(owner)[name] if name in vars(owner) else getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        Translations.from_torchlib = own
+        setattr(owner, name, own)
 
 
-@contextmanager
-def _traced_once() -> Iterator[None]:
+def _kept(owner: Any, name: str, key: Any) -> Any:
+    """A class method that gives for equal arguments, told by their key, what it gave at first."""
+    own = getattr(owner, name)
+
+    def kept(_class: Any, /, *values: Any, **options: Any) -> Any:
+        place = (owner, name, key(*values, **options))
+        if place not in _read:
+            _read[place] = own(*values, **options)
+        return _read[place]
+
+    return _replaced(owner, name, classmethod(kept))
+
+
+def _operator(schema: Any) -> tuple[str, str, int]:
+    return schema.domain, schema.name, schema.since_version
+
+
+def _nothing_sought() -> Any:
+    own = symbols._free_unbacked_symbols_with_path
+
+    def found(value: Any, path: Any, *values: Any, **options: Any) -> Any:
+        return {} if options.get("pending") == set() else own(value, path, *values, **options)
+
+    return _replaced(symbols, "_free_unbacked_symbols_with_path", found)
+
+
+def _traced_once() -> Any:
     own = passes.decompose_with_registry
 
     def take_apart(program: Any, registry: Any) -> Any:
-        return program if _rewritten(program.graph_module, set(translated(registry))) else own(program, registry)
+        return program if rewritten(program.graph_module, set(translated(registry))) else own(program, registry)
 
-    passes.decompose_with_registry = take_apart
-    try:
-        yield
-    finally:
-        passes.decompose_with_registry = own
+    return _replaced(passes, "decompose_with_registry", take_apart)
 
 
-@contextmanager
-def _results_known() -> Iterator[None]:
+def _results_known() -> Any:
     """Casts are put in by what tracing noted of each result, which the pass that does it would compute again."""
-    interpreter = promotion._TypePromotionInterpreter
-    own = interpreter.run_node
+    own = promotion._TypePromotionInterpreter.run_node
 
     def run_node(self: Any, node: fx.Node) -> Any:
         if node.op != "call_function" or "val" not in node.meta:
@@ -102,94 +143,16 @@ def _results_known() -> Iterator[None]:
                 self._maybe_promote_node(node, rule)
         return node.meta["val"]
 
-    interpreter.run_node = run_node
+    return _replaced(promotion._TypePromotionInterpreter, "run_node", run_node)
+
+
+@contextmanager
+def _no_garbage_sought() -> Iterator[None]:
+    """Left as it was: a caller that seeks none goes on seeking none."""
+    sought = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        interpreter.run_node = own
-
-
-def _rewritten(module: fx.GraphModule, translations: set[Any]) -> bool:
-    """Whether every operator of a traced graph has a translation now, once the few that this project's models use
-    without one, or with one that ONNX would compute with its shape, are rewritten. Otherwise the graph is as it was:
-    also where it changes a tensor in place, or holds graphs of its own."""
-    nodes = [node for node in module.graph.nodes if node.op == "call_function" and node.target is not _ASSERTION]
-    rewrites = {node: _REWRITES[node.target](node) for node in nodes if node.target in _REWRITES}
-    others = (node.target for node in nodes if node not in rewrites)
-    if None in rewrites.values() or not all(_translates(target, translations) for target in others):
-        return False
-    for node, new in rewrites.items():
-        assert new is not None
-        node.target, node.args, node.kwargs = new
-    module.graph.eliminate_dead_code()
-    return True
-
-
-def _translates(target: Any, translations: set[Any]) -> bool:
-    return target in translations and not getattr(getattr(target, "_schema", None), "is_mutable", False)
-
-
-_ASSERTION = torch.ops.aten._assert_tensor_metadata.default
-"""Of no use to a graph of fixed dtypes; the exporter drops it."""
-
-Rewrite = tuple[Any, tuple[Any, ...], dict[str, Any]]
-"""What a node calls in place of its own target: the operator, its arguments, its keyword arguments."""
-
-
-def _cast(node: fx.Node) -> Rewrite | None:
-    return torch.ops.aten._to_copy.default, (node.args[0],), {"dtype": node.meta["val"].dtype}
-
-
-def _view(node: fx.Node) -> Rewrite | None:
-    """A view whose sizes are numbers, but for the batch; what PyTorch left to be inferred is inferred here."""
-    if node.kwargs:  # sizes are read by their place
-        return None
-    asked = node.args[1] if node.target is not torch.ops.aten.flatten.using_ints else ()
-    got = node.meta["val"].shape
-    sizes = [
-        size if isinstance(size, int) else next(iter(asked[place : place + 1]), -1) for place, size in enumerate(got)
-    ]
-    return None if sizes.count(-1) > 1 else (torch.ops.aten.view.default, (node.args[0], sizes), {})
-
-
-def _chunk(node: fx.Node) -> Rewrite | None:
-    if node.kwargs:  # a dimension by its name would be taken for the first
-        return None
-    tensor, _, *axis = node.args
-    dim = axis[0] if axis else 0
-    size = node.meta["val"][0].shape[dim]
-    return (torch.ops.aten.split.Tensor, (tensor, size, dim), {}) if isinstance(size, int) else None
-
-
-def _moved(node: fx.Node) -> Rewrite | None:
-    if node.kwargs:
-        return None
-    tensor, source, target = node.args
-    order = list(range(node.meta["val"].dim()))
-    order.insert(target % len(order), order.pop(source % len(order)))
-    return torch.ops.aten.permute.default, (tensor, order), {}
-
-
-def _subtracted(node: fx.Node) -> Rewrite | None:
-    if node.kwargs or len(node.args) != 2:  # a factor
-        return None
-    return torch.ops.aten.sub.Tensor, (node.args[1], node.args[0]), {}
-
-
-def _detached(node: fx.Node) -> Rewrite | None:
-    """In place, but no number changes."""
-    return torch.ops.aten.detach.default, node.args, {}
-
-
-_REWRITES: dict[Any, Callable[[fx.Node], Rewrite | None]] = {
-    torch.ops.aten.chunk.default: _chunk,
-    torch.ops.aten.detach_.default: _detached,
-    torch.ops.aten.flatten.using_ints: _view,
-    torch.ops.aten.movedim.int: _moved,
-    torch.ops.aten.reshape.default: _view,
-    torch.ops.aten.rsub.Scalar: _subtracted,
-    torch.ops.aten.to.device: _cast,
-    torch.ops.aten.to.dtype: _cast,
-    torch.ops.aten.to.dtype_layout: _cast,
-    torch.ops.aten.view.default: _view,
-}
+        if sought:
+            gc.enable()

@@ -38,9 +38,9 @@ try:
 except ImportError:
     recorder = symbols = None
 try:
-    from onnx_ir.schemas import OpSignature as Signature
+    from onnx_ir import schemas
 except ImportError:
-    Signature = None
+    schemas = None  # type: ignore[assignment]
 try:
     from torch._dynamo import config as results
 except ImportError:
@@ -55,7 +55,7 @@ def quick(*, symbolic: bool = False) -> Iterator[None]:
 
     - without notes of which line made each node, and of strides that each node's value tells as well;
     - without Python code for graphs that are never run;
-    - with PyTorch's table of translations to ONNX, and each operator's signature, as they were read for the first graph;
+    - with PyTorch's table of translations to ONNX, and every operator's signature, as first read;
     - traced once where PyTorch would trace them again: to take apart operators that have no translation, and to see
       which numbers have to be cast;
     - without a search for unknown sizes where there are none, or, where a size is a symbol (``symbolic``), with no
@@ -63,8 +63,7 @@ def quick(*, symbolic: bool = False) -> Iterator[None]:
     - without a search for garbage among millions of new objects, of which most stay until the graph is done.
     """
     with ExitStack() as stack:
-        if hasattr(torch.fx.config, "do_not_emit_stack_traces"):
-            stack.enter_context(_replaced(torch.fx.config, "do_not_emit_stack_traces", True))
+        stack.enter_context(_replaced(torch.fx.config, "do_not_emit_stack_traces", True))
         if lazily is not None:
             stack.enter_context(lazily(True))
         if hasattr(recorder, "_extract_tensor_metadata"):
@@ -75,8 +74,8 @@ def quick(*, symbolic: bool = False) -> Iterator[None]:
             stack.enter_context(_replaced(results, "fake_tensor_cache_enabled", False))
         if hasattr(Translations, "from_torchlib"):
             stack.enter_context(_kept(Translations, "from_torchlib", lambda **options: repr(options)))
-        if hasattr(Signature, "from_op_schema"):
-            stack.enter_context(_kept(Signature, "from_op_schema", _operator))
+        if hasattr(getattr(schemas, "OpSignature", None), "from_op_schema"):
+            stack.enter_context(_kept(schemas.OpSignature, "from_op_schema", _operator))
         if hasattr(passes, "decompose_with_registry"):
             stack.enter_context(_traced_once())
         if hasattr(promotion, "_TypePromotionInterpreter") and hasattr(promotion, "get_type_promotion_rule"):
@@ -87,7 +86,7 @@ def quick(*, symbolic: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own = vars(owner)[name] if name in vars(owner) else getattr(owner, name)
+    own = vars(owner)[name] if name in vars(owner) else getattr(owner, name, False)
     setattr(owner, name, value)
     try:
         yield

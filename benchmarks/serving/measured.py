@@ -39,7 +39,7 @@ from tgate_runtime.runner import advance
 from tgate_runtime.session import Session
 from tgate_runtime.state import State
 from tgate_serve.handle import Handle
-from tgate_serve.worker import Counts, Request, Worker
+from tgate_serve.worker import Request, Worker
 
 PLANS = (
     (0.5, Settings(steps=12, gate=6, self_interval=3)),
@@ -49,6 +49,8 @@ PLANS = (
 """Shares of the requests, and what each asks for."""
 TIMEOUTS = (0.0, 0.5)
 """How long static batching may wait for company, in mean times of one request alone."""
+WARM_UP = 40
+"""Requests before the first that counts: a worker learns what company costs, and calls are bound when first made."""
 SATURATED = "all at once"
 
 
@@ -65,7 +67,7 @@ class Bench:
     """A session, its plans, and what one image of them takes alone."""
 
     def __init__(self, session: Session, rows: int, patience: int) -> None:
-        self.session, self.rows, self.patience = session, rows, patience
+        self.session = session
         self.plans = [program(session, f"plan-{i}", asked) for i, (_, asked) in enumerate(PLANS)]
         self.shares = [share for share, _ in PLANS]
         self.most = max(shape.batch[1] for shape in session.shapes())
@@ -75,6 +77,9 @@ class Bench:
         self.state = State(session, self.plans, self.most)
         self.alone_s = [self._alone(plan) for plan in self.plans]
         self.mean_s = float(np.dot(self.alone_s, self.shares))
+        self._worker = Worker(session, plans=self.plans, rows=rows, queue=10_000, patience=patience)
+        self.worker(self.arrivals(0.9, WARM_UP, 0))
+        self.static(self.arrivals(None, WARM_UP, 0), most=self.most, timeout_s=0.0)
 
     def _alone(self, plan: Plan) -> float:
         times = []
@@ -131,20 +136,32 @@ class Bench:
             left -= len(batch)
         return ends
 
-    def worker(self, arrived: Sequence[Arrival]) -> tuple[list[float], Counts]:
-        """The server's worker, and what it counted."""
+    def worker(self, arrived: Sequence[Arrival]) -> list[float]:
+        """The server's worker: one for all runs, as a server has one for all its life."""
         conditioning = {name: values[np.newaxis] for name, values in self._rows.items()}
         asked: list[tuple[float, Handle]] = []
-        with Worker(
-            self.session, plans=self.plans, rows=self.rows, queue=len(arrived), patience=self.patience
-        ) as worker:
-            begin = time.perf_counter()
-            for each in arrived:
-                time.sleep(max(0.0, each.at_s - (time.perf_counter() - begin)))
-                wish = Request(conditioning=conditioning, seeds=[each.seed], plan=each.plan)
-                asked.append((time.perf_counter() - begin, worker.submit(wish)))
-            drawn = [(at_s, handle.result()) for at_s, handle in asked]
-            return [at_s + each.waited_s + each.drawn_s for at_s, each in drawn], worker.counts
+        begin = time.perf_counter()
+        for each in arrived:
+            time.sleep(max(0.0, each.at_s - (time.perf_counter() - begin)))
+            wish = Request(conditioning=conditioning, seeds=[each.seed], plan=each.plan)
+            asked.append((time.perf_counter() - begin, self._worker.submit(wish)))
+        drawn = [(at_s, handle.result()) for at_s, handle in asked]
+        return [at_s + each.waited_s + each.drawn_s for at_s, each in drawn]
+
+    def counted(self) -> Counter[str]:
+        """Calls of the worker so far, the steps of images in them, and the moves before them."""
+        counts = self._worker.counts
+        calls = Counter(calls=sum(counts.calls.values()), moves=counts.moves, moved_bytes=counts.moved_bytes)
+        calls["steps"] = sum(images * number for (_, _, images), number in counts.calls.items())
+        return calls
+
+    def added(self) -> float:
+        """What the worker has learned that an image adds to a call."""
+        return next(iter(self._worker.added().values()))
+
+    def close(self) -> None:
+        """End the worker."""
+        self._worker.close()
 
 
 def program(session: Session, name: str, asked: Settings) -> Plan:
@@ -172,11 +189,11 @@ def figures(arrived: Sequence[Arrival], ends: Sequence[float]) -> dict[str, floa
 
 
 def compare(bench: Bench, *, loads: Sequence[float | None], count: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """One row for each load; each policy's runs follow one another, seed by seed."""
+    """One row for each load. The policies take turns, seed by seed, and begin with another one each time."""
     rows = []
     for load in loads:
         runs: dict[str, list[dict[str, float]]] = {}
-        counted: Counter[str] = Counter()
+        before = bench.counted()
         for seed in seeds:
             arrived = bench.arrivals(load, count, seed)
             named = {
@@ -186,15 +203,13 @@ def compare(bench: Bench, *, loads: Sequence[float | None], count: int, seeds: S
                     for share in TIMEOUTS
                 },
             }
-            for name, run in named.items():
-                runs.setdefault(name, []).append(figures(arrived, run()))
-            ends, counts = bench.worker(arrived)
-            runs.setdefault("scheduler", []).append(figures(arrived, ends))
-            calls = sum(counts.calls.values())
-            steps = sum(images * number for (_, _, images), number in counts.calls.items())
-            counted += Counter(calls=calls, steps=steps, moves=counts.moves, moved_bytes=counts.moved_bytes)
+            named["scheduler"] = partial(bench.worker, arrived)
+            turn = seed % len(named)
+            for name in [*named][turn:] + [*named][:turn]:
+                runs.setdefault(name, []).append(figures(arrived, named[name]()))
         mean = {name: {key: float(np.mean([each[key] for each in of])) for key in of[0]} for name, of in runs.items()}
         best = min((name for name in mean if name.startswith("static")), key=lambda name: mean[name]["p99_s"])
+        counted = bench.counted() - before
         row: dict[str, Any] = {
             "load": load or SATURATED,
             "one_at_a_time": mean["one_at_a_time"],
@@ -205,6 +220,7 @@ def compare(bench: Bench, *, loads: Sequence[float | None], count: int, seeds: S
                 "images_per_call": counted["steps"] / counted["calls"],
                 "moves_per_step": counted["moves"] / counted["steps"],
                 "moved_bytes_per_step": counted["moved_bytes"] / counted["steps"],
+                "added": bench.added(),
             },
             "runs": runs,
         }
@@ -254,6 +270,7 @@ def main() -> None:
                 "seeds": seeds,
             }
             rows = compare(bench, loads=loads, count=args.count, seeds=seeds)
+            bench.close()
             results.append({"settings": settings, "rows": rows})
             if args.output:
                 write_atomically(args.output, json.dumps(results, indent=1).encode() + b"\n")

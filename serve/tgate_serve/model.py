@@ -197,7 +197,7 @@ class Model:
     def _entrance(self, size: str, images: int) -> Iterator[None]:
         """Those whose prompts are being encoded count as waiting, or any number of them would be."""
         with self._lock:
-            self.worker.check_room(size, self._entering + images)
+            self.worker.check_room(size, images, entering=self._entering)
             self._entering += images
         try:
             yield

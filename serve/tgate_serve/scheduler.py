@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -209,16 +210,15 @@ class Scheduler:
                     f"steps and priority {shown(job.priority)}"
                 )
         self._check_most(len(jobs), {job.size for job in jobs})
-        if (over := self._beyond(jobs) - self.queue) > 0:
+        if (over := self._beyond(Counter(job.size for job in jobs)) - self.queue) > 0:
             raise self._busy(over)
         return tuple(self._take(job) for job in jobs)
 
-    def check_room(self, size: str, images: int) -> None:
-        """Raises as :meth:`submit` does where so many images, some of which may still be on their way here, would find
-        neither a row nor a place in the queue."""
+    def check_room(self, size: str, images: int, *, entering: int = 0) -> None:
+        """Raises as :meth:`submit` does where so many images of one request would find neither a row nor a place in
+        the queue, if ``entering`` of others, which are still on their way here, come first."""
         self._check_most(images, {size})
-        line = self._lines[size]
-        if (over := self._waiting + images - line.free - self.queue) > 0:
+        if (over := self._beyond(Counter({size: entering + images})) - self.queue) > 0:
             raise self._busy(over)
 
     def _check_most(self, images: int, sizes: Iterable[str]) -> None:
@@ -231,12 +231,9 @@ class Scheduler:
             f"the queue has {self.queue} places, and {over} more are wanted; ask again later", round(over * each)
         )
 
-    def _beyond(self, jobs: Iterable[Job]) -> int:
-        """How many images wait once these are there and all free rows are given."""
-        asked = {size: len(line.waiting) for size, line in self._lines.items()}
-        for job in jobs:
-            asked[job.size] += 1
-        return sum(max(0, asked[size] - line.free) for size, line in self._lines.items())
+    def _beyond(self, more: Mapping[str, int]) -> int:
+        """How many images wait once so many more of each size are there and all free rows are given."""
+        return sum(max(0, len(line.waiting) + more.get(size, 0) - line.free) for size, line in self._lines.items())
 
     def _take(self, job: Job) -> int:
         ticket = self._next

@@ -117,6 +117,9 @@ def serve(
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=drain_s,
+        # Whatever else is installed: the other parser of uvicorn's has no limit for headers, and there are no sockets.
+        http="h11",
+        ws="none",
         h11_max_incomplete_event_size=2**16,
     )
     server = _Server(config, service)

@@ -45,6 +45,8 @@ _STEP_S = 0.1
 """How long a step of one image is taken to last before one has been measured."""
 _NEW = 0.05
 """What a new measurement counts in the mean."""
+_FAILED = "the server's worker has failed; its log says why; start it again"
+"""Told to whoever asks. What it failed of may name paths of this host, and is for the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +158,7 @@ class Worker:
         self._left: list[tuple[str, int]] = []  # sizes and tickets of those whose rows may be freed
         self._step_s = _STEP_S
         self._open, self._closing = True, False
-        self._ending = False  # images that are through are taken from here, and their requests not told yet
+        self._told: list[_Order] = []  # whose images are through and taken from here, while they are told
         self._broken: Exception | None = None
         # Guards everything but the places, which are the thread's. No handle is told of anything under it.
         self._changed = threading.Condition()
@@ -178,7 +180,7 @@ class Worker:
         job = Job(size=order.size, graphs=graphs, priority=request.priority, deadline=deadline)
         with self._changed:
             if self._broken is not None:
-                raise Stopped(f"the server's worker has failed ({self._broken}); start it again")
+                raise Stopped(_FAILED)
             if not self._open:
                 raise Stopped("the server takes no more requests; ask another one")
             with self._refusals():
@@ -187,11 +189,11 @@ class Worker:
             self._changed.notify_all()
         return order.handle
 
-    def check_room(self, size: str, images: int) -> None:
-        """Raises as :meth:`submit` does where so many images, those that are on their way here among them, would find
-        the queue full now."""
+    def check_room(self, size: str, images: int, *, entering: int = 0) -> None:
+        """Raises as :meth:`submit` does where so many images of one request would find the queue full now, if
+        ``entering`` of others, which are still on their way here, come first."""
         with self._changed, self._refusals():
-            self._scheduler.check_room(size, images)
+            self._scheduler.check_room(size, images, entering=entering)
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -241,7 +243,7 @@ class Worker:
         """Take no more requests, and wait until all that were taken have ended; False where the time ran out."""
         with self._changed:
             self._open = False
-            return self._changed.wait_for(lambda: not self._orders and not self._ending, timeout_s)
+            return self._changed.wait_for(lambda: not self._orders and not self._told, timeout_s)
 
     def close(self) -> None:
         """End what is not through with :class:`~tgate_serve.handle.Stopped`, and then the thread. Closing twice does
@@ -324,8 +326,11 @@ class Worker:
             with self._changed:
                 self._broken = error
                 ended = self._let_go(list(self._orders))
-            for order in ended:
-                order.handle.fail(Stopped(f"the server's worker has failed ({error}); start it again"))
+            for order in [*ended, *self._told]:
+                order.handle.fail(Stopped(_FAILED))
+            with self._changed:
+                self._told = []
+                self._changed.notify_all()
 
     def _turn(self) -> bool:
         """One call, or a wait for something to do; False where the thread is to end."""
@@ -394,12 +399,12 @@ class Worker:
             self.counts.moved_bytes += place.state.move(old, new)
         self.counts.moves += len(moves)
         try:
-            self._took(place, wanted, advance(place.state, rows))
+            self._took(tick.size, place, wanted, advance(place.state, rows))
         except EngineError as error:
-            self._alone(place, wanted, error)
+            self._alone(tick.size, place, wanted, error)
         self._step_s += _NEW * ((time.monotonic() - begin_s) / len(wanted) - self._step_s)
 
-    def _alone(self, place: Place, tickets: Sequence[int], error: EngineError) -> None:
+    def _alone(self, size: str, place: Place, tickets: Sequence[int], error: EngineError) -> None:
         """A call has failed: each image tries its step alone, so that it ends the request of the one it was for."""
         for ticket in tickets:
             row = place.rows.row(ticket)
@@ -409,7 +414,7 @@ class Worker:
             # What a call reads it may not have written when it failed, or the step can't be tried again.
             if len(tickets) > 1 and not set(step.reads) & set(step.writes):
                 try:
-                    self._took(place, [ticket], advance(place.state, range(row, row + 1)))
+                    self._took(size, place, [ticket], advance(place.state, range(row, row + 1)))
                     continue
                 except EngineError as own:
                     failed = own
@@ -418,17 +423,16 @@ class Worker:
             if order is not None:
                 self._fail(order, failed)
 
-    def _took(self, place: Place, tickets: Sequence[int], done: StepDone) -> None:
+    def _took(self, size: str, place: Place, tickets: Sequence[int], done: StepDone) -> None:
         """The steps of those images are taken: tell their requests, and end those that are through."""
         with self._changed:
             there = [ticket for ticket in tickets if ticket in self._orders]
             orders = {ticket: self._orders[ticket] for ticket in there}
             through = self._scheduler.advance(there)
-            self._ending = bool(through)
+            self._told = [orders[ticket] for ticket in through]
             for ticket in through:
                 del self._orders[ticket]
-            self._left += [(orders[ticket].size, ticket) for ticket in through]
-            size = next((order.size for order in orders.values()), "")
+            self._left += [(size, ticket) for ticket in through]
             self.counts.calls[size, done.step.graph, len(tickets)] += 1
             if learned := self._added.get(size):
                 self._scheduler.added[size] = learned.saw(done.step.graph, len(tickets), done.elapsed_ms)
@@ -442,7 +446,7 @@ class Worker:
             if ticket in through:
                 self._through(order, ticket, place.state.latents(row))
         with self._changed:
-            self._ending = False
+            self._told = []
             self._changed.notify_all()
 
     def _tell(

@@ -12,10 +12,11 @@ from typing import Any
 
 import openai
 import pytest
+from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from tests.serve.running import PATH, Server, running
+from tests.serve.running import PATH, Server, running, until
 from tgate_engine.errors import RequestError
 from tgate_runtime.session import Session
 from tgate_serve.api import guards
@@ -115,6 +116,40 @@ def test_a_body_that_does_not_come(server: Server) -> None:
         answer = client.recv(4096)
     assert answer.startswith(b"HTTP/1.1 408")
     assert time.monotonic() - began_s < 10
+
+
+def test_a_body_that_breaks_off_is_no_request(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has come of it may be a whole request by chance."""
+    asked = []
+    monkeypatch.setattr(server.service, "submit", lambda *_: asked.append(True))
+    host, port = server.url.removeprefix("http://").split(":")
+
+    def broken() -> float:
+        text = server.http.get("/metrics", headers=authorized()).text
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(series))
+
+    series, before = 'tgate_requests_total{route="none",status="400"}', 0.0
+    before = broken()
+    with socket.create_connection((host, int(port))) as client:
+        head = f"POST {PATH} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        client.sendall(
+            (head + f'Authorization: Bearer {KEYS[0]}\r\nContent-Length: 100\r\n\r\n{{"prompt": "a"}}').encode()
+        )
+    assert until(lambda: broken() == before + 1)
+    assert not asked
+
+
+def test_a_body_in_many_parts_costs_no_more_than_in_few(server: Server) -> None:
+    """Each part is looked at once; to add up all of them each time would keep everybody waiting."""
+    parts = 200_000
+    left = iter(range(parts))
+
+    async def received() -> Message:
+        return {"type": "http.request", "body": b"x", "more_body": next(left) < parts - 1}
+
+    guarded = guards.Guards(PlainTextResponse("x"), metrics=server.service.metrics, limits=Limits(body_s=20.0))
+    body = asyncio.run(guarded._body(received, Headers({})))
+    assert body == b"x" * parts
 
 
 def test_who_does_not_read_is_cut(server: Server, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

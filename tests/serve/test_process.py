@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -97,6 +98,20 @@ def test_a_server_ends_what_was_asked_and_then_itself(session: Session) -> None:
     assert "Traceback" not in stderr
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
+
+
+def test_headers_have_a_limit() -> None:
+    """Before a key is asked for, and whichever parsers are installed beside the server."""
+    with serving("mini") as process:
+        host, port = process.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.settimeout(WAIT_S)
+            client.sendall(f"GET /health HTTP/1.1\r\nHost: {host}\r\nX-Long: ".encode())
+            with contextlib.suppress(ConnectionError):  # it may hang up before all of it is there
+                client.sendall(b"x" * 2**20 + b"\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                assert client.recv(100).startswith(b"HTTP/1.1 4")
+        assert httpx.get(f"{process.url}/health").status_code == 200
 
 
 def test_a_second_signal_ends_it_at_once() -> None:

@@ -313,6 +313,25 @@ def test_the_place_in_the_queue() -> None:
 # --- what is refused ----------------------------------------------------------------------------
 
 
+def test_who_is_on_the_way_counts_as_waiting_and_not_as_ones_own() -> None:
+    """Two requests of what there is at most: the second one has come too early, not asked for too much."""
+    scheduler = Scheduler({"s": room(rows=1)}, queue=1)
+    scheduler.check_room("s", 2)
+    with pytest.raises(Busy, match="1 places, and 2 more are wanted"):
+        scheduler.check_room("s", 2, entering=2)
+    with pytest.raises(RequestError, match="may have 2 images here, got 3"):
+        scheduler.check_room("s", 3)
+
+
+def test_those_that_have_a_row_at_the_next_tick_take_no_place_of_other_sizes() -> None:
+    scheduler = Scheduler({"s": room(rows=2), "t": room(rows=1)}, queue=1)
+    scheduler.submit([job(), job()])
+    scheduler.check_room("t", 2)
+    scheduler.submit([job(size="t")] * 2)
+    with pytest.raises(Busy):
+        scheduler.check_room("t", 1)
+
+
 def test_a_full_queue_refuses_and_says_how_long() -> None:
     """All of a request or none of it; what finds a row needs no place."""
     scheduler = Scheduler({"s": room(rows=2)}, queue=3)

@@ -304,12 +304,44 @@ def test_a_fault_of_ours_leaves_nobody_waiting(
 
     monkeypatch.setattr(worker, "_call", fault)
     handle = worker.submit(Wish("short", (1,)).request(session))
-    with pytest.raises(Gone, match="has failed \\(a fault\\)"):
+    with pytest.raises(Gone, match="^the server's worker has failed; its log says why; start it again$"):
         handle.result(WAIT_S)
-    with pytest.raises(Gone, match="has failed"):
+    with pytest.raises(Gone, match="^the server's worker has failed; its log says why; start it again$"):
         worker.submit(Wish("short", (1,)).request(session))
-    assert "ZeroDivisionError" in caplog.text
+    assert "ZeroDivisionError: a fault" in caplog.text
     assert worker.drain(1.0)
+
+
+def test_a_fault_after_the_last_step_leaves_nobody_waiting(session: Session, held: threading.Event) -> None:
+    """The image has left the scheduler then, and its request is not told yet."""
+    calls = []
+
+    def called(*_: object) -> None:
+        calls.append(True)
+        if len(calls) == 4:
+            raise MemoryError
+
+    with Worker(session, plans=list(plans(session).values()), rows=2, on_call=called) as worker:
+        handle = worker.submit(Wish("short", (1,)).request(session))
+        held.set()
+        with pytest.raises(Gone, match="has failed"):
+            handle.result(5.0)
+        assert worker.drain(5.0)
+
+
+def test_a_call_for_nobody_is_still_of_a_size(session: Session, held: threading.Event) -> None:
+    """All of its images were called off while it was made."""
+    sizes: list[str] = []
+    with Worker(
+        session, plans=list(plans(session).values()), rows=2, on_call=lambda size, *_: sizes.append(size)
+    ) as worker:
+        handle = worker.submit(Wish("short", (1,)).request(session))
+        assert until(lambda: worker.load() == (1, 0))
+        threading.Event().wait(0.1)  # for the call to begin
+        handle.cancel()
+        held.set()
+        assert until(lambda: bool(sizes))
+    assert set(sizes) == {"128x128"}
 
 
 @pytest.mark.parametrize(

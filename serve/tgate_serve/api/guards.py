@@ -115,25 +115,28 @@ class Guards:
             raise ApiError(401, "an API key is wanted: Authorization: Bearer KEY", code="invalid_api_key")
 
     async def _body(self, receive: Receive, headers: Headers) -> bytes:
-        """All of a request's body. Raises :class:`ApiError` where it is too large, or comes too slowly."""
+        """All of a request's body. Raises :class:`ApiError` where it is too large, comes too slowly, or breaks off."""
         most = self._limits.body_bytes
         too_large = ApiError(413, f"a body may have {most} bytes; ask for less at a time", code="too_large")
         length = headers.get("content-length", "0")
         if length.isascii() and length.isdigit() and int(length) > most:
             raise too_large
-        parts: list[bytes] = []
+        body = bytearray()
         try:
             async with asyncio.timeout(self._limits.body_s):
-                while (message := await receive())["type"] == "http.request":
-                    parts.append(message.get("body", b""))
-                    if sum(map(len, parts)) > most:
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] != "http.request":  # nobody is there to be answered, or to be drawn for
+                        raise ApiError(400, "the body broke off; send all of it", code="incomplete")
+                    body += message.get("body", b"")
+                    if len(body) > most:
                         raise too_large
-                    if not message.get("more_body"):
-                        break
+                    more = message.get("more_body", False)
         except TimeoutError:
             text = f"the body was not there within {self._limits.body_s:.0f} s; send it faster"
             raise ApiError(408, text, code="timeout") from None
-        return b"".join(parts)
+        return bytes(body)
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

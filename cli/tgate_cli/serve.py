@@ -80,6 +80,8 @@ def bundles_asked(asked: list[str]) -> Mapping[str, Bundle]:
     bundles: dict[str, Bundle] = {}
     for text in asked:
         name, _, directory = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
+        if not directory or text.startswith("="):
+            raise RequestError(f"a bundle is a directory, or NAME=DIRECTORY, got '{shown(text)}'")
         bundle = Bundle.open(place_of(directory), check_digests=False)
         name = name or Path(text).name or Path(text).resolve().name
         if not name.isprintable() or "/" in name:

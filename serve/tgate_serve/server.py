@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,8 @@ from tgate_serve.worker import Worker
 
 log = logging.getLogger("tgate")
 
+_UNTAKEN_MS = 60_000
+"""How long what was sent may stay untaken by the other side before its connection is dropped."""
 _LOOK_S = 0.1
 """How often a server that is to stop looks whether it can."""
 
@@ -83,13 +86,16 @@ def listening(host: str, port: int) -> socket.socket:
     """A socket that listens there; ``port`` 0 is any that is free. Raises :class:`RequestError` if there is none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listener = socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError, UnicodeError) as error:
         number = getattr(error, "errno", None) or 0
         why = os.strerror(number) if number > 0 else error  # names that cannot be resolved have numbers of their own
         raise RequestError(
             f"cannot listen on {shown(host)} port {port} ({why}); say another --host or --port"
         ) from None
+    if sys.platform == "linux":  # of its connections: what is sent, and nobody takes, or is there to take, is dropped
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNTAKEN_MS)
+    return listener
 
 
 def serve(

@@ -304,9 +304,9 @@ def test_a_fault_of_ours_leaves_nobody_waiting(
 
     monkeypatch.setattr(worker, "_call", fault)
     handle = worker.submit(Wish("short", (1,)).request(session))
-    with pytest.raises(Gone, match="^the server's worker has failed; its log says why; start it again$"):
+    with pytest.raises(Gone, match=r"^the server's worker has failed; its log says why; start it again$"):
         handle.result(WAIT_S)
-    with pytest.raises(Gone, match="^the server's worker has failed; its log says why; start it again$"):
+    with pytest.raises(Gone, match=r"^the server's worker has failed; its log says why; start it again$"):
         worker.submit(Wish("short", (1,)).request(session))
     assert "ZeroDivisionError: a fault" in caplog.text
     assert worker.drain(1.0)

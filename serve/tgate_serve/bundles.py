@@ -14,6 +14,8 @@ def places_asked(asked: Sequence[str]) -> dict[str, str]:
     places: dict[str, str] = {}
     for text in asked:
         name, _, directory = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
+        if not directory or text.startswith("="):
+            raise RequestError(f"a bundle is a directory, or NAME=DIRECTORY, got '{shown(text)}'")
         name = name or Path(text).name or Path(text).resolve().name
         if not name.isprintable() or "/" in name:
             raise RequestError(f"a model's name is printable and without /, got '{shown(name)}'")

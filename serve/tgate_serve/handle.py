@@ -74,7 +74,7 @@ class Handle:
     keeps nobody waiting.
     """
 
-    def __init__(self, cancel: Callable[[Handle], None]) -> None:
+    def __init__(self, cancel: Callable[[Handle], bool]) -> None:
         """``cancel``: what :meth:`cancel` calls. Workers make handles."""
         self._cancel = cancel
         self._future: Future[Drawn] = Future()
@@ -84,9 +84,10 @@ class Handle:
         self._future.set_running_or_notify_cancel()
         self._future.add_done_callback(lambda _: self._ring())
 
-    def cancel(self) -> None:
-        """Call the request off: its rows are free for others from the next call on. What is through stays so."""
-        self._cancel(self)
+    def cancel(self) -> bool:
+        """Call the request off: its rows are free for others from the next call on. False where it had ended before:
+        what is through stays so."""
+        return self._cancel(self)
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -99,7 +100,10 @@ class Handle:
 
     async def drawn(self) -> Drawn:
         """The same from asyncio. A task that is cancelled while it waits leaves the request as it is."""
-        return await asyncio.shield(asyncio.wrap_future(self._future))
+        awaited = asyncio.wrap_future(self._future)
+        # A task that has been cancelled asks no more how it ended; asyncio would log that as a fault.
+        awaited.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return await asyncio.shield(awaited)
 
     def latest(self) -> Step | None:
         """The step that was taken last; None before the first."""
@@ -159,11 +163,13 @@ class Handle:
             if not self._future.done():
                 self._future.set_result(drawn)
 
-    def fail(self, error: Exception) -> None:
-        """The request has ended; nothing where it had before."""
+    def fail(self, error: Exception) -> bool:
+        """The request has ended; False, and nothing, where it had before."""
         with self._news:
-            if not self._future.done():
-                self._future.set_exception(error)
+            if self._future.done():
+                return False
+            self._future.set_exception(error)
+            return True
 
     def _ring(self) -> None:
         with self._news:

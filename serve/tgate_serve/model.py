@@ -151,12 +151,14 @@ class Model:
             )
         return plan, shape.size, scales_of(wish.guidance_scale, 1, plan, manifest)[0]
 
-    def submit(self, wish: Wish) -> Drawing:
-        """Encode what a wish is conditioned by, and have it drawn. Blocks for the encoder's time.
+    def submit(self, wish: Wish, came_s: float | None = None) -> Drawing:
+        """Encode what a wish is conditioned by, and have it drawn. Blocks for the encoder's time. ``came_s``: when the
+        wish arrived, by :func:`time.monotonic`; now if left out.
 
         Raises as :meth:`check` and :meth:`~tgate_serve.worker.Worker.submit` do; a full queue is told before anything
         is encoded.
         """
+        came_s = time.monotonic() if came_s is None else came_s
         plan, size, scale = self.check(wish)
         seeds = seeds_of(wish.seed, wish.images)
         with self._entrance(size, wish.images):
@@ -171,6 +173,7 @@ class Model:
                     generator=wish.generator,
                     priority=wish.priority,
                     within_s=wish.within_s,
+                    came_s=came_s,
                     looks=looks(len(plan.steps), wish.partials),
                 )
             )

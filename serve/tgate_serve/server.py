@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,8 @@ from tgate_serve.worker import Worker
 
 log = logging.getLogger("tgate")
 
+_UNTAKEN_MS = 60_000
+"""How long what was sent may stay untaken by the other side before its connection is dropped."""
 _LOOK_S = 0.1
 """How often a server that is to stop looks whether it can."""
 
@@ -93,6 +96,8 @@ def listening(host: str, port: int) -> socket.socket:
     # Connections have it from here, and asyncio sets it on none of them: their socket does not say that it is TCP's.
     # Without it the second part of an answer waits 40 ms for the client to confirm the first.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if sys.platform == "linux":  # of its connections: what is sent, and nobody takes, or is there to take, is dropped
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNTAKEN_MS)
     return listener
 
 

@@ -56,8 +56,8 @@ class Request:
     ``conditioning``: ``<name>.<half>`` to [1, ...], as :func:`tgate_runtime.conditioning.conditioning_of` gives it.
     ``plan``, ``size``, ``guidance_scale`` and ``generator`` as :class:`~tgate_runtime.pipeline.Pipeline` has them.
     ``priority``: one of :data:`tgate_serve.scheduler.PRIORITIES`. ``within_s``: after so many seconds nobody wants it
-    any more. ``looks``: the steps, by index, of which :class:`~tgate_serve.handle.Step` tells where the latents are
-    heading.
+    any more. ``came_s``: when it arrived, by :func:`time.monotonic`, if that was before it was encoded. ``looks``: the
+    steps, by index, of which :class:`~tgate_serve.handle.Step` tells where the latents are heading.
     """
 
     conditioning: Mapping[str, NDArray[Any]]
@@ -68,6 +68,7 @@ class Request:
     generator: str = "numpy"
     priority: int = 0
     within_s: float | None = None
+    came_s: float | None = None
     looks: Iterable[int] = ()
 
 
@@ -293,15 +294,15 @@ class Worker:
             conditioning={name: values[0] for name, values in arrays.items()},
             seeds=seeds,
             looks=frozenset(request.looks),
-            came_s=time.monotonic(),
+            came_s=time.monotonic() if request.came_s is None else request.came_s,
         )
 
-    def _cancel(self, handle: Handle) -> None:
+    def _cancel(self, handle: Handle) -> bool:
         with self._changed:
             there = [ticket for ticket, order in self._orders.items() if order.handle is handle]
             self.counts.cancelled += len(there)
             self._let_go(there)
-        handle.fail(Cancelled("the request was cancelled"))
+        return handle.fail(Cancelled("the request was cancelled"))
 
     def _let_go(self, tickets: Iterable[int]) -> list[_Order]:
         """Take images out of everything but their rows, which the thread frees before its next call; their requests.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 from starlette.datastructures import Headers
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from tests.serve.running import PATH, Server, running, until
@@ -22,6 +23,7 @@ from tgate_runtime.session import Session
 from tgate_serve.api import guards
 from tgate_serve.api.guards import LOOPBACK, Keys
 from tgate_serve.api.limits import Limits
+from tgate_serve.server import listening
 
 KEYS = ("first-key-of-many-letters", "second-key-of-many-letters")
 
@@ -141,13 +143,14 @@ def test_a_body_that_breaks_off_is_no_request(server: Server, monkeypatch: pytes
 
 def test_a_body_in_many_parts_costs_no_more_than_in_few(server: Server) -> None:
     """Each part is looked at once; to add up all of them each time would keep everybody waiting."""
-    parts = 200_000
+    parts = 50_000
     left = iter(range(parts))
 
     async def received() -> Message:
+        await asyncio.sleep(0)  # so that the time may run out
         return {"type": "http.request", "body": b"x", "more_body": next(left) < parts - 1}
 
-    guarded = guards.Guards(PlainTextResponse("x"), metrics=server.service.metrics, limits=Limits(body_s=20.0))
+    guarded = guards.Guards(PlainTextResponse("x"), metrics=server.service.metrics, limits=Limits(body_s=5.0))
     body = asyncio.run(guarded._body(received, Headers({})))
     assert body == b"x" * parts
 
@@ -174,6 +177,47 @@ def test_who_does_not_read_is_cut(server: Server, monkeypatch: pytest.MonkeyPatc
         asyncio.run(guarded(scope, received, unread))
     assert ended
     assert "left it unread" in caplog.text
+
+
+def test_a_large_answer_is_sent_in_parts(server: Server) -> None:
+    """What is handed over at once is kept for as long as a client likes, and none of it has a time."""
+    body = bytes(range(256)) * 5000
+    sent: list[Message] = []
+
+    async def received() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/", "headers": [], "method": "GET"}
+    guarded = guards.Guards(Response(body), metrics=server.service.metrics, limits=Limits())
+    asyncio.run(guarded(scope, received, send))
+    parts = sent[1:]
+    assert b"".join(part["body"] for part in parts) == body
+    assert max(len(part["body"]) for part in parts) <= 2**18
+    assert [part.get("more_body", False) for part in parts] == [True] * (len(parts) - 1) + [False]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such option")
+def test_a_connection_whose_other_side_takes_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what was sent already, by the system: a client that has vanished says nothing."""
+    monkeypatch.setattr("tgate_serve.server._UNTAKEN_MS", 500)
+    with listening("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            connection.setblocking(False)
+
+            def dropped() -> bool:
+                try:
+                    connection.send(b"x" * 2**16)
+                except BlockingIOError:
+                    return False
+                except (TimeoutError, BrokenPipeError):  # the first time, and from then on
+                    return True
+                return False
+
+            assert until(dropped)
 
 
 def test_what_is_no_route_is_no_metric(server: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from typing import Any
 
@@ -25,7 +26,7 @@ def drawn() -> Drawn:
 
 
 def handle() -> Handle:
-    return Handle(lambda _: None)
+    return Handle(lambda _: True)
 
 
 def test_every_reader_gets_every_step() -> None:
@@ -61,8 +62,13 @@ def test_there_is_one_end() -> None:
 
 def test_a_cancel_is_the_workers_to_follow() -> None:
     called: list[Handle] = []
-    asked = Handle(called.append)
-    asked.cancel()
+
+    def cancel(one: Handle) -> bool:
+        called.append(one)
+        return False
+
+    asked = Handle(cancel)
+    assert not asked.cancel()
     assert called == [asked]
     assert not asked.done()
 
@@ -94,6 +100,25 @@ def test_tasks_wait_beside_threads() -> None:
     assert done == [0, 1, 2]
     assert result.seeds == (1,)
     assert not asked._bells
+
+
+def test_who_gave_up_is_no_fault() -> None:
+    """Of a request that then ends early: nobody is left who could ask why, and asyncio must not call that a fault."""
+    asked = handle()
+    faults: list[dict[str, Any]] = []
+
+    async def read() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
+        quitter = asyncio.create_task(asked.drawn())
+        await asyncio.sleep(0.01)
+        quitter.cancel()
+        await asyncio.sleep(0.01)
+        asked.fail(Gone("called off"))
+        await asyncio.sleep(0.01)
+
+    asyncio.run(read())
+    gc.collect()
+    assert not faults
 
 
 def test_a_loop_that_is_closed_hears_nothing_more() -> None:

@@ -9,6 +9,7 @@ import logging
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,9 +20,12 @@ import pytest
 
 from tests.serve.running import PATH, Server, alone, picture, pixels, running, until
 from tgate_engine.errors import EngineError
+from tgate_runtime.encoder import Encoder
 from tgate_runtime.session import Session
 from tgate_runtime.stamps import read_stamp
 from tgate_runtime.state import State
+from tgate_serve.handle import Drawn
+from tgate_serve.worker import Worker
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +317,66 @@ def test_a_request_is_cancelled_by_its_id(server: Server, held: threading.Event)
     assert until(lambda: idle(server))
     again = server.http.delete(f"{PATH}/{identity}")
     assert (again.status_code, again.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_what_is_through_is_not_cancelled(server: Server, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is decoded it can be called off no more, and its picture comes."""
+    decoding, go = threading.Event(), threading.Event()
+    real = Worker.pictures
+
+    def pictures(self: Worker, drawn: Drawn) -> Any:
+        decoding.set()
+        assert go.wait(60)
+        return real(self, drawn)
+
+    monkeypatch.setattr(Worker, "pictures", pictures)
+    events = server.events(stream_steps=True)
+    identity = next(event["id"] for event in events)
+    with ThreadPoolExecutor(1) as pool:
+        rest = pool.submit(list, events)
+        assert decoding.wait(60)
+        answer = server.http.delete(f"{PATH}/{identity}")
+        go.set()
+        assert rest.result()[-1]["type"] == "image_generation.completed"
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_slow_decoders_keep_nobody_from_being_drawn(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests wait to be decoded."""
+    go = threading.Event()
+    real = Worker.pictures
+
+    def pictures(self: Worker, drawn: Drawn) -> Any:
+        assert go.wait(60)
+        return real(self, drawn)
+
+    monkeypatch.setattr(Worker, "pictures", pictures)
+    with running(session, rows=2) as server, ThreadPoolExecutor(5) as pool:
+        asked = [pool.submit(server.draw) for _ in range(5)]
+        try:
+            end_s = time.monotonic() + 20
+            while server.worker.counts.images < 5 and time.monotonic() < end_s:
+                time.sleep(0.01)
+            assert server.worker.counts.images == 5
+        finally:
+            go.set()
+        assert [each.result().status_code for each in asked] == [200] * 5
+
+
+def test_the_time_that_encoding_takes_counts(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For ``within_s``, and for what an answer says of waiting."""
+    real = Encoder.of_texts
+
+    def slow(self: Encoder, *asked: Any) -> Any:
+        time.sleep(0.5)
+        return real(self, *asked)
+
+    monkeypatch.setattr(Encoder, "of_texts", slow)
+    before = server.worker.counts.images
+    status, error = server.refused(within_s=0.4)
+    assert (status, error["code"]) == (410, "too_late")
+    assert server.worker.counts.images == before
+    assert server.draw().json()["tgate"]["queue_s"] >= 0.5
 
 
 def test_who_comes_too_late_is_told(server: Server, held: threading.Event) -> None:

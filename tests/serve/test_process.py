@@ -148,6 +148,8 @@ def test_what_nobody_may_reach_needs_a_key_or_a_word(tmp_path: Path) -> None:
     [
         (["nothing-here"], 1, "nothing-here"),
         (["mini", "mini"], 1, "two bundles would be called 'mini'; give one a name: NAME=DIRECTORY"),
+        (["=mini"], 1, "a bundle is a directory, or NAME=DIRECTORY, got '=mini'"),
+        (["star="], 1, "a bundle is a directory, or NAME=DIRECTORY, got 'star='"),
         (["a/b=mini"], 1, "a model's name is printable and without /, got 'a/b'"),
         (["mini", "--plan", "fast"], 1, "fast"),
         (["mini", "--size", "512x512"], 1, "512x512"),

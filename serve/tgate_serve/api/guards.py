@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ _LEAST_KEY = 16
 _MOST_BYTES = 2**20
 _READ_S = 60.0
 """How long a client may leave a part of an answer unread."""
+_PART_BYTES = 2**18
+"""The parts that answers are sent in: what is sent whole is kept for as long as its client leaves it unread."""
 
 
 class Keys:
@@ -91,8 +93,9 @@ class Guards:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            async with asyncio.timeout(_READ_S):
-                await send(message)
+            for part in _parts(message):
+                async with asyncio.timeout(_READ_S):
+                    await send(part)
 
         try:
             self._check(_path(scope), headers := Headers(scope=scope))
@@ -137,6 +140,15 @@ class Guards:
             text = f"the body was not there within {self._limits.body_s:.0f} s; send it faster"
             raise ApiError(408, text, code="timeout") from None
         return bytes(body)
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """The same message, or those that say it in parts."""
+    body = message.get("body", b"")
+    while len(body) > _PART_BYTES:
+        yield {**message, "body": bytes(body[:_PART_BYTES]), "more_body": True}
+        body = memoryview(body)[_PART_BYTES:]
+    yield {**message, "body": bytes(body)} if "body" in message else message
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

@@ -58,7 +58,7 @@ async def generate(asked: ImageAsked, request: Request, response: Response, serv
         return _Stream(service, drawing, identity, told)
     with service.under_way(drawing.handle, identity):
         drawn = await unless_gone(request, drawing.handle.drawn())
-        texts, decode_s = await service.in_thread(lambda: all_encoded(drawing, drawn, form, quality))
+        texts, decode_s = await service.decoding(lambda: all_encoded(drawing, drawn, form, quality))
     _observe(service, drawing, drawn, decode_s, began_s)
     return ImagesAnswer(
         id=identity,
@@ -145,12 +145,12 @@ async def _told(
         if steps:
             yield _step(step, identity)
         if step.towards is not None:
-            text = await service.in_thread(partial(_look, drawing, step, form, quality))
+            text = await service.decoding(partial(_look, drawing, step, form, quality))
             index = partials[step.image]
             yield PartialImage(**common, b64_json=text, partial_image_index=index, image_index=step.image)
             partials[step.image] += 1
     drawn = await drawing.handle.drawn()
-    texts, decode_s = await service.in_thread(lambda: all_encoded(drawing, drawn, form, quality))
+    texts, decode_s = await service.decoding(lambda: all_encoded(drawing, drawn, form, quality))
     _observe(service, drawing, drawn, decode_s, began_s)
     told = report(drawing, drawn, taken, decode_s)
     for image, (text, seed) in enumerate(zip(texts, drawn.seeds, strict=True)):

@@ -23,7 +23,8 @@ from tgate_serve.model import Drawing, Model, Wish
 T = TypeVar("T")
 
 _THREADS = 2
-"""Of encoders and decoders, beside the workers' own."""
+"""Of encoders, and as many of decoders, beside the workers' own: behind slow decoders no worker is left without work,
+and nobody is kept from hearing that the queue is full."""
 
 
 class Service:
@@ -46,7 +47,8 @@ class Service:
         self.jobs = Jobs(self.limits.jobs, self.limits.job_s, clock)
         metrics.jobs = self.jobs.counts
         self._handles: dict[str, Handle] = {}
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tgate-serve")
+        self._encoders = ThreadPoolExecutor(_THREADS, thread_name_prefix="tgate-encode")
+        self._decoders = ThreadPoolExecutor(_THREADS, thread_name_prefix="tgate-decode")
 
     def model(self, name: str | None, *, video: bool) -> Model:
         """The model of a name, or the first that makes such pictures. Raises :class:`ApiError`."""
@@ -90,12 +92,17 @@ class Service:
 
     async def submit(self, model: Model, wish: Wish) -> Drawing:
         """Have a wish drawn. Raises as :meth:`check` and :meth:`~tgate_serve.model.Model.submit` do."""
+        came_s = time.monotonic()
         self.check(model, wish)
-        return await self.in_thread(lambda: model.submit(wish))
+        return await self.encoding(lambda: model.submit(wish, came_s))
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns, in one of few threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def encoding(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns, which encodes, in one of few threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, work)
+
+    async def decoding(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns, which decodes, in one of few threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
 
     @contextmanager
     def under_way(self, handle: Handle, identity: str) -> Iterator[None]:
@@ -109,15 +116,15 @@ class Service:
                 handle.cancel()
 
     def cancel(self, identity: str) -> None:
-        """Call a request off. Raises :class:`ApiError` where it is not under way."""
-        if identity not in self._handles:
+        """Call a request off. Raises :class:`ApiError` where it is not under way, or is through already."""
+        if identity not in self._handles or not self._handles[identity].cancel():
             raise ApiError(404, "no request of that id is under way", code="not_found")
-        self._handles[identity].cancel()
 
     def close(self) -> None:
         """Call off the videos that are not through, which nobody can fetch any more, and let the threads end."""
         self.jobs.close()
-        self._threads.shutdown(cancel_futures=True)
+        for threads in (self._encoders, self._decoders):
+            threads.shutdown(cancel_futures=True)
 
 
 def new_identity(kind: str) -> str:

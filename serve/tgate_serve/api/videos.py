@@ -67,7 +67,7 @@ async def create(request: Request, service: Served) -> Any:
     form = asked.output_format or "mp4"
     _check(asked, model, form, given=reference is not None)
     with service.jobs.entrance():
-        drawing, record = await service.in_thread(partial(_submit, service, model, asked, reference))
+        drawing, record = await service.encoding(partial(_submit, service, model, asked, reference, began_s))
         job = Job(
             identity=new_identity("video"),
             drawing=drawing,
@@ -184,7 +184,9 @@ def _check(asked: VideoAsked, model: Model, form: VideoFormat, *, given: bool) -
         raise ApiError(400, f"output_format: {error}", code="invalid_value", param="output_format") from None
 
 
-def _submit(service: Service, model: Model, asked: VideoAsked, reference: bytes | None) -> tuple[Drawing, Record]:
+def _submit(
+    service: Service, model: Model, asked: VideoAsked, reference: bytes | None, came_s: float
+) -> tuple[Drawing, Record]:
     """A drawing without its picture, which would be held for as long as it waits, and what it is drawn from."""
     picture = None
     if reference is not None:
@@ -194,7 +196,7 @@ def _submit(service: Service, model: Model, asked: VideoAsked, reference: bytes 
             raise ApiError(400, str(error), code="invalid_value", param="input_reference") from None
     wish = Wish(prompt=asked.prompt, picture=picture, **asked.common())
     service.check(model, wish)
-    drawing = model.submit(wish)
+    drawing = model.submit(wish, came_s)
     return replace(drawing, wish=replace(wish, picture=None)), drawing.record(0)
 
 
@@ -207,7 +209,7 @@ async def _made(service: Service, drawing: Drawing, record: Record, form: VideoF
         whole = video_bytes(frames, f".{form}", fps=drawing.model.session.manifest.fps, record=record)
         return whole, picture_bytes(frames[0], ".webp"), time.monotonic() - begin_s
 
-    whole, thumbnail, decode_s = await service.in_thread(files)
+    whole, thumbnail, decode_s = await service.decoding(files)
     request_s = time.monotonic() - began_s
     service.metrics.drawn(drawing.model.name, queue_s=drawn.waited_s, decode_s=decode_s, request_s=request_s)
     told = report(drawing, drawn, list(drawing.handle.steps()), decode_s)

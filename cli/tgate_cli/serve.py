@@ -58,7 +58,7 @@ def serve(args: argparse.Namespace, report: Reporter) -> Show:
     def show() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logging.getLogger("tgate").addHandler(handler)
+        logging.getLogger().addHandler(handler)  # what libraries warn of has a time too
         logging.getLogger("tgate").setLevel(logging.WARNING if args.quiet else logging.INFO)
         with rest:
             host, port = listener.getsockname()[:2]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 import uvicorn
 
@@ -33,6 +34,8 @@ _UNTAKEN_MS = 60_000
 """How long what was sent may stay untaken by the other side before its connection is dropped."""
 _LOOK_S = 0.1
 """How often a server that is to stop looks whether it can."""
+_LAST_S = 2.0
+"""How long requests that it has ended have to be told so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +112,9 @@ def serve(
     hosts: Collection[str] | None = None,
     drain_s: int = 60,
 ) -> None:
-    """Answer until SIGTERM or SIGINT; then let requests that are under way end, for ``drain_s`` seconds at most. A
-    second signal ends at once. To be called in the main thread, and once for a service.
+    """Answer until SIGTERM or SIGINT; then let requests that are under way end, for ``drain_s`` seconds at most. After
+    that, or a second signal, those that are left are told that the server stops. To be called in the main thread, and
+    once for a service: it closes the workers then.
 
     While videos are under way then, no more requests are drawn, and the server answers on until each of those videos
     has ended and its content is fetched, or ``drain_s`` are over. Whatever else it keeps of videos goes with it.
@@ -121,13 +125,12 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=drain_s,
         # Whatever else is installed: the other parser of uvicorn's has no limit for headers, and there are no sockets.
         http="h11",
         ws="none",
         h11_max_incomplete_event_size=2**16,
     )
-    server = _Server(config, service)
+    server = _Server(config, service, drain_s)
     # Its own handlers are in place while it runs. Once it has ended it sends itself what came once more, for whoever
     # had handlers before: that is what the command ends by already.
     before = {number: signal.signal(number, _nothing) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -139,19 +142,38 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """A server that waits for videos: there is no connection that does, and whose end it would wait for."""
+    """A server that waits for videos: there is no connection that does, and whose end it would wait for. Whom it waits
+    for no longer it tells so, where uvicorn would break off."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, drain_s: int) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._drain_s = service, drain_s
+        self._at_once = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self._at_once  # from the third signal on, nobody is told anything
+        self._at_once = self.should_exit
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        begin_s, most_s = time.monotonic(), self.config.timeout_graceful_shutdown or 0
+        end_s = time.monotonic() + self._drain_s
         under_way = [job for job in self._service.jobs if job.ended_s is None]
-        if under_way and not self.force_exit:
-            await self._fetched(under_way, begin_s + most_s)
-            self.config.timeout_graceful_shutdown = max(1, round(begin_s + most_s - time.monotonic()))
+        if under_way and not self._at_once and not self.force_exit:
+            await self._fetched(under_way, end_s)
+        ending = asyncio.create_task(self._ended(end_s))
         await super().shutdown(sockets)
+        ending.cancel()
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
+    async def _ended(self, end_s: float) -> None:
+        """Wait for as long as there is time; then end what is under way, and wait for nobody."""
+        while not self._at_once and time.monotonic() < end_s:
+            await asyncio.sleep(_LOOK_S)
+        workers = [model.worker for model in self._service.models.values()]
+        await asyncio.gather(*(asyncio.to_thread(worker.close) for worker in workers))
+        await asyncio.sleep(_LAST_S)
+        self.force_exit = True
 
     async def _fetched(self, under_way: Collection[Job], end_s: float) -> None:
         """Take no more, and wait until nobody can want any of those, for as long as there is time."""
@@ -159,7 +181,7 @@ class _Server(uvicorn.Server):
         for model in self._service.models.values():
             model.worker.drain(0)  # what it has taken ends by itself
         while any(job.wanted for job in self._service.jobs if job in under_way):
-            if self.force_exit or time.monotonic() >= end_s:
+            if self._at_once or time.monotonic() >= end_s:
                 break
             await asyncio.sleep(_LOOK_S)
 

@@ -104,10 +104,10 @@ def test_tasks_wait_beside_threads() -> None:
 
 def test_who_gave_up_is_no_fault() -> None:
     """Of a request that then ends early: nobody is left who could ask why, and asyncio must not call that a fault."""
-    asked = handle()
     faults: list[dict[str, Any]] = []
 
     async def read() -> None:
+        asked = handle()
         asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
         quitter = asyncio.create_task(asked.drawn())
         await asyncio.sleep(0.01)
@@ -115,9 +115,10 @@ def test_who_gave_up_is_no_fault() -> None:
         await asyncio.sleep(0.01)
         asked.fail(Gone("called off"))
         await asyncio.sleep(0.01)
+        del asked, quitter
+        gc.collect()
 
     asyncio.run(read())
-    gc.collect()
     assert not faults
 
 

@@ -352,7 +352,9 @@ def test_slow_decoders_keep_nobody_from_being_drawn(session: Session, monkeypatc
 
     monkeypatch.setattr(Worker, "pictures", pictures)
     with running(session, rows=2) as server, ThreadPoolExecutor(5) as pool:
-        asked = [pool.submit(server.draw) for _ in range(5)]
+        asked = [pool.submit(server.draw) for _ in range(4)]
+        assert until(lambda: server.worker.counts.images == 4)
+        asked.append(pool.submit(server.draw))
         try:
             end_s = time.monotonic() + 20
             while server.worker.counts.images < 5 and time.monotonic() < end_s:

@@ -100,6 +100,27 @@ def test_a_server_ends_what_was_asked_and_then_itself(session: Session) -> None:
         httpx.get(f"{url}/health")
 
 
+@pytest.mark.parametrize(
+    ("drain_s", "signals"), [("0", [signal.SIGTERM]), ("60", [signal.SIGTERM, signal.SIGTERM])], ids=["late", "twice"]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_is_not_waited_for_is_told(drain_s: str, signals: list[signal.Signals], stream: bool) -> None:
+    with serving("mini", "--drain-seconds", drain_s) as process, ThreadPoolExecutor(2) as pool:
+        body = {"prompt": "a", "n": 10, "plan": "ungated", "stream": stream}
+        asked = [pool.submit(httpx.post, f"{process.url}{PATH}", json=body, timeout=WAIT_S) for _ in range(2)]
+        assert until(lambda: httpx.get(f"{process.url}/health").json()["models"]["mini"]["running"] == 16)
+        for number in signals[:-1]:
+            process.popen.send_signal(number)
+            threading.Event().wait(0.3)
+            assert process.popen.poll() is None
+        status, stderr = process.end(signals[-1])
+        for answer in (each.result() for each in asked):
+            assert answer.status_code == (200 if stream else 503)
+            assert answer.text.count('"the server has stopped; ask again"') == 1
+    assert status == 0
+    assert "Traceback" not in stderr
+
+
 def test_headers_have_a_limit() -> None:
     """Before a key is asked for, and whichever parsers are installed beside the server."""
     with serving("mini") as process:

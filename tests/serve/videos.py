@@ -99,8 +99,8 @@ class Running:
 
     def __init__(self, models: Mapping[str, Model], limits: Limits, clock: Callable[[], float]) -> None:
         self.service = Service(models, Metrics(models), limits, clock)
-        config = uvicorn.Config(create_app(self.service), log_config=None, timeout_graceful_shutdown=DRAIN_S)
-        self.server = server._Server(config, self.service)
+        config = uvicorn.Config(create_app(self.service), log_config=None)
+        self.server = server._Server(config, self.service, DRAIN_S)
         self.listener = server.listening("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.thread = threading.Thread(target=lambda: self.server.run(sockets=[self.listener]))
@@ -128,7 +128,6 @@ class Running:
         self.server.should_exit = self.server.force_exit = True
         self.client.close()
         self.thread.join()
-        self.service.close()  # which a server that is made to end at once leaves out
 
 
 def told(response: httpx.Response, status: int) -> dict[str, Any]:

@@ -38,8 +38,9 @@ $(DOCS_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(or $(wildcard $(STAMP)),$(DEMO_STAMP))  ## draw with the bundle that ships, export its model, draw gated and ungated, time it
 	PATH="$(abspath $(BIN)):$$PATH" scripts/demo.sh
 
+# In the order of their folders: by the number of their tests, minutes of fuzzing in a file of four come last, one by one.
 test: setup lint  ## what CI runs
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 slow: setup  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

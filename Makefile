@@ -15,7 +15,7 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow fuzz cpp lint format docs clean
+.PHONY: help setup demo test slow ray fuzz cpp lint format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
@@ -44,6 +44,10 @@ test: setup lint  ## what CI runs
 
 slow: setup  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+ray: setup  ## the tests under Ray, which is 300 MB more
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	$(BIN)/python -m pytest tests/serve/test_ray.py tests/serve/test_ray_parts.py
 
 # What it finds stays in tests/fuzz/corpus, for the tests; led by coverage where atheris is: pip install '.[fuzz]'
 TIME ?= 600

@@ -9,14 +9,15 @@ from tgate_serve.added import GUESS, LEAST, TRIES, Added
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9, 1.0, 1.6])
-def test_what_is_learned_is_what_the_calls_take(share: float) -> None:
-    """Two graphs, one twice as long; times that vary by a tenth, and one in eight that had to wait."""
+@pytest.mark.parametrize("busy", [1 / 8, 1 / 2])
+def test_what_is_learned_is_what_the_calls_take(share: float, busy: float) -> None:
+    """Two graphs, one twice as long; times that vary by a tenth, and some that had to wait."""
     rng = np.random.default_rng(1)
     added, learned = Added(), 0.0
     for _ in range(400):
         graph, images = str(rng.choice(["long", "short"])), int(rng.integers(1, 5))
         ms = (20.0 if graph == "long" else 10.0) * (1 + share * (images - 1)) * rng.uniform(0.95, 1.05)
-        learned = added.saw(graph, images, ms * (9 if rng.random() < 1 / 8 else 1))
+        learned = added.saw(graph, images, ms * (9 if rng.random() < busy else 1))
     assert learned == pytest.approx(share, abs=0.06)
 
 

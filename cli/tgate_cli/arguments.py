@@ -187,7 +187,7 @@ def tgate_parser() -> Parser:
     )
     p.add_argument("--rows", type=_count, metavar="N", help="images of each size in flight; four calls' if left out")
     p.add_argument("--queue", type=_count, default=64, metavar="N", help="images that may wait; 64 if left out")
-    patience = "calls that may pass over the oldest image while others wait; 8 if left out"
+    patience = "calls that may pass over the oldest image, for each of its steps; 8 if left out"
     p.add_argument("--patience", type=_count_or_none, default=8, metavar="N", help=patience)
     p.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="all that is planned must fit, such as 8GiB")
     p.add_argument("--most-images", type=_count, default=10, metavar="N", help="of a request; 10 if left out")

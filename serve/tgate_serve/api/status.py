@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from typing import Any, Literal
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
@@ -50,9 +51,11 @@ async def metrics(service: Served) -> Any:
 def _health(service: Service) -> HealthAnswer:
     loads = {name: model.worker.load() for name, model in service.models.items()}
     failed = any(model.worker.failed for model in service.models.values())
-    status = "failed" if failed else "ok" if service.ready else "stopping" if service.models else "starting"
+    status: Literal["ok", "starting", "stopping", "failed"] = "ok"
+    if failed or not service.ready:
+        status = "failed" if failed else "stopping" if service.models else "starting"
     return HealthAnswer(
-        status=status,  # type: ignore[arg-type]
+        status=status,
         models={name: {"running": running, "waiting": waiting} for name, (running, waiting) in loads.items()},
     )
 
@@ -78,15 +81,12 @@ def _answer(model: Model) -> ModelAnswer:
 
 
 def _plan(plan: Plan) -> PlanFacts:
-    counts: dict[str, int] = {}
-    for step in plan.steps:
-        counts[step.graph] = counts.get(step.graph, 0) + 1
     return PlanFacts(
         name=plan.name,
         sampler=plan.sampler.name,
         num_inference_steps=plan.sampler.steps,
         guidance_scale=plan.guidance_scale,
         settings=dict(plan.settings),
-        steps=counts,
+        steps=dict(Counter(step.graph for step in plan.steps)),
         baselines=list(plan.baselines),
     )

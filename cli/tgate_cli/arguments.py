@@ -185,7 +185,7 @@ def tgate_parser() -> Parser:
     p.add_argument(
         "--size", action="append", type=_size_name, metavar="WIDTHxHEIGHT", help="this size alone; repeatable"
     )
-    p.add_argument("--rows", type=_count, metavar="N", help="images of each size in flight; four calls' if left out")
+    p.add_argument("--rows", type=_count, metavar="N", help="images of each size in flight; two calls' if left out")
     p.add_argument("--queue", type=_count, default=64, metavar="N", help="images that may wait; 64 if left out")
     patience = "calls that may pass over the oldest image, for each of its steps; 8 if left out"
     p.add_argument("--patience", type=_count_or_none, default=8, metavar="N", help=patience)

@@ -60,7 +60,7 @@ cpp: cpp-release  ## libtgate and tgate-run, in build/cpp/release
 cpp-%:
 	scripts/cpp_setup.sh $(if $(filter fuzz,$*),--fuzz) build/cpp/include
 	cmake -S runtime/cpp --preset $* -D ONNXRUNTIME_INCLUDE_DIR=$(abspath build/cpp/include)
-	cmake --build build/cpp/$*
+	cd runtime/cpp && cmake --build --preset $*
 
 lint: setup  ## style, format and types; changes nothing
 	$(BIN)/ruff check .

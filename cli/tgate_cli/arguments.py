@@ -284,6 +284,9 @@ class _ListModels(argparse.Action):
 def _method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm-up", type=_steps_or_none, metavar="W", help="steps that reuse nothing")
     parser.add_argument("--fidelity-interval", type=_steps, metavar="F", help="k after the gate; 1 if left out")
+    parser.add_argument(
+        "--forecast", type=_steps, metavar="R", help="from step M on, compute every R-th step and forecast the others"
+    )
     parser.add_argument("--guidance-scale", type=_number, metavar="G", help="of classifier-free guidance: 1 is without")
 
 
@@ -298,7 +301,7 @@ def check_generate(args: argparse.Namespace) -> None:
 def check_plan(args: argparse.Namespace) -> None:
     """Ends as a wrong command line does where ``tgate plan`` is told to add a plan without saying which, or to take
     some out and more beside."""
-    numbers = ("m", "k", "steps", "sampler", "warm_up", "fidelity_interval", "guidance_scale")
+    numbers = ("m", "k", "steps", "sampler", "warm_up", "fidelity_interval", "forecast", "guidance_scale")
     given = [
         f"--{name.replace('_', '-')}"
         for name in ("name", *numbers, "output", "force")

@@ -1,0 +1,552 @@
+/* The CUDA runtime: memory, streams, captures, kernels, and what it says of the one GPU that there is. */
+#include "stub.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    OK = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    INVALID_DEVICE = 101,
+    NOT_SUPPORTED = 801,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901,
+    CAPTURE_UNMATCHED = 903,
+    CAPTURE_IMPLICIT = 906,
+};
+
+#define ALIGNMENT 512
+#define MEMORY_BYTES ((size_t)80 << 30)
+
+typedef struct { unsigned x, y, z; } dim3;
+
+/* --- errors ------------------------------------------------------------------------------------ */
+
+static __thread int last_error;
+
+static int done(int error) {
+    if (error) last_error = error;
+    return error;
+}
+
+int cudaGetLastError(void) {
+    int error = last_error;
+    last_error = OK;
+    return error;
+}
+
+int cudaPeekAtLastError(void) { return last_error; }
+
+const char *cudaGetErrorString(int error) {
+    switch (error) {
+    case OK: return "no error";
+    case INVALID_VALUE: return "invalid argument";
+    case OUT_OF_MEMORY: return "out of memory";
+    case INVALID_DEVICE: return "invalid device ordinal";
+    case NOT_SUPPORTED: return "operation not supported";
+    case CAPTURE_UNSUPPORTED: return "operation not permitted when stream is capturing";
+    case CAPTURE_INVALIDATED: return "operation failed due to a previous error during capture";
+    case CAPTURE_UNMATCHED: return "the capture was not initiated in this stream";
+    case CAPTURE_IMPLICIT: return "operation would make the legacy stream depend on a capturing blocking stream";
+    default: return "unknown error";
+    }
+}
+
+const char *cudaGetErrorName(int error) { return cudaGetErrorString(error); }
+
+/* --- streams and captures ---------------------------------------------------------------------- */
+
+struct graph {
+    struct stub_event *nodes;
+    size_t count, room;
+};
+
+struct stub_stream {
+    struct graph *capture; /* what is being captured, or nothing */
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct stub_stream *capturing; /* one at a time, in global mode: then it binds every thread */
+static int mode, invalid;
+
+/* Notes what must not be done while a stream is captured in global mode, by any thread, and ends the capture. */
+static int unsafe(const char *name) {
+    if (!capturing || mode) return OK;
+    invalid = 1;
+    stub_note((struct stub_event){.kind = STUB_BROKEN, .name = name});
+    return done(CAPTURE_UNSUPPORTED);
+}
+
+static int waits(const char *name) {
+    int error = unsafe(name);
+    if (!error) stub_note((struct stub_event){.kind = STUB_WAIT, .name = name});
+    return error;
+}
+
+static void happen(const struct stub_event *event) {
+    if (event->kind == STUB_COPY) memmove((void *)event->address, (void *)event->source, event->bytes);
+    if (event->kind == STUB_SET) memset((void *)event->address, (int)event->source, event->bytes);
+}
+
+int stub_queue(struct stub_stream *stream, struct stub_event event) {
+    struct graph *graph = stream ? stream->capture : NULL;
+    if (!stream && capturing && !mode) {
+        unsafe(event.name);
+        return done(CAPTURE_IMPLICIT);
+    }
+    event.captured = graph != NULL;
+    if (graph) {
+        if (invalid) return done(CAPTURE_INVALIDATED);
+        pthread_mutex_lock(&lock);
+        if (graph->count == graph->room) {
+            graph->room = graph->room ? 2 * graph->room : 256;
+            graph->nodes = realloc(graph->nodes, graph->room * sizeof *graph->nodes);
+            if (!graph->nodes) abort();
+        }
+        graph->nodes[graph->count++] = event;
+        pthread_mutex_unlock(&lock);
+    } else {
+        happen(&event);
+    }
+    stub_note(event);
+    return OK;
+}
+
+int stub_launch(struct stub_stream *stream, const char *name) {
+    return stub_queue(stream, (struct stub_event){.kind = STUB_LAUNCH, .name = name});
+}
+
+int cudaStreamCreateWithFlags(struct stub_stream **stream, unsigned flags) {
+    (void)flags;
+    *stream = calloc(1, sizeof **stream);
+    return *stream ? OK : done(OUT_OF_MEMORY);
+}
+
+int cudaStreamCreate(struct stub_stream **stream) { return cudaStreamCreateWithFlags(stream, 0); }
+
+int cudaStreamDestroy(struct stub_stream *stream) {
+    free(stream);
+    return OK;
+}
+
+int cudaStreamSynchronize(struct stub_stream *stream) {
+    (void)stream;
+    return waits("cudaStreamSynchronize");
+}
+
+int cudaDeviceSynchronize(void) { return waits("cudaDeviceSynchronize"); }
+
+int cudaStreamBeginCapture(struct stub_stream *stream, int how) {
+    if (!stream) return done(CAPTURE_IMPLICIT);
+    if (capturing) return unsafe("cudaStreamBeginCapture") ? last_error : done(CAPTURE_UNSUPPORTED);
+    stream->capture = calloc(1, sizeof *stream->capture);
+    if (!stream->capture) return done(OUT_OF_MEMORY);
+    capturing = stream, mode = how, invalid = 0;
+    stub_note((struct stub_event){.kind = STUB_CAPTURE, .name = "cudaStreamBeginCapture"});
+    return OK;
+}
+
+int cudaStreamIsCapturing(struct stub_stream *stream, int *status) {
+    *status = stream && stream->capture ? 1 + invalid : 0;
+    return OK;
+}
+
+int cudaGraphDestroy(struct graph *graph) {
+    free(graph->nodes);
+    free(graph);
+    return OK;
+}
+
+int cudaStreamEndCapture(struct stub_stream *stream, struct graph **graph) {
+    *graph = NULL;
+    if (!stream || stream != capturing) return done(CAPTURE_UNMATCHED);
+    struct graph *captured = stream->capture;
+    stream->capture = NULL, capturing = NULL;
+    if (invalid) {
+        cudaGraphDestroy(captured);
+        return done(CAPTURE_INVALIDATED);
+    }
+    *graph = captured;
+    stub_note((struct stub_event){STUB_CAPTURED, 0, "cudaStreamEndCapture", (uintptr_t)captured, 0, captured->count});
+    return OK;
+}
+
+/* An instance is a graph of its own, and its address is what the log calls it by. */
+int cudaGraphInstantiate(struct graph **instance, const struct graph *graph, unsigned long long flags) {
+    (void)flags;
+    struct graph *copy = malloc(sizeof *copy);
+    size_t bytes = graph->count * sizeof *graph->nodes;
+    if (!copy || !(copy->nodes = malloc(bytes + 1))) return done(OUT_OF_MEMORY);
+    memcpy(copy->nodes, graph->nodes, bytes);
+    copy->count = copy->room = graph->count;
+    *instance = copy;
+    return OK;
+}
+
+int cudaGraphExecDestroy(struct graph *instance) {
+    stub_note((struct stub_event){STUB_RELEASE, 0, "cudaGraphExecDestroy", (uintptr_t)instance, 0, instance->count});
+    return cudaGraphDestroy(instance);
+}
+
+int cudaGraphLaunch(struct graph *instance, struct stub_stream *stream) {
+    if (stream && stream->capture) return stub_refuse("cudaGraphLaunch on a stream that is captured", NOT_SUPPORTED);
+    for (size_t i = 0; i < instance->count; i++) happen(&instance->nodes[i]);
+    stub_note((struct stub_event){STUB_REPLAY, 0, "cudaGraphLaunch", (uintptr_t)instance, 0, instance->count});
+    return OK;
+}
+
+/* Work happens at once, so an event has happened when it is recorded, and streams wait for nothing. */
+int cudaEventCreateWithFlags(void **event, unsigned flags) {
+    (void)flags;
+    *event = malloc(1);
+    return *event ? OK : done(OUT_OF_MEMORY);
+}
+
+int cudaEventCreate(void **event) { return cudaEventCreateWithFlags(event, 0); }
+
+int cudaEventDestroy(void *event) {
+    free(event);
+    return OK;
+}
+
+int cudaEventRecord(void *event, void *stream) { return (void)event, (void)stream, OK; }
+int cudaEventRecordWithFlags(void *event, void *stream, unsigned flags) {
+    return (void)event, (void)stream, (void)flags, OK;
+}
+int cudaStreamWaitEvent(void *stream, void *event, unsigned flags) {
+    return (void)stream, (void)event, (void)flags, OK;
+}
+int cudaEventSynchronize(void *event) {
+    (void)event;
+    return waits("cudaEventSynchronize");
+}
+
+int cudaEventElapsedTime(float *ms, void *start, void *end) {
+    (void)start, (void)end;
+    *ms = 0;
+    return OK;
+}
+
+int cudaLaunchHostFunc(struct stub_stream *stream, void (*work)(void *), void *data) {
+    int error = stub_launch(stream, "cudaLaunchHostFunc");
+    if (!error && !(stream && stream->capture)) work(data);
+    return error;
+}
+
+/* --- memory ------------------------------------------------------------------------------------ */
+
+static struct block {
+    uintptr_t begin, end;
+    int type; /* CUDA's: 1 pinned on the host, 2 on the device */
+} *blocks;
+static size_t block_count, block_room, allocated_bytes;
+
+static int type_of(const void *address, struct block *found) {
+    int type = 0;
+    pthread_mutex_lock(&lock);
+    for (size_t i = 0; i < block_count && !type; i++) {
+        if (blocks[i].begin <= (uintptr_t)address && (uintptr_t)address < blocks[i].end) {
+            type = blocks[i].type;
+            if (found) *found = blocks[i];
+        }
+    }
+    pthread_mutex_unlock(&lock);
+    return type;
+}
+
+static int allocate(void **address, size_t bytes, int type, const char *name) {
+    int error = unsafe(name);
+    if (error) return error;
+    *address = NULL;
+    if (bytes == 0) return OK;
+    if (bytes > MEMORY_BYTES - allocated_bytes || posix_memalign(address, ALIGNMENT, bytes)) return done(OUT_OF_MEMORY);
+    memset(*address, 0, bytes);
+    pthread_mutex_lock(&lock);
+    if (block_count == block_room) {
+        block_room = block_room ? 2 * block_room : 256;
+        blocks = realloc(blocks, block_room * sizeof *blocks);
+        if (!blocks) abort();
+    }
+    blocks[block_count++] = (struct block){(uintptr_t)*address, (uintptr_t)*address + bytes, type};
+    allocated_bytes += bytes;
+    pthread_mutex_unlock(&lock);
+    stub_note((struct stub_event){type == 2 ? STUB_ALLOCATE : STUB_PIN, 0, name, (uintptr_t)*address, 0, bytes});
+    return OK;
+}
+
+static int release(void *address, const char *name) {
+    int error = unsafe(name);
+    size_t bytes = 0;
+    if (error || !address) return error;
+    pthread_mutex_lock(&lock);
+    for (size_t i = 0; i < block_count; i++) {
+        if (blocks[i].begin == (uintptr_t)address) {
+            bytes = blocks[i].end - blocks[i].begin;
+            blocks[i] = blocks[--block_count];
+            break;
+        }
+    }
+    allocated_bytes -= bytes;
+    pthread_mutex_unlock(&lock);
+    if (!bytes) return done(INVALID_VALUE);
+    stub_note((struct stub_event){STUB_FREE, 0, name, (uintptr_t)address, 0, bytes});
+    free(address);
+    return OK;
+}
+
+int cudaMalloc(void **address, size_t bytes) { return allocate(address, bytes, 2, "cudaMalloc"); }
+int cudaMallocHost(void **address, size_t bytes) { return allocate(address, bytes, 1, "cudaMallocHost"); }
+int cudaHostAlloc(void **address, size_t bytes, unsigned flags) {
+    (void)flags;
+    return allocate(address, bytes, 1, "cudaHostAlloc");
+}
+int cudaFree(void *address) { return release(address, "cudaFree"); }
+int cudaFreeHost(void *address) { return release(address, "cudaFreeHost"); }
+
+int cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes) {
+    *total_bytes = MEMORY_BYTES;
+    *free_bytes = MEMORY_BYTES - allocated_bytes;
+    return OK;
+}
+
+int cudaPointerGetAttributes(void *attributes, const void *address) {
+    struct { int type, device; void *device_pointer, *host_pointer; } *into = attributes;
+    into->type = type_of(address, NULL);
+    into->device = into->type ? 0 : -2;
+    into->device_pointer = into->type ? (void *)address : NULL;
+    into->host_pointer = into->type == 1 ? (void *)address : NULL;
+    return OK;
+}
+
+static struct stub_event copying(void *to, const void *from, size_t bytes, const char *name) {
+    return (struct stub_event){STUB_COPY, 0, name, (uintptr_t)to, (uintptr_t)from, bytes};
+}
+
+int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, struct stub_stream *stream) {
+    (void)kind;
+    return bytes ? stub_queue(stream, copying(to, from, bytes, "cudaMemcpyAsync")) : OK;
+}
+
+/* Whoever asks waits for it, but within the device: see CUDA's notes on synchronous functions. */
+int cudaMemcpy(void *to, const void *from, size_t bytes, int kind) {
+    (void)kind;
+    int error = unsafe("cudaMemcpy");
+    if (error || !bytes) return error;
+    return stub_queue(NULL, copying(to, from, bytes, "cudaMemcpy"));
+}
+
+int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
+                      int kind, struct stub_stream *stream) {
+    (void)kind;
+    int error = OK;
+    for (size_t row = 0; row < height && !error; row++)
+        error = stub_queue(stream, copying((char *)to + row * to_pitch, (const char *)from + row * from_pitch, width,
+                                           "cudaMemcpy2DAsync"));
+    return error;
+}
+
+int cudaMemsetAsync(void *address, int value, size_t bytes, struct stub_stream *stream) {
+    struct stub_event event = {STUB_SET, 0, "cudaMemset", (uintptr_t)address, (uintptr_t)value, bytes};
+    return bytes ? stub_queue(stream, event) : OK;
+}
+
+int cudaMemset(void *address, int value, size_t bytes) {
+    int error = unsafe("cudaMemset");
+    return error ? error : cudaMemsetAsync(address, value, bytes, NULL);
+}
+
+/* What `memory` the tests ask about: CUDA's type of an address (0 unknown, 1 pinned, 2 device), and its block. */
+int stub_memory(const void *address, uint64_t *begin, uint64_t *end) {
+    struct block block = {0};
+    int type = type_of(address, &block);
+    *begin = block.begin, *end = block.end;
+    return type;
+}
+
+/* --- kernels ----------------------------------------------------------------------------------- */
+
+/* The kernels' names, by the address of the function that the host calls them by. */
+static struct kernel {
+    const void *function;
+    const char *name;
+} *kernels;
+static size_t kernel_count, kernel_room;
+
+static struct kernel *place_of(struct kernel *table, size_t room, const void *function) {
+    size_t at = ((uintptr_t)function >> 4) * 0x9E3779B97F4A7C15u % room;
+    while (table[at].function && table[at].function != function) at = (at + 1) % room;
+    return &table[at];
+}
+
+void **__cudaRegisterFatBinary(void *binary) { return binary; }
+void __cudaRegisterFatBinaryEnd(void **handle) { (void)handle; }
+void __cudaUnregisterFatBinary(void **handle) { (void)handle; }
+void __cudaRegisterVar(void **handle) { (void)handle; }
+
+void __cudaRegisterFunction(void **handle, const void *function, char *device_function, const char *name) {
+    (void)handle, (void)device_function;
+    if (2 * kernel_count >= kernel_room) {
+        size_t room = kernel_room ? 2 * kernel_room : 1 << 15;
+        struct kernel *table = calloc(room, sizeof *table);
+        if (!table) abort();
+        for (size_t i = 0; i < kernel_room; i++)
+            if (kernels[i].function) *place_of(table, room, kernels[i].function) = kernels[i];
+        free(kernels);
+        kernels = table, kernel_room = room;
+    }
+    struct kernel *place = place_of(kernels, kernel_room, function);
+    kernel_count += !place->function;
+    *place = (struct kernel){function, name};
+}
+
+static int launch(const void *function, struct stub_stream *stream) {
+    struct kernel *kernel = kernel_room ? place_of(kernels, kernel_room, function) : NULL;
+    if (!kernel || !kernel->function) return stub_refuse("a kernel that was not registered", NOT_SUPPORTED);
+    return stub_launch(stream, kernel->name);
+}
+
+static __thread struct { dim3 grid, block; size_t shared_bytes; void *stream; } configuration;
+
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared_bytes, void *stream) {
+    configuration.grid = grid, configuration.block = block;
+    configuration.shared_bytes = shared_bytes, configuration.stream = stream;
+    return 0;
+}
+
+int __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared_bytes, void **stream) {
+    *grid = configuration.grid, *block = configuration.block;
+    *shared_bytes = configuration.shared_bytes, *stream = configuration.stream;
+    return OK;
+}
+
+int __cudaGetKernel(const void **kernel, const void *function) {
+    *kernel = function;
+    return OK;
+}
+
+int cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared_bytes,
+                     struct stub_stream *stream) {
+    (void)grid, (void)block, (void)arguments, (void)shared_bytes;
+    return launch(function, stream);
+}
+
+int __cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared_bytes,
+                       struct stub_stream *stream) {
+    return cudaLaunchKernel(function, grid, block, arguments, shared_bytes, stream);
+}
+
+int cudaLaunchCooperativeKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared_bytes,
+                                struct stub_stream *stream) {
+    return cudaLaunchKernel(function, grid, block, arguments, shared_bytes, stream);
+}
+
+int cudaLaunchKernelExC(const void *launch_configuration, const void *function, void **arguments) {
+    const struct { dim3 grid, block; size_t shared_bytes; struct stub_stream *stream; } *asked = launch_configuration;
+    (void)arguments;
+    return launch(function, asked->stream);
+}
+
+int cudaFuncGetAttributes(void *attributes, const void *function) {
+    (void)function;
+    struct {
+        size_t shared_bytes, constant_bytes, local_bytes;
+        int most_threads, registers, ptx_version, binary_version, cache_mode, most_dynamic_shared_bytes;
+    } *into = attributes;
+    memset(into, 0, sizeof *into);
+    into->most_threads = 1024, into->registers = 32;
+    into->ptx_version = into->binary_version = 90;
+    into->most_dynamic_shared_bytes = 48 << 10;
+    return OK;
+}
+
+int cudaFuncSetAttribute(const void *function, int attribute, int value) {
+    return (void)function, (void)attribute, (void)value, OK;
+}
+
+int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks_there, const void *function, int threads,
+                                                           size_t shared_bytes, unsigned flags) {
+    (void)function, (void)shared_bytes, (void)flags;
+    *blocks_there = threads > 0 && threads <= 1024 ? 2048 / threads : 1;
+    return OK;
+}
+
+/* --- the GPU ----------------------------------------------------------------------------------- */
+
+int cudaGetDeviceCount(int *count) { return *count = 1, OK; }
+int cudaGetDevice(int *device) { return *device = 0, OK; }
+int cudaSetDevice(int device) { return device ? done(INVALID_DEVICE) : OK; }
+int cudaDriverGetVersion(int *version) { return *version = 13000, OK; }
+int cudaRuntimeGetVersion(int *version) { return *version = 13000, OK; }
+
+/* The numbers of an H100 (SXM), by CUDA's number of the attribute. */
+int cudaDeviceGetAttribute(int *value, int attribute, int device) {
+    static const int values[][2] = {
+        {1, 1024},        {2, 1024},   {3, 1024},  {4, 64},     {5, 2147483647}, {6, 65535}, {7, 65535},
+        {8, 48 << 10},    {9, 64 << 10}, {10, 32}, {12, 65536}, {16, 132},       {18, 0},    {38, 50 << 20},
+        {39, 2048},       {41, 1},     {75, 9},    {76, 0},     {81, 228 << 10}, {82, 65536}, {83, 1},
+        {88, 0},          {89, 1},     {95, 1},    {97, 227 << 10}, {106, 32},   {115, 1},   {120, 1},
+    };
+    if (device) return done(INVALID_DEVICE);
+    for (size_t i = 0; i < sizeof values / sizeof *values; i++)
+        if (values[i][0] == attribute) return *value = values[i][1], OK;
+    return stub_refuse("cudaDeviceGetAttribute of another attribute", NOT_SUPPORTED);
+}
+
+/* The beginning of CUDA 13's cudaDeviceProp; the rest of its 1008 bytes is zero but where `later` says otherwise. */
+int cudaGetDeviceProperties(void *properties, int device) {
+    struct {
+        char name[256], identity[16], luid[8];
+        unsigned luid_mask;
+        size_t memory_bytes, shared_bytes;
+        int registers, warp;
+        size_t pitch;
+        int threads, block[3], grid[3];
+        size_t constant_bytes;
+        int major, minor;
+        size_t texture_alignment, texture_pitch_alignment;
+        int processors;
+    } *into = properties;
+    /* Offsets within the struct, in bytes, of four-byte numbers. */
+    static const int later[][2] = {
+        {560, 1},    /* concurrent kernels */
+        {584, 3},    /* engines that copy */
+        {588, 1},    /* one space of addresses */
+        {596, 50 << 20}, /* L2 */
+        {604, 2048}, /* threads of a processor */
+        {624, 228 << 10}, /* shared memory of a processor */
+        {632, 65536}, /* registers of a processor */
+        {636, 1}, {656, 1}, /* managed memory */
+        {668, 1},    /* cooperative launches */
+        {672, 227 << 10}, /* shared memory of a block that asks for more */
+        {688, 32},   /* blocks of a processor */
+        {696, 1 << 10}, /* shared memory that the system takes of a block */
+        {720, 1},    /* pools of memory */
+        {748, 1},    /* clusters */
+    };
+    if (device) return done(INVALID_DEVICE);
+    memset(properties, 0, 1008);
+    strcpy(into->name, "a stub of an H100, which computes nothing");
+    into->memory_bytes = MEMORY_BYTES, into->shared_bytes = 48 << 10;
+    into->registers = 65536, into->warp = 32, into->threads = 1024;
+    into->block[0] = into->block[1] = 1024, into->block[2] = 64;
+    into->grid[0] = 2147483647, into->grid[1] = into->grid[2] = 65535;
+    into->constant_bytes = 64 << 10;
+    into->major = 9, into->minor = 0;
+    into->texture_alignment = 512, into->texture_pitch_alignment = 32;
+    into->processors = 132;
+    for (size_t i = 0; i < sizeof later / sizeof *later; i++)
+        memcpy((char *)properties + later[i][0], &later[i][1], 4);
+    return OK;
+}
+
+/* Functions of the driver: those of the stub, which has next to none. */
+int cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version, unsigned long long flags,
+                                     int *status) {
+    (void)version, (void)flags;
+    *function = dlsym(RTLD_DEFAULT, name);
+    if (status) *status = *function ? 0 : 1;
+    return OK;
+}

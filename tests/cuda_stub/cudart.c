@@ -492,7 +492,7 @@ int cudaDeviceGetAttribute(int *value, int attribute, int device) {
     if (device) return done(INVALID_DEVICE);
     for (size_t i = 0; i < sizeof values / sizeof *values; i++)
         if (values[i][0] == attribute) return *value = values[i][1], OK;
-    return stub_refuse("cudaDeviceGetAttribute of another attribute", NOT_SUPPORTED);
+    return stub_refuse_number("cudaDeviceGetAttribute", attribute, NOT_SUPPORTED);
 }
 
 /* The beginning of CUDA 13's cudaDeviceProp; the rest of its 1008 bytes is zero but where `later` says otherwise. */

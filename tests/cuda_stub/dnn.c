@@ -15,6 +15,7 @@ enum { ENGINE = 2, HEURISTICS = 4, PLAN = 5 };
 enum {
     HEURISTICS_RESULTS = 202,
     CONFIG_ENGINE = 300,
+    CONFIG_KNOBS = 302,
     CONFIG_WORKSPACE = 303,
     CONFIG_SHARED_MEMORY = 304,
     PLAN_CONFIG = 401,
@@ -121,7 +122,7 @@ int cudnnBackendGetAttribute(struct descriptor *descriptor, int name, int type, 
         return give_number(type, 0, asked, count, into);
     case GRAPH_ENGINES: return give_number(type, 1, asked, count, into);
     case ENGINE_NUMERICAL_NOTES: return give_number(type, NOTE_TENSOR_CORES, asked, count, into);
-    case ENGINE_KNOBS: case ENGINE_BEHAVIOUR_NOTES:
+    case CONFIG_KNOBS: case ENGINE_KNOBS: case ENGINE_BEHAVIOUR_NOTES:
         if (count) *count = 0;
         return OK;
     default: break;
@@ -133,7 +134,7 @@ int cudnnBackendGetAttribute(struct descriptor *descriptor, int name, int type, 
         if (fits > 0 && into) memcpy(into, each->values, (size_t)fits * size_of(type));
         return OK;
     }
-    return stub_refuse("cudnnBackendGetAttribute of an attribute that was not set", NOT_SUPPORTED);
+    return stub_refuse_number("cuDNN's attribute", name, NOT_SUPPORTED);
 }
 
 int cudnnBackendExecute(void *handle, struct descriptor *plan, struct descriptor *pack) {

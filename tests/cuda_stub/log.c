@@ -31,6 +31,14 @@ int stub_refuse(const char *name, int error) {
     return error;
 }
 
+int stub_refuse_number(const char *name, int number, int error) {
+    size_t bytes = strlen(name) + 16;
+    char *text = malloc(bytes); /* kept by the log */
+    if (!text) abort();
+    snprintf(text, bytes, "%s %d", name, number);
+    return stub_refuse(text, error);
+}
+
 size_t stub_event_count(void) { return count; }
 
 /* Copies `number` events, from `first` on, which are there. */

@@ -44,3 +44,4 @@ void stub_note(struct stub_event event);
 
 /* Says once on standard error, and each time in the log, that `name` is not answered; gives `error`. */
 int stub_refuse(const char *name, int error);
+int stub_refuse_number(const char *name, int number, int error);

@@ -70,7 +70,7 @@ def _of(events: list[Event]) -> Counted:
     return Counted(
         launches=names.total(),
         products=named("cublas"),
-        convolutions=named("cudnnBackendExecute", "cudnnConvolution"),
+        convolutions=named("cuDNN ", "cudnnConvolution"),
         attention=named("flash_fwd", "attention_kernel_batched"),
         copies=len(of(events, Kind.COPY, Kind.SET)),
         names=names,

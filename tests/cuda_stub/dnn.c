@@ -1,7 +1,7 @@
 /* cuDNN: its backend of descriptors, through which convolutions go, and the older calls.
  *
- * For every graph of operations it offers one engine, which multiplies on tensor cores and says so. A descriptor keeps
- * what is set and gives it back. The other calls of cuDNN that the provider may make are generated (generate.py).
+ * For every graph of operations it offers two engines: one that multiplies on tensor cores and says so, and one that does
+ * without. A descriptor keeps what is set and gives it back. The other calls of cuDNN that the provider may make are generated (generate.py).
  */
 #include "stub.h"
 
@@ -11,7 +11,7 @@
 enum { OK = 0, BAD_PARAM = 2000, NOT_SUPPORTED = 3000, ALLOC_FAILED = 4001 };
 
 /* Of cuDNN's enumerations, what is answered here. */
-enum { ENGINE = 2, HEURISTICS = 4, PLAN = 5 };
+enum { PLAN = 5 };
 enum {
     HEURISTICS_RESULTS = 202,
     CONFIG_ENGINE = 300,
@@ -28,6 +28,8 @@ enum {
 };
 enum { TYPE_DESCRIPTOR = 15 };
 enum { NOTE_TENSOR_CORES = 0 };
+static const char *const EXECUTED[] = {"cuDNN on tensor cores", "cuDNN without tensor cores"};
+enum { ENGINES = 2 };
 
 struct handle {
     struct stub_stream *stream;
@@ -42,6 +44,7 @@ struct attribute {
 
 struct descriptor {
     int type;
+    int engine; /* of a configuration, an engine or a plan: which of the two */
     struct attribute *attributes;
 };
 
@@ -98,8 +101,18 @@ int cudnnBackendSetAttribute(struct descriptor *descriptor, int name, int type, 
     return OK;
 }
 
+static const struct attribute *set(const struct descriptor *descriptor, int name) {
+    const struct attribute *each = descriptor->attributes;
+    while (each && each->name != name) each = each->next;
+    return each;
+}
+
 int cudnnBackendFinalize(struct descriptor *descriptor) {
-    if (descriptor->type == PLAN) stub_note((struct stub_event){.kind = STUB_TRIED, .name = "cuDNN plan"});
+    const struct attribute *config = descriptor->type == PLAN ? set(descriptor, PLAN_CONFIG) : NULL;
+    if (config) {
+        descriptor->engine = (*(struct descriptor **)config->values)->engine;
+        stub_note((struct stub_event){.kind = STUB_TRIED, .name = EXECUTED[descriptor->engine]});
+    }
     return OK;
 }
 
@@ -112,26 +125,31 @@ static int give_number(int type, int64_t number, int64_t asked, int64_t *count, 
 int cudnnBackendGetAttribute(struct descriptor *descriptor, int name, int type, int64_t asked, int64_t *count,
                              void *into) {
     switch (name) {
-    case HEURISTICS_RESULTS: /* descriptors of configurations, made by the caller: there is one to fill in */
-        if (count) *count = 1;
+    case HEURISTICS_RESULTS: /* descriptors of configurations, made by the caller, to fill in */
+        for (int i = 0; into && i < ENGINES && i < asked; i++) ((struct descriptor **)into)[i]->engine = i;
+        if (count) *count = ENGINES;
         return OK;
     case CONFIG_ENGINE: /* likewise */
+        if (into && asked > 0) (*(struct descriptor **)into)->engine = descriptor->engine;
         if (count) *count = 1;
         return OK;
-    case CONFIG_WORKSPACE: case CONFIG_SHARED_MEMORY: case PLAN_WORKSPACE: case ENGINE_INDEX:
-        return give_number(type, 0, asked, count, into);
-    case GRAPH_ENGINES: return give_number(type, 1, asked, count, into);
-    case ENGINE_NUMERICAL_NOTES: return give_number(type, NOTE_TENSOR_CORES, asked, count, into);
+    case CONFIG_WORKSPACE: case CONFIG_SHARED_MEMORY: case PLAN_WORKSPACE: return give_number(type, 0, asked, count, into);
+    case ENGINE_INDEX: return give_number(type, descriptor->engine, asked, count, into);
+    case GRAPH_ENGINES: return give_number(type, ENGINES, asked, count, into);
+    case ENGINE_NUMERICAL_NOTES:
+        if (!descriptor->engine) return give_number(type, NOTE_TENSOR_CORES, asked, count, into);
+        if (count) *count = 0;
+        return OK;
     case CONFIG_KNOBS: case ENGINE_KNOBS: case ENGINE_BEHAVIOUR_NOTES:
         if (count) *count = 0;
         return OK;
     default: break;
     }
-    for (struct attribute *each = descriptor->attributes; each; each = each->next) {
-        if (each->name != name) continue;
-        int64_t fits = each->count < asked ? each->count : asked;
-        if (count) *count = each->count;
-        if (fits > 0 && into) memcpy(into, each->values, (size_t)fits * size_of(type));
+    const struct attribute *own = set(descriptor, name);
+    if (own) {
+        int64_t fits = own->count < asked ? own->count : asked;
+        if (count) *count = own->count;
+        if (fits > 0 && into) memcpy(into, own->values, (size_t)fits * size_of(type));
         return OK;
     }
     return stub_refuse_number("cuDNN's attribute", name, NOT_SUPPORTED);
@@ -139,7 +157,7 @@ int cudnnBackendGetAttribute(struct descriptor *descriptor, int name, int type, 
 
 int cudnnBackendExecute(void *handle, struct descriptor *plan, struct descriptor *pack) {
     if (!plan || !pack) return BAD_PARAM;
-    return stub_dnn_launch(handle, "cudnnBackendExecute");
+    return stub_dnn_launch(handle, EXECUTED[plan->engine]);
 }
 
 /* --- older calls ------------------------------------------------------------------------------- */

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def test_weights_are_uploaded_once(model: str, opened: Opening) -> None:
     own = opened(model)
     weights = own.bundle.file(own.bundle.manifest.weights).stat().st_size
     uploaded = sum(event.size_bytes for event in of(own.loading, Kind.COPY) if across(event))
-    assert 0.99 * weights < uploaded < 1.02 * weights
+    assert 0.99 * weights < uploaded < 1.05 * weights
     with recorded() as events:
         fast = OrtCuda(EngineOptions(memory="fast")).load(own.bundle, tuple(own.specs.values()))
     assert len(fast) == len(own.graphs)
@@ -107,7 +107,7 @@ def test_a_step_uploads_its_row_of_numbers(bundle_of: Callable[[str], Path]) -> 
     with Pipeline.open(bundle_of("mini"), engine="ort-cuda") as pipeline:
 
         def draw() -> None:
-            pipeline("a red circle", seed=1, on_step=lambda progress: steps.append(progress.index))
+            pipeline("a red circle", seed=1, on_step=lambda progress: steps.append(progress.done))
 
         draw()
         count = len(steps)
@@ -141,6 +141,18 @@ def test_a_session_s_graphs_go_with_it(bundle_of: Callable[[str], Path]) -> None
         del call, loaded
     nodes = of(binding, Kind.CAPTURED)[0].size_bytes
     assert [event.size_bytes for event in of(dropping, Kind.RELEASE)] == [nodes]
+
+
+@pytest.mark.parametrize(("model", "how"), [("mini", "without tensor cores"), ("mini-sdxl", "on tensor cores")])
+def test_convolutions_in_16_bits_have_tensor_cores(model: str, how: str, opened: Opening) -> None:
+    """``mini`` is in float32, where they would mean TF32. cuDNN offers both ways, that on tensor cores first."""
+    own = opened(model)
+    names = [name for spec in own.specs if spec != "text_encoder" for name in launched(own, spec)]
+    assert {name for name in names if name.startswith("cuDNN ")} == {f"cuDNN {how}"}
+
+
+def launched(own: Opened, name: str) -> Iterable[str]:
+    return counted(own.engine, own.graphs[name], own.specs[name]).names
 
 
 @pytest.mark.parametrize("model", MODELS)

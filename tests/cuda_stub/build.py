@@ -26,7 +26,7 @@ _NOT_SUPPORTED = {"cuda": 801, "cublas": 15, "cudnn": 3000, "cufft": 16, "curand
 _ANSWERS = (
     (r"cublas(?!Lt)(?!\w*(Get|Set|Create|Destroy))", 'return stub_blas_launch(handle, "{name}");'),
     (r"cublasLtMatrixTransform$", 'return stub_blas_launch(handle, "{name}");'),
-    (r"cudnn(?!Get)\w*(Forward|Training|Inference|ReduceTensor|AddTensor)$", 'return stub_dnn_launch(handle, "{name}");'),
+    (r"cudnn(?!Get)\w*(Forward|Training|Inference|Tensor)$", 'return stub_dnn_launch(handle, "{name}");'),
     (r"cudnnCreate\w*Descriptor$", "return (*(void **)handle = calloc(1, 8)) ? 0 : 4001;"),
     (r"cudnnDestroy\w*Descriptor$", "return free(handle), 0;"),
     (r"cudnnSet\w*Descriptor\w*$|cudnnSetConvolution", "return (void)handle, 0;"),
@@ -64,8 +64,8 @@ def built(folder: Path) -> Path:
         objects.append(_compiled(work / "generated.c", work))
         (work / "versions").write_text("".join(_versions(undefined)))
         out = work / STUB
-        link = ["gcc", "-shared", "-o", out, *objects, f"-Wl,--version-script={work / 'versions'}", "-ldl", "-lpthread"]
-        subprocess.run(link, check=True)
+        script = f"-Wl,--version-script={work / 'versions'}"
+        subprocess.run(["gcc", "-shared", "-o", str(out), *map(str, objects), script, "-ldl", "-lpthread"], check=True)
         for name in {*_needed(library), *OPENED_WHEN_NEEDED}:
             (folder / name).unlink(missing_ok=True)
             (folder / name).symlink_to(STUB)
@@ -111,7 +111,7 @@ def _defined(objects: Iterable[Path]) -> Iterable[str]:
 
 def _generated(names: Iterable[str]) -> Iterator[str]:
     yield '#include "stub.h"\n#include <stdlib.h>\n'
-    yield "int stub_blas_launch(void *handle, const char *name);\nint stub_dnn_launch(void *handle, const char *name);\n"
+    yield from (f"int stub_{library}_launch(void *handle, const char *name);\n" for library in ("blas", "dnn"))
     for name in names:
         answer = next(answer for pattern, answer in _ANSWERS if re.match(pattern, name))
         error = next(error for prefix, error in _NOT_SUPPORTED.items() if name.lstrip("_").startswith(prefix))

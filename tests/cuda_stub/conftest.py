@@ -50,7 +50,7 @@ def pytest_configure() -> None:
     try:
         library()
     except OSError:
-        raise pytest.UsageError(f"{STUB} is not loaded: make cuda-stub, or python -m tests.cuda_stub -m pytest") from None
+        raise pytest.UsageError(f"{STUB} is not loaded; make cuda-stub runs these tests over it") from None
 
 
 @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""What one call of each graph asks of the GPU: ``python -m tests.cuda_stub -m tests.cuda_stub.counted BUNDLE [--names]``.
+"""Prints what one call of each graph of a bundle asks of the GPU.
+
+    python -m tests.cuda_stub -m tests.cuda_stub.counted BUNDLE [--names] [--batch N]
 
 A bundle is a directory, or ``mini``. ``--names`` adds which kernels, and how often.
 """
@@ -27,8 +29,9 @@ COLUMNS = ("launches", "products", "convolutions", "attention", "copies")
 
 @dataclass(frozen=True)
 class Counted:
-    """One call of a graph. ``launches``: of kernels and of calls of cuBLAS and cuDNN, of which ``products`` are cuBLAS's,
-    ``convolutions`` cuDNN's and ``attention`` whole attentions; ``copies``: of memory, beside them."""
+    """One call of a graph. ``launches``: of kernels, and calls of cuBLAS and cuDNN; of them ``products`` are cuBLAS's,
+    ``convolutions`` cuDNN's, and ``attention`` whole attentions. ``copies``: of memory, and fills, beside them.
+    ``names``: how often each was launched."""
 
     launches: int
     products: int
@@ -78,7 +81,7 @@ def _of(events: list[Event]) -> Counted:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("bundle")
     parser.add_argument("--names", action="store_true")
     parser.add_argument("--batch", type=int, default=1)

@@ -1,4 +1,4 @@
-"""Where things lie: a captured graph writes to its places in the sessions' arena for good, so nothing else may be there."""
+"""Where things lie: a captured graph writes to its places in the sessions' arena for good, so all else is elsewhere."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def test_ONNX_Runtime_would_put_a_buffer_there(
     assert {(v.data_ptr(), v.data_ptr() + v.shape()[0]) for v in values} == scratch
 
 
-def test_graphs_share_what_they_work_in(opened: Callable[[str], Opened], once_bound: Callable[[str, str], Bound]) -> None:
+def test_graphs_share_what_they_work_in(
+    opened: Callable[[str], Opened], once_bound: Callable[[str, str], Bound]
+) -> None:
     """Another bundle's graphs, of the same sizes, find all that they need."""
     worked_in(opened, once_bound)
     own = opened("mini")

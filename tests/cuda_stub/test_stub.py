@@ -1,4 +1,4 @@
-"""The stub itself: memory and copies are real, a capture forbids what CUDA forbids, and what is not known is refused."""
+"""The stub itself: copies are real, a capture forbids what CUDA forbids, and what is not known is refused."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def test_memory_is_the_host_s(gpu: Gpu) -> None:
     with recorded() as events:
         assert gpu.call("cudaMemcpy", address, host.ctypes.data, 64, DEFAULT) == 0
     np.testing.assert_array_equal(np.ctypeslib.as_array((ctypes.c_uint8 * 64).from_address(address)), host)
-    assert [(e.kind, e.address, e.source, e.size_bytes) for e in events] == [
-        (Kind.COPY, address, host.ctypes.data, 64)
-    ]
+    assert [(e.kind, e.address, e.source, e.size_bytes) for e in events] == [(Kind.COPY, address, host.ctypes.data, 64)]
     assert gpu.call("cudaFree", address) == 0
     assert memory(address)[0] == "host"
     assert gpu.call("cudaFree", address) == 1

@@ -219,9 +219,7 @@ def test_bfloat16_without_kernels_is_refused_before_loading(small: Small, monkey
     data = graph_of(["Resize", "Gelu", "GroupNormalization", "Resize"], "bfloat16")
     monkeypatch.setattr("tgate_runtime.engines.ort_cuda.read_graphs", lambda *_: {spec.file: data})
     monkeypatch.setattr(onnxruntime, "InferenceSession", None)
-    with pytest.raises(
-        EngineError, match=r"^full\.onnx is in bfloat16, in which ONNX Runtime has no GroupNormalization and no Resize; "
-    ):
+    with pytest.raises(EngineError, match=r"^full\.onnx is in bfloat16, .+ has no GroupNormalization and no Resize; "):
         OnTheCpu(EngineOptions()).load(small.bundle, [spec])
 
 

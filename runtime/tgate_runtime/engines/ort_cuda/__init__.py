@@ -29,15 +29,14 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import DENOISE, GraphSpec, Role, TensorSpec
 from tgate_runtime.engines.ort import check_nodes, find_weights, run_cancellable
-from tgate_runtime.engines.ort_cuda.log import captured_stderr, failing
 from tgate_runtime.engines.ort_cuda.limits import multiplies_in_half, refuse_bfloat16
+from tgate_runtime.engines.ort_cuda.log import captured_stderr, failing
 from tgate_runtime.engines.ort_cuda.memory import CudaBuffer, lasting, on_the_gpu, one_arena
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers
 from tgate_runtime.graph_check import read_graphs
@@ -182,7 +181,7 @@ class OrtCuda:
         """Find CUDA and the GPU. Raises :class:`EngineError` where there is none."""
         log = _preload() if self.kind == "cuda" else []
         with failing(f"ort-cuda finds no GPU {self.options.device} here", log), captured_stderr(log):
-            lasting((1,), np.float32, self.device)
+            lasting((1,), DTYPES["float32"].onnx, self.device)
             one_arena(self.device)
 
     def _upload(self, bundle: Bundle) -> dict[str, ort.OrtValue]:

@@ -1,8 +1,8 @@
 """Device memory of ONNX Runtime, and the one thread that works on the GPU.
 
 There are two kinds of memory. What graphs work in while a call runs lies in one arena, which all sessions share: calls
-run one after another, so that the process needs what the hungriest one does. A captured graph keeps its places there for
-good and writes to them at each replay, whatever has them by then. So what has to last, buffers and weights, lies
+run one after another, so that the process needs what the hungriest one does. A captured graph keeps its places there
+for good and writes to them at each replay, whatever has them by then. So what has to last, buffers and weights, lies
 elsewhere: :func:`lasting`. ONNX Runtime would give a buffer memory of the shared arena.
 
 Views of some rows are addresses within a buffer, so what is copied to, from or between buffers goes by address, through

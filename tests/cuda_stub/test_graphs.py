@@ -9,15 +9,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.cuda_stub.build import HERE
 from tests.cuda_stub.conftest import Bound, Opened
 from tests.cuda_stub.counted import COLUMNS, bound, counted
 from tests.cuda_stub.log import Kind, across, of, recorded
 from tgate_engine.bundle import Bundle
+from tgate_engine.dtypes import DTYPES
 from tgate_engine.graph import DENOISE
 from tgate_engine.step import STEP_ROW
 from tgate_runtime.engines.ort_cuda import OrtCuda
@@ -153,6 +156,25 @@ def test_convolutions_in_16_bits_have_tensor_cores(model: str, how: str, opened:
     own = opened(model)
     names = [name for spec in own.specs if spec != "text_encoder" for name in launched(own, spec)]
     assert {name for name in names if name.startswith("cuDNN ")} == {f"cuDNN {how}"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_only_in_bfloat16_a_resize_has_no_kernel(dtype: str) -> None:
+    """Which is why the engine refuses a U-Net in it."""
+    number = DTYPES[dtype].onnx
+    x, y = (helper.make_tensor_value_info(name, number, [1, 4, size, size]) for name, size in (("x", 8), ("y", 16)))
+    twice = numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "twice")
+    graph = helper.make_graph([helper.make_node("Resize", ["x", "", "twice"], ["y"])], "g", [x], [y], [twice])
+    data = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10).SerializeToString()
+    if dtype == "float16":
+        load(data)
+    else:
+        with pytest.raises(Exception, match=r"Provider type for Resize node .+ is not set"):
+            load(data)
+
+
+def load(data: bytes) -> None:
+    onnxruntime.InferenceSession(data, providers=["CUDAExecutionProvider", "CPUExecutionProvider"], enable_fallback=0)
 
 
 def launched(own: Opened, name: str) -> Iterable[str]:

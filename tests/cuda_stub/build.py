@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -46,8 +47,11 @@ def provider() -> Path:
 
 def built(folder: Path) -> Path:
     """``folder``, with the stub in it under the names of CUDA's libraries: built unless it is newer than all that it
-    is made of. Raises :class:`subprocess.CalledProcessError` where the compiler fails."""
+    is made of. Raises :class:`FileNotFoundError` where a tool is missing, and :class:`subprocess.CalledProcessError`
+    where one fails."""
     library = provider()
+    if missing := [tool for tool in ("gcc", "readelf", "nm") if not shutil.which(tool)]:
+        raise FileNotFoundError(f"no {missing[0]} to build the stub of CUDA with; apt-get install gcc")
     sources = [*HERE.glob("*.c"), *HERE.glob("*.h"), Path(__file__)]
     stub = folder / STUB
     if stub.is_file() and all(stub.stat().st_mtime > source.stat().st_mtime for source in (library, *sources)):
@@ -59,8 +63,8 @@ def built(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         work = Path(scratch)
         objects = [_compiled(source, work) for source in sorted(HERE.glob("*.c"))]
-        missing = sorted(undefined.keys() - set(_defined(objects)))
-        (work / "generated.c").write_text("".join(_generated(missing)))
+        unwritten = sorted(undefined.keys() - set(_defined(objects)))
+        (work / "generated.c").write_text("".join(_generated(unwritten)))
         objects.append(_compiled(work / "generated.c", work))
         (work / "versions").write_text("".join(_versions(undefined)))
         out = work / STUB

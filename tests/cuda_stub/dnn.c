@@ -1,7 +1,7 @@
 /* cuDNN: its backend of descriptors, through which convolutions go, and the older calls.
  *
- * For every graph of operations it offers two engines: one that multiplies on tensor cores and says so, and one that does
- * without. A descriptor keeps what is set and gives it back. The other calls of cuDNN that the provider may make are generated (generate.py).
+ * For every graph of operations it offers two engines: one that multiplies on tensor cores and says so, and one that
+ * does without. A descriptor keeps what is set and gives it back. The other calls of cuDNN that the provider may make are generated (generate.py).
  */
 #include "stub.h"
 
@@ -133,7 +133,8 @@ int cudnnBackendGetAttribute(struct descriptor *descriptor, int name, int type, 
         if (into && asked > 0) (*(struct descriptor **)into)->engine = descriptor->engine;
         if (count) *count = 1;
         return OK;
-    case CONFIG_WORKSPACE: case CONFIG_SHARED_MEMORY: case PLAN_WORKSPACE: return give_number(type, 0, asked, count, into);
+    case CONFIG_WORKSPACE: case CONFIG_SHARED_MEMORY: case PLAN_WORKSPACE:
+        return give_number(type, 0, asked, count, into);
     case ENGINE_INDEX: return give_number(type, descriptor->engine, asked, count, into);
     case GRAPH_ENGINES: return give_number(type, ENGINES, asked, count, into);
     case ENGINE_NUMERICAL_NOTES:

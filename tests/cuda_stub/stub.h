@@ -1,7 +1,7 @@
 /* What the parts of the stub share: one log of all that was asked of the "GPU", and what a stream is.
  *
  * Every library that ONNX Runtime's CUDA provider asks for is this one shared object under another name. It computes
- * nothing. Device memory is host memory, so copies are real; a kernel, a product and a convolution are lines in the log.
+ * nothing. Device memory is host memory, so copies are real; kernels, products and convolutions are lines in the log.
  * Arguments have the sizes and places that CUDA's documentation gives them; handles and descriptors are void pointers.
  */
 #pragma once

@@ -1,6 +1,6 @@
 /* cuBLAS and cuBLASLt: handles, and products that are lines in the log.
  *
- * Every other product of cuBLAS is generated (generate.py): it takes its handle first and is one line.
+ * Every other product of cuBLAS is generated (build.py): it takes its handle first and is one line.
  */
 #include "stub.h"
 

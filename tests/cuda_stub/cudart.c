@@ -154,7 +154,8 @@ int cudaStreamEndCapture(struct stub_stream *stream, struct graph **graph) {
         return stub_error(CAPTURE_INVALIDATED);
     }
     *graph = captured;
-    stub_note((struct stub_event){STUB_CAPTURED, 0, "cudaStreamEndCapture", (uintptr_t)captured, 0, captured->count});
+    stub_note((struct stub_event){
+        STUB_CAPTURED, 0, "cudaStreamEndCapture", (uintptr_t)captured, 0, captured->count, 0});
     return OK;
 }
 
@@ -171,14 +172,14 @@ int cudaGraphInstantiate(struct graph **instance, const struct graph *graph, uns
 }
 
 int cudaGraphExecDestroy(struct graph *instance) {
-    stub_note((struct stub_event){STUB_RELEASE, 0, "cudaGraphExecDestroy", (uintptr_t)instance, 0, instance->count});
+    stub_note((struct stub_event){STUB_RELEASE, 0, "cudaGraphExecDestroy", (uintptr_t)instance, 0, instance->count, 0});
     return cudaGraphDestroy(instance);
 }
 
 int cudaGraphLaunch(struct graph *instance, struct stub_stream *stream) {
     if (stream && stream->capture) return stub_refuse("cudaGraphLaunch on a stream that is captured", NOT_SUPPORTED);
     for (size_t i = 0; i < instance->count; i++) happen(&instance->nodes[i]);
-    stub_note((struct stub_event){STUB_REPLAY, 0, "cudaGraphLaunch", (uintptr_t)instance, 0, instance->count});
+    stub_note((struct stub_event){STUB_REPLAY, 0, "cudaGraphLaunch", (uintptr_t)instance, 0, instance->count, 0});
     return OK;
 }
 
@@ -258,7 +259,7 @@ static int allocate(void **address, size_t bytes, int type, const char *name) {
     blocks[block_count++] = (struct block){(uintptr_t)*address, (uintptr_t)*address + bytes, type};
     allocated_bytes += bytes;
     pthread_mutex_unlock(&lock);
-    stub_note((struct stub_event){type == 2 ? STUB_ALLOCATE : STUB_PIN, 0, name, (uintptr_t)*address, 0, bytes});
+    stub_note((struct stub_event){type == 2 ? STUB_ALLOCATE : STUB_PIN, 0, name, (uintptr_t)*address, 0, bytes, 0});
     return OK;
 }
 
@@ -277,7 +278,7 @@ static int release(void *address, const char *name) {
     allocated_bytes -= bytes;
     pthread_mutex_unlock(&lock);
     if (!bytes) return stub_error(INVALID_VALUE);
-    stub_note((struct stub_event){STUB_FREE, 0, name, (uintptr_t)address, 0, bytes});
+    stub_note((struct stub_event){STUB_FREE, 0, name, (uintptr_t)address, 0, bytes, 0});
     free(address);
     return OK;
 }
@@ -307,7 +308,8 @@ int cudaPointerGetAttributes(void *attributes, const void *address) {
 }
 
 static struct stub_event copying(void *to, const void *from, size_t bytes, const char *name) {
-    return (struct stub_event){STUB_COPY, 0, name, (uintptr_t)to, (uintptr_t)from, bytes};
+    int across = (type_of(to, NULL) == 2) != (type_of(from, NULL) == 2); /* now: addresses are used again */
+    return (struct stub_event){STUB_COPY, 0, name, (uintptr_t)to, (uintptr_t)from, bytes, across};
 }
 
 int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, struct stub_stream *stream) {
@@ -334,7 +336,7 @@ int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_p
 }
 
 int cudaMemsetAsync(void *address, int value, size_t bytes, struct stub_stream *stream) {
-    struct stub_event event = {STUB_SET, 0, "cudaMemset", (uintptr_t)address, (uintptr_t)value, bytes};
+    struct stub_event event = {STUB_SET, 0, "cudaMemset", (uintptr_t)address, (uintptr_t)value, bytes, 0};
     return bytes ? stub_queue(stream, event) : OK;
 }
 

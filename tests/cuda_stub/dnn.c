@@ -1,7 +1,8 @@
 /* cuDNN: its backend of descriptors, through which convolutions go, and the older calls.
  *
  * For every graph of operations it offers two engines: one that multiplies on tensor cores and says so, and one that
- * does without. A descriptor keeps what is set and gives it back. The other calls of cuDNN that the provider may make are generated (generate.py).
+ * does without. A descriptor keeps what is set and gives it back. The other calls of cuDNN that the provider may make
+ * are generated (build.py).
  */
 #include "stub.h"
 

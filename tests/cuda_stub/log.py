@@ -32,7 +32,7 @@ class Kind(IntEnum):
 
 class Event(NamedTuple):
     """One line. ``captured``: it became a node of a graph. Addresses and sizes in bytes; what they are of, ``stub.h``
-    says for each kind."""
+    says for each kind. ``across``: it is a copy between the device and the host."""
 
     kind: Kind
     captured: bool
@@ -40,6 +40,7 @@ class Event(NamedTuple):
     address: int
     source: int
     size_bytes: int
+    across: bool
 
 
 class _Event(ctypes.Structure):
@@ -50,6 +51,7 @@ class _Event(ctypes.Structure):
         ("address", ctypes.c_uint64),
         ("source", ctypes.c_uint64),
         ("size_bytes", ctypes.c_uint64),
+        ("across", ctypes.c_int32),
     )
 
 
@@ -73,8 +75,16 @@ def recorded() -> Iterator[list[Event]]:
         raw = (_Event * number)()
         stub.stub_events(ctypes.c_size_t(first), ctypes.c_size_t(number), raw)
         events += (
-            Event(Kind(e.kind), bool(e.captured), (e.name or b"").decode(), e.address, e.source, e.size_bytes)
-            for e in raw
+            Event(
+                Kind(each.kind),
+                bool(each.captured),
+                (each.name or b"").decode(),
+                each.address,
+                each.source,
+                each.size_bytes,
+                bool(each.across),
+            )
+            for each in raw
         )
 
 
@@ -89,8 +99,3 @@ def memory(address: int) -> tuple[str, int, int]:
     begin, end = ctypes.c_uint64(), ctypes.c_uint64()
     kind = library().stub_memory(ctypes.c_void_p(address), ctypes.byref(begin), ctypes.byref(end))
     return ("host", "pinned", "device")[kind], begin.value, end.value
-
-
-def across(event: Event) -> bool:
-    """Whether a copy goes between the device and the host."""
-    return (memory(event.address)[0] == "device") != (memory(event.source)[0] == "device")

@@ -31,6 +31,7 @@ struct stub_event {
     int32_t captured;  /* 1 where it became a node of a graph and did not happen */
     const char *name;
     uint64_t address, source, bytes;
+    int32_t across;    /* 1 for a copy between the device and the host */
 };
 
 struct stub_stream;

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.cuda_stub.build import HERE
 from tests.cuda_stub.conftest import Bound, Opened
 from tests.cuda_stub.counted import COLUMNS, bound, counted
-from tests.cuda_stub.log import Kind, across, of, recorded
+from tests.cuda_stub.log import Kind, of, recorded
 from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import DTYPES
 from tgate_engine.graph import DENOISE
@@ -73,12 +73,12 @@ def test_weights_are_uploaded_once(model: str, opened: Opening) -> None:
     is no more."""
     own = opened(model)
     weights = own.bundle.file(own.bundle.manifest.weights).stat().st_size
-    uploaded = sum(event.size_bytes for event in of(own.loading, Kind.COPY) if across(event))
+    uploaded = sum(event.size_bytes for event in of(own.loading, Kind.COPY) if event.across)
     assert 0.99 * weights < uploaded < 1.05 * weights
     with recorded() as events:
         fast = OrtCuda(EngineOptions(memory="fast")).load(own.bundle, tuple(own.specs.values()))
     assert len(fast) == len(own.graphs)
-    assert sum(event.size_bytes for event in of(events, Kind.COPY) if across(event)) > 1.5 * weights
+    assert sum(event.size_bytes for event in of(events, Kind.COPY) if event.across) > 1.5 * weights
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -91,7 +91,7 @@ def test_each_call_is_captured_whole(model: str, opened: Opening, once_bound: Bi
         assert all(event.captured for event in events[begin + 1 : end])
         assert events[end].size_bytes == end - begin - 1 > 100
         assert not of(events, Kind.BROKEN, Kind.REFUSED)
-        assert not any(across(event) for event in of(events, Kind.COPY) if event.captured)
+        assert not any(event.across for event in of(events, Kind.COPY) if event.captured)
         assert Counter(e.name for e in of(events[:begin], Kind.LAUNCH)) == {
             name: 2 * times for name, times in Counter(e.name for e in of(events[begin:end], Kind.LAUNCH)).items()
         }
@@ -128,8 +128,8 @@ def test_a_step_uploads_its_row_of_numbers(bundle_of: Callable[[str], Path]) -> 
         between = events[before + 1 : after]
         copies = of(between, Kind.COPY)
         assert {event.kind for event in between} == {Kind.COPY, Kind.WAIT}
-        assert [event.size_bytes for event in copies if across(event)] == [4 * STEP_ROW]
-        assert sum(not across(event) for event in copies) <= 3
+        assert [event.size_bytes for event in copies if event.across] == [4 * STEP_ROW]
+        assert sum(not event.across for event in copies) <= 3
         assert len(of(between, Kind.WAIT)) == 1 + len(copies)
 
 

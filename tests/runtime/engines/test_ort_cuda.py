@@ -6,10 +6,12 @@ That it computes what it should, with the CPU in place of the GPU: test_every_en
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +19,15 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from onnx import helper, numpy_helper
 
-from tests.runtime.engines.small import Small, assert_close, random_inputs
+from tests.runtime.engines.small import Small, assert_close, outside, random_inputs
 from tests.runtime.engines.ways import OnTheCpu
-from tgate_engine.dtypes import storage
+from tgate_engine.dtypes import DTYPES, storage
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import GraphSpec
 from tgate_runtime.engines.ort_cuda import OrtCuda, memory
+from tgate_runtime.engines.ort_cuda.limits import multiplies_in_half, refuse_bfloat16
 from tgate_runtime.engines.ort_cuda.memory import CudaBuffer
 from tgate_runtime.engines.protocol import EngineOptions
 
@@ -109,6 +113,42 @@ def test_only_denoising_graphs_are_captured(small: Small, monkeypatch: pytest.Mo
         assert len(runs) - before == (name in ("full", "reuse"))
 
 
+def test_a_capture_is_not_disturbed(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that the collector found meanwhile would be freed, which ends a capture; and no two graphs of the
+    process have a number in common, whichever session's they are."""
+    collecting, numbers = [], []
+    run = onnxruntime.InferenceSession.run_with_iobinding
+
+    def running(session: Any, binding: Any, options: Any) -> None:
+        collecting.append(gc.isenabled())
+        numbers.append(options.get_run_config_entry("gpu_graph_id"))
+        run(session, binding, options)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", running)
+    engine = OnTheCpu(EngineOptions())
+    specs = [small.graphs[name] for name in ("full", "reuse")]
+    files = engine.load(small.bundle, specs)
+    for spec in (*specs, *specs):
+        assert gc.isenabled()
+        call, _ = bound(engine, files[spec.file], spec)
+        assert gc.isenabled()
+        call()
+    assert collecting == [False, True] * 4
+    assert [*map(int, numbers)] == [number for first in numbers[::2] for number in [int(first)] * 2]
+    assert len({*numbers}) == 4
+
+
+def test_the_collector_stays_off_where_it_was(small: Small) -> None:
+    engine, spec = OnTheCpu(EngineOptions()), small.graphs["full"]
+    graph = engine.load(small.bundle, [spec])[spec.file]
+    gc.disable()
+    try:
+        bound(engine, graph, spec)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
 def test_rows_that_kernels_could_not_take_are_copied(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of ``step`` and of pictures begin at multiples of 48 bytes, all others at ones of 64."""
     monkeypatch.setattr("tgate_runtime.engines.ort_cuda._ALIGNMENT_BYTES", 64)
@@ -143,6 +183,44 @@ def test_rows_that_kernels_could_not_take_are_copied(small: Small, monkeypatch: 
         assert_close(spec, got, small.expected(name, {n: array[1:2] for n, array in values.items()}))
         for each in spec.output_names():
             assert not buffers[each].read()[[0, 2]].any()
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+def graph_of(operators: Sequence[str], dtype: str) -> bytes:
+    """An ONNX file of those operators, one after another, and one weight."""
+    names = [*(f"h{i}" for i in range(len(operators))), "y"]
+    nodes = [helper.make_node(each, [a], [b]) for each, (a, b) in zip(operators, pairwise(names), strict=True)]
+    one = helper.make_tensor_value_info("h0", DTYPES[dtype].onnx, [1, 1])
+    last = helper.make_tensor_value_info("y", DTYPES[dtype].onnx, [1, 1])
+    constant = numpy_helper.from_array(np.zeros(1, np.float16), "a constant in the file")
+    graph = helper.make_graph(nodes, "g", [one], [last], [outside("w", 0, 4, (1,), dtype), constant])
+    data: bytes = helper.make_model(graph).SerializeToString()
+    return data
+
+
+@pytest.mark.parametrize(("dtype", "half"), [("float32", False), ("float16", True), ("bfloat16", True)])
+def test_tf32_is_off_in_float32_alone(dtype: str, half: bool) -> None:
+    """In 16 bits the setting forbids convolutions the tensor cores; a constant is no weight."""
+    assert multiplies_in_half(graph_of(["Gelu"], dtype)) is half
+    ((_, settings), _) = OrtCuda.providers(OnTheCpu(EngineOptions()), False, half)
+    assert settings["use_tf32"] == ("1" if half else "0")
+
+
+def test_bfloat16_without_kernels_is_refused_before_loading(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = small.graphs["full"]
+    for operators, dtype in (
+        (["Gelu", "Attention"], "bfloat16"),
+        (["Resize"], "float16"),
+        (["Resize"], "float32"),
+    ):
+        refuse_bfloat16(graph_of(operators, dtype), spec)
+    data = graph_of(["Gelu", "Resize"], "bfloat16")
+    monkeypatch.setattr("tgate_runtime.engines.ort_cuda.read_graphs", lambda *_: {spec.file: data})
+    monkeypatch.setattr(onnxruntime, "InferenceSession", None)
+    with pytest.raises(EngineError, match=r"^full\.onnx is in bfloat16, .+ has no Resize; "):
+        OnTheCpu(EngineOptions()).load(small.bundle, [spec])
 
 
 # --- copies -------------------------------------------------------------------------------------
@@ -235,6 +313,7 @@ def test_options_are_settled(small: Small) -> None:
     assert engine.build(small.bundle, tuple(small.graphs.values())) == {}
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")  # this onnxruntime has no CUDA
 def test_cuda_is_found_in_any_folder_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wheel of ONNX Runtime in one folder, CUDA's in another, cuDNN in neither."""
     folder = tmp_path / "nvidia" / "cu13" / "lib"

@@ -101,7 +101,7 @@ def add_plan(
         raise PlanError(f"plan {name!r} is what {', '.join(users)} is measured against; use another --name")
     if save and not force:
         bundle.check_free([name])
-    method = _method_of(default)
+    method = method_of(default)
     n = int(default.settings["n"] or 0) if steps is None else steps
     settings = method.settings(
         steps=n, gate=m, k=k, w=warm_up, f=fidelity_interval, defaults={"w": int(default.settings.get("w") or 0)}
@@ -173,7 +173,7 @@ def _guidance(manifest: Manifest, scale: float | None) -> float:
     return scale
 
 
-def _method_of(plan: Plan) -> Method:
+def method_of(plan: Plan) -> Method:
     """The method that a bundle's default plan was made by."""
     name = plan.settings.get("method")
     if name not in METHODS:

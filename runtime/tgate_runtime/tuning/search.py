@@ -1,0 +1,162 @@
+"""Which plan to take, of many whose time is known and whose quality has to be drawn. Pure: it knows no engine.
+
+Successive halving: all plans are measured on a few pictures, the better half on twice as many, and so on; at the end
+those next to the best are tried as well, until none of them is better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from tgate_runtime.tuning.quality import interval
+
+FIRST = 4
+"""Pictures of each plan in the first round."""
+LEAST = 4
+"""Plans that go on at least: so few are measured on all pictures at once."""
+
+Measure = Callable[[str, int], Sequence[float]]
+"""The quality of a plan, by its name, on the first so many pictures; the same numbers each time, more being better."""
+OnPicture = Callable[[int, int, str], None]
+"""Hears that pictures are done, of about how many, and the plan whose were the last."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan: its time of one picture, and its quality on each of those it was measured on."""
+
+    name: str
+    ms: float
+    values: tuple[float, ...]
+
+    @cached_property
+    def mean(self) -> float:
+        """Of the qualities."""
+        return math.fsum(self.values) / len(self.values)
+
+    @cached_property
+    def bounds(self) -> tuple[float, float]:
+        """Of the mean, at 95 %."""
+        return interval(self.values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What is asked for, one of two: the fastest plan whose quality is ``least`` or better, by the lower bound of its
+    mean; or the best quality, by its mean, of the plans that take ``most_ms`` at most."""
+
+    least: float | None = None
+    most_ms: float | None = None
+
+    def chosen(self, points: Iterable[Point]) -> Point | None:
+        """The one to take; None where no point will do."""
+        if self.least is not None:
+            least = self.least
+            return min((p for p in points if p.bounds[0] >= least), key=lambda p: (p.ms, -p.mean, p.name), default=None)
+        return max((p for p in points if self.allows(p.ms)), key=lambda p: (p.mean, -p.ms, p.name), default=None)
+
+    def allows(self, ms: float) -> bool:
+        """Whether a plan of that time can be the one."""
+        return self.most_ms is None or ms <= self.most_ms
+
+    def distance(self, point: Point) -> float:
+        """How far a point is from where the choice falls, to prefer one of several that are as good."""
+        return -point.mean if self.least is None else abs(point.mean - self.least)
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """Those that no other is both faster and better than, the fastest first: Pareto's front."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.ms, -p.mean, p.name)):
+        if not best or point.mean > best[-1].mean:
+            best.append(point)
+    return best
+
+
+def search(
+    times: Mapping[str, float],
+    measure: Measure,
+    goal: Goal,
+    *,
+    images: int,
+    start: Collection[str],
+    near: Callable[[str], Iterable[str]],
+    on_picture: OnPicture | None = None,
+) -> list[Point]:
+    """The points that were measured on all ``images`` pictures, the fastest first; :meth:`Goal.chosen` is among them
+    if any plan that was tried will do.
+
+    ``times``: milliseconds of a picture, of every plan by its name. ``start``: where to begin. ``near(name)``: plans
+    that differ little from one. The same measurements always give the same points, in whatever run they were made.
+    """
+    rounds = _Rounds(times, measure, goal, images, on_picture)
+    found = rounds.halved(name for name in start if goal.allows(times[name]))
+    tried = set(start)
+    while found:
+        best = goal.chosen(found)
+        base = best or max(found, key=lambda p: (p.bounds[0], p.name))
+        fresh = [name for name in near(base.name) if name not in tried and goal.allows(times[name])]
+        if best is not None and goal.least is not None:
+            fresh = [name for name in fresh if times[name] < best.ms]
+        if not fresh:
+            break
+        tried.update(fresh)
+        found += rounds.halved(fresh)
+    return sorted(found, key=lambda p: (p.ms, p.name))
+
+
+def sizes(plans: int, images: int) -> list[tuple[int, int]]:
+    """How many plans each round measures, and on how many pictures, those of the rounds before it included."""
+    count, rounds = min(FIRST, images), list[tuple[int, int]]()
+    while True:
+        count = images if plans <= LEAST else count
+        rounds.append((plans, count))
+        if count == images:
+            return rounds
+        plans, count = min(plans, max(LEAST, math.ceil(plans / 2))), min(2 * count, images)
+
+
+def kept(points: Sequence[Point], number: int, goal: Goal) -> list[Point]:
+    """The better ``number`` of points: the front, then the front of the others, and so on; of the last, those that are
+    nearest to the goal."""
+    better: list[Point] = []
+    left = list(points)
+    while left and len(better) < number:
+        best = front(left)
+        better += sorted(best, key=lambda p: (goal.distance(p), p.name))[: number - len(better)]
+        left = [point for point in left if point not in best]
+    return better
+
+
+class _Rounds:
+    """Halving, and what it tells of."""
+
+    def __init__(
+        self, times: Mapping[str, float], measure: Measure, goal: Goal, images: int, on_picture: OnPicture | None
+    ) -> None:
+        self._times, self._measure, self._goal, self._images = times, measure, goal, images
+        self._on_picture = on_picture
+        self._done = self._total = 0
+
+    def halved(self, names: Iterable[str]) -> list[Point]:
+        """The points that are left when all pictures are measured."""
+        pool = sorted(names, key=lambda name: (self._times[name], name))
+        rounds = sizes(len(pool), self._images) if pool else []
+        before = [0, *(count for _, count in rounds)]
+        self._total += sum(plans * (count - had) for (plans, count), had in zip(rounds, before, strict=False))
+        points: list[Point] = []
+        for (plans, count), had in zip(rounds, before, strict=False):
+            if points:
+                pool = [point.name for point in kept(points, plans, self._goal)]
+            points = [self._point(name, count, count - had) for name in pool]
+        return points
+
+    def _point(self, name: str, count: int, new: int) -> Point:
+        point = Point(name, self._times[name], tuple(self._measure(name, count)))
+        self._done += new
+        if self._on_picture is not None:
+            self._on_picture(self._done, self._total, name)
+        return point

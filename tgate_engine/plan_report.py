@@ -37,6 +37,11 @@ class Estimate:
     low: float
     high: float
 
+    def told(self, metric: str) -> str:
+        """For a reader: ``31.20 dB (30.11 to 32.30)`` of "psnr", ``0.9512 (0.9401 to 0.9600)`` of "ssim"."""
+        digits, unit = (2, " dB") if metric == "psnr" else (4, "")
+        return f"{self.mean:.{digits}f}{unit} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanReport:

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from tgate_cli.command import LONGEST
 from tgate_cli.inspect import shortened
 from tgate_engine.errors import shown
+from tgate_engine.plan_report import Estimate
 
 Row = Sequence[str]
 
@@ -81,8 +82,8 @@ def quality(report: Mapping[str, Any] | None) -> list[str]:
     several = "prompt" if report["prompts"] == 1 else "prompts"
     threads = f"{report['threads']} threads, " if report["threads"] else ""
     return [
-        f"quality: {metric} {_quality(metric, report['quality'])} to the ungated pictures of the same seeds, where those "
-        f"of other seeds have {_quality(metric, report['unrelated'])}; {report['images']} pictures of "
+        f"quality: {metric} {_quality(metric, report['quality'])} to the ungated pictures of the same seeds, where "
+        f"those of other seeds have {_quality(metric, report['unrelated'])}; {report['images']} pictures of "
         f"{report['prompts']} {several}",
         f"time of a picture: {report['measured_ms']:.1f} ms, {_ratio(report['ungated_ms'], report['measured_ms'])} as "
         f"fast as ungated (predicted {report['predicted_ms']:.1f} ms); {report['engine']} {report['engine_version']}"
@@ -91,9 +92,7 @@ def quality(report: Mapping[str, Any] | None) -> list[str]:
 
 
 def _quality(metric: str, of: Mapping[str, float]) -> str:
-    """``31.20 dB (30.11 to 32.30)``."""
-    digits, unit = (2, " dB") if metric == "psnr" else (4, "")
-    return f"{of['mean']:.{digits}f}{unit} ({of['low']:.{digits}f} to {of['high']:.{digits}f})"
+    return Estimate(**of).told(metric)
 
 
 def tuning(data: Mapping[str, Any], out: TextIO | None = None) -> None:

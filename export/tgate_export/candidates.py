@@ -45,7 +45,7 @@ class Candidates:
         return [
             other
             for other, place in self._places.items()
-            if other != label and all(abs(a - b) <= 1 for a, b in zip(own, place, strict=True)) and own[0] == place[0]
+            if other != label and all(abs(a - b) <= 1 for a, b in zip(own, place, strict=True))
         ]
 
     def named(self, bundle: Bundle, label: str, name: str) -> dict[str, Plan]:
@@ -103,9 +103,8 @@ def candidates(bundle: Bundle, *, steps: int | None = None, stopped: bool = True
             continue
         seen.add(program)
         is_stopped = place[0] > 0
-        facts: Mapping[str, Fact] = (
-            {"method": STOPPED, "n": n, "m": settings.gate} if is_stopped else method.facts(settings)
-        )
+        own: dict[str, Fact] = {"method": STOPPED, "n": n, "m": settings.gate}
+        facts = own if is_stopped else method.facts(settings)
         label = _label(settings, stopped=is_stopped)
         plans[label], places[label] = build(label, program, facts), place
     if not plans:

@@ -117,6 +117,7 @@ class Judge:
         self._encoder = Encoder(pipe.session)
         self._rows: dict[int, Row] = {}
         self._references: dict[int, Pixels] = {}
+        self._last: Plan | None = None
         self.drawn, self.drawn_s = 0, 0.0
 
     def scores(self, plan: Plan, count: int) -> tuple[float, ...]:
@@ -149,6 +150,9 @@ class Judge:
 
     def _draw(self, plan: Plan, images: Sequence[int], away: int = 0) -> list[Pixels]:
         begin = time.perf_counter()
+        if plan is not self._last:  # whose buffers would wait for requests that never come, and there are many plans
+            self._pipe.session.trim()
+            self._last = plan
         rows = [self._row(i % len(self._prompts)) for i in images]
         result = self._pipe(
             prompt_embeds={name: np.concatenate([row[name] for row in rows]) for name in rows[0]},

@@ -45,7 +45,6 @@ def ssim(picture: Pixels, reference: Pixels) -> float:
 
 METRICS: Mapping[str, Callable[[Pixels, Pixels], float]] = {"psnr": psnr, "ssim": ssim}
 """By the name that a budget has; more is nearer."""
-UNITS: Mapping[str, str] = {"psnr": "dB", "ssim": ""}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from tgate_runtime.engines.protocol import Engine
 from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.tuning.kept import Kept
 from tgate_runtime.tuning.measure import Judge, Times, measure_graphs, measure_plan
-from tgate_runtime.tuning.quality import UNITS, interval
+from tgate_runtime.tuning.quality import interval
 from tgate_runtime.tuning.search import Goal, Point, front, search
 
 REPEATS = 5
@@ -151,20 +151,10 @@ def _goal(asked: Asked, ungated_ms: float, predicted: Mapping[str, float]) -> Go
 def _unmet(asked: Asked, points: Sequence[Point], plans: int) -> str:
     best = max(points, key=lambda p: p.bounds[0])
     return (
-        f"no plan is known to keep {asked.metric} {asked.least:g}{_unit(asked.metric)} on {asked.images} pictures: the "
-        f"best of {len(points)} drawn to the end, {best.name}, has {told(asked.metric, best.mean, *best.bounds)}; ask "
+        f"no plan is known to keep {asked.metric} {asked.least:g} on {asked.images} pictures: the "
+        f"best of {len(points)} drawn to the end, {best.name}, has {_estimate(best.values).told(asked.metric)}; ask "
         "for less, or give more --images, which narrow the bounds"
     )
-
-
-def told(metric: str, mean: float, low: float, high: float) -> str:
-    """A quality for a reader: ``31.20 dB (30.11 to 32.30)``."""
-    digits = 2 if metric == "psnr" else 4
-    return f"{mean:.{digits}f}{_unit(metric)} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def _unit(metric: str) -> str:
-    return f" {UNITS[metric]}" if UNITS[metric] else ""
 
 
 def _report(

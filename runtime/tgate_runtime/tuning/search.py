@@ -18,6 +18,9 @@ FIRST = 4
 LEAST = 4
 """Plans that go on at least: so few are measured on all pictures at once."""
 
+BASES = 4
+"""Points next to which others are tried: those of the front that are nearest to the goal."""
+
 Measure = Callable[[str, int], Sequence[float]]
 """The quality of a plan, by its name, on the first so many pictures; the same numbers each time, more being better."""
 OnPicture = Callable[[int, int, str], None]
@@ -94,11 +97,12 @@ def search(
     """
     rounds = _Rounds(times, measure, goal, images, on_picture)
     found = rounds.halved(name for name in start if goal.allows(times[name]))
-    tried = set(start)
+    tried = {point.name for point in found}  # those that were left behind early have another chance beside the best
     while found:
         best = goal.chosen(found)
-        base = best or max(found, key=lambda p: (p.bounds[0], p.name))
-        fresh = [name for name in near(base.name) if name not in tried and goal.allows(times[name])]
+        bases = sorted(front(found), key=lambda p: (goal.distance(p), p.name))[:BASES]
+        around = {name for base in bases for name in near(base.name)} - tried
+        fresh = [name for name in around if goal.allows(times[name])]
         if best is not None and goal.least is not None:
             fresh = [name for name in fresh if times[name] < best.ms]
         if not fresh:

@@ -1,0 +1,73 @@
+"""Measurements in a file: they are there again, and nobody else's are taken for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tgate_engine.errors import RequestError
+from tgate_runtime.tuning.kept import Kept
+
+OF = {"bundle": "abc", "seed": 3}
+
+
+def test_what_was_measured_is_there_again(tmp_path: Path) -> None:
+    file = tmp_path / "state.json"
+    kept = Kept(file, OF)
+    assert kept.scores("psnr", "p") == ()
+    kept.add("psnr", "p", [30.5, 31.0])
+    kept.add("psnr", "p", [29.0])
+    assert kept.fact("times", lambda: {"full": 1.5}) == {"full": 1.5}
+    again = Kept(file, OF)
+    assert again.scores("psnr", "p") == (30.5, 31.0, 29.0)
+    assert again.scores("ssim", "p") == again.scores("psnr", "q") == ()
+    assert again.fact("times", lambda: pytest.fail("measured twice")) == {"full": 1.5}
+
+
+def test_without_a_file_it_is_in_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = Kept(None, OF)
+    kept.add("psnr", "p", [1.0])
+    assert kept.scores("psnr", "p") == (1.0,)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_measurements_of_something_else_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "state.json"
+    Kept(file, OF).add("psnr", "p", [1.0])
+    with pytest.raises(RequestError, match=r"measurements of another bundle \(abc, not xyz\); name another --state"):
+        Kept(file, {**OF, "bundle": "xyz"})
+    with pytest.raises(RequestError, match="another seed"):
+        Kept(file, {**OF, "seed": 4})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "holds no measurements"),
+        ("[1]", "holds no measurements"),
+        ('{"form": 2, "of": {}, "facts": {}, "scores": {}}', "that this version reads"),
+        ({"facts": []}, "is damaged"),
+        ({"scores": {"psnr": {"p": ["high"]}}}, "is damaged"),
+        ({"scores": {"psnr": {"p": [True]}}}, "is damaged"),
+        ({"scores": {"psnr": [1.0]}}, "is damaged"),
+        ({"scores": {"psnr": {"p": 1.0}}}, "is damaged"),
+    ],
+)
+def test_a_file_that_holds_none_is_refused(tmp_path: Path, content: Any, says: str) -> None:
+    file = tmp_path / "state.json"
+    whole = {"form": 1, "of": OF, "facts": {}, "scores": {}}
+    file.write_text(content if isinstance(content, str) else json.dumps({**whole, **content}))
+    with pytest.raises(RequestError, match=says) as refused:
+        Kept(file, OF)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="there is no directory"):
+        Kept(tmp_path / "none" / "state.json", OF)
+    with pytest.raises(RequestError, match="is a directory"):
+        Kept(tmp_path, OF)

@@ -46,6 +46,8 @@ def tune(args: argparse.Namespace, report: Reporter) -> Show:
     # The default plan says of which method further plans are, and stopping guidance is none.
     choices = candidates(bundle, steps=args.steps, stopped=args.name != DEFAULT)
     graphs_of(bundle, [choices.ungated], [shape.size])
+    if len(prompts) > args.images:
+        report.note(f"of {len(prompts)} prompts the first {args.images} are drawn; --images {len(prompts)} takes all")
     report.stage(f"loading {args.engine}")
     engine = asked_engine(args)
     kept = begin(args.state, bundle, choices.ungated, asked, engine)

@@ -25,7 +25,7 @@ def test_every_candidate_is_a_program_of_its_own_that_runs(bundle: Bundle) -> No
     programs = [tuple(step.graph for step in plan.steps) for plan in (found.ungated, *found.plans.values())]
     assert len(set(programs)) == len(programs)
     assert {len(program) for program in programs} == {8}
-    bundle.with_plans({label: plan for label, plan in found.plans.items()})  # each is proved
+    bundle.with_plans(found.plans)  # each is proved
     assert found.ungated.same_program(bundle.manifest.plan("ungated"))
     gates = {plan.settings["m"] for plan in found.plans.values()}
     assert gates == set(range(1, 9))
@@ -40,7 +40,7 @@ def test_those_of_the_bundle_are_among_them(bundle: Bundle) -> None:
         assert [label for label, plan in found.plans.items() if plan.same_program(stored)], name
 
 
-@pytest.mark.parametrize("label", ["m=5 k=3 w=2", "m=3 f=2", "m=4 k=2 w=0 f=3"])
+@pytest.mark.parametrize("label", ["m=6 k=3 w=2", "m=3 f=2", "m=4 k=2 w=0 f=3"])
 def test_a_candidate_is_what_tgate_plan_makes_of_its_settings(tmp_path: Path, label: str) -> None:
     bundle = Bundle.open(build(tmp_path / "toy", goldens=False))
     plan = candidates(bundle).plans[label]
@@ -53,9 +53,9 @@ def test_a_candidate_is_what_tgate_plan_makes_of_its_settings(tmp_path: Path, la
 
 def test_neighbours_are_one_place_away(bundle: Bundle) -> None:
     found = candidates(bundle)
-    near = found.near("m=5 k=3 w=2")
-    assert {"m=6 k=3 w=2", "m=5 k=2 w=2", "m=4 k=2 w=0", "m=5 k=3 w=2 f=2"} <= set(near)
-    assert not {"m=5 k=3 w=2", "m=7 k=3 w=2", "m=5 k=3 w=2 f=3", "m=5"} & set(near)
+    near = found.near("m=6 k=3 w=2")
+    assert {"m=7 k=3 w=2", "m=6 k=2 w=2", "m=5 k=2 w=0", "m=6 k=3 w=2 f=2"} <= set(near)
+    assert not {"m=6 k=3 w=2", "m=8 k=3 w=2", "m=6 k=3 w=2 f=3", "m=6"} & set(near)
     assert "m=5 guidance stopped" in found.near("m=5")
     assert "m=5" in found.near("m=5 guidance stopped")
 

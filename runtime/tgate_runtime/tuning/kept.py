@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tgate_engine.atomic import check_place, write_atomically
 from tgate_engine.errors import RequestError, shown
+from tgate_engine.manifest_json import content_digest
 from tgate_engine.plain_files import read_plain
 from tgate_engine.reader import parse_json
 
@@ -57,7 +57,8 @@ class Kept:
 
     def _save(self) -> None:
         if self._path is not None:
-            data = {"form": FORM, "of": self._of, "facts": self._facts, "scores": self._scores}
+            data: dict[str, Any] = {"form": FORM, "of": self._of, "facts": self._facts, "scores": self._scores}
+            data["digest"] = content_digest(data)
             write_atomically(self._path, (json.dumps(data, allow_nan=False) + "\n").encode())
 
     def _read(self, path: Path) -> None:
@@ -66,30 +67,15 @@ class Kept:
             data = parse_json(read_plain(path, MOST_BYTES, RequestError))
         except ValueError as error:
             raise RequestError(f"{none} ({shown(error)}); name another --state") from None
-        if not isinstance(data, dict) or data.keys() != {"form", "of", "facts", "scores"} or data["form"] != FORM:
+        if not isinstance(data, dict) or data.get("form") != FORM:
             raise RequestError(f"{none} that this version reads; name another --state")
+        if data.pop("digest", None) != content_digest(data):
+            raise RequestError(f"{path} does not match its own digest; remove it, and measure again")
         if data["of"] != self._of:
-            theirs: Mapping[str, Any] = data["of"] if isinstance(data["of"], dict) else {}
+            theirs: Facts = data["of"]
             what = next(name for name in {**self._of, **theirs} if theirs.get(name) != self._of.get(name))
             raise RequestError(
                 f"{path} holds measurements of another {shown(what, 40)} ({shown(theirs.get(what), 40)}, not "
                 f"{shown(self._of.get(what), 40)}); name another --state, or remove it"
             )
-        if not _is_sound(data["facts"], data["scores"]):
-            raise RequestError(f"{path} is damaged; remove it, and measure again")
         self._facts, self._scores = data["facts"], data["scores"]
-
-
-def _is_sound(facts: object, scores: object) -> bool:
-    """Whether facts are an object, and scores lists of finite numbers by metric and program."""
-    if not isinstance(facts, dict) or not isinstance(scores, dict):
-        return False
-    tables = list(scores.values())
-    if not all(isinstance(table, dict) for table in tables):
-        return False
-    lists = [values for table in tables for values in table.values()]
-    return all(
-        isinstance(values, list)
-        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-        for values in lists
-    )

@@ -3,6 +3,7 @@ one of the same seed."""
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tgate_engine.bundle import Bundle
-from tgate_engine.errors import RequestError
+from tgate_engine.errors import RequestError, shown
 from tgate_engine.graph import DECODE, TEXT
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Plan
@@ -25,9 +26,12 @@ from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.tuning.kept import Kept
 from tgate_runtime.tuning.quality import METRICS, Pixels
 
+log = logging.getLogger("tgate")
+
 OTHER_SEEDS = 1 << 20
 """How far the seeds of unrelated pictures are from those of the ones they are compared with."""
-_MEASURED, _UNGATED = "tune.measured", "tune.ungated"
+_MEASURED = {"plan": "tune.plan", "ungated": "tune.ungated"}
+"""What plans are called while they are timed."""
 
 OnRun = Callable[[int, int, str], None]
 
@@ -44,8 +48,8 @@ def check_drawable(manifest: Manifest) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Medians in milliseconds. ``graphs``: one call of each denoising graph, inside the engine. ``host``: what a step
-    takes beside that. ``around``: one text and one decoder call."""
+    """Medians in milliseconds, of one picture. ``graphs``: a call of each denoising graph, inside the engine.
+    ``host``: what a step takes beside that. ``around``: a text and a decoder call."""
 
     graphs: Mapping[str, float]
     host: float
@@ -69,13 +73,13 @@ def measure_graphs(
     for plan in plans:
         if not known >= set(plan.graphs()):
             known |= set(plan.graphs())
-            cover[f"{_MEASURED}.{len(cover)}"] = plan
+            cover[f"tune.{len(cover)}"] = plan
     data = _bench(bundle, cover, engine=engine, size=size, repeats=repeats, on_run=on_run)
-    measured = data["plans"].values()
+    measured, images = data["plans"].values(), data["settings"]["batch"]
     return Times(
-        graphs={name: data["graphs"][name]["ms"] for name in sorted(known)},
-        host=statistics.median(plan["outside_engine_ms_per_step"] for plan in measured),
-        around=next(plan["picture_ms"] - plan["ms"] for plan in measured),
+        graphs={name: data["graphs"][name]["ms"] / images for name in sorted(known)},
+        host=statistics.median(plan["outside_engine_ms_per_step"] for plan in measured) / images,
+        around=next(plan["picture_ms"] - plan["ms"] for plan in measured) / images,
     )
 
 
@@ -83,12 +87,10 @@ def measure_plan(
     bundle: Bundle, plan: Plan, ungated: Plan, *, engine: Engine, size: str | None, repeats: int, on_run: OnRun | None
 ) -> dict[str, float]:
     """Milliseconds of a picture of ``"plan"`` and ``"ungated"``, in turns."""
-    named = {_MEASURED: plan, _UNGATED: ungated}
+    named = {_MEASURED["plan"]: plan, _MEASURED["ungated"]: ungated}
     data = _bench(bundle, named, engine=engine, size=size, repeats=repeats, on_run=on_run)
-    return {
-        "plan": data["plans"][_MEASURED]["picture_ms"],
-        "ungated": data["plans"][_UNGATED]["picture_ms"],
-    }
+    images = data["settings"]["batch"]
+    return {what: data["plans"][name]["picture_ms"] / images for what, name in _MEASURED.items()}
 
 
 def _bench(
@@ -170,5 +172,7 @@ class Judge:
     def _row(self, i: int) -> Row:
         """What conditions a picture of a prompt, encoded once."""
         if i not in self._rows:
-            (self._rows[i],), _ = self._encoder.of_texts([(self._prompts[i], None)], self._size)
+            (self._rows[i],), cuts = self._encoder.of_texts([(self._prompts[i], None)], self._size)
+            for cut in cuts:
+                log.warning('a prompt is longer than the model takes; left out: "%s"', shown(cut, 500))
         return self._rows[i]

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tgate_engine
 from tgate_engine.bundle import Bundle
@@ -92,10 +93,10 @@ def tune(
     ``kept``: of :func:`begin`. Raises :class:`RequestError` where no plan will do, with the best that was found.
     """
     size, metric = asked.size, asked.metric
-    timed = {"engine": engine, "size": size, "repeats": REPEATS, "on_run": report.progress}
+    timed: dict[str, Any] = {"engine": engine, "size": size, "repeats": REPEATS, "on_run": report.progress}
     report.stage("timing the graphs")
     cover = [ungated, *plans.values()]
-    times = Times(**kept.fact("times", lambda: measure_graphs(bundle, cover, **timed).to_json()))  # type: ignore[arg-type]
+    times = Times(**kept.fact("times", lambda: measure_graphs(bundle, cover, **timed).to_json()))
     predicted = {name: times.of(plan) for name, plan in plans.items()}
     ungated_ms = times.of(ungated)
     goal = _goal(asked, ungated_ms, predicted)
@@ -118,12 +119,14 @@ def tune(
         )
         best = goal.chosen(points)
         if best is None:
-            raise RequestError(_unmet(asked, points, len(plans)))
+            raise RequestError(_unmet(asked, points))
         report.stage("drawing the same prompts from other seeds")
         unrelated = judge.unrelated(asked.images)
+    if best.bounds[0] <= interval(unrelated)[1]:
+        report.warn(f"pictures of {best.name} are not surely nearer to the ungated ones than those of other seeds are")
     plan = plans[best.name]
     report.stage(f"timing {best.name} and ungated, in turns")
-    measured = kept.fact(f"ms {program_digest(plan)}", lambda: measure_plan(bundle, plan, ungated, **timed))  # type: ignore[arg-type]
+    measured = kept.fact(f"ms {program_digest(plan)}", lambda: measure_plan(bundle, plan, ungated, **timed))
     return Tuned(
         chosen=best.name,
         front=front(points),
@@ -148,7 +151,7 @@ def _goal(asked: Asked, ungated_ms: float, predicted: Mapping[str, float]) -> Go
     return Goal(most_ms=most_ms)
 
 
-def _unmet(asked: Asked, points: Sequence[Point], plans: int) -> str:
+def _unmet(asked: Asked, points: Sequence[Point]) -> str:
     best = max(points, key=lambda p: p.bounds[0])
     return (
         f"no plan is known to keep {asked.metric} {asked.least:g} on {asked.images} pictures: the "

@@ -65,9 +65,16 @@ class Goal:
         """Whether a plan of that time can be the one."""
         return self.most_ms is None or ms <= self.most_ms
 
-    def distance(self, point: Point) -> float:
-        """How far a point is from where the choice falls, to prefer one of several that are as good."""
-        return -point.mean if self.least is None else abs(point.mean - self.least)
+    def distance(self, point: Point, anchor: Point) -> float:
+        """How far a point is from where the choice falls, to prefer one of several that are as good.
+
+        ``anchor``: a point that was measured on all pictures. What is hard about a picture is hard for every plan: how
+        much better a plan is on a few pictures than the anchor on the same tells more than those few alone would.
+        """
+        if self.least is None:
+            return -point.mean
+        same = anchor.values[: len(point.values)]
+        return abs(anchor.bounds[0] + point.mean - math.fsum(same) / len(same) - self.least)
 
 
 def front(points: Iterable[Point]) -> list[Point]:
@@ -96,20 +103,23 @@ def search(
     that differ little from one. The same measurements always give the same points, in whatever run they were made.
     """
     rounds = _Rounds(times, measure, goal, images, on_picture)
-    found = rounds.halved(name for name in start if goal.allows(times[name]))
+    first = sorted((name for name in start if goal.allows(times[name])), key=lambda name: (times[name], name))
+    if not first:
+        return []
+    anchor = rounds.whole(first[len(first) // 2])
+    found = rounds.halved(first, anchor)
     tried = {point.name for point in found}  # those that were left behind early have another chance beside the best
-    while found:
+    while True:
         best = goal.chosen(found)
-        bases = sorted(front(found), key=lambda p: (goal.distance(p), p.name))[:BASES]
+        bases = sorted(front(found), key=lambda p: (goal.distance(p, anchor), p.name))[:BASES]
         around = {name for base in bases for name in near(base.name)} - tried
         fresh = [name for name in around if goal.allows(times[name])]
         if best is not None and goal.least is not None:
             fresh = [name for name in fresh if times[name] < best.ms]
         if not fresh:
-            break
+            return sorted(found, key=lambda p: (p.ms, p.name))
         tried.update(fresh)
-        found += rounds.halved(fresh)
-    return sorted(found, key=lambda p: (p.ms, p.name))
+        found += rounds.halved(fresh, bases[0])
 
 
 def sizes(plans: int, images: int) -> list[tuple[int, int]]:
@@ -123,14 +133,14 @@ def sizes(plans: int, images: int) -> list[tuple[int, int]]:
         plans, count = min(plans, max(LEAST, math.ceil(plans / 2))), min(2 * count, images)
 
 
-def kept(points: Sequence[Point], number: int, goal: Goal) -> list[Point]:
+def kept(points: Sequence[Point], number: int, goal: Goal, anchor: Point) -> list[Point]:
     """The better ``number`` of points: the front, then the front of the others, and so on; of the last, those that are
     nearest to the goal."""
     better: list[Point] = []
     left = list(points)
     while left and len(better) < number:
         best = front(left)
-        better += sorted(best, key=lambda p: (goal.distance(p), p.name))[: number - len(better)]
+        better += sorted(best, key=lambda p: (goal.distance(p, anchor), p.name))[: number - len(better)]
         left = [point for point in left if point not in best]
     return better
 
@@ -145,7 +155,11 @@ class _Rounds:
         self._on_picture = on_picture
         self._done = self._total = 0
 
-    def halved(self, names: Iterable[str]) -> list[Point]:
+    def whole(self, name: str) -> Point:
+        """A plan on all pictures."""
+        return self.halved([name], Point(name, 0.0, ()))[0]
+
+    def halved(self, names: Iterable[str], anchor: Point) -> list[Point]:
         """The points that are left when all pictures are measured."""
         pool = sorted(names, key=lambda name: (self._times[name], name))
         rounds = sizes(len(pool), self._images) if pool else []
@@ -154,7 +168,7 @@ class _Rounds:
         points: list[Point] = []
         for (plans, count), had in zip(rounds, before, strict=False):
             if points:
-                pool = [point.name for point in kept(points, plans, self._goal)]
+                pool = [point.name for point in kept(points, plans, self._goal, anchor)]
             points = [self._point(name, count, count - had) for name in pool]
         return points
 

@@ -20,7 +20,8 @@ class Model:
     What a picture adds is nearly the same for each plan, as hard prompts are hard for all.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, own: float = 0.2) -> None:
+        """``own``: the deviation of what a picture does to one plan alone."""
         rng = np.random.default_rng(seed)
         self.places = {f"m={m} k={k}": (m, a) for m, (a, k) in itertools.product(M, enumerate(K))}
         gain, loss, saved = rng.uniform(0.5, 1.0), rng.uniform(0.3, 1.5), rng.uniform(0.1, 0.3)
@@ -30,7 +31,7 @@ class Model:
         for name, (m, a) in self.places.items():
             self.times[name] = 100 + 10 * m - saved * a * 10 * m / 3
             mean = 15 + gain * m - loss * a * m / 25
-            self.quality[name] = list(mean + picture + rng.normal(0, 0.2, IMAGES))
+            self.quality[name] = list(mean + picture + rng.normal(0, own, IMAGES))
         self.drawn: dict[str, int] = {}
 
     def measure(self, name: str, count: int) -> list[float]:
@@ -49,17 +50,27 @@ class Model:
         return [Point(name, ms, tuple(self.quality[name])) for name, ms in self.times.items()]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("least", [17.0, 20.0, 23.0, 26.0])
 def test_the_fastest_plan_within_a_budget_is_found(seed: int, least: float) -> None:
-    model, goal = Model(seed), Goal(least=least)
+    model, goal = Model(seed, own=0.0), Goal(least=least)
     found, best = goal.chosen(model.search(goal)), goal.chosen(model.every())
     assert (found and found.name) == (best and best.name)
     assert found is None or found.bounds[0] >= least
-    assert sum(model.drawn.values()) < IMAGES * len(model.times) / 2
+    assert sum(model.drawn.values()) < IMAGES * len(model.times) / 4
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
+def test_where_plans_fare_differently_with_each_picture_what_is_found_is_hardly_slower(seed: int) -> None:
+    model, goal = Model(seed), Goal(least=20.0)
+    found, best = goal.chosen(model.search(goal)), goal.chosen(model.every())
+    assert found is not None
+    assert best is not None
+    assert found.bounds[0] >= 20.0
+    assert best.ms <= found.ms <= 1.02 * best.ms
+
+
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("most_ms", [150.0, 220.0, 290.0])
 def test_the_best_plan_of_those_that_are_fast_enough_is_found(seed: int, most_ms: float) -> None:
     model, goal = Model(seed), Goal(most_ms=most_ms)
@@ -91,7 +102,7 @@ def test_each_point_holds_all_pictures_and_progress_ends_at_its_total() -> None:
     )
     assert {len(point.values) for point in points} == {IMAGES}
     assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert told[-1][0] == told[-1][1] == sum(model.drawn.values())
+    assert told[-1][0] == told[-1][1] >= sum(model.drawn.values())  # those measured twice are counted twice
 
 
 def test_a_choice_goes_by_the_lower_bound_and_not_by_the_mean() -> None:
@@ -105,8 +116,14 @@ def test_the_front_is_what_nothing_is_faster_and_better_than() -> None:
     values: Mapping[str, tuple[float, float]] = {"a": (1, 5), "b": (2, 4), "c": (2, 7), "d": (3, 7), "e": (4, 9)}
     points = [Point(name, ms, (q, q)) for name, (ms, q) in values.items()]
     assert [point.name for point in front(points)] == ["a", "c", "e"]
-    assert [point.name for point in kept(points, 4, Goal(least=7.0))] == ["c", "a", "e", "d"]
-    assert [point.name for point in kept(points, 2, Goal(least=9.0))] == ["e", "c"]
+    assert [point.name for point in kept(points, 4, Goal(least=7.0), points[0])] == ["c", "a", "e", "d"]
+    assert [point.name for point in kept(points, 2, Goal(least=9.0), points[0])] == ["e", "c"]
+
+
+def test_a_point_on_few_pictures_is_placed_by_its_distance_from_one_on_all() -> None:
+    anchor = Point("anchor", 2.0, (20.0, 20.0, 40.0, 40.0, 40.0, 40.0, 40.0, 40.0))
+    point = Point("point", 1.0, (21.0, 21.0))  # one better than the anchor on the two hardest
+    assert Goal(least=30.0).distance(point, anchor) == pytest.approx(abs(anchor.bounds[0] + 1 - 30))
 
 
 def test_rounds_halve_plans_and_double_pictures() -> None:

@@ -27,12 +27,12 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def test_the_plan_is_added_with_its_report_and_inspect_shows_it(run: Run, toy: Path, prompts: Path) -> None:
-    asked = ("--budget", "psnr=15", "--prompts", prompts, *QUICK)
+    asked = ("--budget", "psnr=22", "--prompts", prompts, *QUICK)
     status, out, err = run("tune", toy, *asked, "--json")
     assert (status, err) == (0, "")
     told = json.loads(out)
     assert told["plan"] == "tuned"
-    assert told["report"]["quality"]["low"] >= 15
+    assert told["report"]["quality"]["low"] >= 22
     assert told["report"]["prompts"] == 2
     bundle = Bundle.open(toy)
     plan = bundle.manifest.plan("tuned")
@@ -63,7 +63,7 @@ def test_the_plan_is_added_with_its_report_and_inspect_shows_it(run: Run, toy: P
 
 def test_for_people(run: Run, toy: Path, prompts: Path, tmp_path: Path) -> None:
     state = tmp_path / "state.json"
-    asked = ("--budget", "psnr=15", "--prompts", prompts, "--images", 4, "--threads", 1, "--state", state)
+    asked = ("--budget", "psnr=22", "--prompts", prompts, "--images", 4, "--threads", 1, "--state", state)
     status, out, err = run("tune", toy, *asked)
     assert status == 0
     lines = out.splitlines()
@@ -121,7 +121,7 @@ def test_a_command_line_that_is_wrong(run: Run, asked: tuple[str, ...], says: st
 
 
 def test_what_cannot_be_tuned_is_told_in_one_line(run: Run, good: Path, prompts: Path, tmp_path: Path) -> None:
-    goal = ("--budget", "psnr=15", "--quiet")
+    goal = ("--budget", "psnr=22", "--quiet")
     before = (good / MANIFEST_FILE).read_bytes()
     fails(run("tune", tmp_path / "none", *goal), "there is no such directory")
     fails(run("tune", good, *goal), "name a file of your prompts, one a line, with --prompts FILE")
@@ -146,17 +146,18 @@ def test_what_cannot_be_tuned_is_told_in_one_line(run: Run, good: Path, prompts:
 
 def test_a_state_of_another_bundle_is_refused(run: Run, toy: Path, prompts: Path, tmp_path: Path) -> None:
     state = tmp_path / "state.json"
-    asked = ("--budget", "psnr=15", "--prompts", prompts, *QUICK, "--state", state)
+    asked = ("--budget", "psnr=22", "--prompts", prompts, *QUICK, "--state", state)
     assert run("tune", toy, *asked)[0] == 0
     edit_manifest(toy, lambda data: data.update(licence="another"))
     fails(run("tune", toy, *asked, "--force"), "holds measurements of another bundle")
 
 
-def test_a_bundle_without_a_decoder(run: Run, toy: Path, prompts: Path, tmp_path: Path) -> None:
-    edit_manifest(toy, lambda data: data["shapes"][0]["graphs"].pop("decoder"))
-    fails(run("tune", toy, "--budget", "psnr=15", "--prompts", prompts), "the bundle has no decoder")
+def test_a_bundle_that_draws_no_pictures_from_prompts(run: Run, prompts: Path, tmp_path: Path) -> None:
+    bare = build(tmp_path / "bare", goldens=False)
+    edit_manifest(bare, lambda data: data["shapes"][0]["graphs"].pop("decoder"))
+    fails(run("tune", bare, "--budget", "psnr=22", "--prompts", prompts), "the bundle has no decoder")
     pictured = build(tmp_path / "pictured", Toy(pictured=True), goldens=False)
-    fails(run("tune", pictured, "--budget", "psnr=15", "--prompts", prompts), "the bundle has no text encoder")
+    fails(run("tune", pictured, "--budget", "psnr=22", "--prompts", prompts), "the bundle has no text encoder")
 
 
 def test_ssim_says_what_brings_it(run: Run, good: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

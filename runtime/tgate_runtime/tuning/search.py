@@ -106,6 +106,7 @@ def search(
     first = sorted((name for name in start if goal.allows(times[name])), key=lambda name: (times[name], name))
     if not first:
         return []
+    rounds.total = images + pictures(len(first), images)
     anchor = rounds.whole(first[len(first) // 2])
     found = rounds.halved(first, anchor)
     tried = {point.name for point in found}  # those that were left behind early have another chance beside the best
@@ -119,6 +120,7 @@ def search(
         if not fresh:
             return sorted(found, key=lambda p: (p.ms, p.name))
         tried.update(fresh)
+        rounds.total += pictures(len(fresh), images)
         found += rounds.halved(fresh, bases[0])
 
 
@@ -131,6 +133,12 @@ def sizes(plans: int, images: int) -> list[tuple[int, int]]:
         if count == images:
             return rounds
         plans, count = min(plans, max(LEAST, math.ceil(plans / 2))), min(2 * count, images)
+
+
+def pictures(plans: int, images: int) -> int:
+    """How many pictures all rounds draw together."""
+    rounds = sizes(plans, images)
+    return sum(more * (count - had) for (more, count), (_, had) in zip(rounds, [(0, 0), *rounds], strict=False))
 
 
 def kept(points: Sequence[Point], number: int, goal: Goal, anchor: Point) -> list[Point]:
@@ -153,7 +161,7 @@ class _Rounds:
     ) -> None:
         self._times, self._measure, self._goal, self._images = times, measure, goal, images
         self._on_picture = on_picture
-        self._done = self._total = 0
+        self._done = self.total = 0
 
     def whole(self, name: str) -> Point:
         """A plan on all pictures."""
@@ -164,7 +172,6 @@ class _Rounds:
         pool = sorted(names, key=lambda name: (self._times[name], name))
         rounds = sizes(len(pool), self._images) if pool else []
         before = [0, *(count for _, count in rounds)]
-        self._total += sum(plans * (count - had) for (plans, count), had in zip(rounds, before, strict=False))
         points: list[Point] = []
         for (plans, count), had in zip(rounds, before, strict=False):
             if points:
@@ -176,5 +183,5 @@ class _Rounds:
         point = Point(name, self._times[name], tuple(self._measure(name, count)))
         self._done += new
         if self._on_picture is not None:
-            self._on_picture(self._done, self._total, name)
+            self._on_picture(self._done, self.total, name)
         return point

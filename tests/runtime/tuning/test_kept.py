@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tgate_engine.errors import RequestError
-from tgate_runtime.tuning.kept import Kept
+from tgate_runtime.tuning.kept import Facts, Kept
 
-OF = {"bundle": "abc", "seed": 3}
+OF: Facts = {"bundle": "abc", "seed": 3}
 
 
 def test_what_was_measured_is_there_again(tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def make_plans(
         same = next((old.name for old in (existing or {}).values() if old.same_program(plan)), None)
         if same is None:
             plans[label] = plan
-        baselines.append(same or label)
+        if (same or label) not in baselines:  # where m = n, stopping guidance at m is no other than the ungated plan
+            baselines.append(same or label)
     if told := method.idle(settings, sampler.lead_in):
         log.warning("plan %s: %s; take a larger m, or a smaller %s or w", name, told, told[0])
     own = build(name, method.program(settings, sampler.lead_in), method.facts(settings), tuple(baselines))

@@ -28,8 +28,8 @@ def prompts(tmp_path: Path) -> Path:
 
 def test_the_plan_is_added_with_its_report_and_inspect_shows_it(run: Run, toy: Path, prompts: Path) -> None:
     asked = ("--budget", "psnr=22", "--prompts", prompts, *QUICK)
-    status, out, err = run("tune", toy, *asked, "--json")
-    assert (status, err) == (0, "")
+    status, out, _ = run("tune", toy, *asked, "--json")  # a busy machine is warned of
+    assert status == 0
     told = json.loads(out)
     assert told["plan"] == "tuned"
     assert told["report"]["quality"]["low"] >= 22

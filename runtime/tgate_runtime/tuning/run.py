@@ -24,6 +24,8 @@ from tgate_runtime.tuning.quality import interval
 from tgate_runtime.tuning.search import Goal, Point, front, search
 
 REPEATS = 5
+DISTURBED = 0.15
+"""How far a predicted time may be from the measured one before a warning says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +129,16 @@ def tune(
     plan = plans[best.name]
     report.stage(f"timing {best.name} and ungated, in turns")
     measured = kept.fact(f"ms {program_digest(plan)}", lambda: measure_plan(bundle, plan, ungated, **timed))
+    errors = best.ms / measured["plan"] - 1, ungated_ms / measured["ungated"] - 1
+    if max(map(abs, errors)) > DISTURBED:
+        report.warn("times that were predicted and measured differ: the machine had other work; they tell little")
     return Tuned(
         chosen=best.name,
         front=front(points),
         tried=len(points),
         ungated_ms=ungated_ms,
-        prediction_error=best.ms / measured["plan"] - 1,
-        ungated_error=ungated_ms / measured["ungated"] - 1,
+        prediction_error=errors[0],
+        ungated_error=errors[1],
         report=_report(bundle, plan, ungated, asked, engine, best, unrelated, measured),
     )
 

@@ -15,6 +15,8 @@ from tgate_runtime.tuning.quality import interval
 
 FIRST = 4
 """Pictures of each plan in the first round."""
+FIRST_NEAR = 8
+"""The same where plans next to the best are tried, which differ less."""
 LEAST = 4
 """Plans that go on at least: so few are measured on all pictures at once."""
 
@@ -106,27 +108,29 @@ def search(
     first = sorted((name for name in start if goal.allows(times[name])), key=lambda name: (times[name], name))
     if not first:
         return []
-    rounds.total = images + pictures(len(first), images)
+    rounds.total = images + pictures(len(first), images, FIRST)
     anchor = rounds.whole(first[len(first) // 2])
-    found = rounds.halved(first, anchor)
-    tried = {point.name for point in found}  # those that were left behind early have another chance beside the best
+    found = rounds.halved(first, anchor, FIRST)
+    best, left_behind = goal.chosen(found), set[str]()
     while True:
-        best = goal.chosen(found)
         bases = sorted(front(found), key=lambda p: (goal.distance(p, anchor), p.name))[:BASES]
-        around = {name for base in bases for name in near(base.name)} - tried
-        fresh = [name for name in around if goal.allows(times[name])]
+        around = {name for base in bases for name in near(base.name)} - {point.name for point in found}
+        fresh = [name for name in around - left_behind if goal.allows(times[name])]
         if best is not None and goal.least is not None:
             fresh = [name for name in fresh if times[name] < best.ms]
         if not fresh:
             return sorted(found, key=lambda p: (p.ms, p.name))
-        tried.update(fresh)
-        rounds.total += pictures(len(fresh), images)
-        found += rounds.halved(fresh, bases[0])
+        rounds.total += pictures(len(fresh), images, FIRST_NEAR)
+        found += rounds.halved(fresh, bases[0], FIRST_NEAR)
+        before, best = best, goal.chosen(found)
+        # Who was left behind beside another one may be who comes next: each has a chance beside the best there is.
+        left_behind = left_behind.union(fresh) if best == before else set()
 
 
-def sizes(plans: int, images: int) -> list[tuple[int, int]]:
-    """How many plans each round measures, and on how many pictures, those of the rounds before it included."""
-    count, rounds = min(FIRST, images), list[tuple[int, int]]()
+def sizes(plans: int, images: int, first: int) -> list[tuple[int, int]]:
+    """How many plans each round measures, and on how many pictures, those of the rounds before it included; ``first``
+    in the first one."""
+    count, rounds = min(first, images), list[tuple[int, int]]()
     while True:
         count = images if plans <= LEAST else count
         rounds.append((plans, count))
@@ -135,9 +139,9 @@ def sizes(plans: int, images: int) -> list[tuple[int, int]]:
         plans, count = min(plans, max(LEAST, math.ceil(plans / 2))), min(2 * count, images)
 
 
-def pictures(plans: int, images: int) -> int:
+def pictures(plans: int, images: int, first: int) -> int:
     """How many pictures all rounds draw together."""
-    rounds = sizes(plans, images)
+    rounds = sizes(plans, images, first)
     return sum(more * (count - had) for (more, count), (_, had) in zip(rounds, [(0, 0), *rounds], strict=False))
 
 
@@ -165,12 +169,12 @@ class _Rounds:
 
     def whole(self, name: str) -> Point:
         """A plan on all pictures."""
-        return self.halved([name], Point(name, 0.0, ()))[0]
+        return self.halved([name], Point(name, 0.0, ()), FIRST)[0]
 
-    def halved(self, names: Iterable[str], anchor: Point) -> list[Point]:
+    def halved(self, names: Iterable[str], anchor: Point, first: int) -> list[Point]:
         """The points that are left when all pictures are measured."""
         pool = sorted(names, key=lambda name: (self._times[name], name))
-        rounds = sizes(len(pool), self._images) if pool else []
+        rounds = sizes(len(pool), self._images, first) if pool else []
         before = [0, *(count for _, count in rounds)]
         points: list[Point] = []
         for (plans, count), had in zip(rounds, before, strict=False):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from tgate_runtime.tuning.search import LEAST, Goal, Point, front, kept, search, sizes
+from tgate_runtime.tuning.search import LEAST, Goal, Point, front, kept, pictures, search, sizes
 
 M, K = range(1, 26), (1, 2, 3, 5)
 IMAGES = 32
@@ -127,7 +127,9 @@ def test_a_point_on_few_pictures_is_placed_by_its_distance_from_one_on_all() -> 
 
 
 def test_rounds_halve_plans_and_double_pictures() -> None:
-    assert sizes(74, 32) == [(74, 4), (37, 8), (19, 16), (10, 32)]
-    assert sizes(100, 10) == [(100, 4), (50, 8), (25, 10)]
-    assert sizes(LEAST, 100) == [(LEAST, 100)]
-    assert sizes(50, 4) == [(50, 4)]
+    assert sizes(74, 32, 4) == [(74, 4), (37, 8), (19, 16), (10, 32)]
+    assert sizes(100, 10, 4) == [(100, 4), (50, 8), (25, 10)]
+    assert sizes(LEAST, 100, 4) == [(LEAST, 100)]
+    assert sizes(50, 4, 8) == [(50, 4)]
+    assert sizes(20, 32, 8) == [(20, 8), (10, 16), (5, 32)]
+    assert pictures(20, 32, 8) == 20 * 8 + 10 * 8 + 5 * 16

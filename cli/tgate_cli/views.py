@@ -80,7 +80,7 @@ def quality(report: Mapping[str, Any] | None) -> list[str]:
         return ["quality not measured; `tgate tune` does that"]
     metric, precision = report["metric"], f" in {report['precision']}" if report["precision"] else ""
     several = "prompt" if report["prompts"] == 1 else "prompts"
-    threads = f"{report['threads']} threads, " if report["threads"] else ""
+    threads = f"{report['threads']} thread{'s' * (report['threads'] > 1)}, " if report["threads"] else ""
     return [
         f"quality: {metric} {_quality(metric, report['quality'])} to the ungated pictures of the same seeds, where "
         f"those of other seeds have {_quality(metric, report['unrelated'])}; {report['images']} pictures of "

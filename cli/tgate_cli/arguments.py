@@ -26,6 +26,10 @@ FAILED, USAGE = 1, 2
 MOST = 10_000
 """Images, frames, turns: more is a slip of the finger, and would be counted out in memory."""
 MOST_PIXELS = 16_384
+LEAST_IMAGES = 4
+"""Of a plan that is tuned: fewer tell nothing of how surely a mean is known."""
+MOST_QUALITY = {"psnr": 58.9, "ssim": 1.0}
+"""What equal pictures have, by the name of a budget; as in tgate_runtime.tuning, which is not imported for it."""
 SEED_LIMIT = 2**63
 """As at run time, which is not imported for it."""
 
@@ -214,6 +218,25 @@ def tgate_parser() -> Parser:
     p.add_argument(
         "--output", type=_plan_file, metavar="FILE.json", help="write the plan to a file, and leave the bundle as it is"
     )
+
+    p = command("tune", "Find the plan to take, by what it costs here in pictures and in time, and add it.")
+    goal = p.add_mutually_exclusive_group(required=True)
+    fastest = "the fastest plan whose pictures are so near the ungated ones: psnr=30 (dB) or ssim=0.95"
+    goal.add_argument("--budget", type=_budget, metavar="NAME=NUMBER", help=fastest)
+    nearest = "the plan whose pictures are nearest, of those that take a picture so many times as fast as ungated"
+    goal.add_argument("--speedup", type=_speedup, metavar="X", help=nearest)
+    yours = "yours, one a line, as for tgate generate; an embedded model has its own if left out"
+    p.add_argument("--prompts", type=Path, metavar="FILE", help=yours)
+    p.add_argument("--images", type=_images, default=32, metavar="N", help="of each plan in the end; 32 if left out")
+    p.add_argument("--seed", type=_seed, default=0, metavar="S", help="image j has seed S + j; 0 if left out")
+    p.add_argument("--steps", type=_steps, metavar="N", help="the default plan's if left out")
+    p.add_argument("--name", type=_name, default="tuned", help="of the plan that is added; tuned if left out")
+    p.add_argument("--force", action="store_true", help="replace a plan of that name")
+    going_on = "keep what is measured in this file, and go on with what it holds"
+    p.add_argument("--state", type=Path, metavar="FILE", help=going_on)
+    _size(p)
+    _json(p)
+    _engine(p)
     return parser
 
 
@@ -396,6 +419,31 @@ def _number(text: str) -> float:
         if math.isfinite(float(text)):
             return float(text)
     raise argparse.ArgumentTypeError(f"expected a finite number, got '{shown(text, 40)}'")
+
+
+def _budget(text: str) -> tuple[str, float]:
+    """(metric, least) of ``psnr=30``."""
+    metric, equals, number = text.partition("=")
+    if not equals or metric not in MOST_QUALITY:
+        raise argparse.ArgumentTypeError(
+            f"expected psnr=NUMBER, in dB, or ssim=NUMBER, up to 1, got '{shown(text, 40)}'; accuracy takes a judge of "
+            "your own, see docs/choose.md"
+        )
+    least, most = _number(number), MOST_QUALITY[metric]
+    if not 0 < least <= most:
+        raise argparse.ArgumentTypeError(f"expected {metric} above 0 and at most {most:g}, got '{shown(number, 40)}'")
+    return metric, least
+
+
+def _speedup(text: str) -> float:
+    factor = _number(text)
+    if not 1 < factor <= MOST:
+        raise argparse.ArgumentTypeError(f"expected a number above 1, times as fast, got '{shown(text, 40)}'")
+    return factor
+
+
+def _images(text: str) -> int:
+    return _whole(text, LEAST_IMAGES, MOST)
 
 
 def _pixels(text: str) -> tuple[int, int]:

@@ -68,7 +68,8 @@ def make_plans(
         same = next((old.name for old in (existing or {}).values() if old.same_program(plan)), None)
         if same is None:
             plans[label] = plan
-        baselines.append(same or label)
+        if (same or label) not in baselines:  # where m = n, stopping guidance at m is no other than the ungated plan
+            baselines.append(same or label)
     if told := method.idle(settings, sampler.lead_in):
         log.warning("plan %s: %s; take a larger m, or a smaller %s or w", name, told, told[0])
     own_program, left_out = method.program(settings, sampler.lead_in), settings.left_out(sampler.lead_in)
@@ -107,7 +108,7 @@ def add_plan(
         raise PlanError(f"plan {name!r} is what {', '.join(users)} is measured against; use another --name")
     if save and not force:
         bundle.check_free([name])
-    method = _method_of(default)
+    method = method_of(default)
     n = int(default.settings["n"] or 0) if steps is None else steps
     settings = method.settings(
         steps=n,
@@ -185,7 +186,7 @@ def _guidance(manifest: Manifest, scale: float | None) -> float:
     return scale
 
 
-def _method_of(plan: Plan) -> Method:
+def method_of(plan: Plan) -> Method:
     """The method that a bundle's default plan was made by."""
     name = plan.settings.get("method")
     if name not in METHODS:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tgate_engine.bundle import DEFAULT, Bundle
-from tgate_engine.errors import PlanError
+from tgate_engine.errors import MethodError, PlanError
 from tgate_engine.plan import Call, Plan
 from tgate_engine.plan_build import build_plan
 from tgate_engine.sampler import Fact, Sampler
 from tgate_export.methods.base import Method, Settings, guidance_stopped, ungated
+from tgate_export.methods.forecast.fold import FORECAST_OF, forecast
 from tgate_export.plans import make_plans, method_of, sampler_of
 
 INTERVALS = (1, 2, 3, 5, 8)
 """Of k and f: a longer one reuses more, and hardly more than the one before it."""
+FORECASTS = (1, 2, 3)
+"""Of r, where the sampler draws no noise in its steps."""
 STARTS = 12
 """Gate steps that are looked at first, at most; those between them come in where it pays."""
 STOPPED = "guidance_stopped"
 
 Place = tuple[int, ...]
-"""Where a plan stands among the others: its method's number, then those of m, k, w and f among what is tried."""
+"""Where a plan stands among the others: its method's number, then those of m, k, w, f and r among what is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,7 @@ class Candidates:
     """Plans of one sampler and number of steps, all of which a bundle's graphs can run, and no two the same program.
 
     ``ungated``: what they are compared with. ``plans``: by a label such as ``"m=10 k=3"``. ``start``: labels of a
-    coarse choice that spans all of them.
+    coarse choice that spans all of them, but for forecasts, which come in beside what is good without.
     """
 
     method: Method
@@ -71,19 +75,26 @@ class Candidates:
 
 
 def candidates(bundle: Bundle, *, steps: int | None = None, stopped: bool = True) -> Candidates:
-    """The plans of the bundle's own method for every m, several k, w and f, and if ``stopped`` those that stop guidance
-    at m and reuse nothing; of the default plan's sampler, and of as many steps where ``steps`` is None.
+    """The plans of the bundle's own method for every m, several k, w, f and r, and if ``stopped`` those that stop
+    guidance at m and reuse nothing; of the default plan's sampler, and of as many steps where ``steps`` is None.
 
     Raises as :func:`~tgate_export.plans.sampler_of` does, and :class:`PlanError` where nothing can be reused.
     """
     manifest = bundle.manifest
     default = manifest.plan(DEFAULT)
     method = method_of(default)
-    n = default.sampler.steps if steps is None else steps
+    n = int(default.sampler.options.get(FORECAST_OF) or default.sampler.steps) if steps is None else steps
     sampler = sampler_of(bundle, default.sampler.name, n)
     graphs = manifest.shapes[0].graphs
 
-    def build(label: str, program: Sequence[Call], facts: Mapping[str, Fact]) -> Plan:
+    @functools.cache
+    def folded(left_out: tuple[int, ...]) -> Sampler | None:
+        try:
+            return forecast(sampler, left_out)
+        except MethodError:  # it looks too far back for that
+            return None
+
+    def build(label: str, program: Sequence[Call], facts: Mapping[str, Fact], sampler: Sampler) -> Plan:
         return build_plan(
             label,
             program,
@@ -97,48 +108,61 @@ def candidates(bundle: Bundle, *, steps: int | None = None, stopped: bool = True
     plans: dict[str, Plan] = {}
     places: dict[str, Place] = {}
     plain = ungated(n, sampler.lead_in)
-    seen = {plain}
-    for place, settings, program in _programs(method, default, n, sampler.lead_in, stopped=stopped and manifest.guided):
-        if program in seen or not {call.graph for call in program} <= graphs.keys():
+    seen: set[tuple[tuple[Call, ...], tuple[int, ...]]] = {(plain, ())}
+    for place, settings, whole in _programs(method, default, n, sampler, stopped=stopped and manifest.guided):
+        left_out = settings.left_out(sampler.lead_in)
+        program, own_sampler = tuple(call for i, call in enumerate(whole) if i not in left_out), folded(left_out)
+        there = {call.graph for call in program} <= graphs.keys()
+        if own_sampler is None or not there or (program, left_out) in seen:
             continue
-        seen.add(program)
+        seen.add((program, left_out))
         is_stopped = place[0] > 0
         own: dict[str, Fact] = {"method": STOPPED, "n": n, "m": settings.gate}
         facts = own if is_stopped else method.facts(settings)
         label = _label(settings, stopped=is_stopped)
-        plans[label], places[label] = build(label, program, facts), place
+        plans[label], places[label] = build(label, program, facts, own_sampler), place
     if not plans:
         raise PlanError(f"no plan of {n} steps reuses anything over the graphs of {bundle.path}; take more --steps")
     gates = sorted({place[1] for place in places.values()})
     coarse = set(gates[:: -(-len(gates) // STARTS)]) | {gates[-1]}
-    reference = build("ungated", plain, {"method": "ungated", "n": n})
+    reference = build("ungated", plain, {"method": "ungated", "n": n}, sampler)
     return Candidates(
         method=method,
         sampler=sampler,
         ungated=reference,
         plans=plans,
-        start=[label for label, place in places.items() if place[1] in coarse],
+        start=[label for label, place in places.items() if place[1] in coarse and place[-1] == 0],
         _places=places,
     )
 
 
 def _programs(
-    method: Method, default: Plan, n: int, lead_in: int, *, stopped: bool
+    method: Method, default: Plan, n: int, sampler: Sampler, *, stopped: bool
 ) -> Iterator[tuple[Place, Settings, tuple[Call, ...]]]:
     """Every program to look at, by its place; plainer settings come before others of the same program."""
     warm_up = int(default.settings.get("w") or 0)
     own = {name: int(default.settings.get(name) or 1) for name in ("k", "f")}
     k, f = (sorted({*INTERVALS, own[name]}) if name in method.takes else [1] for name in ("k", "f"))
     w = sorted({0, warm_up}) if "w" in method.takes else [0]
+    r = FORECASTS[:1] if sampler.stochastic else FORECASTS
     for m in range(1, n + 1):
-        for (a, each_f), (b, each_k), (c, each_w) in itertools.product(enumerate(f), enumerate(k), enumerate(w)):
-            settings = Settings(steps=n, gate=m, self_interval=each_k, warm_up=each_w, fidelity_interval=each_f)
+        for (a, each_f), (b, each_k), (c, each_w), (d, each_r) in itertools.product(*map(enumerate, (f, k, w, r))):
+            settings = Settings(
+                steps=n,
+                gate=m,
+                self_interval=each_k,
+                warm_up=each_w,
+                fidelity_interval=each_f,
+                forecast_interval=each_r,
+            )
+            if each_r > 1 and not settings.left_out():
+                continue
             # Warm-up means something beside k alone; the default plan's is what a plan with k = 1 says it has.
-            if (each_k > 1 or each_w == w[-1]) and not method.idle(settings, lead_in):
-                yield (0, m, b, c, a), settings, method.program(settings, lead_in)
+            if (each_k > 1 or each_w == w[-1]) and not method.idle(settings, sampler.lead_in):
+                yield (0, m, b, c, a, d), settings, method.program(settings, sampler.lead_in)
         if stopped:
             settings = Settings(steps=n, gate=m, warm_up=0)
-            yield (1, m, 0, 0, 0), settings, guidance_stopped(settings, lead_in)
+            yield (1, m, 0, 0, 0, 0), settings, guidance_stopped(settings, sampler.lead_in)
 
 
 def _label(settings: Settings, *, stopped: bool) -> str:
@@ -149,11 +173,12 @@ def _label(settings: Settings, *, stopped: bool) -> str:
         words += [f"k={settings.self_interval}", f"w={settings.warm_up}"]
     if settings.fidelity_interval > 1:
         words.append(f"f={settings.fidelity_interval}")
+    if settings.forecast_interval > 1:
+        words.append(f"r={settings.forecast_interval}")
     return " ".join(words)
 
 
 def _settings_of(plan: Plan) -> Settings:
-    n, m, k, w, f = (
-        int(plan.settings.get(name) or least) for name, least in (("n", 1), ("m", 1), ("k", 1), ("w", 0), ("f", 1))
-    )
-    return Settings(steps=n, gate=m, self_interval=k, warm_up=w, fidelity_interval=f)
+    least = {"n": 1, "m": 1, "k": 1, "w": 0, "f": 1, "r": 1}
+    n, m, k, w, f, r = (int(plan.settings.get(name) or value) for name, value in least.items())
+    return Settings(steps=n, gate=m, self_interval=k, warm_up=w, fidelity_interval=f, forecast_interval=r)

@@ -22,9 +22,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def test_every_candidate_is_a_program_of_its_own_that_runs(bundle: Bundle) -> None:
     found = candidates(bundle)
-    programs = [tuple(step.graph for step in plan.steps) for plan in (found.ungated, *found.plans.values())]
-    assert len(set(programs)) == len(programs)
-    assert {len(program) for program in programs} == {8}
+    plans = [found.ungated, *found.plans.values()]
+    assert not [b.name for i, a in enumerate(plans) for b in plans[i + 1 :] if a.same_program(b)]
+    assert {len(plan.steps) + len(Settings(steps=8, gate=m, forecast_interval=r).left_out()) for plan in plans
+            for m, r in [(int(plan.settings.get("m") or 8), int(plan.settings.get("r") or 1))]} == {8}  # fmt: skip
     bundle.with_plans(found.plans)  # each is proved
     assert found.ungated.same_program(bundle.manifest.plan("ungated"))
     gates = {plan.settings["m"] for plan in found.plans.values()}
@@ -40,13 +41,14 @@ def test_those_of_the_bundle_are_among_them(bundle: Bundle) -> None:
         assert [label for label, plan in found.plans.items() if plan.same_program(stored)], name
 
 
-@pytest.mark.parametrize("label", ["m=6 k=3 w=2", "m=3 f=2", "m=4 k=2 w=0 f=3"])
+@pytest.mark.parametrize("label", ["m=6 k=3 w=2", "m=3 f=2", "m=4 k=2 w=0 f=3", "m=5 r=2", "m=6 k=3 w=2 r=2"])
 def test_a_candidate_is_what_tgate_plan_makes_of_its_settings(tmp_path: Path, label: str) -> None:
     bundle = Bundle.open(build(tmp_path / "toy", goldens=False))
     plan = candidates(bundle).plans[label]
-    numbers = {name: int(plan.settings[name] or 0) for name in "mkwf"}
-    m, k, w, f = numbers.values()
-    made = add_plan(bundle.path, name="other", m=m, k=k, warm_up=w, fidelity_interval=f, save=False)
+    m, k, w, f, r = (int(plan.settings.get(name) or (name == "r")) for name in "mkwfr")
+    made = add_plan(
+        bundle.path, name="other", m=m, k=k, warm_up=w, fidelity_interval=f, forecast_interval=r, save=False
+    )
     assert made["other"].same_program(plan)
     assert candidates(bundle).named(bundle, label, "other") == made
 
@@ -56,6 +58,9 @@ def test_neighbours_are_one_place_away(bundle: Bundle) -> None:
     near = found.near("m=6 k=3 w=2")
     assert {"m=7 k=3 w=2", "m=6 k=2 w=2", "m=5 k=2 w=0", "m=6 k=3 w=2 f=2"} <= set(near)
     assert not {"m=6 k=3 w=2", "m=8 k=3 w=2", "m=6 k=3 w=2 f=3", "m=6"} & set(near)
+    assert "m=6 k=3 w=2 r=2" in near
+    assert "m=6 k=3 w=2 r=3" not in near
+    assert "m=6 k=3 w=2 r=2" not in found.start
     assert "m=5 guidance stopped" in found.near("m=5")
     assert "m=5" in found.near("m=5 guidance stopped")
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu import sections
-from benchmarks.gpu.run import aims, main, table
+from benchmarks.gpu.aims import aims
+from benchmarks.gpu.run import main, table
 from benchmarks.gpu.setting import Setting, engine_of
 from benchmarks.loops import plans_of, request
 from tests.toy_bundle import Toy, build

@@ -80,7 +80,7 @@ class Settings:
                 f"got r = {self.forecast_interval}"
             )
 
-    def left_out(self, lead_in: int = 0) -> range | tuple[int, ...]:
+    def left_out(self, lead_in: int = 0) -> tuple[int, ...]:
         """The network calls, of ``lead_in + n``, that are not made because their outputs are forecast."""
         first = lead_in + self.gate
         return tuple(i for i in range(first, lead_in + self.steps) if (i - first) % self.forecast_interval)

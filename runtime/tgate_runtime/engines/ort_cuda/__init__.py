@@ -33,6 +33,7 @@ from tgate_engine.errors import EngineError
 from tgate_engine.graph import DENOISE, GraphSpec, Role, TensorSpec
 from tgate_runtime.engines.ort import check_nodes, find_weights, run_cancellable
 from tgate_runtime.engines.ort_cuda.log import captured_stderr, failing
+from tgate_runtime.engines.ort_cuda.lowering import Laid, lower
 from tgate_runtime.engines.ort_cuda.memory import CudaBuffer, on_the_gpu
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers
 from tgate_runtime.graph_check import read_graphs
@@ -132,6 +133,9 @@ class OrtCuda:
     ``memory="shared"``, the default, uploads the weights once; every graph uses that copy in place, and one that
     made its own would be refused. ``"fast"`` leaves each graph to upload its own weights, laid out as it likes.
 
+    Graphs are lowered for CUDA's kernels when they are loaded (:mod:`~tgate_runtime.engines.ort_cuda.lowering`). Weights
+    that kernels want laid out otherwise are uploaded so, once for all graphs, with either ``memory``.
+
     ``captured``: the roles of graphs whose calls become CUDA graphs. Those around the denoiser run once for each
     request, and may hold nodes without CUDA kernels (an ArgMax of int32), with which ONNX Runtime refuses to capture.
     """
@@ -163,9 +167,12 @@ class OrtCuda:
     def load(
         self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
     ) -> dict[str, OrtCudaExecutable]:
-        files = read_graphs(bundle, graphs)
-        weights = self._upload(bundle) if self.options.memory == "shared" else {}
-        return {spec.file: self._load(files[spec.file], bundle.path, spec, weights) for spec in graphs}
+        lowered = {name: lower(data) for name, data in read_graphs(bundle, graphs).items()}
+        laid = {name: each for graph in lowered.values() for name, each in graph.weights.items()}
+        if self.options.memory == "fast":
+            laid = {name: each for name, each in laid.items() if each != Laid(name)}
+        weights = self._upload(bundle, laid) if laid else {}
+        return {spec.file: self._load(lowered[spec.file].data, bundle.path, spec, weights) for spec in graphs}
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
         return CudaBuffer.zeros(shape, dtype, self.device)
@@ -181,10 +188,12 @@ class OrtCuda:
                 native.set_arena_extend_strategy(native.ArenaExtendStrategy.kSameAsRequested)
             ort.OrtValue.ortvalue_from_shape_and_type((1,), np.float32, *self.device)
 
-    def _upload(self, bundle: Bundle) -> dict[str, ort.OrtValue]:
-        """Every weight of the bundle on the device, by its initializer's name."""
+    def _upload(self, bundle: Bundle, laid: Mapping[str, Laid]) -> dict[str, ort.OrtValue]:
+        """Weights of the bundle on the device, by their initializers' names."""
         values = {}
-        for name, weight in map_weights(bundle.file(bundle.manifest.weights)).items():
+        mapped = map_weights(bundle.file(bundle.manifest.weights))
+        for name, each in laid.items():
+            weight = each.of(mapped[each.source])
             shape = weight.array.shape
             with failing(f"ONNX Runtime cannot put weight {name} {list(shape)} on the GPU"):
                 value = ort.OrtValue.ortvalue_from_shape_and_type(shape, DTYPES[weight.dtype].onnx, *self.device)
@@ -201,7 +210,7 @@ class OrtCuda:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 2  # warnings: where a weight is copied, one says so
         find_weights(options, folder)
-        if weights:
+        if self.options.memory == "shared":
             options.add_session_config_entry("session.disable_prepacking", "1")
         for name, value in weights.items():
             options.add_initializer(name, value)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
+from tests.runtime.engines.ort_cuda.plain import in_plain_operators
 from tgate_runtime.engines import open_engine
 from tgate_runtime.engines.ort_cuda import OrtCuda
+from tgate_runtime.engines.ort_cuda.lowering import Lowered
 from tgate_runtime.engines.protocol import Engine, EngineOptions
 
 
 class OnTheCpu(OrtCuda):
-    """Everything but CUDA itself."""
+    """Everything but CUDA itself, and the operators that it alone has."""
 
     provider = "CPUExecutionProvider"
     kind = "cpu"
 
     def providers(self, captured: bool) -> list[tuple[str, dict[str, str]]]:
         return [(self.provider, {})]
+
+    def lowered(self, data: bytes) -> Lowered:
+        lowered = super().lowered(data)
+        return replace(lowered, data=in_plain_operators(lowered.data))
 
 
 WAYS: Mapping[str, Callable[[], Engine]] = {

@@ -33,7 +33,7 @@ from tgate_engine.errors import EngineError
 from tgate_engine.graph import DENOISE, GraphSpec, Role, TensorSpec
 from tgate_runtime.engines.ort import check_nodes, find_weights, run_cancellable
 from tgate_runtime.engines.ort_cuda.log import captured_stderr, failing
-from tgate_runtime.engines.ort_cuda.lowering import Laid, lower
+from tgate_runtime.engines.ort_cuda.lowering import Laid, Lowered, lower
 from tgate_runtime.engines.ort_cuda.memory import CudaBuffer, on_the_gpu
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers
 from tgate_runtime.graph_check import read_graphs
@@ -167,12 +167,16 @@ class OrtCuda:
     def load(
         self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
     ) -> dict[str, OrtCudaExecutable]:
-        lowered = {name: lower(data) for name, data in read_graphs(bundle, graphs).items()}
+        lowered = {name: self.lowered(data) for name, data in read_graphs(bundle, graphs).items()}
         laid = {name: each for graph in lowered.values() for name, each in graph.weights.items()}
         if self.options.memory == "fast":
             laid = {name: each for name, each in laid.items() if each != Laid(name)}
         weights = self._upload(bundle, laid) if laid else {}
         return {spec.file: self._load(lowered[spec.file].data, bundle.path, spec, weights) for spec in graphs}
+
+    def lowered(self, data: bytes) -> Lowered:
+        """A graph's file as a session gets it."""
+        return lower(data)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
         return CudaBuffer.zeros(shape, dtype, self.device)

@@ -39,10 +39,12 @@ def _types(model: onnx.ModelProto, batch: int) -> _Types:
     """Those for a batch of that size. What computes shapes is computed, until no more is found out by it."""
     sized = onnx.ModelProto()
     sized.CopyFrom(model)
-    for value in (*sized.graph.input, *sized.graph.output):
+    for value in sized.graph.input:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
                 dim.dim_value = batch
+    for value in sized.graph.output:
+        value.type.tensor_type.ClearField("shape")
     for node in sized.graph.node:
         if node.op_type == "GroupNormalization":  # ONNX infers no shape for it
             node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output))

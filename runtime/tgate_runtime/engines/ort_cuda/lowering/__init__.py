@@ -65,5 +65,7 @@ def lower(data: bytes) -> Lowered:
         for value in (*model.graph.inputs, *model.graph.outputs):
             value.shape = ends[value.name]
         data = ir.to_proto(model).SerializeToString()
-    external = [value for value in model.graph.initializers.values() if isinstance(value.const_value, ir.ExternalTensor)]
+    external = [
+        value for value in model.graph.initializers.values() if isinstance(value.const_value, ir.ExternalTensor)
+    ]
     return Lowered(data, {str(value.name): value.meta.get(LAID) or Laid(str(value.name)) for value in external})

@@ -44,7 +44,12 @@ def _of_halves(graph: ir.Graph, product: ir.Node, gelu: ir.Node, left: ir.Value)
     if attribute(gelu, "approximate", "none") != "none" or not used_once(gelu.outputs[0]):
         return False
     whole, shape = split.inputs[0], sizes(split.inputs[0], 3)
-    if not shape or shape[2] not in CHANNELS or attribute(split, "axis", 0) not in (2, -1) or not _even(split, shape[2]):
+    if (
+        not shape
+        or shape[2] not in CHANNELS
+        or attribute(split, "axis", 0) not in (2, -1)
+        or not _even(split, shape[2])
+    ):
         return False
     if not all(map(used_once, split.outputs)) or whole is None or not used_once(whole):
         return False
@@ -70,4 +75,3 @@ def _even(split: ir.Node, channels: int | str | None) -> bool:
         return True  # an even number in two parts
     parts = constant(split.inputs[1])
     return parts is not None and isinstance(channels, int) and parts.tolist() == [channels // 2] * 2
-

@@ -56,11 +56,13 @@ def _lower(graph: ir.Graph, node: ir.Node) -> bool:
         "activation": int(silu is not None),
         "channels_last": 1,
     }
-    inputs = [to_last(graph, node, source, f"of.{node.outputs[0].name}"), in_float32(graph, scale), in_float32(graph, shift)]
+    inputs = [
+        to_last(graph, node, source, f"of.{node.outputs[0].name}"),
+        in_float32(graph, scale),
+        in_float32(graph, shift),
+    ]
     last = permuted(shape, TO_LAST)
-    norm = insert(
-        graph, node, "GroupNorm", inputs, attributes, like=result, name="last", shape=last, domain=CONTRIB
-    )
+    norm = insert(graph, node, "GroupNorm", inputs, attributes, like=result, name="last", shape=last, domain=CONTRIB)
     first = insert(graph, node, "Transpose", [norm], {"perm": TO_FIRST}, like=result, name="first", shape=shape)
     replace(graph, result, first, gone)
     return True

@@ -45,9 +45,7 @@ def in_float32(graph: ir.Graph, weight: ir.Value) -> ir.Value:
     return weight if weight.dtype == ir.DataType.FLOAT else _made(graph, weight, (), ir.DataType.FLOAT, "float32")
 
 
-def _made(
-    graph: ir.Graph, weight: ir.Value, order: tuple[int, ...], dtype: ir.DataType | None, how: str
-) -> ir.Value:
+def _made(graph: ir.Graph, weight: ir.Value, order: tuple[int, ...], dtype: ir.DataType | None, how: str) -> ir.Value:
     name = f"{weight.name}:{how}"  # no name of a weight file ends like that: its tensors are a checkpoint's
     if name in graph.initializers:
         return graph.initializers[name]
@@ -57,7 +55,9 @@ def _made(
     made = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype or tensor.dtype))
     if isinstance(tensor, ir.ExternalTensor):
         size = tensor.size * (dtype or tensor.dtype).itemsize
-        made.const_value = ir.ExternalTensor(_NOWHERE, 0, int(size), dtype or tensor.dtype, shape=ir.Shape(shape), name=name)
+        made.const_value = ir.ExternalTensor(
+            _NOWHERE, 0, int(size), dtype or tensor.dtype, shape=ir.Shape(shape), name=name
+        )
         made.meta[LAID] = Laid(str(weight.name), order, "float32" if dtype else "")
     else:
         array = tensor.numpy().transpose(order) if order else tensor.numpy()

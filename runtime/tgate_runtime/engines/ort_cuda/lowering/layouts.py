@@ -67,7 +67,7 @@ def _cancel(graph: ir.Graph, node: ir.Node) -> bool:
     if order != tuple(range(len(order))):
         node.replace_input_with(0, source)
         node.attributes["perm"] = ir.AttrInt64s("perm", order)
-    elif not result.is_graph_output():
+    elif not result.is_graph_output() or (source.producer() is not None and not source.is_graph_output()):
         replace(graph, result, source, [node])
     else:
         return False
@@ -130,9 +130,7 @@ def _before_first(value: ir.Value | None) -> ir.Value | None:
     return node.inputs[0] if node is not None and permutation(node) == TO_FIRST else None
 
 
-def _sink(
-    graph: ir.Graph, node: ir.Node, inputs: Any, attributes: dict[str, Any], *, all_large: bool = False
-) -> bool:
+def _sink(graph: ir.Graph, node: ir.Node, inputs: Any, attributes: dict[str, Any], *, all_large: bool = False) -> bool:
     """Have ``node`` work on NHWC, with those attributes changed, and transpose what it gives. ``all_large``: none of
     its inputs may be without height and width."""
     result = node.outputs[0]
@@ -143,9 +141,7 @@ def _sink(
         return False
     own = {each.name: each.value for each in node.attributes.values()} | attributes
     last = [_last(graph, node, value) for value in inputs]
-    made = insert(
-        graph, node, node.op_type, last, own, like=result, name="last", shape=permuted(shape, TO_LAST)
-    )
+    made = insert(graph, node, node.op_type, last, own, like=result, name="last", shape=permuted(shape, TO_LAST))
     first = insert(graph, node, "Transpose", [made], {"perm": TO_FIRST}, like=result, name="first", shape=shape)
     above = {value.producer() for value in inputs if value is not None}
     replace(graph, result, first, [node])

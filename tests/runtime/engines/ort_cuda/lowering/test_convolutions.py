@@ -24,7 +24,11 @@ def test_they_are_lowered(edits: Edits) -> None:
 
 
 def test_a_weight_that_is_read_elsewhere_too_stays_there() -> None:
-    data = small(PLAIN, (("{ y = ", "{ z = ReduceMax<keepdims = 0>(w)  y0 = "), ("w, c) }", "w, c)  y = Add(y0, z) }")), half=True)
+    data = small(
+        PLAIN,
+        (("{ y = ", "{ z = ReduceMax<keepdims = 0>(w)  y0 = "), ("w, c) }", "w, c)  y = Add(y0, z) }")),
+        half=True,
+    )
     assert rewritten(data, lower_convolutions, 2e-3) == ["ReduceMax", *LOWERED, "Add"]
 
 
@@ -34,7 +38,11 @@ def test_a_weight_that_is_read_elsewhere_too_stays_there() -> None:
         (("x) =>", "x, float[3, 2, 3, 2] v) =>"), ("(x, w, c)", "(x, v, c)")),
         (("pads = [1, 0, 2, 1]", 'auto_pad = "SAME_UPPER"'), ("dilations = [1, 2]", "dilations = [1, 1]")),
         (("float[n, 2, 6, 5]", "float[n, 4, 6, 5]"), ("pads =", "group = 2, pads ="), ("3] c", "4] c"))
-        + (("{1, 2, 3}", "{1, 2, 3, 4}"), ("[3, 2, 3, 2] w", "[4, 2, 3, 2] w"), (WEIGHT, f"{WEIGHT}, {', '.join(['1'] * 12)}"))
+        + (
+            ("{1, 2, 3}", "{1, 2, 3, 4}"),
+            ("[3, 2, 3, 2] w", "[4, 2, 3, 2] w"),
+            (WEIGHT, f"{WEIGHT}, {', '.join(['1'] * 12)}"),
+        )
         + (("n, 3, a", "n, 4, a"),),
     ],
     ids=["weights from outside", "pads not said", "groups"],

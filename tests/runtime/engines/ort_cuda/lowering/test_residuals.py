@@ -20,7 +20,10 @@ READ_AGAIN: Edits = (("y = Layer", "z = Layer"), ("shift) }", "shift)  y = Mul(z
         ((("Add(x, b)", "Add(b, x)"), ("Add(a, skip)", "Add(skip, a)")), ["SkipLayerNormalization"]),
         ((("scale, shift)", "scale)"),), ["SkipLayerNormalization"]),
         (READ_AGAIN, ["SkipLayerNormalization", "Mul"]),
-        ((("y = Layer", "z = Layer"), ("shift) }", "shift)  y = Mul(z, a) }")), ["Add", "SkipLayerNormalization", "Mul"]),
+        (
+            (("y = Layer", "z = Layer"), ("shift) }", "shift)  y = Mul(z, a) }")),
+            ["Add", "SkipLayerNormalization", "Mul"],
+        ),
         ((("skip) =>", "skip, float[4] c) =>"), ("(x, b)", "(x, c)")), ["Add", "SkipLayerNormalization"]),
         ((("a = Add(x, b)", "a = Neg(x)"),), ["Neg", "SkipLayerNormalization"]),
     ],
@@ -35,7 +38,10 @@ def test_they_are_lowered(edits: Edits, operators: list[str]) -> None:
     "edits",
     [
         (("skip) => (float[n, 3, 4] y)", "skip) => (float[n, 3, 4] y, float[n, 3, 4] s)"),),
-        (("epsilon = 0.5", "epsilon = 0.5, axis = 1"), ("float[4] scale = {1, 2, 3, 4}", "float[3, 4] scale = {1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4}")),
+        (
+            ("epsilon = 0.5", "epsilon = 0.5, axis = 1"),
+            ("float[4] scale = {1, 2, 3, 4}", "float[3, 4] scale = {1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4}"),
+        ),
         (("float[n, 3, 4] skip", "float[1, 3, 4] skip"),),
         (("float[n, 3, 4] skip", "float[4] skip"),),
         (("y = Layer", "y, mean = Layer"), ("(float[n, 3, 4] y)", "(float[n, 3, 4] y, float[n, 3, 1] mean)")),

@@ -11,9 +11,10 @@ from tgate_runtime.weights import Weight
 
 LAID = "tgate.laid"
 """Under which key a value's ``meta`` keeps the :class:`Laid` that it is."""
-_NOWHERE = "lowered"
-"""The file that an initializer names which is in no file. Should the engine ever read it rather than take the tensor
-that it is handed, it fails: reading the weight file there would give the right number of bytes in the wrong order."""
+_BEYOND = 1 << 50
+"""Where in the weight file an initializer says that it lies which is in no file: far beyond its end. Should the engine
+ever read it, rather than take the tensor that it is handed, it fails: at the place of its source it would find the right
+number of bytes in the wrong order."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def _made(graph: ir.Graph, weight: ir.Value, order: tuple[int, ...], dtype: ir.D
     if isinstance(tensor, ir.ExternalTensor):
         size = tensor.size * (dtype or tensor.dtype).itemsize
         made.const_value = ir.ExternalTensor(
-            _NOWHERE, 0, int(size), dtype or tensor.dtype, shape=ir.Shape(shape), name=name
+            tensor.location, _BEYOND, int(size), dtype or tensor.dtype, shape=ir.Shape(shape), name=name
         )
         made.meta[LAID] = Laid(str(weight.name), order, "float32" if dtype else "")
     else:

@@ -176,7 +176,8 @@ class OrtCuda:
 
     def lowered(self, data: bytes) -> Lowered:
         """A graph's file as a session gets it."""
-        return lower(data)
+        with failing("a graph cannot be lowered for CUDA; export the bundle again"):
+            return lower(data)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
         return CudaBuffer.zeros(shape, dtype, self.device)

@@ -33,7 +33,8 @@ from tgate_engine.errors import EngineError
 from tgate_engine.graph import DENOISE, GraphSpec, Role, TensorSpec
 from tgate_runtime.engines.ort import check_nodes, find_weights, run_cancellable
 from tgate_runtime.engines.ort_cuda.log import captured_stderr, failing
-from tgate_runtime.engines.ort_cuda.lowering import Laid, Lowered, lower
+from tgate_runtime.engines.ort_cuda.lowering import Lowered, lower
+from tgate_runtime.engines.ort_cuda.lowering.laid import Laid
 from tgate_runtime.engines.ort_cuda.memory import CudaBuffer, on_the_gpu
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers
 from tgate_runtime.graph_check import read_graphs
@@ -133,7 +134,7 @@ class OrtCuda:
     ``memory="shared"``, the default, uploads the weights once; every graph uses that copy in place, and one that
     made its own would be refused. ``"fast"`` leaves each graph to upload its own weights, laid out as it likes.
 
-    Graphs are lowered for CUDA's kernels when they are loaded (:mod:`~tgate_runtime.engines.ort_cuda.lowering`). Weights
+    Graphs are lowered for CUDA's kernels when they are loaded: :mod:`~tgate_runtime.engines.ort_cuda.lowering`. Weights
     that kernels want laid out otherwise are uploaded so, once for all graphs, with either ``memory``.
 
     ``captured``: the roles of graphs whose calls become CUDA graphs. Those around the denoiser run once for each

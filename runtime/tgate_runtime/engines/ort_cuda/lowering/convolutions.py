@@ -6,13 +6,12 @@ import onnx_ir as ir
 
 from tgate_runtime.engines.ort_cuda.lowering.edits import (
     CONTRIB,
-    TO_FIRST,
     TO_LAST,
     attribute,
     insert,
     is_weight,
     permuted,
-    replace,
+    put_first,
     sizes,
     to_last,
 )
@@ -38,7 +37,7 @@ def _lower(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     if any(each is not None and not is_weight(each) for each in bias):
         return False
-    kernel = tuple(int(size) for size in weight.const_value.shape[2:])
+    kernel = weight.const_value.shape.numpy()[2:]
     if attribute(node, "group", 1) != 1 or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
         return False
     attributes = {
@@ -51,8 +50,5 @@ def _lower(graph: ir.Graph, node: ir.Node) -> bool:
     inputs = [to_last(graph, node, source, f"of.{result.name}"), laid(graph, weight, TO_LAST), *bias]
     last = permuted(sizes(result, 4), TO_LAST)
     made = insert(graph, node, "NhwcConv", inputs, attributes, like=result, name="last", shape=last, domain=CONTRIB)
-    first = insert(
-        graph, node, "Transpose", [made], {"perm": TO_FIRST}, like=result, name="first", shape=sizes(result, 4)
-    )
-    replace(graph, result, first, [node])
+    put_first(graph, node, made, result, [node])
     return True

@@ -98,6 +98,13 @@ def to_last(graph: ir.Graph, before: ir.Node, value: ir.Value, name: str) -> ir.
     return insert(graph, before, "Transpose", [value], {"perm": TO_LAST}, like=value, name=f"{name}.last", shape=shape)
 
 
+def put_first(graph: ir.Graph, before: ir.Node, made: ir.Value, result: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """``made`` [N, H, W, C], as NCHW, in place of ``result``, and ``nodes`` taken out."""
+    shape = sizes(result, 4)
+    first = insert(graph, before, "Transpose", [made], {"perm": TO_FIRST}, like=result, name="first", shape=shape)
+    replace(graph, result, first, nodes)
+
+
 def replace(graph: ir.Graph, old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> None:
     """``new`` in place of ``old``, wherever that is read, an output of the graph's name kept, and ``nodes``, which
     nobody reads any more, taken out."""

@@ -7,16 +7,15 @@ import onnx_ir as ir
 from tgate_runtime.engines.ort_cuda.lowering.edits import (
     CONTRIB,
     HALF_OR_SINGLE,
-    TO_FIRST,
+    TO_LAST,
     attribute,
     insert,
     is_weight,
     permuted,
+    put_first,
     readers,
-    replace,
     sizes,
     to_last,
-    TO_LAST,
 )
 from tgate_runtime.engines.ort_cuda.lowering.laid import in_float32
 
@@ -56,15 +55,11 @@ def _lower(graph: ir.Graph, node: ir.Node) -> bool:
         "activation": int(silu is not None),
         "channels_last": 1,
     }
-    inputs = [
-        to_last(graph, node, source, f"of.{node.outputs[0].name}"),
-        in_float32(graph, scale),
-        in_float32(graph, shift),
-    ]
-    last = permuted(shape, TO_LAST)
-    norm = insert(graph, node, "GroupNorm", inputs, attributes, like=result, name="last", shape=last, domain=CONTRIB)
-    first = insert(graph, node, "Transpose", [norm], {"perm": TO_FIRST}, like=result, name="first", shape=shape)
-    replace(graph, result, first, gone)
+    last = to_last(graph, node, source, f"of.{node.outputs[0].name}")
+    inputs = [last, in_float32(graph, scale), in_float32(graph, shift)]
+    shape = permuted(shape, TO_LAST)
+    made = insert(graph, node, "GroupNorm", inputs, attributes, like=result, name="last", shape=shape, domain=CONTRIB)
+    put_first(graph, node, made, result, gone)
     return True
 
 

@@ -13,8 +13,8 @@ LAID = "tgate.laid"
 """Under which key a value's ``meta`` keeps the :class:`Laid` that it is."""
 _BEYOND = 1 << 50
 """Where in the weight file an initializer says that it lies which is in no file: far beyond its end. Should the engine
-ever read it, rather than take the tensor that it is handed, it fails: at the place of its source it would find the right
-number of bytes in the wrong order."""
+ever read it, rather than take the tensor that it is handed, it fails. At the place of its source it would find as many
+bytes in the wrong order."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def _made(graph: ir.Graph, weight: ir.Value, order: tuple[int, ...], dtype: ir.D
         return graph.initializers[name]
     tensor = weight.const_value
     assert tensor is not None  # what is no initializer is not asked for
-    shape = [tensor.shape[i] for i in order] if order else list(tensor.shape)
+    dims = tensor.shape.numpy()
+    shape = [dims[i] for i in order] if order else list(dims)
     made = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype or tensor.dtype))
     if isinstance(tensor, ir.ExternalTensor):
         size = tensor.size * (dtype or tensor.dtype).itemsize

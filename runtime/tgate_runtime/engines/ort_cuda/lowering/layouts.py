@@ -13,16 +13,16 @@ from tgate_runtime.engines.ort_cuda.lowering.edits import (
     attribute,
     constant,
     insert,
-    is_weight,
     number,
     permutation,
     permuted,
+    put_first,
     replace,
     sizes,
 )
 
-_OF_ONE = frozenset("Abs Cast Cos Elu Erf Exp Gelu Identity LeakyRelu Neg Relu Sigmoid Sin Softplus Sqrt Tanh".split())
-_OF_SEVERAL = frozenset("Add Div Max Min Mul Pow Sub Sum".split())
+_OF_ONE = ("Abs", "Cast", "Cos", "Erf", "Exp", "Gelu", "Identity", "Neg", "Relu", "Sigmoid", "Sin", "Sqrt", "Tanh")
+_OF_SEVERAL = ("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Sum")
 _TOKENS = (0, 2, 1)
 """The permutation of [N, channels, places] to [N, places, channels]."""
 
@@ -38,6 +38,9 @@ def settle_layouts(graph: ir.Graph) -> int:
     changed = 0
     while any(rewritten := [_rewrite(graph, node) for node in list(graph) if node.graph is graph]):
         changed += sum(rewritten)
+    for node in reversed(graph) if changed else ():
+        if node.op_type == "Transpose" and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
+            graph.remove(node, safe=True)  # or who counts the readers of what it reads would count it
     return changed
 
 
@@ -71,8 +74,6 @@ def _cancel(graph: ir.Graph, node: ir.Node) -> bool:
         replace(graph, result, source, [node])
     else:
         return False
-    if not before.outputs[0].uses() and not before.outputs[0].is_graph_output():
-        graph.remove(before, safe=True)
     return True
 
 
@@ -142,12 +143,7 @@ def _sink(graph: ir.Graph, node: ir.Node, inputs: Any, attributes: dict[str, Any
     own = {each.name: each.value for each in node.attributes.values()} | attributes
     last = [_last(graph, node, value) for value in inputs]
     made = insert(graph, node, node.op_type, last, own, like=result, name="last", shape=permuted(shape, TO_LAST))
-    first = insert(graph, node, "Transpose", [made], {"perm": TO_FIRST}, like=result, name="first", shape=shape)
-    above = {value.producer() for value in inputs if value is not None}
-    replace(graph, result, first, [node])
-    for transpose in above:
-        if transpose is not None and not transpose.outputs[0].uses() and not transpose.outputs[0].is_graph_output():
-            graph.remove(transpose, safe=True)
+    put_first(graph, node, made, result, [node])
     return True
 
 
@@ -191,13 +187,14 @@ def _channels(value: ir.Value) -> int:
 
 def _sink_resize(graph: ir.Graph, node: ir.Node) -> bool:
     """By the nearest pixel alone: the CUDA kernel does that in any dimension, and all else in the last two."""
-    source, region, scales, *rest = (*node.inputs, None, None, None)
+    inputs = [*node.inputs, None, None]
+    source, region, scales = inputs[:3]
     if attribute(node, "mode", "nearest") != "nearest" or attribute(node, "antialias", 0) or "axes" in node.attributes:
         return False
     factors = constant(scales)
-    if region is not None or any(each is not None for each in rest) or factors is None or factors.shape != (4,):
+    if region is not None or any(inputs[3:]) or factors is None or factors.shape != (4,):
         return False
-    if not is_weight(scales) or not sizes(source, 4) or _before_first(source) is None:
+    if not sizes(source, 4) or _before_first(source) is None:
         return False
     order = permuted(factors.tolist(), TO_LAST)
     turned = number(graph, f"lowered.scales.{order}", np.array(order, factors.dtype))
@@ -209,6 +206,5 @@ def _sink_resize(graph: ir.Graph, node: ir.Node) -> bool:
         graph, node, "Resize", [_before_first(source), None, turned], own, like=result, name="last",
         shape=permuted(shape, TO_LAST),
     )  # fmt: skip
-    first = insert(graph, node, "Transpose", [made], {"perm": TO_FIRST}, like=result, name="first", shape=shape)
-    replace(graph, result, first, [node])
+    put_first(graph, node, made, result, [node])
     return True

@@ -16,7 +16,7 @@ from tgate_runtime.engines.ort_cuda.lowering.edits import constant, number, repl
 
 _BATCHES = (7919, 104729)
 """Two sizes of a batch, which no other dimension has by chance: what differs between them depends on the batch."""
-_OF_SHAPES = frozenset("Add Cast Concat Div Gather Mul Reshape Slice Squeeze Sub Unsqueeze".split())
+_OF_SHAPES = ("Add", "Cast", "Concat", "Div", "Gather", "Mul", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze")
 _MOST_ELEMENTS = 64  # of what is worked out here: shapes have at most eight
 _Types = Mapping[str, tuple[int, tuple[int, ...]]]
 """Dtype and shape of the values whose shape is known, by their names."""

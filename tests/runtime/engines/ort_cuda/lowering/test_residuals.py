@@ -27,8 +27,7 @@ READ_AGAIN: Edits = (("y = Layer", "z = Layer"), ("shift) }", "shift)  y = Mul(z
         ((("skip) =>", "skip, float[4] c) =>"), ("(x, b)", "(x, c)")), ["Add", "SkipLayerNormalization"]),
         ((("a = Add(x, b)", "a = Neg(x)"),), ["Neg", "SkipLayerNormalization"]),
     ],
-    ids=["plain", "the other way round", "no shift", "sum read again", "biased read again", "bias from outside"]
-    + ["no bias"],
+    ids=["plain", "turned round", "no shift", "sum read again", "biased read again", "bias from outside", "no bias"],
 )
 def test_they_are_lowered(edits: Edits, operators: list[str]) -> None:
     assert rewritten(small(BLOCK, edits), lower_residuals) == operators

@@ -216,8 +216,8 @@ class OrtCuda:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 2  # warnings: where a weight is copied, one says so
         find_weights(options, folder)
-        if self.options.memory == "shared":
-            options.add_session_config_entry("session.disable_prepacking", "1")
+        # Prepacking stays on: by being asked, NhwcConv learns that its weights lie as it wants them, and nothing that a
+        # graph holds packs any on CUDA.
         for name, value in weights.items():
             options.add_initializer(name, value)
         log: list[str] = []

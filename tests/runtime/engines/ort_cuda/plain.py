@@ -66,9 +66,10 @@ def _group_norm(write: _Writer, inputs: list[str], outputs: list[str], own: dict
 
 
 def _skip_group_norm(write: _Writer, inputs: list[str], outputs: list[str], own: dict[str, Any]) -> list[NodeProto]:
-    """The same of x + skip, which is the second output."""
-    x, scale, shift, skip = inputs
-    total = write("Add", x, skip, result=outputs[1] if len(outputs) > 1 else "")
+    """The same of x + bias + skip, which is the second output."""
+    x, scale, shift, skip, *bias = inputs
+    biased = write("Add", x, *bias) if bias else x
+    total = write("Add", biased, skip, result=outputs[1] if len(outputs) > 1 else "")
     return _group_norm(write, [total, scale, shift], outputs, own)
 
 

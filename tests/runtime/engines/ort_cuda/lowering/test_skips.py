@@ -41,7 +41,8 @@ def test_a_number_for_all_pictures_is_added_before() -> None:
 # Both halves of a residual block: the first convolution's bias, and the second's, go along.
 CONVOLUTIONS = """(float[n, 2, 3, 5] x, float[n, 8] e) => (float[n, 8, 3, 5] y)
     <float[8] scale = {1, 2, 3, 4, 5, 6, 7, 8}, float[8] shift = {8, 7, 6, 5, 4, 3, 2, 1}, int64[2] places = {2, 3},
-    float[8, 2, 1, 1] w = {1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, 7, -7, 8, -8}, float[8] c = {1, 2, 3, 4, 5, 6, 7, 8}>
+    float[8, 2, 1, 1] w = {1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, 7, -7, 8, -8},
+    float[8] c = {1, 2, 3, 4, 5, 6, 7, 8}>
     {
         a = Conv(x, w, c)  b = Unsqueeze(e, places)  s = Add(a, b)
         g = GroupNormalization<num_groups = 2>(s, scale, shift)  y = Neg(g)

@@ -68,9 +68,21 @@ def test_tokens_and_places_are_reshapes() -> None:
     assert rewritten(data, settle_layouts) == ["Reshape", "Softmax", "Reshape"]
 
 
+def test_an_output_of_the_graph_is_transposed_once() -> None:
+    """What goes on with it takes it as it is put out."""
+    data = small(
+        """(float[n, 4, 5, 2] x) => (float[n, 2, 4, 5] y, float[n, 2, 4, 5] z)
+        { y = Transpose<perm = [0, 3, 1, 2]>(x)  z = Neg(y) }"""
+    )
+    assert rewritten(data, settle_layouts) == ["Transpose", "Neg"]
+
+
 def test_a_transpose_that_is_read_elsewhere_too_stays_there() -> None:
     data = small(
         """(float[n, 4, 5, 2] x) => (float[n, 2, 4, 5] y, float[n, 4, 5, 2] z)
-        { y = Transpose<perm = [0, 3, 1, 2]>(x)  c = Neg(y)  z = Transpose<perm = [0, 2, 3, 1]>(c) }"""
+        {
+            a = Transpose<perm = [0, 3, 1, 2]>(x)  y = Softmax<axis = 1>(a)
+            c = Neg(a)  z = Transpose<perm = [0, 2, 3, 1]>(c)
+        }"""
     )
-    assert rewritten(data, settle_layouts) == ["Transpose", "Neg"]
+    assert rewritten(data, settle_layouts) == ["Transpose", "Softmax", "Neg"]

@@ -44,34 +44,31 @@ def _of_halves(graph: ir.Graph, product: ir.Node, gelu: ir.Node, left: ir.Value)
     if attribute(gelu, "approximate", "none") != "none" or not used_once(gelu.outputs[0]):
         return False
     whole, shape = split.inputs[0], sizes(split.inputs[0], 3)
-    if (
-        not shape
-        or shape[2] not in CHANNELS
-        or attribute(split, "axis", 0) not in (2, -1)
-        or not _even(split, shape[2])
-    ):
+    if not shape or shape[2] not in CHANNELS or attribute(split, "axis", 0) not in (2, -1):
+        return False
+    channels = int(shape[2])
+    if not _even(split, channels):
         return False
     if not all(map(used_once, split.outputs)) or whole is None or not used_once(whole):
         return False
     total = producer(whole, "Add")
     if total is None or whole.dtype not in HALF_OR_SINGLE:
         return False
-    channels = int(shape[2])
     for value, bias in (total.inputs, total.inputs[::-1]):
         if value is not None and is_weight(bias, channels) and sizes(value, 3) == shape:
-            half = [*shape[:2], channels // 2]
+            like, half = product.outputs[0], [*shape[:2], channels // 2]
+            inputs = [value, bias]
             made = insert(
-                graph, product, "BiasSplitGelu", [value, bias], {}, like=product.outputs[0], name="gated", shape=half,
-                domain=CONTRIB,
-            )  # fmt: skip
-            replace(graph, product.outputs[0], made, [product, gelu, split, total])
+                graph, product, "BiasSplitGelu", inputs, {}, like=like, name="gated", shape=half, domain=CONTRIB
+            )
+            replace(graph, like, made, [product, gelu, split, total])
             return True
     return False
 
 
-def _even(split: ir.Node, channels: int | str | None) -> bool:
+def _even(split: ir.Node, channels: int) -> bool:
     """Whether both halves are as wide."""
     if len(split.inputs) < 2 or split.inputs[1] is None:
         return True  # an even number in two parts
     parts = constant(split.inputs[1])
-    return parts is not None and isinstance(channels, int) and parts.tolist() == [channels // 2] * 2
+    return parts is not None and parts.tolist() == [channels // 2] * 2

@@ -126,7 +126,7 @@ def _flattens(flat: list[int | str | None], shape: list[int | str | None]) -> bo
 
 
 def _before_first(value: ir.Value | None) -> ir.Value | None:
-    """What was NHWC, where ``value`` is that as NCHW; not of an output of the graph, which is transposed in any case."""
+    """What was NHWC, where ``value`` is that as NCHW. An output of the graph is transposed in any case: nothing."""
     node = None if value is None or value.is_graph_output() else value.producer()
     return node.inputs[0] if node is not None and permutation(node) == TO_FIRST else None
 

@@ -11,7 +11,8 @@ def lower_skips(graph: ir.Graph) -> int:
     """Make GroupNorm(x + skip) of [N, H, W, C] a SkipGroupNorm, where skip is as large or [N, 1, 1, C]; how many.
 
     What is added is an embedding of the time, or the way around a block. The sum, where it is read again, is the
-    operator's second output. Where x is a convolution's result, its bias goes along: cuDNN adds it in a launch of its own.
+    operator's second output. Where x is what a convolution gives, its bias goes along: cuDNN adds one in a launch of
+    its own.
     """
     return sum(_lower(graph, norm) for norm in list(graph) if (norm.domain, norm.op_type) == (CONTRIB, "GroupNorm"))
 

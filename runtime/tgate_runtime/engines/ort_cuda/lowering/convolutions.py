@@ -22,8 +22,8 @@ def lower_convolutions(graph: ir.Graph) -> int:
     """Make each Conv in two dimensions an NhwcConv between transposes; how many.
 
     Its kernel takes float16, and weights that are an initializer, as [out, height, width, in]: they are laid out so
-    when they are uploaded, once for all graphs. Tensor cores work on channels that lie last, and cuDNN would turn what a
-    Conv reads and gives around in every step.
+    when they are uploaded, once for all graphs. Tensor cores work on channels that lie last, and cuDNN would turn
+    around what a Conv reads and gives in every step.
     """
     return sum(_lower(graph, node) for node in list(graph) if node.op_type == "Conv" and not node.domain)
 

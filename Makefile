@@ -15,10 +15,10 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow ray fuzz cpp lint format docs clean
+.PHONY: help setup demo test slow ray cuda-stub fuzz cpp lint format docs clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 11
 
 setup: $(STAMP)  ## make .venv and install everything, pinned
 
@@ -49,6 +49,23 @@ ray: setup  ## the tests under Ray, which is 300 MB more
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	$(BIN)/python -m pytest tests/serve/test_ray.py tests/serve/test_ray_parts.py
 
+# onnxruntime-gpu installs the same module as onnxruntime, so it has an environment of its own: without torch, and
+# without CUDA, whose libraries the stub takes the place of. The other environment exports what it cannot.
+CUDA_VENV  ?= .venv-cuda
+CUDA_STAMP := $(CUDA_VENV)/.setup-stamp
+ORT_GPU    := $(shell sed -n 's/^onnxruntime==/onnxruntime-gpu==/p' constraints.txt)
+$(CUDA_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet --constraint constraints.txt $(ORT_GPU) onnx pytest --editable '.[cuda]'
+	@touch $@
+
+STUB_BUNDLE := build/cuda_stub/mini-sdxl
+$(STUB_BUNDLE): $(STAMP)
+	$(BIN)/tgate-export --model mini-sdxl --dtype fp16 --no-verify --output $@ --force
+
+cuda-stub: $(CUDA_STAMP) $(STUB_BUNDLE)  ## ort-cuda on ONNX Runtime's CUDA provider over a stub of CUDA, which is 250 MB more
+	$(CUDA_VENV)/bin/python -m tests.cuda_stub -m pytest --confcutdir tests/cuda_stub tests/cuda_stub
+
 # What it finds stays in tests/fuzz/corpus, for the tests; led by coverage where atheris is: pip install '.[fuzz]'
 TIME ?= 600
 fuzz: setup  ## make up files as a stranger would, for TIME=600 seconds
@@ -60,7 +77,7 @@ cpp: cpp-release  ## libtgate and tgate-run, in build/cpp/release
 cpp-%:
 	scripts/cpp_setup.sh $(if $(filter fuzz,$*),--fuzz) build/cpp/include
 	cmake -S runtime/cpp --preset $* -D ONNXRUNTIME_INCLUDE_DIR=$(abspath build/cpp/include)
-	cmake --build build/cpp/$*
+	cd runtime/cpp && cmake --build --preset $*
 
 lint: setup  ## style, format and types; changes nothing
 	$(BIN)/ruff check .
@@ -76,5 +93,5 @@ docs: $(DOCS_STAMP)  ## build the documentation into site/, its links checked
 	@echo site/index.html
 
 clean:  ## remove what was made, the environment and bundles included
-	rm -rf $(VENV) bundles build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CUDA_VENV) bundles build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

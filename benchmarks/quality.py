@@ -5,12 +5,15 @@
         --output benchmarks/results/schedulers.json
     python -m benchmarks.quality BUNDLE --gates 3,5,10,15,20 --captions 250 \\
         --output benchmarks/results/gates-mini-pixart.json
+    python -m benchmarks.quality BUNDLE --forecasts 2,3 --captions 250 \\
+        --output benchmarks/results/forecast-mini-pixart.json
 
 Bundles are of one embedded model, with everything around the denoiser, each exported for another method. All plans draw
 the same captions from the same noise, and one classifier judges them all (training/evaluate.py). The first command
 compares the first bundle's baselines with every bundle's default plan, and where that reuses self-attention before the
 gate (k above 1) with the same for k = 1; the second one the ungated and the gated way under each sampler, the third one
-gates at several steps, nothing else reused. What a file of the same settings holds already is not drawn again.
+gates at several steps, nothing else reused; the fourth one forecasts, gated and ungated, beside as many network calls
+spent on fewer steps. What a file of the same settings holds already is not drawn again.
 """
 
 from __future__ import annotations
@@ -65,6 +68,20 @@ def gate_rows(bundle: Bundle, gates: Sequence[int]) -> dict[str, Plan]:
     return {_label(plan): plan for plan in (bundle.manifest.plan("ungated"), *plans)}
 
 
+def forecast_rows(bundle: Bundle, intervals: Sequence[int]) -> dict[str, Plan]:
+    """The ungated and the default plan; both with every r-th call after the gate, and both with so many fewer steps
+    that they make as many calls, the gate moved in proportion."""
+    sampler, own = bundle.manifest.plan("default").sampler.name, _settings(bundle)
+    plans = [bundle.manifest.plan("ungated"), bundle.manifest.plan("default")]
+    for interval in intervals:
+        told = replace(own, forecast_interval=interval)
+        calls = own.steps - len(told.left_out())
+        fewer = replace(own, steps=calls, gate=max(1, round(own.gate * calls / own.steps)))
+        plans += [_plans(bundle, sampler, told, method="forecast")["other"], _plans(bundle, sampler, told)["other"]]
+        plans += [each for name, each in _plans(bundle, sampler, fewer).items() if name in ("other", "other.ungated")]
+    return {f"{_label(plan)}, {len(plan.steps)} calls": plan for plan in plans}
+
+
 def _settings(bundle: Bundle) -> Settings:
     facts = bundle.manifest.plan("default").settings
     n, m, k, w, f = (
@@ -73,12 +90,12 @@ def _settings(bundle: Bundle) -> Settings:
     return Settings(steps=n, gate=m, self_interval=k, warm_up=w, fidelity_interval=f)
 
 
-def _plans(bundle: Bundle, sampler: str, settings: Settings) -> dict[str, Plan]:
+def _plans(bundle: Bundle, sampler: str, settings: Settings, *, method: str | None = None) -> dict[str, Plan]:
     manifest = bundle.manifest
     default = manifest.plan("default")
     return make_plans(
         "other",
-        find_method(str(default.settings["method"])),
+        find_method(method or str(default.settings["method"])),
         settings,
         sampler=sampler_of(bundle, sampler, settings.steps),
         guidance_scale=default.guidance_scale,
@@ -95,7 +112,7 @@ def _variation(bundle: Bundle, sampler: str, **changes: int) -> Plan:
 def _label(plan: Plan) -> str:
     """``tgate m=10 k=5``: the method and what it was told."""
     facts = plan.settings
-    numbers = [f"{name}={facts[name]}" for name in ("m", "k") if name in facts and (name, facts[name]) != ("k", 1)]
+    numbers = [f"{name}={facts[name]}" for name in ("m", "k", "r") if name in facts and (name, facts[name]) != ("k", 1)]
     return " ".join([str(facts["method"]), *numbers])
 
 
@@ -165,6 +182,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--samplers", metavar="A,B", help="compare these, ungated and gated, in place of methods")
     parser.add_argument("--gates", metavar="M,M", help="compare gates at these steps in place of methods")
+    parser.add_argument("--forecasts", metavar="R,R", help="compare forecasts at these intervals in place of methods")
     parser.add_argument("--captions", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
@@ -176,6 +194,8 @@ def main() -> None:
         bundle = Bundle.open(path)
         if args.gates is not None:
             own = gate_rows(bundle, [int(gate) for gate in args.gates.split(",")])
+        elif args.forecasts is not None:
+            own = forecast_rows(bundle, [int(interval) for interval in args.forecasts.split(",")])
         elif args.samplers is not None:
             own = sampler_rows(bundle, args.samplers.split(","))
         else:

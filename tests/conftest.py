@@ -22,6 +22,8 @@ from tgate_export.methods import find_method
 from tgate_export.plans import add_plan
 from tgate_runtime.mini import MINI, MODELS, assemble
 
+collect_ignore = ["cuda_stub"]  # has an environment of its own: make cuda-stub
+
 # Small networks on two cores: threads of eager PyTorch would only wait for one another.
 torch.set_num_threads(1)
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATHS = [str(ROOT), str(ROOT / "export"), str(ROOT / "runtime"), str(ROOT / "cli")]
 sys.path += [path for path in PATHS if path not in sys.path]  # nothing need be installed but engines
 
+from benchmarks.gpu.aims import aims, memory_share, ms_of, text  # noqa: E402
 from benchmarks.gpu.sections import SECTIONS  # noqa: E402
 from benchmarks.gpu.setting import CASES, Setting  # noqa: E402
 from benchmarks.loops import one_line  # noqa: E402
@@ -36,8 +37,6 @@ MODELS = {False: "sdxl,pixart-alpha", True: "mini-sdxl,mini-pixart"}
 ENGINES = {"cuda": "ort-cuda,ort-cuda+no-graphs,aoti,tensorrt", "cpu": "ort-cpu,openvino,aoti"}
 TINY_CPU_ENGINES = "ort-cpu,openvino"  # aoti compiles for most of a minute a graph there
 PARTS = ("open", "check", "loops", "memory", "peers")
-MOST_LOOP_MS = 2 * 270.0  # twice the compute limit of 25 gated steps of SDXL, at 790 TFLOP/s
-MOST_MEMORY = 1.15
 NEVER = float("inf")
 
 Found = dict[str, Any]
@@ -150,7 +149,7 @@ def _steps(setting: Setting, engines: list[str], wanted: list[str], found: Found
                     section = f"skipped: there is no reference: {done[f'{model}/reference'].get('error', '')}"
                 yield Step(name=name, section=section, setting=replace(own, graphs=way) if way else own)
     if "peers" in wanted:
-        times = {engine: ms for engine in engines if (ms := _ms(found, model, engine, "gated")) is not None}
+        times = {engine: ms for engine in engines if (ms := ms_of(found, model, engine, "gated")) is not None}
         ready = [engine for engine in engines if found["engines"][engine]["says"] == "ready"]
         best = min(times, key=lambda engine: times[engine]) if times else (ready or [""])[0]
         section = "peers" if best and done[f"{model}/bundle"]["status"] == "ok" else "skipped: no engine and bundle"
@@ -209,26 +208,6 @@ def child(section: str, setting: str, result: str) -> None:
 # --- what comes of it -----------------------------------------------------------------------------
 
 
-def aims(found: Found) -> list[Found]:
-    """What was aimed at on a GPU, for SDXL: met, missed, or open where it was not measured there."""
-    done: Mapping[str, Found] = found["sections"] if found["settings"]["device"] == "cuda" else {}
-    times = {
-        name: ms for name in found["engines"] if (ms := _ms({"sections": done}, "sdxl", name, "gated")) is not None
-    }
-    best = min(times, key=lambda name: times[name]) if times else ""
-    peers = done.get("sdxl/peers", {}).get("ms", {})
-    ours = next((ms for name, ms in peers.items() if name.endswith(" ungated")), None)
-    rows = [
-        ("25 gated steps of SDXL, ms", times.get(best), MOST_LOOP_MS, best),
-        ("25 ungated steps of SDXL, ms, beside torch.compile's", ours, peers.get("torch.compile"), best),
-        ("device memory of SDXL's graphs over that of one", _memory(done, "sdxl", best), MOST_MEMORY, best),
-    ]
-    return [
-        {"aim": aim, "got": got, "at_most": most, "engine": engine, "verdict": _verdict(got, most)}
-        for aim, got, most, engine in rows
-    ]
-
-
 def table(found: Found) -> str:
     """The results for a reader: one line for each engine and peer of a model, and one for each aim."""
     done = found["sections"]
@@ -249,44 +228,25 @@ def table(found: Found) -> str:
     for model in dict.fromkeys(name.partition("/")[0] for name in done):
         for engine, facts in found["engines"].items():
             own = {part: done.get(f"{model}/{engine}/{part}", {}) for part in ("check", "loops")}
-            times = [_ms(found, model, engine, plan) for plan in ("gated", "guidance_stopped", "ungated")]
+            times = [ms_of(found, model, engine, plan) for plan in ("gated", "guidance_stopped", "ungated")]
             faster = times[2] / times[0] if times[0] and times[2] else None
             steps = own["loops"].get("plans", {}).get("gated", {}).get("step_ms", {})
             opens = [done.get(f"{model}/{engine}/open/{way}", {}).get("open_s") for way in ("first", "second")]
             numbers = [*times, faster, steps.get("p50"), steps.get("p99"), own["check"].get("worst"), *opens]
             if facts["says"] == "ready":
-                texts = [_text(number) for number in (*numbers, _memory(done, model, engine))]
+                texts = [text(number) for number in (*numbers, memory_share(done, model, engine))]
                 lines.append((model, engine, *texts))
             else:
                 lines.append((model, engine, f"missing: {facts['says']}"))
         for peer, ms in done.get(f"{model}/peers", {}).get("ms", {}).items():
-            lines.append((model, f"in turns: {peer}", _text(ms)))
+            lines.append((model, f"in turns: {peer}", text(ms)))
     widths = [max(len(line[i]) for line in lines if i < len(line) and len(line) != 3) for i in range(len(lines[0]))]
     widths[1] = max(len(line[1]) for line in lines)
-    told = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=False)).rstrip() for line in lines]
+    told = ["  ".join(each.ljust(width) for each, width in zip(line, widths, strict=False)).rstrip() for line in lines]
     told += [f"{name}: {data['status']}: {data['error']}" for name, data in done.items() if data["status"] == "failed"]
     for aim in found.get("aims", []):
-        told.append(f"{aim['verdict']}: {aim['aim']}: {_text(aim['got'])}, at most {_text(aim['at_most'])} wanted")
+        told.append(f"{aim['verdict']}: {aim['aim']}: {text(aim['got'])}, at most {text(aim['at_most'])} wanted")
     return "\n".join(told)
-
-
-def _ms(found: Found, model: str, engine: str, plan: str) -> float | None:
-    plans: Mapping[str, Found] = found["sections"].get(f"{model}/{engine}/loops", {}).get("plans", {})
-    return plans.get(plan, {}).get("ms")
-
-
-def _memory(done: Mapping[str, Found], model: str, engine: str) -> float | None:
-    """What all graphs hold over what one does."""
-    one, every = (done.get(f"{model}/{engine}/memory/{way}", {}).get("bytes") for way in ("one", "all"))
-    return every / one if one and every else None
-
-
-def _verdict(got: float | None, most: float | None) -> str:
-    return "open" if got is None or most is None else "met" if got <= most else "missed"
-
-
-def _text(number: float | None) -> str:
-    return "-" if number is None else f"{number:.3g}" if number < 100 else f"{number:.0f}"
 
 
 if __name__ == "__main__":

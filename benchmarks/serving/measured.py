@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--loads", default="0.5,0.7,0.9,inf", help="inf is all at once")
     parser.add_argument("--count", type=int, default=150, help="requests of each run")
     parser.add_argument("--runs", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=16, help="images in flight")
+    parser.add_argument("--rows", type=int, default=8, help="images in flight")
     parser.add_argument("--patience", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)

@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=6)
     parser.add_argument("--most", type=int, default=4, help="images in a call")
     parser.add_argument("--fixed-ms", type=float, default=FIXED_MS)
-    parser.add_argument("--rows", type=int, help="images of each size in flight; four times --most where not given")
+    parser.add_argument("--rows", type=int, help="images of each size in flight; twice --most where not given")
     parser.add_argument("--patience", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=1, help="loads at once")
     parser.add_argument("--output", type=Path, help="a file that keeps its other cases")
@@ -279,7 +279,7 @@ def main() -> None:
             "alone_ms": mean_ms(table, mix),
             "count": args.count,
             "seeds": list(range(1, args.runs + 1)),
-            "rows": args.rows or 4 * table.most,
+            "rows": args.rows or 2 * table.most,
             "patience": args.patience,
         }
         rows = compare(

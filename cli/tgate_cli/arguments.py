@@ -26,6 +26,10 @@ FAILED, USAGE = 1, 2
 MOST = 10_000
 """Images, frames, turns: more is a slip of the finger, and would be counted out in memory."""
 MOST_PIXELS = 16_384
+LEAST_IMAGES = 4
+"""Of a plan that is tuned: fewer tell nothing of how surely a mean is known."""
+MOST_QUALITY = {"psnr": 58.9, "ssim": 1.0}
+"""What equal pictures have, by the name of a budget; as in tgate_runtime.tuning, which is not imported for it."""
 SEED_LIMIT = 2**63
 """As at run time, which is not imported for it."""
 
@@ -185,7 +189,7 @@ def tgate_parser() -> Parser:
     p.add_argument(
         "--size", action="append", type=_size_name, metavar="WIDTHxHEIGHT", help="this size alone; repeatable"
     )
-    p.add_argument("--rows", type=_count, metavar="N", help="images of each size in flight; four calls' if left out")
+    p.add_argument("--rows", type=_count, metavar="N", help="images of each size in flight; two calls' if left out")
     p.add_argument("--queue", type=_count, default=64, metavar="N", help="images that may wait; 64 if left out")
     patience = "calls that may pass over the oldest image, for each of its steps; 8 if left out"
     p.add_argument("--patience", type=_count_or_none, default=8, metavar="N", help=patience)
@@ -214,6 +218,25 @@ def tgate_parser() -> Parser:
     p.add_argument(
         "--output", type=_plan_file, metavar="FILE.json", help="write the plan to a file, and leave the bundle as it is"
     )
+
+    p = command("tune", "Find the plan to take, by what it costs here in pictures and in time, and add it.")
+    goal = p.add_mutually_exclusive_group(required=True)
+    fastest = "the fastest plan whose pictures are so near the ungated ones: psnr=30 (dB) or ssim=0.95"
+    goal.add_argument("--budget", type=_budget, metavar="NAME=NUMBER", help=fastest)
+    nearest = "the plan whose pictures are nearest, of those that take a picture so many times as fast as ungated"
+    goal.add_argument("--speedup", type=_speedup, metavar="X", help=nearest)
+    yours = "yours, one a line, as for tgate generate; an embedded model has its own if left out"
+    p.add_argument("--prompts", type=Path, metavar="FILE", help=yours)
+    p.add_argument("--images", type=_images, default=32, metavar="N", help="of each plan in the end; 32 if left out")
+    p.add_argument("--seed", type=_seed, default=0, metavar="S", help="image j has seed S + j; 0 if left out")
+    p.add_argument("--steps", type=_steps, metavar="N", help="the default plan's if left out")
+    p.add_argument("--name", type=_name, default="tuned", help="of the plan that is added; tuned if left out")
+    p.add_argument("--force", action="store_true", help="replace a plan of that name")
+    going_on = "keep what is measured in this file, and go on with what it holds"
+    p.add_argument("--state", type=Path, metavar="FILE", help=going_on)
+    _size(p)
+    _json(p)
+    _engine(p)
     return parser
 
 
@@ -284,6 +307,9 @@ class _ListModels(argparse.Action):
 def _method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm-up", type=_steps_or_none, metavar="W", help="steps that reuse nothing")
     parser.add_argument("--fidelity-interval", type=_steps, metavar="F", help="k after the gate; 1 if left out")
+    parser.add_argument(
+        "--forecast", type=_steps, metavar="R", help="from step M on, compute every R-th step and forecast the others"
+    )
     parser.add_argument("--guidance-scale", type=_number, metavar="G", help="of classifier-free guidance: 1 is without")
 
 
@@ -298,7 +324,7 @@ def check_generate(args: argparse.Namespace) -> None:
 def check_plan(args: argparse.Namespace) -> None:
     """Ends as a wrong command line does where ``tgate plan`` is told to add a plan without saying which, or to take
     some out and more beside."""
-    numbers = ("m", "k", "steps", "sampler", "warm_up", "fidelity_interval", "guidance_scale")
+    numbers = ("m", "k", "steps", "sampler", "warm_up", "fidelity_interval", "forecast", "guidance_scale")
     given = [
         f"--{name.replace('_', '-')}"
         for name in ("name", *numbers, "output", "force")
@@ -393,6 +419,31 @@ def _number(text: str) -> float:
         if math.isfinite(float(text)):
             return float(text)
     raise argparse.ArgumentTypeError(f"expected a finite number, got '{shown(text, 40)}'")
+
+
+def _budget(text: str) -> tuple[str, float]:
+    """(metric, least) of ``psnr=30``."""
+    metric, equals, number = text.partition("=")
+    if not equals or metric not in MOST_QUALITY:
+        raise argparse.ArgumentTypeError(
+            f"expected psnr=NUMBER, in dB, or ssim=NUMBER, up to 1, got '{shown(text, 40)}'; accuracy takes a judge of "
+            "your own, see docs/choose.md"
+        )
+    least, most = _number(number), MOST_QUALITY[metric]
+    if not 0 < least <= most:
+        raise argparse.ArgumentTypeError(f"expected {metric} above 0 and at most {most:g}, got '{shown(number, 40)}'")
+    return metric, least
+
+
+def _speedup(text: str) -> float:
+    factor = _number(text)
+    if not 1 < factor <= MOST:
+        raise argparse.ArgumentTypeError(f"expected a number above 1, times as fast, got '{shown(text, 40)}'")
+    return factor
+
+
+def _images(text: str) -> int:
+    return _whole(text, LEAST_IMAGES, MOST)
 
 
 def _pixels(text: str) -> tuple[int, int]:

@@ -183,13 +183,13 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     """PROMPT, those of --prompt and those of a file, in this order."""
     texts = [*([] if args.prompt is None else [args.prompt]), *args.prompts]
     if args.prompts_file is not None:
-        texts += _prompts_of(args.prompts_file)
+        texts += prompts_of(args.prompts_file)
     if len(texts) > MOST:
         raise RequestError(f"got {len(texts)} prompts, at most {MOST} are taken at a time")
     return texts
 
 
-def _prompts_of(path: Path) -> list[str]:
+def prompts_of(path: Path) -> list[str]:
     """The lines of a file that are neither empty nor begin with #; ``-`` is standard input."""
     if path == STDOUT:
         content = sys.stdin.buffer.read(MOST_BYTES + 1)

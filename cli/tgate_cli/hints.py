@@ -71,6 +71,8 @@ def hint(unknown: Sequence[str], *, known: Collection[str], command: str) -> str
     table = _AT_EXPORT if command == "tgate-export" else _AT_RUN_TIME
     if command == "plan":
         table = {**table, **_OF_A_PLAN}
+    if command == "tune":
+        table = {**table, "--num-inference-steps": "--steps N", "--num-images": "--images N"}
     table = {name: text for name, text in table.items() if name not in known}
     names = [text.partition("=")[0].replace("_", "-") for text in unknown if text.startswith("--")]
     return "; ".join(dict.fromkeys(text for name in names if (text := _instead(name, known, table))))

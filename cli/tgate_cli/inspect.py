@@ -11,6 +11,7 @@ from tgate_engine.footprint import carry_bytes, memory
 from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plan import Plan
+from tgate_engine.plan_report import report_of
 
 
 def describe(bundle: Bundle, size: str | None = None) -> dict[str, Any]:
@@ -39,7 +40,9 @@ def describe(bundle: Bundle, size: str | None = None) -> dict[str, Any]:
         },
         "shapes": [_describe_shape(s, m) for s in m.shapes],
         "size": shape.size,
-        "plans": {name: describe_plan(plan, m, shape) for name, plan in m.plans.items()},
+        "plans": {
+            name: {**describe_plan(plan, m, shape), "report": _report(bundle, plan)} for name, plan in m.plans.items()
+        },
         "goldens": {name: golden.oracle for name, golden in m.goldens.items()},
         "tools": dict(m.tools),
     }
@@ -87,6 +90,12 @@ def _describe_shape(shape: Shape, manifest: Manifest) -> dict[str, Any]:
             for name, graph in shape.graphs.items()
         },
     }
+
+
+def _report(bundle: Bundle, plan: Plan) -> dict[str, Any] | None:
+    """What `tgate tune` measured of it; None where nothing was."""
+    report = report_of(bundle, plan)
+    return None if report is None else report.to_json()
 
 
 def _graph_macs(graph: GraphSpec) -> dict[str, int]:

@@ -25,6 +25,7 @@ from tgate_cli.display import reporter
 from tgate_cli.generate import generate
 from tgate_cli.serve import serve
 from tgate_cli.signals import Signals
+from tgate_cli.tune import tune
 from tgate_engine.errors import TgateError, shown
 from tgate_engine.report import Reporter
 
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Reporter], Show]] = {
     "build": run_commands.build,
     "serve": serve,
     "plan": export_commands.plan,
+    "tune": tune,
     "embed": export_commands.embed,
     "export": export_commands.export,
 }

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from tgate_cli.command import LONGEST
 from tgate_cli.inspect import shortened
 from tgate_engine.errors import shown
+from tgate_engine.plan_report import Estimate
 
 Row = Sequence[str]
 
@@ -61,6 +62,8 @@ def _plan(name: str, plan: Mapping[str, Any], size: str, out: TextIO) -> None:
             for baseline, other in plan["baselines"].items()
         ]
         _print(out, f"{what} MACs {_macs(own)}{''.join(compared)}")
+    for line in quality(plan["report"]):
+        _print(out, line)
     _print(out, f"carries of one request for one image: {_bytes(plan['carry_bytes'])}")
     need = plan["memory"]
     _print(
@@ -69,6 +72,55 @@ def _plan(name: str, plan: Mapping[str, Any], size: str, out: TextIO) -> None:
         f"scratch {_bytes(need['scratch'])}; together {_bytes(need['peak'])} where weights are shared, and "
         f"{_bytes(need['request'] + need['scratch'])} more for each further request at once",
     )
+
+
+def quality(report: Mapping[str, Any] | None) -> list[str]:
+    """What a plan's report says, a line each (:class:`tgate_engine.plan_report.PlanReport`, as JSON values)."""
+    if report is None:
+        return ["quality not measured; `tgate tune` does that"]
+    metric, precision = report["metric"], f" in {report['precision']}" if report["precision"] else ""
+    several = "prompt" if report["prompts"] == 1 else "prompts"
+    threads = f"{report['threads']} thread{'s' * (report['threads'] > 1)}, " if report["threads"] else ""
+    return [
+        f"quality: {metric} {_quality(metric, report['quality'])} to the ungated pictures of the same seeds, where "
+        f"those of other seeds have {_quality(metric, report['unrelated'])}; {report['images']} pictures of "
+        f"{report['prompts']} {several}",
+        f"time of a picture: {report['measured_ms']:.1f} ms, {_ratio(report['ungated_ms'], report['measured_ms'])} as "
+        f"fast as ungated (predicted {report['predicted_ms']:.1f} ms); {report['engine']} {report['engine_version']}"
+        f"{precision}, {threads}{report['machine']}",
+    ]
+
+
+def _quality(metric: str, of: Mapping[str, float]) -> str:
+    return Estimate(**of).told(metric)
+
+
+def tuning(data: Mapping[str, Any], out: TextIO | None = None) -> None:
+    """Show what ``tgate tune`` found."""
+    out = out or sys.stdout
+    report = data["report"]
+    rows = [
+        (
+            "→" if point["plan"] == data["chosen"] else "",
+            point["plan"],
+            f"{point['predicted_ms']:.1f}",
+            _ratio(data["ungated_ms"], point["predicted_ms"]),
+            _quality(report["metric"], point["quality"]),
+        )
+        for point in data["front"]
+    ]
+    title = (
+        f"plans that none is both faster and nearer than; {data['tried']} of {data['plans']} were drawn to the end, "
+        f"{report['images']} pictures each"
+    )
+    headers = ("", "plan", "picture ms", "faster", f"{report['metric']} (95 %)")
+    table(title, headers, rows, right=(2, 3, 4), out=out)
+    _print(out, "")
+    for line in quality(report):
+        _print(out, line)
+    error = data["prediction_error"]
+    _print(out, f"predicted over measured: plan {error['plan']:+.1%}, ungated {error['ungated']:+.1%}")
+    _print(out, f"{data['bundle']}: plan {data['plan']}, {facts(report['settings'])}; {data['report_file']}")
 
 
 def _shapes(shapes: Sequence[Mapping[str, Any]]) -> str:

@@ -20,6 +20,7 @@ from tgate_engine.sampler import Sampler
 from tgate_engine.sampler_tables import load_tables
 from tgate_export.methods import METHODS, find_method
 from tgate_export.methods.base import Method, Settings
+from tgate_export.methods.forecast.fold import FORECAST_OF, forecast
 from tgate_export.recipes import check_sampler
 
 log = logging.getLogger("tgate")
@@ -44,11 +45,13 @@ def make_plans(
     graphs are missing.
     """
 
-    def build(label: str, program: Any, facts: Any, baselines: tuple[str, ...] = ()) -> Plan:
+    def build(
+        label: str, program: Any, facts: Any, baselines: tuple[str, ...] = (), left_out: Collection[int] = ()
+    ) -> Plan:
         return build_plan(
             label,
-            program,
-            sampler=sampler,
+            [call for i, call in enumerate(program) if i not in left_out],
+            sampler=forecast(sampler, left_out),
             guidance_scale=guidance_scale,
             graphs=graphs,
             carries=carries,
@@ -65,10 +68,12 @@ def make_plans(
         same = next((old.name for old in (existing or {}).values() if old.same_program(plan)), None)
         if same is None:
             plans[label] = plan
-        baselines.append(same or label)
+        if (same or label) not in baselines:  # where m = n, stopping guidance at m is no other than the ungated plan
+            baselines.append(same or label)
     if told := method.idle(settings, sampler.lead_in):
         log.warning("plan %s: %s; take a larger m, or a smaller %s or w", name, told, told[0])
-    own = build(name, method.program(settings, sampler.lead_in), method.facts(settings), tuple(baselines))
+    own_program, left_out = method.program(settings, sampler.lead_in), settings.left_out(sampler.lead_in)
+    own = build(name, own_program, method.facts(settings), tuple(baselines), left_out)
     return {name: own, **plans}
 
 
@@ -82,6 +87,7 @@ def add_plan(
     sampler: str | None = None,
     warm_up: int | None = None,
     fidelity_interval: int | None = None,
+    forecast_interval: int | None = None,
     guidance_scale: float | None = None,
     force: bool = False,
     save: bool = True,
@@ -89,7 +95,8 @@ def add_plan(
     """Make one more plan over the graphs of a bundle, of the bundle's own method; the plan and its baselines, by name.
 
     ``steps``, ``sampler``, ``warm_up`` and ``guidance_scale``: None takes those of the default plan; ``k`` and
-    ``fidelity_interval`` are 1 where left out. The bundle's manifest is replaced atomically, unless ``save`` is false.
+    ``fidelity_interval`` are 1 where left out, ``forecast_interval`` is the method's own. The bundle's manifest is
+    replaced atomically, unless ``save`` is false.
     Raises a :class:`~tgate_engine.errors.TgateError`; what the settings and the manifest tell comes before any file's
     digest.
     """
@@ -101,10 +108,16 @@ def add_plan(
         raise PlanError(f"plan {name!r} is what {', '.join(users)} is measured against; use another --name")
     if save and not force:
         bundle.check_free([name])
-    method = _method_of(default)
+    method = method_of(default)
     n = int(default.settings["n"] or 0) if steps is None else steps
     settings = method.settings(
-        steps=n, gate=m, k=k, w=warm_up, f=fidelity_interval, defaults={"w": int(default.settings.get("w") or 0)}
+        steps=n,
+        gate=m,
+        k=k,
+        w=warm_up,
+        f=fidelity_interval,
+        r=forecast_interval,
+        defaults={"w": int(default.settings.get("w") or 0)},
     )
     scale = _guidance(manifest, guidance_scale)
     bundle = bundle.checked()
@@ -132,7 +145,7 @@ def sampler_of(bundle: Bundle, name: str, steps: int) -> Sampler:
     """
     manifest = bundle.manifest
     for plan in manifest.plans.values():
-        if (plan.sampler.name, plan.sampler.steps) == (name, steps):
+        if FORECAST_OF not in plan.sampler.options and (plan.sampler.name, plan.sampler.steps) == (name, steps):
             return plan.sampler
     tables = load_tables(bundle.file(manifest.samplers)) if manifest.samplers else {}
     if (name, steps) in tables:
@@ -173,7 +186,7 @@ def _guidance(manifest: Manifest, scale: float | None) -> float:
     return scale
 
 
-def _method_of(plan: Plan) -> Method:
+def method_of(plan: Plan) -> Method:
     """The method that a bundle's default plan was made by."""
     name = plan.settings.get("method")
     if name not in METHODS:

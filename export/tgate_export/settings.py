@@ -91,6 +91,7 @@ class ExportSettings:
     steps: int | None = None
     warm_up: int | None = None
     fidelity_interval: int | None = None
+    forecast_interval: int | None = None
     sampler: str | None = None
     guidance_scale: float | None = None
     checkpoint: str | None = None
@@ -143,6 +144,7 @@ def check_settings(settings: ExportSettings) -> Asked:
         k=settings.k,
         w=settings.warm_up,
         f=settings.fidelity_interval,
+        r=settings.forecast_interval,
         defaults={"k": model.self_interval, "w": model.warm_up},
     )
     sampler = model.sampler if settings.sampler is None else settings.sampler

@@ -7,6 +7,7 @@ was checked is what is used. OpenVINO alone has to be given a name: see its modu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -17,7 +18,8 @@ from tgate_runtime.weights import read_places
 
 _POOL = descriptor_pool.DescriptorPool()
 _POOL.Add(describe(descriptor_pb2.FileDescriptorProto()))
-_MODEL = message_factory.GetMessageClass(_POOL.FindMessageTypeByName(MODEL))
+ModelMessage: Any = message_factory.GetMessageClass(_POOL.FindMessageTypeByName(MODEL))
+"""The class of protobuf messages that a graph's file is one of, with the fields of ``onnx_form.FORM``."""
 
 
 def read_graphs(bundle: Bundle, graphs: Sequence[GraphSpec]) -> dict[str, bytes]:
@@ -31,5 +33,5 @@ def read_graphs(bundle: Bundle, graphs: Sequence[GraphSpec]) -> dict[str, bytes]
     files = {}
     for spec in graphs:
         files[spec.file] = bundle.read(spec.file)
-        check_graph(files[spec.file], _MODEL(), spec, weights_file, places)
+        check_graph(files[spec.file], ModelMessage(), spec, weights_file, places)
     return files

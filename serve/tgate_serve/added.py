@@ -10,7 +10,9 @@ GUESS = 0.5
 meet, so that it soon is."""
 LEAST = 0.05
 """What one is taken to add at least, however short a call was."""
-TRIES = 500
+ENOUGH = 5
+"""So many calls of a kind are made before it counts."""
+TRIES = 100
 """From 1 on everybody goes alone and nothing more is learned: after so many calls in a row for one image, the guess
 holds again until some go together."""
 _KEPT = 15
@@ -22,22 +24,25 @@ class Added:
     """The calls of one size by graph and images. Not thread-safe."""
 
     def __init__(self) -> None:
+        self._ready: set[tuple[str, range]] = set()
         self._calls: dict[tuple[str, int], deque[float]] = {}
         self._alone = 0  # calls in a row
 
-    def saw(self, graph: str, images: int, ms: float) -> float:
-        """A call was made. What each further image adds to a call for one, as a share of it: the mean of the graphs and
-        numbers of images that were seen; :data:`GUESS` until a graph was called for one and for several."""
-        key = (graph, images)
-        self._alone = self._alone + 1 if images == 1 else 0
-        if key not in self._calls:  # the first is made ready as well as made
-            self._calls[key] = deque(maxlen=_KEPT)
-        else:
-            self._calls[key].append(ms)
-        alone = {of: min(calls) for (of, many), calls in self._calls.items() if many == 1 and calls}
+    def saw(self, graph: str, rows: range, ms: float) -> float:
+        """A call was made for the images of those rows, and took so long with all that a call takes, inside the engine
+        and around it.
+
+        Returns what each further image adds to a call for one, as a share of it: the mean of the graphs and numbers of
+        images that were seen; :data:`GUESS` until a graph was called for one and for several.
+        """
+        self._alone = self._alone + 1 if len(rows) == 1 else 0
+        if (graph, rows) in self._ready:
+            self._calls.setdefault((graph, len(rows)), deque(maxlen=_KEPT)).append(ms)
+        self._ready.add((graph, rows))  # the first call of those rows is made ready as well as made
+        least = {kind: min(calls) for kind, calls in self._calls.items() if len(calls) >= ENOUGH}
         shares = [
-            (min(calls) / alone[of] - 1) / (many - 1)
-            for (of, many), calls in self._calls.items()
-            if many > 1 and calls and alone.get(of)
+            (ms / alone - 1) / (images - 1)
+            for (of, images), ms in least.items()
+            if images > 1 and (alone := least.get((of, 1)))
         ]
         return max(LEAST, fmean(shares)) if shares and self._alone < TRIES else GUESS

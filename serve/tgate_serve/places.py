@@ -36,9 +36,9 @@ class Place:
 
 
 def room_of(session: Session, size: str, rows: int | None, added: float) -> Room:
-    """What there is of a size; ``rows``: None is four times what a call has."""
+    """What there is of a size; ``rows``: None is twice what a call has."""
     batches = tuple(shape.batch for shape in session.shapes(size))
-    return Room(batches=batches, rows=4 * max(most for _, most in batches) if rows is None else rows, added=added)
+    return Room(batches=batches, rows=2 * max(most for _, most in batches) if rows is None else rows, added=added)
 
 
 def planned_bytes(session: Session, plans: Sequence[Plan], rooms: Mapping[str, Room]) -> int:

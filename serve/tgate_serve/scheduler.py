@@ -3,18 +3,10 @@
 Pure: no thread, no clock, no engine. A plan is known before its first step, so all that has to be known of an image is
 the names of the graphs that it still runs.
 
-**Who goes first.** Images are ordered by age, a priority being a head start of so many places. A tick is the oldest's.
-Whoever has steps in common with it comes along, those first that have the most. Who is a few steps behind takes those
-while the oldest waits, if it then shares more than :data:`~tgate_serve.program.WORTH` times as many with it. Where a
-call has places left, others at its graph take them.
-
-Company makes a call longer for the oldest and shorter for all together. So how young it may be depends on how many are
-there and on what it adds (:attr:`Room.added`): where that is nearly a call of its own, it is of the older half, and
-where it is one, nobody comes along. An image that has the same to do as the oldest stays to the end, which saves more,
-so it may be younger. While images wait for a row of that size, throughput counts: whoever fits comes along, and the
-oldest image that can fill a call goes first. A free row goes to the oldest that waits for its size.
-
-The oldest waits for others at most ``patience`` times as often as it has steps.
+**Who goes first.** Images are ordered by age, a priority being a head start of so many places. A tick is the oldest's
+of those that have a row or find one free, and :mod:`tgate_serve.line` says who comes along. An image is given a row
+when it takes its first step, and keeps it. The last free row of a size is for the oldest. The oldest waits for others
+at most ``patience`` times as often as it has steps.
 
 **What is promised.** An image that :meth:`Scheduler.submit` has taken is through after
 
@@ -23,23 +15,28 @@ The oldest waits for others at most ``patience`` times as often as it has steps.
 ticks at most, whatever arrives later. n: steps of the longest plan. a: the images that had been taken before it and
 were not through yet, and those of the next :data:`MOST_OVERTAKING` that have a priority above 0.
 
-*Proof.* Call those a images and itself the elders. At every tick until it is through, the oldest in flight is an elder:
-if it is in flight itself, whoever is older is an elder; if it waits, all rows of its size are taken, and by elders,
-since rows are given by age; who is older than one of those is an elder again. A tick advances the oldest, or counts
-among the n * patience that may pass over it; so it is the oldest for n * (patience + 1) ticks at most, and there are
-a + 1 elders.
+*Proof.* Call those a images and itself the elders. Whoever is before an elder in order came before it, or within the
+next :data:`MOST_OVERTAKING` with a higher priority. Until the image is through, each tick is an elder's. If the image
+has a row or there is one, the tick is its own or that of one before it: an elder's. If all rows of its size are taken,
+look at the tick that took the last one: it was the oldest's of then, A, which took that row or had one already, and A
+is still in flight, for rows have been taken ever since. A came before the image, or the image waited while there was a
+row, and A was before it in order. So the tick is A's, or that of one before A. Where that one is before the image too,
+or came before it, it is an elder; if not, A came before the image, and it came within the next :data:`MOST_OVERTAKING`
+after A with a priority above 0: an elder again. A tick advances the oldest, or counts among the n * patience that may
+pass over it; so an elder is the oldest for n * (patience + 1) ticks at most, and there are a + 1 elders.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tgate_engine.errors import RequestError, TgateError, shown
-from tgate_serve.program import Left, Programs, meeting
+from tgate_serve.line import Line, Order, remove
+from tgate_serve.program import Programs
 
 PRIORITIES = range(10)
 """What a priority may be; 0 is nobody's favourite."""
@@ -47,11 +44,6 @@ HEAD_START = 16
 """How many images that came before it an image overtakes for each priority that it has more."""
 MOST_OVERTAKING = HEAD_START * (len(PRIORITIES) - 1)
 """No image is overtaken by one that comes later than by so many."""
-_STAYS = 4
-"""Who stays to the end may be so much younger as if each image added this power of what it does."""
-
-Order = tuple[int, int]
-"""An image's place in the line, the oldest's being the least, and its ticket."""
 
 
 class Busy(TgateError):
@@ -118,37 +110,7 @@ class Tick:
 class _Entry:
     job: Job
     order: Order
-    left: Left
-    in_flight: bool = False
     passed: int = 0  # how many ticks it was the oldest of and had no step in
-
-
-@dataclass(slots=True)
-class _Line:
-    """The images of one size: those that wait, and those in flight by what is left to them; oldest first."""
-
-    most: int
-    takes: tuple[int, ...]  # how many of so many images a call has
-    free: int
-    waiting: list[Order] = field(default_factory=list)
-    groups: dict[Left, list[Order]] = field(default_factory=dict)
-
-    def add(self, left: Left, order: Order) -> None:
-        insort(self.groups.setdefault(left, []), order)
-
-    def remove(self, left: Left, order: Order) -> None:
-        group = self.groups[left]
-        _remove(group, order)
-        if not group:
-            del self.groups[left]
-
-    def fills(self, lead: Left) -> bool:
-        """Whether an image that has this to do and its company may fill a call."""
-        count = 0
-        for left, group in self.groups.items():
-            if meeting(lead, left) is not None and (count := count + len(group)) >= self.most:
-                return True
-        return False
 
 
 class Scheduler:
@@ -176,7 +138,7 @@ class Scheduler:
         """Steps that all images together have still to take."""
         self._programs = Programs()
         self._entries: dict[int, _Entry] = {}
-        self._flight: list[Order] = []
+        self._all: list[Order] = []
         self._lines = {size: _line(room) for size, room in rooms.items()}
         self._deadlines: list[tuple[float, int]] = []
         self._waiting = 0
@@ -187,7 +149,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Images in flight."""
-        return len(self._flight)
+        return len(self._all) - self._waiting
 
     @property
     def waiting(self) -> int:
@@ -238,11 +200,12 @@ class Scheduler:
     def _take(self, job: Job) -> int:
         ticket = self._next
         self._next += 1
+        entry = _Entry(job, (ticket - HEAD_START * job.priority, ticket))
         left = self._programs.left(job.graphs)
         assert left is not None  # it has been checked
-        entry = _Entry(job, (ticket - HEAD_START * job.priority, ticket), left)
         self._entries[ticket] = entry
-        insort(self._lines[job.size].waiting, entry.order)
+        insort(self._all, entry.order)
+        self._lines[job.size].come(entry.order, left)
         self._waiting += 1
         self.steps_left += len(job.graphs)
         if job.deadline is not None:
@@ -255,16 +218,12 @@ class Scheduler:
         if entry is None:
             return False
         line = self._lines[entry.job.size]
-        if entry.in_flight:
-            _remove(self._flight, entry.order)
-            line.remove(entry.left, entry.order)
-            line.free += 1
-        else:
-            _remove(line.waiting, entry.order)
-            self._waiting -= 1
-        self.steps_left -= entry.left.steps
+        self._waiting -= line.waits(entry.order)
+        self.steps_left -= line.left[entry.order].steps
+        line.go(entry.order)
+        remove(self._all, entry.order)
         if entry.job.deadline is not None:
-            _remove(self._deadlines, (entry.job.deadline, ticket))
+            remove(self._deadlines, (entry.job.deadline, ticket))
         return True
 
     def expired(self, now: float) -> tuple[int, ...]:
@@ -277,118 +236,53 @@ class Scheduler:
     def ahead(self, ticket: int) -> int:
         """How many images wait for the size of one and are older; 0 where it is in flight, or gone."""
         entry = self._entries.get(ticket)
-        if entry is None or entry.in_flight:
+        line = self._lines[entry.job.size] if entry else None
+        if entry is None or line is None or not line.waits(entry.order):
             return 0
-        return bisect_left(self._lines[entry.job.size].waiting, entry.order)
+        return bisect_left(line.waiting, entry.order)
 
     # --- ticks ----------------------------------------------------------------------------------
 
     def tick(self) -> Tick | None:
-        """Give free rows to those that wait, and choose the next call; None where nobody is there.
+        """Choose the next call, and give a row to those of its images that have none; None where nobody is there.
 
         :meth:`advance` has to follow for the images whose step was taken, :meth:`cancel` for others.
         """
-        joined = self._join() if self._waiting else ()
-        if not self._flight:
+        oldest = next((entry for _, ticket in self._all if self._may_run(entry := self._entries[ticket])), None)
+        if oldest is None:
             return None
-        oldest = self._entries[self._flight[0][1]]
-        line = self._lines[oldest.job.size]
-        saves = self.added[oldest.job.size] < 1
-        may_wait = saves and oldest.passed < self.patience * len(oldest.job.graphs)
-        lead = self._lead(line, oldest) if line.waiting and may_wait else oldest
-        company = self._company(line, lead)
-        call, graph = [lead.order, *(order for order, _, behind in company if not behind)], lead.left.graph
-        if may_wait and (late := [(-behind, order, left) for order, left, behind in company if behind]):
-            graph = min(late, key=lambda one: one[0])[2].graph
-            call = [order for _, order, left in late if left.graph == graph]
-        if len(call) < line.most:
-            apart = {lead.order, *(order for order, _, _ in company)}
-            call += [order for order in self._others(line, graph, lead.job.size) if order not in apart]
-        call = call[: line.takes[min(len(call), line.most)]]
+        size, line = oldest.job.size, self._lines[oldest.job.size]
+        added = self.added[size]
+        may_wait = added < 1 and oldest.passed < self.patience * len(oldest.job.graphs)
+        graph, call = line.call(oldest.order, self._all, added=added, may_wait=may_wait)
         oldest.passed += oldest.order not in call
+        joined = tuple(order[1] for order in call if line.start(order))
+        self._waiting -= len(joined)
         self.ticks += 1
-        return Tick(size=oldest.job.size, graph=graph, tickets=tuple(t for _, t in sorted(call)), joined=joined)
+        return Tick(size=size, graph=graph, tickets=tuple(ticket for _, ticket in sorted(call)), joined=joined)
+
+    def _may_run(self, entry: _Entry) -> bool:
+        """Whether an image has a row or finds one free."""
+        line = self._lines[entry.job.size]
+        return line.free > 0 or not line.waits(entry.order)
 
     def advance(self, tickets: Iterable[int]) -> tuple[int, ...]:
         """The steps of those images are taken. Those that are through by it, which have left."""
         through = []
         for ticket in tickets:
             entry = self._entries[ticket]
-            line = self._lines[entry.job.size]
-            line.remove(entry.left, entry.order)
             self.steps_left -= 1
-            if entry.left.then is not None:
-                entry.left = entry.left.then
-                line.add(entry.left, entry.order)
+            if self._lines[entry.job.size].step(entry.order):
                 continue
             through.append(ticket)
             del self._entries[ticket]
-            _remove(self._flight, entry.order)
-            line.free += 1
+            remove(self._all, entry.order)
             if entry.job.deadline is not None:
-                _remove(self._deadlines, (entry.job.deadline, ticket))
+                remove(self._deadlines, (entry.job.deadline, ticket))
         return tuple(through)
 
-    def _lead(self, line: _Line, oldest: _Entry) -> _Entry:
-        """The oldest image of its size that can fill a call; the oldest of all where none can."""
-        if line.fills(oldest.left):
-            return oldest
-        full = [group[0] for left, group in line.groups.items() if line.fills(left)]
-        return self._entries[min(full)[1]] if full else oldest
 
-    def _company(self, line: _Line, lead: _Entry) -> list[tuple[Order, Left, int]]:
-        """Who is to share calls with an image, the best first: what is left to each, and how far behind it is."""
-        found = []
-        added = self.added[lead.job.size]
-        youngest = self._youngest(line, added)
-        stays = self._youngest(line, min(added, 1.0) ** _STAYS)
-        for left, group in line.groups.items():
-            met = meeting(lead.left, left)
-            if met is None:
-                continue
-            count = min(line.most, bisect_right(group, stays if left is lead.left else youngest))
-            found += [(-met.gain, order, left, met.behind) for order in group[:count] if order != lead.order]
-        found.sort(key=lambda one: one[:2])
-        return [(order, left, behind) for _, order, left, behind in found[: line.most - 1]]
-
-    def _others(self, line: _Line, graph: str, size: str) -> list[Order]:
-        """Whoever is at a graph and may come along, oldest first."""
-        youngest = self._youngest(line, self.added[size])
-        return sorted(o for left, group in line.groups.items() if left.graph == graph for o in group if o <= youngest)
-
-    def _youngest(self, line: _Line, added: float) -> Order:
-        """The youngest in flight that may come along. Those that came before it are held up by ``added``, those that
-        came after it are spared the rest of a call; where that is little, half of all weigh as much as the other half,
-        and where it is more, so many more may come. Where it is nothing, the oldest goes alone."""
-        if added >= 1:
-            return self._flight[0]
-        weight = len(self._entries) + 1
-        if line.waiting or 2 * added * len(self._flight) <= weight:
-            return self._flight[-1]
-        return self._flight[max(1, int(weight / (2 * added))) - 1]
-
-    def _join(self) -> tuple[int, ...]:
-        joined = []
-        for line in self._lines.values():
-            count = min(line.free, len(line.waiting))
-            for order in line.waiting[:count]:
-                entry = self._entries[order[1]]
-                entry.in_flight = True
-                insort(self._flight, order)
-                line.add(entry.left, entry.order)
-                joined.append(order[1])
-            del line.waiting[:count]
-            line.free -= count
-            self._waiting -= count
-        return tuple(joined)
-
-
-def _line(room: Room) -> _Line:
+def _line(room: Room) -> Line:
     counts = range(1, room.most + 1)
     takes = (0, *(max(min(most, count) for least, most in room.batches if least <= count) for count in counts))
-    return _Line(most=takes[-1], takes=takes, free=room.rows)
-
-
-def _remove(orders: list[tuple[int, int]] | list[tuple[float, int]], order: tuple[float, int]) -> None:
-    """Take an order out of a sorted list that holds it."""
-    del orders[bisect_left(orders, order)]
+    return Line(most=takes[-1], takes=takes, free=room.rows)

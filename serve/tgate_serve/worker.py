@@ -127,8 +127,8 @@ class Worker:
         on_call: Callable[[str, str, int, float], None] | None = None,
     ) -> None:
         """``plans``: those that requests may follow; None takes every plan of the bundle. ``rows``: how many images of
-        each size are in flight at most; None is four times what a call has, so that one of a plan's graphs fills a
-        call, where there are three.
+        each size are in flight at most; None is twice what a call has, so that one call's can wait half done for
+        another's.
         ``queue``, ``patience``: see :class:`~tgate_serve.scheduler.Scheduler`. ``added``: see
         :class:`~tgate_serve.scheduler.Room`; None learns it from the calls that are made. ``memory_bytes``: what
         :attr:`planned_bytes` may be. ``on_call(size, graph, images, seconds)`` hears of each call, in the thread, with
@@ -403,7 +403,12 @@ class Worker:
             self._took(tick.size, place, wanted, advance(place.state, rows))
         except EngineError as error:
             self._alone(tick.size, place, wanted, error)
-        self._step_s += _NEW * ((time.monotonic() - begin_s) / len(wanted) - self._step_s)
+            return
+        seconds = time.monotonic() - begin_s
+        self._step_s += _NEW * (seconds / len(wanted) - self._step_s)
+        if learned := self._added.get(tick.size):
+            with self._changed:
+                self._scheduler.added[tick.size] = learned.saw(tick.graph, rows, seconds * 1e3)
 
     def _alone(self, size: str, place: Place, tickets: Sequence[int], error: EngineError) -> None:
         """A call has failed: each image tries its step alone, so that it ends the request of the one it was for."""
@@ -435,8 +440,6 @@ class Worker:
                 del self._orders[ticket]
             self._left += [(size, ticket) for ticket in through]
             self.counts.calls[size, done.step.graph, len(tickets)] += 1
-            if learned := self._added.get(size):
-                self._scheduler.added[size] = learned.saw(done.step.graph, len(tickets), done.elapsed_ms)
         if self._on_call is not None:
             self._on_call(size, done.step.graph, len(tickets), done.elapsed_ms / 1000)
         for ticket, order in orders.items():

@@ -36,6 +36,7 @@ def test_an_inspection_for_people(bundle: Bundle) -> None:
     after = lines[title + 10 :]
     assert after[0] == "paper MACs 12000; ungated 16000, 1.33× as many; guidance_stopped 13000, 1.08× as many"
     assert after[1] == "all MACs 15400; ungated 20800, 1.35× as many; guidance_stopped 16900, 1.10× as many"
+    assert after[2] == "quality not measured; `tgate tune` does that"
     assert "plan ungated: ungated, n=8, toy, guidance 3" in lines
     assert "all MACs 20800" in lines
     assert "\x1b" not in out.getvalue()

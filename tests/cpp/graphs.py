@@ -12,7 +12,7 @@ from tests.cpp.probes import ask, record
 from tgate_engine.errors import BundleError
 from tgate_engine.graph import GraphSpec, TensorSpec
 from tgate_engine.onnx_form import Placed, check_graph
-from tgate_runtime.graph_check import _MODEL
+from tgate_runtime.graph_check import ModelMessage
 
 OK = "ok"
 
@@ -59,7 +59,7 @@ def cpp_verdicts(cpp_build: Path, cases: Sequence[Case], kind: str = "G") -> lis
 
 def python_verdict(case: Case) -> str:
     try:
-        check_graph(case.data, _MODEL(), case.spec, case.weights_file, case.weights)
+        check_graph(case.data, ModelMessage(), case.spec, case.weights_file, case.weights)
     except BundleError as error:
         return str(error)
     return OK

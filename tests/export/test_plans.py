@@ -38,6 +38,14 @@ def test_a_plan_of_the_same_steps_shares_its_baselines(bundle: Path) -> None:
     assert stopped == ["full"] * 3 + ["unguided"] * 5
 
 
+def test_a_gate_that_never_closes_has_one_baseline(bundle: Path) -> None:
+    """At m = n there is no step left to stop guidance at: both baselines are one plan, which is named once."""
+    plans = add_plan(bundle, name="late", m=8, k=5)
+    assert list(plans) == ["late"]
+    assert plans["late"].baselines == ("ungated",)
+    assert Bundle.open(bundle).manifest.plan("late") == plans["late"]  # and the bundle can be read again
+
+
 def test_other_steps_come_from_the_table_with_baselines_of_their_own(bundle: Path) -> None:
     plans = add_plan(bundle, name="other", m=2, steps=STEPS, save=False)
     assert list(plans) == ["other", "other.ungated", "other.guidance_stopped"]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tgate_engine.errors import RequestError
+from tgate_serve.line import DEAR
 from tgate_serve.scheduler import HEAD_START, MOST_OVERTAKING, PRIORITIES, Busy, Job, Room, Scheduler, Tick
 
 GRAPHS = ("full", "reuse_self", "reuse_cross")
@@ -94,6 +95,12 @@ def test_nobody_waits_longer_than_promised(
             seen[ticket] = Seen(came=scheduler.ticks, before=len(seen))
             jobs[ticket], positions[ticket] = each, 0
 
+    def rowed(tick: Tick) -> set[int]:
+        """Who had a row before a tick or found one free."""
+        had = (flying - set(tick.joined)) & jobs.keys()
+        taken = Counter(jobs[ticket].size for ticket in had)
+        return had | {ticket for ticket, each in jobs.items() if taken[each.size] < rooms[each.size].rows}
+
     def one_tick() -> None:
         tick = scheduler.tick()
         assert (tick is None) == (not jobs)
@@ -102,10 +109,10 @@ def test_nobody_waits_longer_than_promised(
         assert len(set(tick.tickets)) == len(tick.tickets)
         assert any(least <= len(tick.tickets) <= most for least, most in rooms[tick.size].batches)
         flying.update(tick.joined)
-        oldest = min(flying & jobs.keys(), key=lambda ticket: (ticket - HEAD_START * jobs[ticket].priority, ticket))
+        assert flying.issuperset(tick.tickets)
+        oldest = min(rowed(tick), key=lambda ticket: (ticket - HEAD_START * jobs[ticket].priority, ticket))
         passed[oldest] += oldest not in tick.tickets
         assert passed[oldest] <= patience * len(jobs[oldest].graphs)
-        assert flying.issuperset(tick.tickets)
         for ticket in tick.tickets:
             assert (jobs[ticket].size, jobs[ticket].graphs[positions[ticket]]) == (tick.size, tick.graph)
             positions[ticket] += 1
@@ -116,7 +123,8 @@ def test_nobody_waits_longer_than_promised(
         for what in seen.values():
             assert scheduler.ticks - what.came < (what.before + what.after + 1) * longest * (patience + 1)
         for name, line in rooms.items():
-            assert sum(1 for t, p in positions.items() if t in jobs and p and jobs[t].size == name) <= line.rows
+            assert sum(1 for t in flying & jobs.keys() if jobs[t].size == name) <= line.rows
+        assert scheduler.running == len(flying & jobs.keys())
         assert scheduler.steps_left == sum(len(jobs[t].graphs) - positions[t] for t in jobs)
 
     for arrived, let_go in rounds:
@@ -135,23 +143,24 @@ def test_nobody_waits_longer_than_promised(
 
 @pytest.mark.parametrize("patience", [0, 1, 3])
 def test_the_oldest_waits_as_often_as_patience_says(patience: int) -> None:
-    """A full call goes first while others wait for a row, so often for each step of the oldest and no longer."""
-    scheduler = Scheduler({"s": room(rows=5)}, queue=10, patience=patience)
-    scheduler.submit([job("xxx"), *[job("f" * 20)] * 6])
-    graphs = [taken(scheduler).graph for _ in range(3 * patience + 3)]
-    assert graphs == ["f"] * 3 * patience + ["x"] * 3
+    """At every tick somebody comes who is worth waiting for: so often for each step of the oldest, and no longer."""
+    scheduler = Scheduler({"s": room(rows=64, batches=((1, 64),))}, patience=patience)
+    (first,) = scheduler.submit([job("f" + "c" * 9)])
+    taken(scheduler)
+    waited = 0
+    while True:
+        scheduler.submit([job("f" + "c" * 9)])
+        if first in taken(scheduler).tickets:
+            break
+        waited += 1
+    assert waited == 10 * patience
 
 
-def test_no_full_call_goes_first_where_nobody_waits() -> None:
-    scheduler = Scheduler({"s": room(rows=7)}, patience=5)
+@pytest.mark.parametrize("rows", [5, 7])
+def test_the_oldest_goes_first_whatever_calls_others_could_fill(rows: int) -> None:
+    scheduler = Scheduler({"s": room(rows=rows)}, patience=5)
     scheduler.submit([job("xxx"), *[job("f" * 20)] * 6])
     assert [taken(scheduler).graph for _ in range(4)] == ["x", "x", "x", "f"]
-
-
-def test_the_oldest_that_can_fill_a_call_goes_first_while_others_wait() -> None:
-    scheduler = Scheduler({"s": room(rows=6, batches=((1, 2),))}, queue=10)
-    tickets = scheduler.submit([job("xxx"), job("yy"), job("zz"), job("yy"), job("zz"), job("y"), job("w")])
-    assert [taken(scheduler).tickets for _ in range(2)] == [(tickets[1], tickets[3])] * 2
 
 
 # --- who shares a call --------------------------------------------------------------------------
@@ -183,13 +192,41 @@ def test_company_is_of_the_older_ones_where_it_costs_something(added: float, ima
     assert taken(scheduler).tickets == tickets[:company]
 
 
-@pytest.mark.parametrize(
-    ("added", "images", "company"), [(0.9, 2, 2), (0.95, 2, 1), (0.95, 3, 2), (1e-300, 8, 4), (1.0, 8, 1), (2.0, 8, 1)]
-)
-def test_who_stays_to_the_end_may_be_younger(added: float, images: int, company: int) -> None:
+@pytest.mark.parametrize(("added", "company"), [(0.1, 4), (0.99, 4), (1.0, 1), (2.0, 1)])
+def test_who_has_the_same_to_do_stays_to_the_end(added: float, company: int) -> None:
+    """However young, unless company saves nothing."""
     scheduler = Scheduler({"s": room(rows=8, added=added)})
-    tickets = scheduler.submit([job("f")] * images)
-    assert taken(scheduler).tickets == tickets[:company]
+    tickets = scheduler.submit([job("x"), *[job("ff")] * 8])
+    taken(scheduler)
+    assert [taken(scheduler).tickets for _ in range(2)] == [tickets[1 : company + 1]] * 2
+
+
+@pytest.mark.parametrize(("others", "taken_along"), [(1, 1), (3, 3), (4, 0), (5, 1), (8, 0)])
+def test_nobody_is_taken_from_a_call_that_is_full_without_it(others: int, taken_along: int) -> None:
+    """Of those that have the same to do, whoever is left over when they go in full calls; at a graph or behind."""
+    for program in ("f" * 8 + "b", "g" + "f" * 8 + "b"):
+        scheduler = Scheduler({"s": room(rows=32)})
+        first, *rest = scheduler.submit([job("f" * 9 + "a"), *[job(program)] * others])
+        scheduler.submit([job("x")] * 30)  # more than there are rows for: nobody comes along for a step
+        company = {ticket for tick in ticks(scheduler) if first in tick.tickets for ticket in tick.tickets}
+        assert company == {first, *rest[others - taken_along :]}
+
+
+def test_those_left_over_come_along_together_or_not_at_all() -> None:
+    scheduler = Scheduler({"s": room(rows=8)})
+    scheduler.submit([job("f" * 9)] * 2)
+    scheduler.submit([job("f" * 8)] * 3)
+    (last,) = scheduler.submit([job("f" * 7)])
+    scheduler.submit([job("x")] * 30)
+    assert taken(scheduler).tickets == (0, 1, last)
+
+
+@pytest.mark.parametrize(("added", "company"), [(DEAR - 0.01, 3), (DEAR, 1)])
+def test_who_is_at_a_graph_comes_along_for_a_step_where_that_is_cheap(added: float, company: int) -> None:
+    """Three fill a call without the first."""
+    scheduler = Scheduler({"s": room(rows=8, batches=((1, 3),), added=added)})
+    scheduler.submit([job("f"), *[job("fx")] * 3])
+    assert len(taken(scheduler).tickets) == company
 
 
 def test_who_shares_most_comes_along_first() -> None:
@@ -227,12 +264,14 @@ def test_who_catches_up_takes_others_along() -> None:
     assert [taken(scheduler).tickets for _ in range(2)] == [(behind, other), (first, mate, behind)]
 
 
-def test_whoever_fits_comes_along_while_others_wait() -> None:
+def test_whoever_fits_stays_along_while_more_wait_than_there_are_rows_for() -> None:
     scheduler = Scheduler({"s": room(rows=3, added=0.99)})
-    scheduler.submit([job("f"), job("f"), job("ff"), job("f"), job("f")])
+    scheduler.submit([job("fa"), job("fb"), job("fc"), job("x")])
     assert taken(scheduler).tickets == (0, 1, 2)
-    assert scheduler.waiting == 2
-    assert taken(scheduler).tickets == (2, 3)  # nobody waits any more: of three that are there, two
+    assert scheduler.waiting == 1
+    scheduler = Scheduler({"s": room(rows=4, added=0.99)})
+    scheduler.submit([job("fa"), job("fb"), job("fc"), job("x")])
+    assert taken(scheduler).tickets == (0, 1)  # of four that are there, two
 
 
 def test_everybody_goes_alone_by_age_where_company_saves_nothing() -> None:
@@ -251,20 +290,29 @@ def test_sizes_share_nothing() -> None:
 
 
 def test_a_full_size_keeps_no_other_waiting() -> None:
-    """For a row; its images wait in their turn."""
+    """The row of s is taken; what waits for it comes before t's image, and t's runs when s's could not."""
     scheduler = Scheduler({"s": room(rows=1), "t": room(rows=1)})
-    scheduler.submit([job(), job(), job("ff", "t")])
-    first = taken(scheduler)
-    assert first.joined == (0, 2)
-    assert scheduler.waiting == 1
+    scheduler.submit([job("ff"), job("f", "t", priority=1), job("f", priority=2)])
+    assert [(tick.size, tick.joined) for tick in ticks(scheduler)] == [("s", (2,)), ("t", (1,)), ("s", (0,)), ("s", ())]
 
 
-def test_those_that_wait_join_between_ticks() -> None:
+def test_an_image_is_given_a_row_with_its_first_step() -> None:
     scheduler = Scheduler({"s": room(rows=2)})
-    scheduler.submit([job("ff"), job("f"), job("ff")])
+    scheduler.submit([job("ff"), job("g"), job("ff")])
     made = ticks(scheduler)
-    assert [tick.joined for tick in made] == [(0, 1), (2,), ()]
-    assert [tick.tickets for tick in made] == [(0, 1), (0, 2), (2,)]
+    assert [tick.joined for tick in made] == [(0, 2), (), (1,)]
+    assert [tick.tickets for tick in made] == [(0, 2), (0, 2), (1,)]
+
+
+def test_the_last_row_is_for_the_oldest() -> None:
+    """Whoever else comes along finds one besides."""
+    scheduler = Scheduler({"s": room(rows=3)})
+    (first,) = scheduler.submit([job("f" + "c" * 9)])
+    taken(scheduler)
+    second, third = scheduler.submit([job("f" + "c" * 9), job("f" + "c" * 8)])
+    assert taken(scheduler).tickets == (second,)
+    scheduler.cancel(first)
+    assert taken(scheduler).joined == (third,)
 
 
 # --- priorities, deadlines, cancels -------------------------------------------------------------
@@ -298,15 +346,15 @@ def test_a_cancelled_image_frees_its_row_and_touches_nobody() -> None:
     assert scheduler.ahead(third) == 0
     assert scheduler.cancel(first)
     tick = taken(scheduler)
-    assert (tick.tickets, tick.joined) == ((second, third), (third,))
-    assert [tick.tickets for tick in ticks(scheduler)] == [(second, third)] * 2 + [(third,)]
+    assert (tick.tickets, tick.joined) == ((second,), ())  # the free row is kept for the oldest that has none
+    assert [tick.tickets for tick in ticks(scheduler)] == [(second,)] * 2 + [(third,)] * 4
 
 
 def test_the_place_in_the_queue() -> None:
     scheduler = Scheduler({"s": room(rows=1), "t": room(rows=1)})
     tickets = scheduler.submit([job(), job(), job(size="t"), job(), job(priority=1)])
     taken(scheduler)
-    assert (scheduler.running, scheduler.waiting) == (2, 3)
+    assert (scheduler.running, scheduler.waiting) == (1, 4)
     assert [scheduler.ahead(ticket) for ticket in tickets] == [0, 1, 0, 2, 0]  # the last one has overtaken all of s
 
 
@@ -382,9 +430,9 @@ def test_what_is_no_scheduler() -> None:
 # --- what it costs ------------------------------------------------------------------------------
 
 
-def test_a_tick_at_256_in_flight_costs_little() -> None:
+def test_a_tick_with_256_images_costs_little() -> None:
     """0.2 ms at most; the median, since this machine is shared."""
-    scheduler = Scheduler({name: room(rows=64, batches=((1, 8),)) for name in "abcd"}, queue=256)
+    scheduler = Scheduler({name: room(rows=64, batches=((1, 8),)) for name in "abcd"}, queue=300)
     costs = []
     for turn in range(600):
         while scheduler.running + scheduler.waiting < 300:
@@ -394,5 +442,5 @@ def test_a_tick_at_256_in_flight_costs_little() -> None:
         begin = time.perf_counter()
         taken(scheduler)
         costs.append(time.perf_counter() - begin)
-    assert scheduler.running > 200
+    assert scheduler.running + scheduler.waiting > 256
     assert sorted(costs)[len(costs) // 2] < 0.2e-3

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,18 +138,21 @@ def test_rows_that_stay_together_stay_where_they_are(session: Session) -> None:
 def test_what_an_image_adds_is_learned_from_the_calls(
     session: Session, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
-    """Of calls that say that they took so long; unless it is given."""
+    """By a clock that only calls move; unless it is given."""
+    now_s = [0.0]
 
     def timed(state: State, rows: range) -> Any:
-        return replace(advance(state, rows), elapsed_ms=10 * (1 + share * (len(rows) - 1)))
+        now_s[0] += 0.01 * (1 + share * (len(rows) - 1))
+        return advance(state, rows)
 
     monkeypatch.setattr("tgate_serve.worker.advance", timed)
+    monkeypatch.setattr("tgate_serve.worker.time", SimpleNamespace(monotonic=lambda: now_s[0]))
     wishes = [Wish("long", (seed,)) for seed in range(3)]
     for given, learned in ((None, share), (0.7, 0.7)):
         with Worker(session, plans=list(plans(session).values()), rows=4, added=given) as worker:
             size = session.sizes[0]
             assert worker.added() == {size: GUESS if given is None else given}
-            for several in (wishes[:1], wishes, wishes):
+            for several in [wishes[:1], wishes] * 4:
                 handles = [worker.submit(wish.request(session)) for wish in several]
                 for handle, wish in zip(handles, several, strict=True):
                     same(handle, wish, session)

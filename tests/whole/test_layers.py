@@ -33,6 +33,9 @@ ENGINE_LIBRARIES: dict[str, frozenset[str]] = {
 }
 """What the folder, or the one file, of each engine in ``tgate_runtime.engines`` may import besides: its own library."""
 
+JUDGES: dict[str, frozenset[str]] = {"tgate_runtime.tuning.quality": frozenset({"skimage"})}
+"""The same of what compares pictures, inside the function that needs it."""
+
 WEB_LIBRARIES: dict[str, frozenset[str]] = {
     "api": frozenset({"fastapi", "pydantic", "pydantic_core", "starlette"}),
     "metrics": frozenset({"prometheus_client"}),
@@ -153,7 +156,9 @@ def export(_: Module, imported: Import) -> bool:
 
 def run_time(of: Module, imported: Import) -> bool:
     """The contract and libraries that a production host has; an engine's folder besides the engine's own library."""
-    return imported.package in RUN_TIME_LIBRARIES | ENGINE_LIBRARIES.get(of.engine, frozenset()) | {CONTRACT, RUN_TIME}
+    judges = JUDGES.get(of.name, frozenset()) if imported.deferred else frozenset()
+    own = ENGINE_LIBRARIES.get(of.engine, frozenset()) | judges
+    return imported.package in RUN_TIME_LIBRARIES | own | {CONTRACT, RUN_TIME}
 
 
 def serve(of: Module, imported: Import) -> bool:
@@ -216,6 +221,8 @@ def test_a_module_imports_only_what_its_layer_allows(path: Path) -> None:
         ("tgate_runtime.engines.tensorrt.build", "import torch"),
         ("tgate_runtime.engines.aoti", "import transformers"),
         ("tgate_runtime.engines", "import onnx"),
+        ("tgate_runtime.tuning.quality", "import skimage"),
+        ("tgate_runtime.tuning.search", "def f():\n    import skimage"),
         ("tgate_runtime.runner", "def f():\n    from tgate_serve import scheduler"),
         ("tgate_export.build", "from tgate_serve.scheduler import Job"),
         ("tgate_serve.worker", "def f():\n    from tgate_export.methods import tgate"),
@@ -241,6 +248,7 @@ def test_a_forbidden_import_is_seen(name: str, source: str) -> None:
         ("tgate_runtime.runner", "from . import session\nimport tgate_engine.plan, tokenizers"),
         ("tgate_runtime.engines", "def f(name):\n    importlib.import_module(f'tgate_runtime.engines.{name}')"),
         ("tgate_runtime.engines.ort", "import onnxruntime"),
+        ("tgate_runtime.tuning.quality", "def f():\n    from skimage.metrics import structural_similarity"),
         ("tgate_runtime.engines.aoti.graph", "import onnx\nfrom torch import Tensor"),
         ("tgate_runtime.engines.tensorrt.build", "from onnx import helper\nimport_module('polygraphy.config')"),
         ("tgate_serve.worker", "from tgate_runtime.state import State\nfrom tgate_engine.plan import Plan"),

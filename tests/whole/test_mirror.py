@@ -30,6 +30,7 @@ TOGETHER = {
     "serve/tgate_serve/api/service.py": "tests/serve/test_images.py",
     "serve/tgate_serve/bundles.py": "tests/serve/test_process.py",
     "serve/tgate_serve/choice.py": "tests/serve/test_images.py",
+    "serve/tgate_serve/line.py": "tests/serve/test_scheduler.py",
     "serve/tgate_serve/metrics.py": "tests/serve/test_status.py",
     "serve/tgate_serve/model.py": "tests/serve/test_images.py",
     "serve/tgate_serve/places.py": "tests/serve/test_worker.py",

@@ -34,7 +34,8 @@ class Settings:
     ``steps``: n, denoising steps, from 1 to :data:`~tgate_engine.sampler.MOST_STEPS`. ``gate``: m, in 1..n, from which
     step on the method goes another way; m = n never does. ``self_interval``: k, at least 1: before the gate,
     self-attention is computed at every k-th step; 1 always. ``warm_up``: w, at least 0: steps that reuse nothing.
-    ``fidelity_interval``: f, at least 1, the same interval after the gate.
+    ``fidelity_interval``: f, at least 1, the same interval after the gate. ``forecast_interval``: r, at least 1: from
+    the gate on every r-th network call is made, and what the others would have given is forecast; 1 makes all.
 
     Raises :class:`MethodError` naming the value and what it must be.
     """
@@ -44,9 +45,10 @@ class Settings:
     self_interval: int = 1
     warm_up: int = 2
     fidelity_interval: int = 1
+    forecast_interval: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "gate", "self_interval", "warm_up", "fidelity_interval"):
+        for name in ("steps", "gate", "self_interval", "warm_up", "fidelity_interval", "forecast_interval"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise MethodError(f"{name} must be a whole number, got {value!r}")
@@ -57,7 +59,7 @@ class Settings:
                 f"the gate step m must be between 1 and the number of steps n = {self.steps}, got m = "
                 f"{shown(self.gate)}"
             )
-        for name in ("self_interval", "warm_up", "fidelity_interval"):
+        for name in ("self_interval", "warm_up", "fidelity_interval", "forecast_interval"):
             if getattr(self, name) > MOST_STEPS:
                 raise MethodError(f"{name} must be at most {MOST_STEPS}, got {shown(getattr(self, name))}")
         if self.self_interval < 1:
@@ -72,6 +74,16 @@ class Settings:
                 "the fidelity interval f must be at least 1 (1 always computes self-attention after the gate), "
                 f"got f = {self.fidelity_interval}"
             )
+        if self.forecast_interval < 1:
+            raise MethodError(
+                "the forecast interval r must be at least 1 (1 makes every network call), "
+                f"got r = {self.forecast_interval}"
+            )
+
+    def left_out(self, lead_in: int = 0) -> range | tuple[int, ...]:
+        """The network calls, of ``lead_in + n``, that are not made because their outputs are forecast."""
+        first = lead_in + self.gate
+        return tuple(i for i in range(first, lead_in + self.steps) if (i - first) % self.forecast_interval)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +111,18 @@ class Variant:
 class Method(ABC):
     """One way to reuse. Immutable.
 
-    ``takes``: the settings that mean something to it beside n and m, of k, w and f.
+    ``takes``: the settings that mean something to it beside n, m and r, of k, w and f. ``forecasts``: r where a user
+    names none.
     """
 
     name: str
     takes: frozenset[str] = frozenset()
+    forecasts: int = 1
 
     @abstractmethod
     def program(self, settings: Settings, lead_in: int = 0) -> tuple[Call, ...]:
-        """The graph of each of ``lead_in + n`` network calls. ``lead_in``: calls that a sampler makes before the rules
-        begin (PNDM: 1), which compute everything."""
+        """The graph of each of ``lead_in + n`` network calls, those that are forecast among them. ``lead_in``: calls
+        that a sampler makes before the rules begin (PNDM: 1), which compute everything."""
 
     @abstractmethod
     def variants(self, network: Network, settings: Settings) -> tuple[Variant, ...]:
@@ -144,7 +158,8 @@ class Method(ABC):
         """The settings for a plan's reader, and for :func:`settings_of`."""
         facts: dict[str, Fact] = {"method": self.name, "n": settings.steps, "m": settings.gate}
         own = {"k": settings.self_interval, "w": settings.warm_up, "f": settings.fidelity_interval}
-        return facts | {name: value for name, value in own.items() if name in self.takes}
+        facts |= {name: value for name, value in own.items() if name in self.takes}
+        return facts | ({"r": settings.forecast_interval} if settings.forecast_interval > 1 else {})
 
     def settings(
         self,
@@ -155,6 +170,7 @@ class Method(ABC):
         k: int | None = None,
         w: int | None = None,
         f: int | None = None,
+        r: int | None = None,
     ) -> Settings:
         """Settings from what a user names. None takes ``defaults``, by "k", "w" and "f", where the method knows it.
 
@@ -173,9 +189,20 @@ class Method(ABC):
             name: (defaults.get(name, idle[name]) if value is None else value) if name in self.takes else idle[name]
             for name, value in named.items()
         }
-        return Settings(
-            steps=steps, gate=gate, self_interval=values["k"], warm_up=values["w"], fidelity_interval=values["f"]
+        settings = Settings(
+            steps=steps,
+            gate=gate,
+            self_interval=values["k"],
+            warm_up=values["w"],
+            fidelity_interval=values["f"],
+            forecast_interval=self.forecasts if r is None else r,
         )
+        if settings.forecast_interval > 1 and not settings.left_out():
+            raise MethodError(
+                f"--forecast {settings.forecast_interval} would change nothing: from step m = {gate} on there is one "
+                "network call at most; take a smaller --m, or leave it out"
+            )
+        return settings
 
 
 def ungated(steps: int, lead_in: int = 0) -> tuple[Call, ...]:

@@ -41,7 +41,7 @@ except Exception as error:
 
 
 def test_every_method_has_the_name_it_is_listed_by() -> None:
-    assert list(METHODS) == ["tgate", "guidance_delta", "tgate+guidance_delta"]
+    assert list(METHODS) == ["tgate", "guidance_delta", "tgate+guidance_delta", "forecast"]
     assert all(find_method(name).name == name for name in METHODS)
 
 
@@ -72,5 +72,5 @@ def test_a_plan_is_of_the_bundles_own_method(tiny_bundle: Callable[..., Path], m
     bundle = tiny_bundle("conv_projection", method=method, batch=(2, 2))
     plans = add_plan(bundle, name="other", m=4, steps=6, save=False)
     assert plans["other"].settings["method"] == method
-    after = "reuse_delta" if method == "guidance_delta" else "reuse_cross"
-    assert [step.graph for step in plans["other"].steps] == ["full"] * 4 + [after] * 2
+    after = {"guidance_delta": ["reuse_delta"] * 2, "forecast": ["full"]}.get(method, ["reuse_cross"] * 2)
+    assert [step.graph for step in plans["other"].steps] == ["full"] * 4 + after

@@ -6,10 +6,12 @@ That it computes what it should, with the CPU in place of the GPU: test_every_en
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -17,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
 
 from tests.runtime.engines.small import (
@@ -32,12 +34,13 @@ from tests.runtime.engines.small import (
 )
 from tests.runtime.engines.ways import OnTheCpu
 from tgate_engine.bundle import Bundle
-from tgate_engine.dtypes import encode, storage
+from tgate_engine.dtypes import DTYPES, encode, storage
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import BATCH, GraphSpec
 from tgate_engine.manifest import Shape
 from tgate_runtime.engines.ort import OrtCpu
 from tgate_runtime.engines.ort_cuda import OrtCuda, memory
+from tgate_runtime.engines.ort_cuda.limits import multiplies_in_half, refuse_bfloat16
 from tgate_runtime.engines.ort_cuda.memory import CudaBuffer
 from tgate_runtime.engines.protocol import EngineOptions
 from tgate_runtime.weights import read_places
@@ -122,6 +125,42 @@ def test_only_denoising_graphs_are_captured(small: Small, monkeypatch: pytest.Mo
         before = len(runs)
         bound(engine, executables[spec.file], spec)
         assert len(runs) - before == (name in ("full", "reuse"))
+
+
+def test_a_capture_is_not_disturbed(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that the collector found meanwhile would be freed, which ends a capture; and no two graphs of the
+    process have a number in common, whichever session's they are."""
+    collecting, numbers = [], []
+    run = onnxruntime.InferenceSession.run_with_iobinding
+
+    def running(session: Any, binding: Any, options: Any) -> None:
+        collecting.append(gc.isenabled())
+        numbers.append(options.get_run_config_entry("gpu_graph_id"))
+        run(session, binding, options)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", running)
+    engine = OnTheCpu(EngineOptions())
+    specs = [small.graphs[name] for name in ("full", "reuse")]
+    files = engine.load(small.bundle, specs)
+    for spec in (*specs, *specs):
+        assert gc.isenabled()
+        call, _ = bound(engine, files[spec.file], spec)
+        assert gc.isenabled()
+        call()
+    assert collecting == [False, True] * 4
+    assert [*map(int, numbers)] == [number for first in numbers[::2] for number in [int(first)] * 2]
+    assert len({*numbers}) == 4
+
+
+def test_the_collector_stays_off_where_it_was(small: Small) -> None:
+    engine, spec = OnTheCpu(EngineOptions()), small.graphs["full"]
+    graph = engine.load(small.bundle, [spec])[spec.file]
+    gc.disable()
+    try:
+        bound(engine, graph, spec)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_rows_that_kernels_could_not_take_are_copied(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +249,44 @@ def test_a_weight_that_the_engine_reads_instead_is_an_error(tmp_path: Path, monk
     monkeypatch.setattr(onnxruntime.SessionOptions, "add_initializer", lambda *_: None)
     with pytest.raises(EngineError, match=r"cannot load one\.onnx on the GPU: .+ out of bounds"):
         OnTheCpu(EngineOptions()).load(bundle, [bundle.manifest.shapes[0].graphs["one"]])
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+def graph_of(operators: Sequence[str], dtype: str) -> bytes:
+    """An ONNX file of those operators, one after another, and one weight."""
+    names = [*(f"h{i}" for i in range(len(operators))), "y"]
+    nodes = [helper.make_node(each, [a], [b]) for each, (a, b) in zip(operators, pairwise(names), strict=True)]
+    one = helper.make_tensor_value_info("h0", DTYPES[dtype].onnx, [1, 1])
+    last = helper.make_tensor_value_info("y", DTYPES[dtype].onnx, [1, 1])
+    constant = numpy_helper.from_array(np.zeros(1, np.float16), "a constant in the file")
+    graph = helper.make_graph(nodes, "g", [one], [last], [outside("w", 0, 4, (1,), dtype), constant])
+    data: bytes = helper.make_model(graph).SerializeToString()
+    return data
+
+
+@pytest.mark.parametrize(("dtype", "half"), [("float32", False), ("float16", True), ("bfloat16", True)])
+def test_tf32_is_off_in_float32_alone(dtype: str, half: bool) -> None:
+    """In 16 bits the setting forbids convolutions the tensor cores; a constant is no weight."""
+    assert multiplies_in_half(graph_of(["Gelu"], dtype)) is half
+    ((_, settings), _) = OrtCuda.providers(OnTheCpu(EngineOptions()), False, half)
+    assert settings["use_tf32"] == ("1" if half else "0")
+
+
+def test_bfloat16_without_kernels_is_refused_before_loading(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = small.graphs["full"]
+    for operators, dtype in (
+        (["Gelu", "Attention"], "bfloat16"),
+        (["Resize"], "float16"),
+        (["Resize"], "float32"),
+    ):
+        refuse_bfloat16(graph_of(operators, dtype), spec)
+    data = graph_of(["Gelu", "Resize"], "bfloat16")
+    monkeypatch.setattr("tgate_runtime.engines.ort_cuda.read_graphs", lambda *_: {spec.file: data})
+    monkeypatch.setattr(onnxruntime, "InferenceSession", None)
+    with pytest.raises(EngineError, match=r"^full\.onnx is in bfloat16, .+ has no Resize; "):
+        OnTheCpu(EngineOptions()).load(small.bundle, [spec])
 
 
 # --- copies -------------------------------------------------------------------------------------
@@ -302,6 +379,7 @@ def test_options_are_settled(small: Small) -> None:
     assert engine.build(small.bundle, tuple(small.graphs.values())) == {}
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")  # this onnxruntime has no CUDA
 def test_cuda_is_found_in_any_folder_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wheel of ONNX Runtime in one folder, CUDA's in another, cuDNN in neither."""
     folder = tmp_path / "nvidia" / "cu13" / "lib"

@@ -21,7 +21,7 @@ class OnTheCpu(OrtCuda):
     provider = "CPUExecutionProvider"
     kind = "cpu"
 
-    def providers(self, captured: bool) -> list[tuple[str, dict[str, str]]]:
+    def providers(self, captured: bool, half: bool) -> list[tuple[str, dict[str, str]]]:
         return [(self.provider, {})]
 
     def lowered(self, data: bytes) -> Lowered:

@@ -8,40 +8,44 @@ One thread of the process does all work on the GPU, whoever asks for it: ONNX Ru
 that captured it, and captures so that another thread's allocation or copy meanwhile would break it. Requests therefore
 take turns step by step. Sessions are freed by whoever drops them: drop none while another one is bound.
 
-No GPU has run it yet. The tests exercise it on the CPU provider; and by hand it loaded, partitioned, shared weights and
-captured against a stub of CUDA that computes nothing.
+Since calls run one after another, all graphs work in the same memory, captured ones as well: see
+:mod:`tgate_runtime.engines.ort_cuda.memory`.
+
+No GPU has run it yet. The tests exercise it on the CPU provider, and on CUDA's own provider over a stub of CUDA that
+computes nothing (``tests/cuda_stub``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import io
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import DENOISE, GraphSpec, Role, TensorSpec
 from tgate_runtime.engines.ort import check_nodes, find_weights, run_cancellable
+from tgate_runtime.engines.ort_cuda.limits import multiplies_in_half, refuse_bfloat16
 from tgate_runtime.engines.ort_cuda.log import captured_stderr, failing
 from tgate_runtime.engines.ort_cuda.lowering import Lowered, lower
 from tgate_runtime.engines.ort_cuda.lowering.laid import Laid
-from tgate_runtime.engines.ort_cuda.memory import CudaBuffer, on_the_gpu
+from tgate_runtime.engines.ort_cuda.memory import CudaBuffer, lasting, on_the_gpu, one_arena
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers
 from tgate_runtime.graph_check import read_graphs
 from tgate_runtime.weights import map_weights
 
 _ALIGNMENT_BYTES = 16  # what a kernel may read at a time
 _COPIED = "Cannot use user supplied initializer"  # what ONNX Runtime logs where it makes a private copy
+_NUMBERS = itertools.count(1)  # of CUDA graphs: no two of the process have one
 Pairs = Sequence[tuple[CudaBuffer, CudaBuffer]]
 """Buffers to copy to, and from."""
 
@@ -55,7 +59,6 @@ class _CudaCall:
     def __init__(
         self,
         owner: OrtCudaExecutable,
-        number: int,
         inputs: Mapping[str, CudaBuffer],
         outputs: Mapping[str, CudaBuffer],
         addresses: Mapping[str, int],
@@ -73,8 +76,9 @@ class _CudaCall:
             for name, buffer in buffers.items():
                 bind(name, *owner.device, DTYPES[buffer.dtype].onnx, buffer.shape, buffer.address)
         if owner.captured:
-            self._run_options.add_run_config_entry("gpu_graph_id", str(number))
-            self()  # warms up and captures; outputs are never inputs of the same call, so that nothing is spoilt
+            self._run_options.add_run_config_entry("gpu_graph_id", str(next(_NUMBERS)))
+            with _uncollected():
+                self()  # warms up and captures; outputs are never inputs of the same call, so that nothing is spoilt
 
     @on_the_gpu
     def __call__(self) -> None:
@@ -102,7 +106,6 @@ class OrtCudaExecutable:
         self.spec = spec
         self.device = device
         self.captured = captured
-        self._numbers = itertools.count(1)  # of CUDA graphs, within this session
         self._spare: dict[tuple[str, tuple[int, ...]], CudaBuffer] = {}
 
     @on_the_gpu
@@ -115,7 +118,7 @@ class OrtCudaExecutable:
         before = [(reads[name], buffer) for name, buffer in inputs.items() if reads[name] is not buffer]
         after = [(buffer, writes[name]) for name, buffer in outputs.items() if writes[name] is not buffer]
         addresses = {name: buffer.address for name, buffer in (*inputs.items(), *outputs.items())}
-        return _CudaCall(self, next(self._numbers), reads, writes, addresses, before, after)
+        return _CudaCall(self, reads, writes, addresses, before, after)
 
     def _place(self, tensor: TensorSpec, batch: int, buffer: CudaBuffer | None) -> CudaBuffer:
         """What the graph reads or writes: that buffer, or one that calls share where there is none, or where it begins
@@ -168,7 +171,10 @@ class OrtCuda:
     def load(
         self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
     ) -> dict[str, OrtCudaExecutable]:
-        lowered = {name: self.lowered(data) for name, data in read_graphs(bundle, graphs).items()}
+        files = read_graphs(bundle, graphs)
+        for spec in graphs:
+            refuse_bfloat16(files[spec.file], spec)
+        lowered = {name: self.lowered(data) for name, data in files.items()}
         laid = {name: each for graph in lowered.values() for name, each in graph.weights.items()}
         if self.options.memory == "fast":
             laid = {name: each for name, each in laid.items() if each != Laid(name)}
@@ -188,11 +194,8 @@ class OrtCuda:
         """Find CUDA and the GPU. Raises :class:`EngineError` where there is none."""
         log = _preload() if self.kind == "cuda" else []
         with failing(f"ort-cuda finds no GPU {self.options.device} here", log), captured_stderr(log):
-            if hasattr(native, "set_arena_extend_strategy"):
-                # Buffers and shared weights lie in an arena of the process, made with the first of them: by default it
-                # grows by powers of two, and 21 MB of weights took 32.
-                native.set_arena_extend_strategy(native.ArenaExtendStrategy.kSameAsRequested)
-            ort.OrtValue.ortvalue_from_shape_and_type((1,), np.float32, *self.device)
+            lasting((1,), DTYPES["float32"].onnx, self.device)
+            one_arena(self.device)
 
     def _upload(self, bundle: Bundle, laid: Mapping[str, Laid]) -> dict[str, ort.OrtValue]:
         """Weights of the bundle on the device, by their initializers' names."""
@@ -202,7 +205,7 @@ class OrtCuda:
             weight = each.of(mapped[each.source])
             shape = weight.array.shape
             with failing(f"ONNX Runtime cannot put weight {name} {list(shape)} on the GPU"):
-                value = ort.OrtValue.ortvalue_from_shape_and_type(shape, DTYPES[weight.dtype].onnx, *self.device)
+                value = lasting(shape, DTYPES[weight.dtype].onnx, self.device)
                 value.update_inplace(weight.array)
                 values[name] = ort.OrtValue.from_dlpack(value)  # a view: memory that ONNX Runtime owns is not shared
         return values
@@ -216,6 +219,11 @@ class OrtCuda:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 2  # warnings: where a weight is copied, one says so
         find_weights(options, folder)
+        # One arena for what graphs work in, and nothing in it that is to last: a graph that was captured there writes
+        # over it whenever it is replayed. (Memory patterns stay: without them the third run, which is captured, may
+        # find the arena in pieces other than the second left, and allocate.)
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         # Prepacking stays on: by being asked, NhwcConv learns that its weights lie as it wants them, and nothing that a
         # graph holds packs any on CUDA.
         for name, value in weights.items():
@@ -225,7 +233,7 @@ class OrtCuda:
             session = ort.InferenceSession(
                 data,
                 options,
-                providers=self.providers(captured),
+                providers=self.providers(captured, multiplies_in_half(data)),
                 enable_fallback=0,  # or what fails is printed, and tried again on the CPU
             )
             if self.provider not in session.get_providers():
@@ -238,13 +246,27 @@ class OrtCuda:
         check_nodes(session, spec)
         return OrtCudaExecutable(session, spec, self.device, weights, captured)
 
-    def providers(self, captured: bool) -> list[tuple[str, dict[str, str]]]:
-        """What a session runs on."""
+    def providers(self, captured: bool, half: bool) -> list[tuple[str, dict[str, str]]]:
+        """What a session runs on. ``half``: whether its graph multiplies in 16 bits."""
         settings = {"device_id": str(self.options.device), "arena_extend_strategy": "kSameAsRequested"}
-        settings["use_tf32"] = "0"  # 10 bits of mantissa are not what a bundle in float32 was exported for
+        # TF32's 10 bits of mantissa are not what a graph in float32 was exported for. In 16 bits there is nothing to
+        # lose, and ONNX Runtime takes the setting for more than it says: no convolution may then use tensor cores.
+        settings["use_tf32"] = str(int(half))
         if captured:
             settings["enable_cuda_graph"] = "1"
         return [(self.provider, settings), ("CPUExecutionProvider", {})]
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Collect no garbage meanwhile: were a session in it, freeing its memory would end a capture."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _preload() -> list[str]:

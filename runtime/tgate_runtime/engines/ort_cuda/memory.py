@@ -1,5 +1,10 @@
 """Device memory of ONNX Runtime, and the one thread that works on the GPU.
 
+There are two kinds of memory. What graphs work in while a call runs lies in one arena, which all sessions share: calls
+run one after another, so that the process needs what the hungriest one does. A captured graph keeps its places there
+for good and writes to them at each replay, whatever has them by then. So what has to last, buffers and weights, lies
+elsewhere: :func:`lasting`. ONNX Runtime would give a buffer memory of the shared arena.
+
 Views of some rows are addresses within a buffer, so what is copied to, from or between buffers goes by address, through
 the CUDA runtime that ONNX Runtime has loaded. No GPU has run it yet: the tests have host memory in its place.
 """
@@ -18,9 +23,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from tgate_engine.dtypes import storage
+from tgate_engine.dtypes import DTYPES, storage
 from tgate_runtime.engines.ort_cuda.log import failing
 from tgate_runtime.engines.protocol import Buffer, fitted, matched, row_shape
+from tgate_runtime.graph_check import ModelMessage
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,6 +45,51 @@ def on_the_gpu(work: Callable[P, T]) -> Callable[P, T]:
         return _GPU.submit(work, *args, **kwargs).result()
 
     return handed_over
+
+
+def lasting(shape: tuple[int, ...], onnx_type: int, device: tuple[str, int]) -> ort.OrtValue:
+    """Memory that no graph works in, for a tensor of that ``TensorProto.DataType``. On the GPU's thread."""
+    if device[0] == "cpu":
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, onnx_type, *device)
+    return _keeper(device[1]).create_ortvalue_from_shape_and_type(shape, onnx_type, *device)
+
+
+@functools.cache
+def one_arena(device: tuple[str, int]) -> None:
+    """Register the arena that sessions with ``session.use_env_allocators`` work in. On the GPU's thread."""
+    kind, number = device
+    if kind == "cuda":
+        info = ort.OrtMemoryInfo("Cuda", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, number, ort.OrtMemType.DEFAULT)
+        # Grow by what is asked for (1), not by powers of two; the other values are the engine's own choice.
+        config = ort.OrtArenaCfg({"arena_extend_strategy": 1})
+        ort.create_and_register_allocator_v2("CUDAExecutionProvider", info, {"device_id": str(number)}, config)
+
+
+@functools.cache
+def _keeper(number: int) -> ort.InferenceSession:
+    """A session that runs nothing: lasting memory is of its own arena. Raises whatever ONNX Runtime does where CUDA or
+    that GPU is not there."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    settings = {"device_id": str(number), "arena_extend_strategy": "kSameAsRequested"}
+    session = ort.InferenceSession(
+        _identity(), options, providers=[("CUDAExecutionProvider", settings), "CPUExecutionProvider"], enable_fallback=0
+    )
+    if "CUDAExecutionProvider" not in session.get_providers():
+        raise RuntimeError("ONNX Runtime cannot load CUDA's provider")
+    return session
+
+
+def _identity() -> bytes:
+    """A model of one node, which gives its one number back."""
+    one = {"tensor_type": {"elem_type": 1, "shape": {"dim": [{"dim_value": 1}]}}}
+    graph = {
+        "name": "keeper",
+        "node": [{"op_type": "Identity", "input": ["x"], "output": ["y"]}],
+        "input": [{"name": "x", "type": one}],
+        "output": [{"name": "y", "type": one}],
+    }
+    return bytes(ModelMessage(ir_version=10, opset_import=[{"version": 21}], graph=graph).SerializeToString())
 
 
 @functools.cache
@@ -86,7 +137,7 @@ class CudaBuffer:
     def zeros(shape: tuple[int, ...], dtype: str, device: tuple[str, int]) -> CudaBuffer:
         """A buffer with memory of its own."""
         with failing(f"ONNX Runtime gives no buffer of {dtype} {list(shape)}"):
-            memory = ort.OrtValue.ortvalue_from_shape_and_type(shape, storage(dtype).type, *device)
+            memory = lasting(shape, DTYPES[dtype].onnx, device)
             buffer = CudaBuffer(memory, int(memory.data_ptr()), shape, dtype, device)
         buffer.write(np.zeros((), storage(dtype)))
         return buffer

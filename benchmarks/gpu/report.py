@@ -1,0 +1,119 @@
+"""docs/gpu.md from what ``benchmarks.gpu.run`` saved on GPUs.
+
+    python -m benchmarks.gpu.report
+
+Every ``benchmarks/results/gpu-*.json`` that was measured on a GPU has its part; without one the page says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.aims import Found, aims, memory_share, ms_of, text
+from benchmarks.serving.tables import ROOFLINE_MS
+from tgate_engine.atomic import write_atomically
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "gpu.md"
+HEAD = """# On a GPU
+
+`python -m benchmarks.gpu.report` writes this page from what `benchmarks/gpu/run.py` saved
+([what is measured, and how](../benchmarks/gpu/README.md)); nothing on it is typed by hand.
+"""
+NOTHING = """
+**Not measured.** No GPU engine of this project has run on a GPU yet. What has run without one is in
+[engines.md](engines.md#what-has-run-and-what-has-not).
+"""
+
+
+def page(found: Sequence[tuple[str, Found]]) -> str:
+    """The page. ``found``: files of results, by their paths from ``docs``; those of a CPU are left out."""
+    parts = [_part(path, each) for path, each in found if each["settings"]["device"] == "cuda"]
+    return HEAD + ("\n".join(["", *parts]) if parts else NOTHING)
+
+
+def _part(path: str, found: Found) -> str:
+    settings, done = found["settings"], found["sections"]
+    models = dict.fromkeys(name.partition("/")[0] for name in done)
+    engines = [name for name, facts in found["engines"].items() if facts["says"] == "ready"]
+    lines = [f"## {settings['gpu']}", ""]
+    facts = [f"[{path.rpartition('/')[2]}]({path})", *(f"{k} {v}" for k, v in settings.get("packages", {}).items())]
+    lines += [f"{', '.join(facts)}; {settings['repeats']} repeats after {settings['warm_ups']} to warm up.", ""]
+    lines += _table(("aimed at", "at most", "got", ""), _aims(found))
+    for model in models:
+        lines += [f"### {model}", ""]
+        lines += _table(
+            ("engine", "gated, ms", "guidance stopped", "ungated", "ungated / gated", "step p50", "p99", "worst error"),
+            (_loops(found, model, engine) for engine in engines),
+        )
+        lines += _table(
+            ("engine", "graph", "ms", "TFLOP/s", "roofline, ms", "over it"),
+            (row for engine in engines for row in _graphs(done, model, engine)),
+        )
+        lines += _table(
+            ("engine", "first opening, s", "second", "all graphs' memory over one's"),
+            (_opens(done, model, engine) for engine in engines),
+        )
+        peers = done.get(f"{model}/peers", {})
+        ours = next((ms for name, ms in peers.get("ms", {}).items() if name.endswith(" gated")), None)
+        lines += _table(
+            ("in turns, in one process", "ms", "over our gated loop"),
+            ((name, text(ms), text(ms / ours if ours else None)) for name, ms in peers.get("ms", {}).items()),
+        )
+    failed = [f"- {name}: {data['error']}" for name, data in done.items() if data["status"] == "failed"]
+    failed += [f"- {name}: {facts['says']}" for name, facts in found["engines"].items() if facts["says"] != "ready"]
+    return "\n".join(lines + (["What did not run:", "", *failed, ""] if failed else []))
+
+
+def _aims(found: Found) -> Iterator[tuple[str, ...]]:
+    for aim in aims(found):
+        yield (aim["aim"], text(aim["at_most"]), text(aim["got"]), aim["verdict"])
+
+
+def _loops(found: Found, model: str, engine: str) -> tuple[str, ...]:
+    done = found["sections"]
+    times = [ms_of(found, model, engine, plan) for plan in ("gated", "guidance_stopped", "ungated")]
+    steps = done.get(f"{model}/{engine}/loops", {}).get("plans", {}).get("gated", {}).get("step_ms", {})
+    faster = times[2] / times[0] if times[0] and times[2] else None
+    worst = done.get(f"{model}/{engine}/check", {}).get("worst")
+    return (engine, *map(text, (*times, faster, steps.get("p50"), steps.get("p99"), worst)))
+
+
+def _graphs(done: Mapping[str, Found], model: str, engine: str) -> Iterator[tuple[str, ...]]:
+    graphs: Mapping[str, Mapping[str, float]] = done.get(f"{model}/{engine}/loops", {}).get("graphs", {})
+    for name, own in graphs.items():
+        limit = ROOFLINE_MS.get(name) if model == "sdxl" else None  # of an H100, at the size that is measured
+        over = own["ms"] / limit if limit else None
+        yield (engine, name, *map(text, (own["ms"], own["tflop_per_s"], limit, over)))
+
+
+def _opens(done: Mapping[str, Found], model: str, engine: str) -> tuple[str, ...]:
+    seconds = [done.get(f"{model}/{engine}/open/{way}", {}).get("open_s") for way in ("first", "second")]
+    return (engine, *map(text, (*seconds, memory_share(done, model, engine))))
+
+
+def _table(head: Sequence[str], rows: Iterator[tuple[str, ...]]) -> list[str]:
+    """Markdown; nothing where there is no row that says anything."""
+    told = [row for row in rows if any(cell not in ("-", "") for cell in row[1:])]
+    if not told:
+        return []
+    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *told)] + [""]
+
+
+def saved(folder: Path = RESULTS) -> list[tuple[str, dict[str, Any]]]:
+    """What lies in the folder of results, by path from ``docs``."""
+    files = sorted(folder.glob("gpu-*.json"))
+    return [(f"../benchmarks/results/{file.name}", json.loads(file.read_text("utf-8"))) for file in files]
+
+
+def main() -> None:
+    write_atomically(PAGE, page(saved()).encode())
+    print(PAGE.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

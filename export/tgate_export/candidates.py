@@ -1,0 +1,159 @@
+"""Which plans a bundle's graphs can run, to choose one of them by what it costs. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tgate_engine.bundle import DEFAULT, Bundle
+from tgate_engine.errors import PlanError
+from tgate_engine.plan import Call, Plan
+from tgate_engine.plan_build import build_plan
+from tgate_engine.sampler import Fact, Sampler
+from tgate_export.methods.base import Method, Settings, guidance_stopped, ungated
+from tgate_export.plans import make_plans, method_of, sampler_of
+
+INTERVALS = (1, 2, 3, 5, 8)
+"""Of k and f: a longer one reuses more, and hardly more than the one before it."""
+STARTS = 12
+"""Gate steps that are looked at first, at most; those between them come in where it pays."""
+STOPPED = "guidance_stopped"
+
+Place = tuple[int, ...]
+"""Where a plan stands among the others: its method's number, then those of m, k, w and f among what is tried."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Plans of one sampler and number of steps, all of which a bundle's graphs can run, and no two the same program.
+
+    ``ungated``: what they are compared with. ``plans``: by a label such as ``"m=10 k=3"``. ``start``: labels of a
+    coarse choice that spans all of them.
+    """
+
+    method: Method
+    sampler: Sampler
+    ungated: Plan
+    plans: Mapping[str, Plan]
+    start: Collection[str]
+    _places: Mapping[str, Place]
+
+    def near(self, label: str) -> list[str]:
+        """Plans whose settings are at most one place from those of ``label``, each of them."""
+        own = self._places[label]
+        return [
+            other
+            for other, place in self._places.items()
+            if other != label and all(abs(a - b) <= 1 for a, b in zip(own, place, strict=True))
+        ]
+
+    def named(self, bundle: Bundle, label: str, name: str) -> dict[str, Plan]:
+        """The plan of that label under a name, and those of its baselines that the bundle has not, as
+        :func:`~tgate_export.plans.make_plans` makes them."""
+        plan, manifest = self.plans[label], bundle.manifest
+        made = make_plans(
+            name,
+            self.method,
+            _settings_of(plan),
+            sampler=self.sampler,
+            guidance_scale=plan.guidance_scale,
+            guided=manifest.guided,
+            graphs=manifest.shapes[0].graphs,
+            carries=manifest.carries,
+            existing={n: p for n, p in manifest.plans.items() if n != name and not n.startswith(f"{name}.")},
+        )
+        own = made.pop(name)
+        if plan.settings["method"] != STOPPED:
+            return {name: own, **made}
+        plain = own.baselines[0]  # it is the other baseline itself
+        return {name: replace(plan, name=name, baselines=(plain,)), **{n: p for n, p in made.items() if n == plain}}
+
+
+def candidates(bundle: Bundle, *, steps: int | None = None, stopped: bool = True) -> Candidates:
+    """The plans of the bundle's own method for every m, several k, w and f, and if ``stopped`` those that stop guidance
+    at m and reuse nothing; of the default plan's sampler, and of as many steps where ``steps`` is None.
+
+    Raises as :func:`~tgate_export.plans.sampler_of` does, and :class:`PlanError` where nothing can be reused.
+    """
+    manifest = bundle.manifest
+    default = manifest.plan(DEFAULT)
+    method = method_of(default)
+    n = default.sampler.steps if steps is None else steps
+    sampler = sampler_of(bundle, default.sampler.name, n)
+    graphs = manifest.shapes[0].graphs
+
+    def build(label: str, program: Sequence[Call], facts: Mapping[str, Fact]) -> Plan:
+        return build_plan(
+            label,
+            program,
+            sampler=sampler,
+            guidance_scale=manifest.guidance_scale,
+            graphs=graphs,
+            carries=manifest.carries,
+            settings=facts,
+        )
+
+    plans: dict[str, Plan] = {}
+    places: dict[str, Place] = {}
+    plain = ungated(n, sampler.lead_in)
+    seen = {plain}
+    for place, settings, program in _programs(method, default, n, sampler.lead_in, stopped=stopped and manifest.guided):
+        if program in seen or not {call.graph for call in program} <= graphs.keys():
+            continue
+        seen.add(program)
+        is_stopped = place[0] > 0
+        own: dict[str, Fact] = {"method": STOPPED, "n": n, "m": settings.gate}
+        facts = own if is_stopped else method.facts(settings)
+        label = _label(settings, stopped=is_stopped)
+        plans[label], places[label] = build(label, program, facts), place
+    if not plans:
+        raise PlanError(f"no plan of {n} steps reuses anything over the graphs of {bundle.path}; take more --steps")
+    gates = sorted({place[1] for place in places.values()})
+    coarse = set(gates[:: -(-len(gates) // STARTS)]) | {gates[-1]}
+    reference = build("ungated", plain, {"method": "ungated", "n": n})
+    return Candidates(
+        method=method,
+        sampler=sampler,
+        ungated=reference,
+        plans=plans,
+        start=[label for label, place in places.items() if place[1] in coarse],
+        _places=places,
+    )
+
+
+def _programs(
+    method: Method, default: Plan, n: int, lead_in: int, *, stopped: bool
+) -> Iterator[tuple[Place, Settings, tuple[Call, ...]]]:
+    """Every program to look at, by its place; plainer settings come before others of the same program."""
+    warm_up = int(default.settings.get("w") or 0)
+    own = {name: int(default.settings.get(name) or 1) for name in ("k", "f")}
+    k, f = (sorted({*INTERVALS, own[name]}) if name in method.takes else [1] for name in ("k", "f"))
+    w = sorted({0, warm_up}) if "w" in method.takes else [0]
+    for m in range(1, n + 1):
+        for (a, each_f), (b, each_k), (c, each_w) in itertools.product(enumerate(f), enumerate(k), enumerate(w)):
+            settings = Settings(steps=n, gate=m, self_interval=each_k, warm_up=each_w, fidelity_interval=each_f)
+            # Warm-up means something beside k alone; the default plan's is what a plan with k = 1 says it has.
+            if (each_k > 1 or each_w == w[-1]) and not method.idle(settings, lead_in):
+                yield (0, m, b, c, a), settings, method.program(settings, lead_in)
+        if stopped:
+            settings = Settings(steps=n, gate=m, warm_up=0)
+            yield (1, m, 0, 0, 0), settings, guidance_stopped(settings, lead_in)
+
+
+def _label(settings: Settings, *, stopped: bool) -> str:
+    if stopped:
+        return f"m={settings.gate} guidance stopped"
+    words = [f"m={settings.gate}"]
+    if settings.self_interval > 1:
+        words += [f"k={settings.self_interval}", f"w={settings.warm_up}"]
+    if settings.fidelity_interval > 1:
+        words.append(f"f={settings.fidelity_interval}")
+    return " ".join(words)
+
+
+def _settings_of(plan: Plan) -> Settings:
+    n, m, k, w, f = (
+        int(plan.settings.get(name) or least) for name, least in (("n", 1), ("m", 1), ("k", 1), ("w", 0), ("f", 1))
+    )
+    return Settings(steps=n, gate=m, self_interval=k, warm_up=w, fidelity_interval=f)

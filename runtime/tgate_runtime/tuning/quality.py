@@ -1,0 +1,58 @@
+"""How near a picture is to another, and how surely that is known of many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tgate_engine.errors import RequestError
+
+Pixels = NDArray[np.uint8]
+"""A picture [H, W, 3], or a video [F, H, W, 3]."""
+
+ROUNDING = 1 / 12
+"""The mean squared error of rounding to whole numbers: no two pictures of 8 bits are known to be nearer."""
+_SSIM_WINDOW = 11
+_RESAMPLES = 4000
+
+
+def psnr(picture: Pixels, reference: Pixels) -> float:
+    """The peak signal-to-noise ratio in dB, at most 58.9: that of :data:`ROUNDING`, which equal pictures have too."""
+    error = float(np.mean((picture.astype(np.float64) - reference) ** 2))
+    return 10 * float(np.log10(255**2 / max(error, ROUNDING)))
+
+
+def ssim(picture: Pixels, reference: Pixels) -> float:
+    """The structural similarity of Wang et al. (2004), with their Gaussian window; of a video, its frames' mean.
+
+    At most 1, of equal pictures. Needs scikit-image. Raises :class:`RequestError` for pictures that are smaller than
+    the window.
+    """
+    from skimage.metrics import structural_similarity
+
+    height, width = picture.shape[-3:-1]
+    if min(height, width) < _SSIM_WINDOW:
+        raise RequestError(
+            f"ssim looks at windows of {_SSIM_WINDOW} pixels, the pictures have {width}x{height}; take --budget psnr=…"
+        )
+    wang: dict[str, Any] = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    frames = zip(picture.reshape(-1, height, width, 3), reference.reshape(-1, height, width, 3), strict=True)
+    return float(np.mean([structural_similarity(a, b, channel_axis=-1, data_range=255, **wang) for a, b in frames]))
+
+
+METRICS: Mapping[str, Callable[[Pixels, Pixels], float]] = {"psnr": psnr, "ssim": ssim}
+"""By the name that a budget has; more is nearer."""
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Bounds of the mean at 95 %, by the bootstrap over ``values``, whose resamples are the same each time.
+
+    Of a single value, the value itself twice: nothing is known about others.
+    """
+    numbers = np.asarray(values, np.float64)
+    picks = np.random.default_rng(0).integers(0, len(numbers), (_RESAMPLES, len(numbers)))
+    low, high = np.percentile(numbers[picks].mean(axis=1), (2.5, 97.5))
+    return float(low), float(high)

@@ -1,0 +1,135 @@
+"""The search finds what trying everything finds, for a fraction of the pictures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from tgate_runtime.tuning.search import LEAST, Goal, Point, front, kept, pictures, search, sizes
+
+M, K = range(1, 26), (1, 2, 3, 5)
+IMAGES = 32
+
+
+class Model:
+    """Plans of which everything is known: time and quality grow with m, and fall with k, by amounts of their own.
+
+    What a picture adds is nearly the same for each plan, as hard prompts are hard for all.
+    """
+
+    def __init__(self, seed: int, own: float = 0.2) -> None:
+        """``own``: the deviation of what a picture does to one plan alone."""
+        rng = np.random.default_rng(seed)
+        self.places = {f"m={m} k={k}": (m, a) for m, (a, k) in itertools.product(M, enumerate(K))}
+        gain, loss, saved = rng.uniform(0.5, 1.0), rng.uniform(0.3, 1.5), rng.uniform(0.1, 0.3)
+        picture = rng.normal(0, 2, IMAGES)
+        self.times: dict[str, float] = {}
+        self.quality: dict[str, list[float]] = {}
+        for name, (m, a) in self.places.items():
+            self.times[name] = 100 + 10 * m - saved * a * 10 * m / 3
+            mean = 15 + gain * m - loss * a * m / 25
+            self.quality[name] = list(mean + picture + rng.normal(0, own, IMAGES))
+        self.drawn: dict[str, int] = {}
+
+    def measure(self, name: str, count: int) -> list[float]:
+        self.drawn[name] = max(count, self.drawn.get(name, 0))
+        return self.quality[name][:count]
+
+    def near(self, name: str) -> list[str]:
+        m, a = self.places[name]
+        return [o for o, (x, y) in self.places.items() if o != name and abs(x - m) <= 1 and abs(y - a) <= 1]
+
+    def search(self, goal: Goal) -> list[Point]:
+        start = [name for name, (m, _) in self.places.items() if m % 3 == 1]
+        return search(self.times, self.measure, goal, images=IMAGES, start=start, near=self.near)
+
+    def every(self) -> list[Point]:
+        return [Point(name, ms, tuple(self.quality[name])) for name, ms in self.times.items()]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("least", [17.0, 20.0, 23.0, 26.0])
+def test_the_fastest_plan_within_a_budget_is_found(seed: int, least: float) -> None:
+    model, goal = Model(seed, own=0.0), Goal(least=least)
+    found, best = goal.chosen(model.search(goal)), goal.chosen(model.every())
+    assert (found and found.name) == (best and best.name)
+    assert found is None or found.bounds[0] >= least
+    assert sum(model.drawn.values()) < IMAGES * len(model.times) / 4
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_where_plans_fare_differently_with_each_picture_what_is_found_is_hardly_slower(seed: int) -> None:
+    model, goal = Model(seed), Goal(least=20.0)
+    found, best = goal.chosen(model.search(goal)), goal.chosen(model.every())
+    assert found is not None
+    assert best is not None
+    assert found.bounds[0] >= 20.0
+    assert best.ms <= found.ms <= 1.02 * best.ms
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("most_ms", [150.0, 220.0, 290.0])
+def test_the_best_plan_of_those_that_are_fast_enough_is_found(seed: int, most_ms: float) -> None:
+    model, goal = Model(seed), Goal(most_ms=most_ms)
+    found, best = goal.chosen(model.search(goal)), goal.chosen(model.every())
+    assert found is not None
+    assert best is not None
+    assert found.name == best.name
+    assert found.ms <= most_ms
+    assert all(model.times[name] <= most_ms for name in model.drawn)  # what cannot be taken is not drawn
+
+
+def test_what_cannot_be_met_is_none() -> None:
+    goal = Goal(least=99.0)
+    points = Model(0).search(goal)
+    assert goal.chosen(points) is None
+    assert max(points, key=lambda p: p.mean).name.startswith("m=25")  # and the best there is was among them
+
+
+def test_each_point_holds_all_pictures_and_progress_ends_at_its_total() -> None:
+    model, told = Model(1), list[tuple[int, int]]()
+    points = search(
+        model.times,
+        model.measure,
+        Goal(least=20.0),
+        images=IMAGES,
+        start=list(model.times),
+        near=model.near,
+        on_picture=lambda done, total, _: told.append((done, total)),
+    )
+    assert {len(point.values) for point in points} == {IMAGES}
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1][0] == told[-1][1] >= sum(model.drawn.values())  # those measured twice are counted twice
+
+
+def test_a_choice_goes_by_the_lower_bound_and_not_by_the_mean() -> None:
+    sure, unsure = Point("sure", 2.0, (30.0,) * 8), Point("unsure", 1.0, (20.0, 41.0) * 4)
+    assert unsure.mean > 30
+    chosen = Goal(least=29.0).chosen([unsure, sure])
+    assert chosen is sure
+
+
+def test_the_front_is_what_nothing_is_faster_and_better_than() -> None:
+    values: Mapping[str, tuple[float, float]] = {"a": (1, 5), "b": (2, 4), "c": (2, 7), "d": (3, 7), "e": (4, 9)}
+    points = [Point(name, ms, (q, q)) for name, (ms, q) in values.items()]
+    assert [point.name for point in front(points)] == ["a", "c", "e"]
+    assert [point.name for point in kept(points, 4, Goal(least=7.0), points[0])] == ["c", "a", "e", "d"]
+    assert [point.name for point in kept(points, 2, Goal(least=9.0), points[0])] == ["e", "c"]
+
+
+def test_a_point_on_few_pictures_is_placed_by_its_distance_from_one_on_all() -> None:
+    anchor = Point("anchor", 2.0, (20.0, 20.0, 40.0, 40.0, 40.0, 40.0, 40.0, 40.0))
+    point = Point("point", 1.0, (21.0, 21.0))  # one better than the anchor on the two hardest
+    assert Goal(least=30.0).distance(point, anchor) == pytest.approx(abs(anchor.bounds[0] + 1 - 30))
+
+
+def test_rounds_halve_plans_and_double_pictures() -> None:
+    assert sizes(74, 32, 4) == [(74, 4), (37, 8), (19, 16), (10, 32)]
+    assert sizes(100, 10, 4) == [(100, 4), (50, 8), (25, 10)]
+    assert sizes(LEAST, 100, 4) == [(LEAST, 100)]
+    assert sizes(50, 4, 8) == [(50, 4)]
+    assert sizes(20, 32, 8) == [(20, 8), (10, 16), (5, 32)]
+    assert pictures(20, 32, 8) == 20 * 8 + 10 * 8 + 5 * 16

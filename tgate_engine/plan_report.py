@@ -1,0 +1,179 @@
+"""What was measured of a plan: how near its pictures are to ungated ones, how long they take, and where that holds.
+
+A report lies in the bundle beside what its manifest lists, as ``reports/<program>.json``, so that hosts need not know
+of it. It belongs to a program, whatever plans of it are called: a plan that is made anew with other settings has none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tgate_engine.atomic import write_atomically
+from tgate_engine.bundle import Bundle
+from tgate_engine.errors import BundleError, TgateError
+from tgate_engine.manifest_json import bundle_digest, content_digest
+from tgate_engine.plain_files import open_inside, read_most
+from tgate_engine.plan import Plan
+from tgate_engine.reader import Reader, parse_json
+from tgate_engine.sampler import MOST_CALLS, Fact, check_facts
+
+FORM = 1
+"""Of the JSON; another one means something else."""
+FOLDER = "reports"
+MOST_BYTES = 1 << 20
+_SHA256 = re.compile("[0-9a-f]{64}")
+_MOST_GRAPHS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over pictures, and its bounds at 95 %."""
+
+    mean: float
+    low: float
+    high: float
+
+    def told(self, metric: str) -> str:
+        """For a reader: ``31.20 dB (30.11 to 32.30)`` of "psnr", ``0.9512 (0.9401 to 0.9600)`` of "ssim"."""
+        digits, unit = (2, " dB") if metric == "psnr" else (4, "")
+        return f"{self.mean:.{digits}f}{unit} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanReport:
+    """``bundle``: its :func:`~tgate_engine.manifest_json.bundle_digest`. ``program``: :func:`program_digest` of the
+    plan; ``settings``: its. ``files``: SHA-256 of the weights' file and of the graphs that it runs, by name.
+
+    ``metric``: "psnr" (dB) or "ssim", more being nearer; ``quality``: of the plan's pictures to the ungated ones of
+    the same seeds; ``unrelated``: of ungated pictures to ungated ones of other seeds. ``images``, ``prompts``: how many
+    of each; ``prompts_sha256``: of the prompts, a line each; ``seed``: the first picture's; ``size``: WIDTHxHEIGHT.
+
+    ``predicted_ms``, ``measured_ms``, ``ungated_ms``: of one picture, text and decoder included, the last two measured
+    in turns. ``macs``, ``ungated_macs``: all multiply-accumulates of a picture. ``engine``, ``engine_version``,
+    ``precision``, ``threads`` (0: the engine's choice), ``machine``: what measured it; ``version``: of tgate-engine.
+    """
+
+    bundle: str
+    program: str
+    settings: Mapping[str, Fact]
+    files: Mapping[str, str]
+    metric: str
+    quality: Estimate
+    unrelated: Estimate
+    images: int
+    prompts: int
+    prompts_sha256: str
+    seed: int
+    size: str
+    predicted_ms: float
+    measured_ms: float
+    ungated_ms: float
+    macs: int
+    ungated_macs: int
+    engine: str
+    engine_version: str
+    precision: str
+    threads: int
+    machine: str
+    version: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"form": FORM, **asdict(self)}
+
+
+def program_digest(plan: Plan) -> str:
+    """The SHA-256, in hex, of what a plan does: its steps, sampler and guidance, whatever it and its settings are
+    called."""
+    data = plan.to_json()
+    return content_digest({name: data[name] for name in ("guidance_scale", "sampler", "steps")})
+
+
+def save_report(bundle: Bundle, report: PlanReport) -> str:
+    """Write the report into the bundle, in place of one of the same program; its name there. Raises
+    :class:`BundleError` where it cannot be written."""
+    name = _name_of(report.program)
+    file = bundle.path / name
+    content = json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, content.encode())
+    except OSError as error:
+        raise BundleError(f"{file} cannot be written ({error.strerror or error})") from error
+    return name
+
+
+def report_of(bundle: Bundle, plan: Plan) -> PlanReport | None:
+    """The report of a plan's program; None where there is none, or it was measured on another bundle.
+
+    Raises :class:`BundleError` in one line for a file that holds no report.
+    """
+    program = program_digest(plan)
+    name = _name_of(program)
+    where = f"{bundle.path / name}"
+    try:
+        with open_inside(bundle.path, name) as file:
+            data = parse_json(read_most(file, MOST_BYTES))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{where} holds no report ({error}); remove it, or run `tgate tune` again") from None
+    try:
+        report = Reader(data, where, "remove it, or run `tgate tune` again").all_of(_report)
+    except BundleError:
+        raise
+    except TgateError as error:  # a plan's facts'
+        raise BundleError(f"{where}: {error}") from None
+    return report if (report.bundle, report.program) == (bundle_digest(bundle.manifest), program) else None
+
+
+def _name_of(program: str) -> str:
+    return f"{FOLDER}/{program[:16]}.json"
+
+
+def _report(r: Reader) -> PlanReport:
+    if r.whole("form") != FORM:
+        raise BundleError(f"{r.where} is of another version of tgate-engine; {r.advice}")
+    named = r.strings("files")
+    if len(named) > _MOST_GRAPHS:
+        raise BundleError(f"{r.where}.files: expected at most {_MOST_GRAPHS}, got {len(named)}; {r.advice}")
+    return PlanReport(
+        bundle=_digest(r, "bundle"),
+        program=_digest(r, "program"),
+        settings=check_facts(r.get("settings", dict)),
+        files=named,
+        metric=r.choice("metric", ("psnr", "ssim")),
+        quality=r.inner("quality").all_of(_estimate),
+        unrelated=r.inner("unrelated").all_of(_estimate),
+        images=r.whole("images", 1),
+        prompts=r.whole("prompts", 1),
+        prompts_sha256=_digest(r, "prompts_sha256"),
+        seed=r.whole("seed"),
+        size=r.word("size"),
+        predicted_ms=r.number("predicted_ms", 0),
+        measured_ms=r.number("measured_ms", 0),
+        ungated_ms=r.number("ungated_ms", 0),
+        macs=r.whole("macs"),
+        ungated_macs=r.whole("ungated_macs"),
+        engine=r.word("engine"),
+        engine_version=r.word("engine_version"),
+        precision=r.text("precision"),
+        threads=r.whole("threads", 0, MOST_CALLS),
+        machine=r.text("machine"),
+        version=r.word("version"),
+    )
+
+
+def _estimate(r: Reader) -> Estimate:
+    return Estimate(mean=r.number("mean"), low=r.number("low"), high=r.number("high"))
+
+
+def _digest(r: Reader, key: str) -> str:
+    text = r.text(key)
+    if not _SHA256.fullmatch(text):
+        raise BundleError(f"{r.where}.{key}: expected 64 hexadecimal digits, got {text!r:.60}; {r.advice}")
+    return text

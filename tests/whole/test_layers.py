@@ -26,7 +26,7 @@ CONTRACT_LIBRARIES = frozenset({"numpy", "safetensors"}) | sys.stdlib_module_nam
 RUN_TIME_LIBRARIES = CONTRACT_LIBRARIES | {"PIL", "google", "imageio_ffmpeg", "tokenizers"}  # google.protobuf
 ENGINE_LIBRARIES: dict[str, frozenset[str]] = {
     "ort": frozenset({"onnxruntime"}),
-    "ort_cuda": frozenset({"onnxruntime"}),
+    "ort_cuda": frozenset({"onnx", "onnx_ir", "onnxruntime"}),
     "openvino": frozenset({"openvino"}),
     "aoti": frozenset({"onnx", "torch"}),
     "tensorrt": frozenset({"cuda", "onnx", "polygraphy", "tensorrt", "tensorrt_rtx"}),

@@ -86,7 +86,7 @@ ENGINES: Mapping[str, EngineEntry] = {
             cls="OrtCuda",
             extra="cuda",
             runs_on="NVIDIA GPU",
-            needs={"onnxruntime-gpu": "1.31", "protobuf": "6.31.1"},
+            needs={"onnx": "1.23", "onnx-ir": "1.1", "onnxruntime-gpu": "1.31", "protobuf": "6.31.1"},
         ),
         EngineEntry(
             name="openvino",

@@ -132,7 +132,7 @@ class Small:
         build = _Graphs(folder, {name: offsets[name] for name in self.weights}, batch, carry_dtype)
         graphs = {"full": build.full(), "reuse": build.reuse(), "text": build.text(), "decoder": build.decoder()}
         shape = Shape(width=4, height=4, batch=batch, latents=LATENTS, constants={}, graphs=graphs)
-        self.bundle = Bundle(folder, _manifest(folder, shape))
+        self.bundle = Bundle(folder, manifest_of(folder, shape))
         self.graphs: Mapping[str, GraphSpec] = graphs
         self.references: Mapping[str, Callable[[Arrays], dict[str, NDArray[Any]]]] = {
             "full": lambda inputs: network(self.weights, inputs, carry_dtype),
@@ -278,7 +278,7 @@ def _offsets(path: Path) -> dict[str, tuple[int, int, tuple[int, ...]]]:
     }
 
 
-def _manifest(folder: Path, shape: Shape) -> Manifest:
+def manifest_of(folder: Path, shape: Shape) -> Manifest:
     return Manifest(
         model="small",
         family="small",

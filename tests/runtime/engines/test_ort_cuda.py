@@ -14,25 +14,39 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
+from safetensors.numpy import save_file
 
-from tests.runtime.engines.small import Small, assert_close, outside, random_inputs
+from tests.runtime.engines.small import (
+    WEIGHTS,
+    Small,
+    assert_close,
+    manifest_of,
+    outside,
+    random_inputs,
+    save,
+    tensor,
+)
 from tests.runtime.engines.ways import OnTheCpu
-from tgate_engine.dtypes import DTYPES, storage
+from tgate_engine.bundle import Bundle
+from tgate_engine.dtypes import DTYPES, encode, storage
 from tgate_engine.errors import EngineError
-from tgate_engine.graph import GraphSpec
+from tgate_engine.graph import BATCH, GraphSpec
+from tgate_engine.manifest import Shape
+from tgate_runtime.engines.ort import OrtCpu
 from tgate_runtime.engines.ort_cuda import OrtCuda, memory
 from tgate_runtime.engines.ort_cuda.limits import multiplies_in_half, refuse_bfloat16
 from tgate_runtime.engines.ort_cuda.memory import CudaBuffer
 from tgate_runtime.engines.protocol import EngineOptions
+from tgate_runtime.weights import read_places
 
 
-def bound(engine: OrtCuda, graph: Any, spec: GraphSpec, batch: int = 1) -> tuple[Any, dict[str, CudaBuffer]]:
+def bound(engine: Any, graph: Any, spec: GraphSpec, batch: int = 1) -> tuple[Any, dict[str, CudaBuffer]]:
     """A call on buffers of its own, and those by name."""
     inputs, outputs = (
         {t.name: engine.allocate(t.resolve(batch), t.dtype) for t in tensors} for tensors in (spec.inputs, spec.outputs)
@@ -183,6 +197,58 @@ def test_rows_that_kernels_could_not_take_are_copied(small: Small, monkeypatch: 
         assert_close(spec, got, small.expected(name, {n: array[1:2] for n, array in values.items()}))
         for each in spec.output_names():
             assert not buffers[each].read()[[0, 2]].any()
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def convolving(folder: Path) -> Bundle:
+    """Two graphs of one convolution and one normalization in half precision, whose weights lie in a file."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    shapes = {"w": (8, 4, 3, 3), "c": (8,), "scale": (8,), "shift": (8,)}
+    save_file({name: rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()}, folder / WEIGHTS)
+    places = read_places(folder / WEIGHTS)
+    weights = [outside(name, each.offset, each.length, each.shape, each.dtype) for name, each in places.items()]
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "c"], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("GroupNormalization", ["a", "scale", "shift"], ["y"], num_groups=2),
+    ]
+    x, y = (tensor(name, BATCH, channels, 5, 6, dtype="float16") for name, channels in (("x", 4), ("y", 8)))
+    graphs = {name: save(folder / f"{name}.onnx", nodes, [x], [y], weights) for name in ("one", "two")}
+    shape = Shape(width=6, height=5, batch=(1, 4), latents=(4, 5, 6), constants={}, graphs=graphs)
+    return Bundle(folder, manifest_of(folder, shape))
+
+
+@pytest.mark.parametrize("memory", ["shared", "fast"])
+def test_weights_are_uploaded_once_as_kernels_want_them(tmp_path: Path, memory: Literal["shared", "fast"]) -> None:
+    """And are not, where no graph asks for them as they lie."""
+    bundle = convolving(tmp_path / "bundle")
+    specs = [*bundle.manifest.shapes[0].graphs.values()]
+    engine, reference = OnTheCpu(EngineOptions(memory=memory)), OrtCpu(EngineOptions())
+    graphs = engine.load(bundle, specs)
+    one, two = (graphs[spec.file]._weights for spec in specs)
+    assert {*one} == {"w:0231", "scale:float32", "shift:float32"} | ({"c"} if memory == "shared" else set())
+    assert all(one[name] is two[name] for name in one)
+    assert one["w:0231"].shape() == [8, 3, 3, 4]
+    for spec in specs:
+        values = {"x": encode(np.random.default_rng(1).standard_normal((2, 4, 5, 6)), "float16")}
+        results = []
+        for each, graph in ((engine, graphs[spec.file]), (reference, reference.load(bundle, [spec])[spec.file])):
+            call, buffers = bound(each, graph, spec, 2)
+            buffers["x"].write(values["x"])
+            call()
+            results.append(buffers["y"].read())
+        assert np.abs(results[0] - results[1]).max() <= 4e-3 * np.abs(results[1]).max()
+
+
+def test_a_weight_that_the_engine_reads_instead_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime reads the file where it takes no value that it is handed: it finds nothing there."""
+    bundle = convolving(tmp_path / "bundle")
+    monkeypatch.setattr(OnTheCpu, "_load", OrtCuda._load)
+    monkeypatch.setattr(onnxruntime.SessionOptions, "add_initializer", lambda *_: None)
+    with pytest.raises(EngineError, match=r"cannot load one\.onnx on the GPU: .+ out of bounds"):
+        OnTheCpu(EngineOptions()).load(bundle, [bundle.manifest.shapes[0].graphs["one"]])
 
 
 # --- numbers ------------------------------------------------------------------------------------

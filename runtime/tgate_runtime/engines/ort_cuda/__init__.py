@@ -36,6 +36,8 @@ from tgate_engine.graph import DENOISE, GraphSpec, Role, TensorSpec
 from tgate_runtime.engines.ort import check_nodes, find_weights, run_cancellable
 from tgate_runtime.engines.ort_cuda.limits import multiplies_in_half, refuse_bfloat16
 from tgate_runtime.engines.ort_cuda.log import captured_stderr, failing
+from tgate_runtime.engines.ort_cuda.lowering import Lowered, lower
+from tgate_runtime.engines.ort_cuda.lowering.laid import Laid
 from tgate_runtime.engines.ort_cuda.memory import CudaBuffer, lasting, on_the_gpu, one_arena
 from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers
 from tgate_runtime.graph_check import read_graphs
@@ -135,6 +137,9 @@ class OrtCuda:
     ``memory="shared"``, the default, uploads the weights once; every graph uses that copy in place, and one that
     made its own would be refused. ``"fast"`` leaves each graph to upload its own weights, laid out as it likes.
 
+    Graphs are lowered for CUDA's kernels when they are loaded: :mod:`~tgate_runtime.engines.ort_cuda.lowering`. Weights
+    that kernels want laid out otherwise are uploaded so, once for all graphs, with either ``memory``.
+
     ``captured``: the roles of graphs whose calls become CUDA graphs. Those around the denoiser run once for each
     request, and may hold nodes without CUDA kernels (an ArgMax of int32), with which ONNX Runtime refuses to capture.
     """
@@ -169,8 +174,17 @@ class OrtCuda:
         files = read_graphs(bundle, graphs)
         for spec in graphs:
             refuse_bfloat16(files[spec.file], spec)
-        weights = self._upload(bundle) if self.options.memory == "shared" else {}
-        return {spec.file: self._load(files[spec.file], bundle.path, spec, weights) for spec in graphs}
+        lowered = {name: self.lowered(data) for name, data in files.items()}
+        laid = {name: each for graph in lowered.values() for name, each in graph.weights.items()}
+        if self.options.memory == "fast":
+            laid = {name: each for name, each in laid.items() if each != Laid(name)}
+        weights = self._upload(bundle, laid) if laid else {}
+        return {spec.file: self._load(lowered[spec.file].data, bundle.path, spec, weights) for spec in graphs}
+
+    def lowered(self, data: bytes) -> Lowered:
+        """A graph's file as a session gets it."""
+        with failing("a graph cannot be lowered for CUDA; export the bundle again"):
+            return lower(data)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
         return CudaBuffer.zeros(shape, dtype, self.device)
@@ -183,10 +197,12 @@ class OrtCuda:
             lasting((1,), DTYPES["float32"].onnx, self.device)
             one_arena(self.device)
 
-    def _upload(self, bundle: Bundle) -> dict[str, ort.OrtValue]:
-        """Every weight of the bundle on the device, by its initializer's name."""
+    def _upload(self, bundle: Bundle, laid: Mapping[str, Laid]) -> dict[str, ort.OrtValue]:
+        """Weights of the bundle on the device, by their initializers' names."""
         values = {}
-        for name, weight in map_weights(bundle.file(bundle.manifest.weights)).items():
+        mapped = map_weights(bundle.file(bundle.manifest.weights))
+        for name, each in laid.items():
+            weight = each.of(mapped[each.source])
             shape = weight.array.shape
             with failing(f"ONNX Runtime cannot put weight {name} {list(shape)} on the GPU"):
                 value = lasting(shape, DTYPES[weight.dtype].onnx, self.device)
@@ -208,8 +224,8 @@ class OrtCuda:
         # find the arena in pieces other than the second left, and allocate.)
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        if weights:
-            options.add_session_config_entry("session.disable_prepacking", "1")
+        # Prepacking stays on: by being asked, NhwcConv learns that its weights lie as it wants them, and nothing that a
+        # graph holds packs any on CUDA.
         for name, value in weights.items():
             options.add_initializer(name, value)
         log: list[str] = []

@@ -71,7 +71,13 @@ def bundle_of(request: pytest.FixtureRequest, name: str) -> Bundle:
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
-@pytest.mark.parametrize("name", ["shipped_bundle", "mini_bundle", "sd15_a", "sd21_v", "svd_a"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("shipped_bundle", "mini_bundle", "sd15_a"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd21_v", "svd_a")),
+    ],
+)
 def test_every_graph_gives_the_same(request: pytest.FixtureRequest, name: str, half: bool) -> None:
     """That of the text, of the decoder and of every step, of both embedded models and of small ones that have what the
     kernels take. In half precision sums are rounded elsewhere."""
@@ -90,7 +96,7 @@ def test_every_graph_gives_the_same(request: pytest.FixtureRequest, name: str, h
             assert "Shape" not in operators(after)
 
 
-@pytest.mark.parametrize("name", ["sd15_a", "sd21_v"])
+@pytest.mark.parametrize("name", ["sd15_a", pytest.param("sd21_v", marks=pytest.mark.slow)])
 def test_a_network_in_half_precision_is_transposed_where_it_begins_and_ends(
     request: pytest.FixtureRequest, name: str
 ) -> None:

@@ -12,8 +12,8 @@ from tgate_engine.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a request says of its plan; None is not said. ``steps``: see :func:`steps_of`. ``m``, ``k``: the gate step and the
-    self-attention interval, as the plan's settings have them."""
+    """What a request says of its plan; None is not said. ``steps``: see :func:`steps_of`. ``m``, ``k``: the gate step
+    and the self-attention interval, as the plan's settings have them."""
 
     plan: str | None = None
     steps: int | None = None

@@ -80,7 +80,7 @@ class Settings:
                 f"got r = {self.forecast_interval}"
             )
 
-    def left_out(self, lead_in: int = 0) -> range | tuple[int, ...]:
+    def left_out(self, lead_in: int = 0) -> tuple[int, ...]:
         """The network calls, of ``lead_in + n``, that are not made because their outputs are forecast."""
         first = lead_in + self.gate
         return tuple(i for i in range(first, lead_in + self.steps) if (i - first) % self.forecast_interval)
@@ -208,9 +208,8 @@ class Method(ABC):
                 f"--forecast 1 would change nothing: method {self.name} does nothing else; take 2 or more"
             )
         if r > 1 and not settings.left_out():
-            what, instead = (
-                (f"--forecast {r}", "leave it out") if named else (f"method {self.name}", "another --method")
-            )
+            what = f"--forecast {r}" if named else f"method {self.name}"
+            instead = "leave it out" if named else "another --method"
             raise MethodError(
                 f"{what} would change nothing: from step m = {settings.gate} on there is one network call at most; "
                 f"take a smaller --m, or {instead}"

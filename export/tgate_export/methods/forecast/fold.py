@@ -59,8 +59,8 @@ def forecast(sampler: Sampler, left_out: Collection[int]) -> Sampler:
             if solved is None:
                 raise MethodError(
                     f"sampler {sampler.name} with {following - i - 1} network calls in a row left out would have to "
-                    f"look further back than {HISTORY} calls, or at less with coefficients above {_MOST:g}; take a smaller "
-                    "--forecast or another --sampler"
+                    f"look further back than {HISTORY} calls, or at less with coefficients above {_MOST:g}; take a "
+                    "smaller --forecast or another --sampler"
                 )
             step = replace(step, latents=solved[0], outputs=solved[1])
         calls.append(step)

@@ -21,6 +21,7 @@ from tgate_export.families import Model, location
 from tgate_export.families.base import ConditioningInput, Family, Size
 from tgate_export.lora import fuse_loras
 from tgate_export.methods.base import Method, Network, Settings, Variant
+from tgate_export.methods.forecast.fold import forecast
 from tgate_export.modules import fake_module
 from tgate_export.sampling import compile_sampler
 from tgate_export.settings import DTYPES, ExportSettings, check_settings
@@ -93,6 +94,7 @@ def prepare(settings: ExportSettings) -> Job:
     family.scaling(checkpoint)
     scheduler = family.scheduler_config(checkpoint)
     compiled = compile_sampler(asked.sampler, scheduler, asked.method_settings.steps)
+    forecast(compiled, asked.method_settings.left_out(compiled.lead_in))  # what it refuses is refused before the work
     dtype = DTYPES[settings.dtype]
     return Job(
         settings=settings,

@@ -36,7 +36,7 @@ _MOST_FACTS = 64
 _AGAIN = "draw the picture anew"
 _SIZE = re.compile("[1-9][0-9]{0,5}x[1-9][0-9]{0,5}")
 _SHA256 = re.compile("[0-9a-f]{64}")
-_OPTIONS = {"m": "--m", "k": "--k", "w": "--warm-up", "f": "--fidelity-interval", "n": "--steps"}
+_OPTIONS = {"m": "--m", "k": "--k", "w": "--warm-up", "f": "--fidelity-interval", "r": "--forecast", "n": "--steps"}
 """What `tgate plan` calls a method's settings."""
 
 

@@ -12,8 +12,8 @@ from tgate_engine.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a request says of its plan; None is not said. ``steps``: of the sampler. ``m``, ``k``: the gate step and the
-    self-attention interval, as the plan's settings have them."""
+    """What a request says of its plan; None is not said. ``steps``: see :func:`steps_of`. ``m``, ``k``: the gate step
+    and the self-attention interval, as the plan's settings have them."""
 
     plan: str | None = None
     steps: int | None = None
@@ -46,13 +46,19 @@ class Choice:
         raise RequestError(f"several plans are of {self}: say which by plan; there is {_listed(chosen or fitting)}")
 
     def _fits(self, plan: Plan) -> bool:
-        facts: Mapping[str, object] = {**plan.settings, "steps": plan.sampler.steps}
+        facts: Mapping[str, object] = {**plan.settings, "steps": steps_of(plan)}
         asked = {name: value for name in ("steps", "m", "k") if (value := getattr(self, name)) is not None}
         return all(facts.get(name) == value for name, value in asked.items())
 
     def __str__(self) -> str:
         said = [f"{field.name}={getattr(self, field.name)}" for field in fields(self) if field.name != "plan"]
         return ", ".join(text for text in said if not text.endswith("=None")) or "that kind"
+
+
+def steps_of(plan: Plan) -> int:
+    """The denoising steps that a plan was made for, forecast ones among them, which no network call is made for."""
+    made = plan.settings.get("n")
+    return made if isinstance(made, int) and not isinstance(made, bool) else plan.sampler.steps
 
 
 def _listed(plans: Sequence[Plan]) -> str:
@@ -64,5 +70,5 @@ def _told(plan: Plan) -> str:
 
 
 def _facts(plan: Plan) -> str:
-    facts = {"steps": plan.sampler.steps, **{name: plan.settings[name] for name in ("m", "k") if name in plan.settings}}
+    facts = {"steps": steps_of(plan), **{name: plan.settings[name] for name in ("m", "k") if name in plan.settings}}
     return ", ".join(f"{name}={fact}" for name, fact in facts.items())

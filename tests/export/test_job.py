@@ -148,6 +148,16 @@ def test_options_that_mean_nothing_are_refused(
         prepare(family_settings(variant, root, tmp_path / "bundle", **options))
 
 
+def test_forecasts_of_a_sampler_that_draws_noise_are_refused_before_any_work(tmp_path: Path) -> None:
+    root = make_tiny(tmp_path / "checkpoint", "sd15_a")
+    settings = replace(
+        family_settings("sd15_a", root, tmp_path / "bundle", sampler="lcm", steps=8, m=4, forecast_interval=2),
+        fidelity_interval=1,
+    )
+    with pytest.raises(TgateError, match="sampler lcm draws noise in every step, and none can be left out"):
+        prepare(settings)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

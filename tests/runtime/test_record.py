@@ -220,6 +220,13 @@ def test_the_command_that_a_refusal_names_adds_the_plan(tmp_path: Path) -> None:
     assert plan_for(of, Bundle.open(tmp_path / "a").manifest) == added["my plan"]
 
 
+def test_the_command_of_a_plan_with_forecasts_names_them(tmp_path: Path) -> None:
+    drawn = add_plan(build(tmp_path / "a"), name="quick", m=4, steps=8, forecast_interval=2)["quick"]
+    manifest = Bundle.open(build(tmp_path / "b")).manifest
+    with pytest.raises(RequestError, match=r"'quick' \(tgate, n=8, m=4, .*r=2, .*--forecast 2"):
+        plan_for(record(plan=PlanRecord.of(drawn)), manifest)
+
+
 def test_a_plan_of_that_name_that_is_another_is_told(manifest: Manifest) -> None:
     with pytest.raises(RequestError, match=r"none like it, but another 'fast' \(tgate, n=6, m=2.*--name fast-again"):
         plan_for(of_plan(manifest, "fast", digest="0" * 64), manifest)

@@ -197,12 +197,29 @@ class Method(ABC):
             fidelity_interval=values["f"],
             forecast_interval=self.forecasts if r is None else r,
         )
-        if settings.forecast_interval > 1 and not settings.left_out():
-            raise MethodError(
-                f"--forecast {settings.forecast_interval} would change nothing: from step m = {gate} on there is one "
-                "network call at most; take a smaller --m, or leave it out"
-            )
+        self._check_forecasts(settings, named=r is not None)
         return settings
+
+    def _check_forecasts(self, settings: Settings, *, named: bool) -> None:
+        """``named``: whether r is a user's and not the method's own."""
+        r = settings.forecast_interval
+        if r == 1 and self.forecasts > 1:
+            raise MethodError(
+                f"--forecast 1 would change nothing: method {self.name} does nothing else; take 2 or more"
+            )
+        if r > 1 and not settings.left_out():
+            what = f"--forecast {r}" if named else f"method {self.name}"
+            instead = "leave it out" if named else "another --method"
+            raise MethodError(
+                f"{what} would change nothing: from step m = {settings.gate} on there is one network call at most; "
+                f"take a smaller --m, or {instead}"
+            )
+        if r > 1 and settings.fidelity_interval > 1:
+            # The steps that compute self-attention are counted in n: those that are made may be all of them, or none.
+            raise MethodError(
+                f"--fidelity-interval {settings.fidelity_interval} and --forecast {r} don't go together: steps that "
+                "compute self-attention would be among those that are left out; give one of them"
+            )
 
 
 def ungated(steps: int, lead_in: int = 0) -> tuple[Call, ...]:

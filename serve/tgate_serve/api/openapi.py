@@ -13,6 +13,7 @@ from tgate_serve.api.events import event_schemas
 from tgate_serve.api.schemas import VideoAsked
 from tgate_serve.api.service import Service
 from tgate_serve.api.videos import length
+from tgate_serve.choice import steps_of
 from tgate_serve.model import Model
 
 _REFERENCE = "input_reference"
@@ -54,7 +55,7 @@ def _narrow(properties: dict[str, Any], service: Service, models: Sequence[Model
         "model": [model.name for model in models],
         "size": ["auto", *(size for model in models for size in model.session.sizes)],
         "plan": [plan.name for plan in plans],
-        "num_inference_steps": sorted({plan.sampler.steps for plan in plans}),
+        "num_inference_steps": sorted({steps_of(plan) for plan in plans}),
         "m": _facts(plans, "m"),
         "k": _facts(plans, "k"),
         "seconds": [length(model) for model in models if model.video],

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from tgate_engine.plan import Plan
 from tgate_serve.api.schemas import HealthAnswer, ModelAnswer, ModelFacts, ModelsAnswer, PlanFacts
 from tgate_serve.api.service import Served, Service
+from tgate_serve.choice import steps_of
 from tgate_serve.model import Model
 
 router = APIRouter()
@@ -84,7 +85,7 @@ def _plan(plan: Plan) -> PlanFacts:
     return PlanFacts(
         name=plan.name,
         sampler=plan.sampler.name,
-        num_inference_steps=plan.sampler.steps,
+        num_inference_steps=steps_of(plan),
         guidance_scale=plan.guidance_scale,
         settings=dict(plan.settings),
         steps=dict(Counter(step.graph for step in plan.steps)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,7 +40,8 @@ def test_a_user_who_names_nothing_gets_the_models_defaults_where_they_mean_somet
     settings = find_method(name).settings(steps=25, gate=10, defaults=DEFAULTS)
     idle = Settings(steps=25, gate=10, self_interval=1, warm_up=0, fidelity_interval=1)
     taken = Settings(steps=25, gate=10, self_interval=5, warm_up=2, fidelity_interval=1)
-    assert settings == (idle if name == "guidance_delta" else taken)
+    own = {"guidance_delta": idle, "forecast": replace(idle, forecast_interval=2)}
+    assert settings == own.get(name, taken)
 
 
 @pytest.mark.parametrize("name", ["tgate", "tgate+guidance_delta"])

@@ -36,7 +36,8 @@ def forecast(sampler: Sampler, left_out: Collection[int]) -> Sampler:
     """The sampler without the calls ``left_out``; its ``steps`` are those that are left.
 
     ``left_out``: indices of ``sampler.calls``, not the first. Raises :class:`MethodError` for a sampler that draws
-    noise in its steps, which would be drawn less often, or one that would have to look further back than a step can.
+    noise in its steps, which would be drawn less often, or one that would have to look further back than a step can,
+    or would need coefficients that are too large.
     """
     if not left_out:
         return sampler
@@ -57,8 +58,9 @@ def forecast(sampler: Sampler, left_out: Collection[int]) -> Sampler:
             solved = _solved([latents[j] for j in window], [outputs[j] for j in window], latents[following])
             if solved is None:
                 raise MethodError(
-                    f"sampler {sampler.name} with forecasts would have to look further back than {HISTORY} network "
-                    "calls; take another --sampler, or leave out --forecast"
+                    f"sampler {sampler.name} with {following - i - 1} network calls in a row left out would have to "
+                    f"look further back than {HISTORY} calls, or at less with coefficients above {_MOST:g}; take a "
+                    "smaller --forecast or another --sampler"
                 )
             step = replace(step, latents=solved[0], outputs=solved[1])
         calls.append(step)

@@ -79,3 +79,13 @@ def test_the_first_call_is_never_left_out() -> None:
     for left_out in ((0, 2), (8,)):
         with pytest.raises(ValueError, match="calls 1 to 7 may be left out"):
             forecast(whole, left_out)
+
+
+def test_coefficients_that_float32_could_not_bear_are_refused_for_what_they_are() -> None:
+    """DDIM never looks further back than a step; one line through two outputs, 49 steps on, is a sum of large parts."""
+    whole = compile_sampler("ddim", SDXL, 50)
+    with pytest.raises(
+        MethodError, match=r"48 network calls in a row left out .* coefficients above 100; take a small"
+    ):
+        forecast(whole, range(2, 50))
+    assert len(forecast(whole, range(2, 20)).calls) == 32

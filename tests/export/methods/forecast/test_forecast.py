@@ -44,3 +44,23 @@ def test_a_forecast_that_leaves_nothing_out_is_refused(gate: int) -> None:
 def test_intervals_that_there_are_not(r: int, says: str) -> None:
     with pytest.raises(MethodError, match=says):
         Settings(steps=8, gate=4, forecast_interval=r)
+
+
+def test_the_method_that_does_nothing_else_is_told_to_forecast() -> None:
+    with pytest.raises(MethodError, match="--forecast 1 would change nothing: method forecast does nothing else"):
+        find_method("forecast").settings(steps=8, gate=4, r=1, defaults={})
+    assert find_method("tgate").settings(steps=8, gate=4, r=1, defaults={}).forecast_interval == 1
+
+
+def test_a_refusal_names_no_option_that_was_not_given() -> None:
+    with pytest.raises(MethodError, match="method forecast would change nothing: from step m = 8") as caught:
+        find_method("forecast").settings(steps=8, gate=8, defaults={})
+    assert "--forecast" not in str(caught.value)
+
+
+@pytest.mark.parametrize("gate", [4, 5])
+def test_self_attention_at_an_interval_of_its_own_is_refused(gate: int) -> None:
+    """With m = 5 every step that computes it would be left out, with m = 4 every step that reuses it."""
+    with pytest.raises(MethodError, match="--fidelity-interval 2 and --forecast 2 don't go together"):
+        find_method("tgate").settings(steps=12, gate=gate, f=2, r=2, defaults={})
+    assert find_method("tgate").settings(steps=12, gate=gate, f=2, r=1, defaults={}).fidelity_interval == 2

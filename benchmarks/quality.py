@@ -13,7 +13,8 @@ the same captions from the same noise, and one classifier judges them all (train
 compares the first bundle's baselines with every bundle's default plan, and where that reuses self-attention before the
 gate (k above 1) with the same for k = 1; the second one the ungated and the gated way under each sampler, the third one
 gates at several steps, nothing else reused; the fourth one forecasts, gated and ungated, beside as many network calls
-spent on fewer steps. What a file of the same settings holds already is not drawn again.
+spent on fewer steps, and how near the pictures are to the ungated ones. What a file of the same settings holds already
+is not drawn again.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from tgate_export.methods.base import Settings
 from tgate_export.plans import make_plans, sampler_of
 from tgate_runtime.benchmark import cpu_model
 from tgate_runtime.pipeline import Pipeline
+from tgate_runtime.tuning.quality import psnr
 from training.evaluate import Pictures, evaluation_captions, score_pictures
 
 
@@ -160,17 +162,26 @@ def measure(
     workers: int,
     engine: str,
     precision: str | None,
+    beside_first: bool = False,
 ) -> None:
-    """Add the scores of those plans to ``output``, row by row, with the settings that they hold for."""
+    """Add the scores of those plans to ``output``, row by row, with the settings that they hold for.
+
+    ``beside_first``: how near their pictures are to the first plan's, too (mean PSNR, dB).
+    """
     captions = evaluation_captions(count)
     with Pipeline.open(bundle, engine=engine, precision=precision, plans=[*plans.values()], threads=1) as pipe:
         settings = settings_of(pipe, plans, count, seed, workers)
         before = json.loads(output.read_text()) if output.is_file() else {}
         result = before if before.get("settings") == settings else {"settings": settings, "rows": {}}
+        first: Pictures | None = None
+        if beside_first and plans.keys() - result["rows"].keys():
+            first = draw(pipe, next(iter(plans.values())), captions, seed, workers)
         for name, plan in plans.items():
             if name not in result["rows"]:
                 pictures = draw(pipe, plan, captions, seed, workers)
                 result["rows"][name] = asdict(score_pictures(captions, pictures))
+                if first is not None:
+                    result["rows"][name]["psnr"] = float(np.mean(list(map(psnr, pictures, first))))
                 write_atomically(output, (json.dumps(result, indent=1) + "\n").encode())
             print(f"{name}: {result['rows'][name]['first_object']:.1%}", flush=True)
 
@@ -209,6 +220,7 @@ def main() -> None:
             workers=args.workers,
             engine=args.engine,
             precision=args.precision,
+            beside_first=args.forecasts is not None,
         )
 
 

@@ -155,8 +155,8 @@ def _programs(
                 fidelity_interval=each_f,
                 forecast_interval=each_r,
             )
-            if each_r > 1 and not settings.left_out():
-                continue
+            if each_r > 1 and (each_f > 1 or not settings.left_out()):
+                continue  # see Method.settings
             # Warm-up means something beside k alone; the default plan's is what a plan with k = 1 says it has.
             if (each_k > 1 or each_w == w[-1]) and not method.idle(settings, sampler.lead_in):
                 yield (0, m, b, c, a, d), settings, method.program(settings, sampler.lead_in)

@@ -100,11 +100,11 @@ class Line:
     ) -> tuple[str, list[Order]]:
         """The graph of the next call, and its images.
 
-        ``oldest``: on whose account it is made; it has a row or there is one for it, which nobody else is given.
+        ``oldest``: on whose account it is made; it has a row, or there is one for it, which nobody else is given.
         ``everyone``: the images of all sizes, oldest first. ``added``: see :class:`~tgate_serve.scheduler.Room`.
         ``may_wait``: whether the oldest may be left out of the call.
         """
-        rows = self.free - 1
+        rows = self.free - self.waits(oldest)
         company = self._company(oldest, everyone, added, rows)
         graph, call = self.left[oldest].graph, [oldest, *(order for order, behind in company if not behind)]
         if may_wait and (late := [(-behind, order) for order, behind in company if behind]):

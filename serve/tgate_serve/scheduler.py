@@ -5,8 +5,8 @@ the names of the graphs that it still runs.
 
 **Who goes first.** Images are ordered by age, a priority being a head start of so many places. A tick is the oldest's
 of those that have a row or find one free, and :mod:`tgate_serve.line` says who comes along. An image is given a row
-when it takes its first step, and keeps it. The last free row of a size is for the oldest. The oldest waits for others
-at most ``patience`` times as often as it has steps.
+when it takes its first step, and keeps it. The last free row of a size is for the oldest, if it has none. The oldest
+waits for others at most ``patience`` times as often as it has steps.
 
 **What is promised.** An image that :meth:`Scheduler.submit` has taken is through after
 
@@ -120,8 +120,9 @@ class Scheduler:
     """
 
     def __init__(self, rooms: Mapping[str, Room], *, queue: int = 64, patience: int = 8) -> None:
-        """``rooms``: what there is of each size. ``queue``: how many images may wait. ``patience``: how often the
-        oldest image may wait for others, for each of its steps; 0 is strictly by age. Raises :class:`RequestError`."""
+        """``rooms``: what there is of each size. ``queue``: how many images may wait beside those that there are rows
+        for. ``patience``: how often the oldest image may wait for others, for each of its steps; 0 is strictly by age.
+        Raises :class:`RequestError`."""
         if not rooms or queue < 1 or patience < 0:
             raise RequestError(
                 f"a scheduler needs a size, a queue of at least 1 and a patience of at least 0; got {len(rooms)} "
@@ -159,7 +160,7 @@ class Scheduler:
     def submit(self, jobs: Sequence[Job]) -> tuple[int, ...]:
         """Take the images of one request, all of them or none; a ticket for each, in their order.
 
-        Images that find a row at the next tick need no place in the queue. Raises :class:`Busy` where there is no room,
+        Images that there are free rows for need no place in the queue. Raises :class:`Busy` where there is no room,
         and :class:`RequestError` for a size that is not there, an image without a step, or a request that is larger
         than queue and rows together.
         """

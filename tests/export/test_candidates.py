@@ -31,6 +31,7 @@ def test_every_candidate_is_a_program_of_its_own_that_runs(bundle: Bundle) -> No
     gates = {plan.settings["m"] for plan in found.plans.values()}
     assert gates == set(range(1, 9))
     assert "m=8" not in found.plans  # which is the ungated one
+    assert not [label for label in found.plans if "f=" in label and "r=" in label]  # `tgate plan` refuses them
     assert set(found.start) <= found.plans.keys()
 
 

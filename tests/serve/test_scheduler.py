@@ -304,15 +304,20 @@ def test_an_image_is_given_a_row_with_its_first_step() -> None:
     assert [tick.tickets for tick in made] == [(0, 2), (0, 2), (1,)]
 
 
-def test_the_last_row_is_for_the_oldest() -> None:
-    """Whoever else comes along finds one besides."""
-    scheduler = Scheduler({"s": room(rows=3)})
+@pytest.mark.parametrize(("rows", "runs"), [(1, [(0,)] * 9 + [(1,)] * 10), (2, [(1,)] + [(0, 1)] * 9)])
+def test_the_last_row_is_for_the_oldest(rows: int, runs: list[tuple[int, ...]]) -> None:
+    """Whoever catches up with it before its first step finds one besides."""
+    scheduler = Scheduler({"s": room(rows=rows)})
+    scheduler.submit([job("f" * 9), job("g" + "f" * 9)])
+    assert [tick.tickets for tick in ticks(scheduler)] == runs
+
+
+def test_the_last_row_is_anybodys_once_the_oldest_has_its_own() -> None:
+    scheduler = Scheduler({"s": room(rows=2)})
     (first,) = scheduler.submit([job("f" + "c" * 9)])
     taken(scheduler)
-    second, third = scheduler.submit([job("f" + "c" * 9), job("f" + "c" * 8)])
-    assert taken(scheduler).tickets == (second,)
-    scheduler.cancel(first)
-    assert taken(scheduler).joined == (third,)
+    second, _ = scheduler.submit([job("f" + "c" * 9), job("f" + "c" * 8)])
+    assert [taken(scheduler).tickets for _ in range(2)] == [(second,), (first, second)]
 
 
 # --- priorities, deadlines, cancels -------------------------------------------------------------
@@ -346,8 +351,8 @@ def test_a_cancelled_image_frees_its_row_and_touches_nobody() -> None:
     assert scheduler.ahead(third) == 0
     assert scheduler.cancel(first)
     tick = taken(scheduler)
-    assert (tick.tickets, tick.joined) == ((second,), ())  # the free row is kept for the oldest that has none
-    assert [tick.tickets for tick in ticks(scheduler)] == [(second,)] * 2 + [(third,)] * 4
+    assert (tick.tickets, tick.joined) == ((second, third), (third,))
+    assert [tick.tickets for tick in ticks(scheduler)] == [(second, third)] * 2 + [(third,)]
 
 
 def test_the_place_in_the_queue() -> None:

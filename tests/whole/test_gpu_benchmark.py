@@ -114,7 +114,8 @@ def test_aims_are_judged_by_the_fastest_engine_on_a_gpu() -> None:
         "sdxl/peers": {"status": "ok", "ms": {"aoti ungated": 900.0, "torch.compile": 900.0}},
     }
     found = {"settings": {"device": "cuda"}, "engines": {"ort-cuda": {}, "aoti": {}}, "sections": sections}
-    assert [(aim["verdict"], aim["got"]) for aim in aims(found)] == [("met", 500), ("met", 900.0), ("missed", 1.2)]
+    judged = [(aim["verdict"], aim["got"]) for aim in aims(found) if aim["verdict"] != "open"]
+    assert judged == [("met", 500), ("met", 900.0), ("missed", 1.2)]
     found["settings"] = {"device": "cpu"}
     assert {aim["verdict"] for aim in aims(found)} == {"open"}
 

@@ -35,7 +35,7 @@ from tgate_engine.atomic import write_atomically
 from tgate_engine.bundle import Bundle
 from tgate_engine.plan import Plan
 from tgate_export.methods import find_method
-from tgate_export.methods.base import Settings
+from tgate_export.methods.base import Settings, settings_of
 from tgate_export.plans import make_plans, sampler_of
 from tgate_runtime.benchmark import cpu_model
 from tgate_runtime.pipeline import Pipeline
@@ -78,18 +78,15 @@ def forecast_rows(bundle: Bundle, intervals: Sequence[int]) -> dict[str, Plan]:
     for interval in intervals:
         told = replace(own, forecast_interval=interval)
         calls = own.steps - len(told.left_out())
-        fewer = replace(own, steps=calls, gate=max(1, round(own.gate * calls / own.steps)))
+        gate = max(1, round(own.gate * calls / own.steps))
+        fewer = replace(own, steps=calls, gate=gate, forecast_interval=1)
         plans += [_plans(bundle, sampler, told, method="forecast")["other"], _plans(bundle, sampler, told)["other"]]
         plans += [each for name, each in _plans(bundle, sampler, fewer).items() if name in ("other", "other.ungated")]
     return {f"{_label(plan)}, {len(plan.steps)} calls": plan for plan in plans}
 
 
 def _settings(bundle: Bundle) -> Settings:
-    facts = bundle.manifest.plan("default").settings
-    n, m, k, w, f = (
-        int(facts.get(name) or least) for name, least in (("n", 1), ("m", 1), ("k", 1), ("w", 0), ("f", 1))
-    )
-    return Settings(steps=n, gate=m, self_interval=k, warm_up=w, fidelity_interval=f)
+    return settings_of(bundle.manifest.plan("default").settings)
 
 
 def _plans(bundle: Bundle, sampler: str, settings: Settings, *, method: str | None = None) -> dict[str, Plan]:
@@ -128,7 +125,7 @@ def draw(pipe: Pipeline, plan: Plan, captions: list[str], seed: int, workers: in
         return np.stack(list(pool.map(one, range(len(captions)))))
 
 
-def settings_of(pipe: Pipeline, plans: Mapping[str, Plan], count: int, seed: int, workers: int) -> dict[str, Any]:
+def conditions(pipe: Pipeline, plans: Mapping[str, Plan], count: int, seed: int, workers: int) -> dict[str, Any]:
     """What a measurement holds for."""
     session = pipe.session
     manifest = session.manifest
@@ -170,7 +167,7 @@ def measure(
     """
     captions = evaluation_captions(count)
     with Pipeline.open(bundle, engine=engine, precision=precision, plans=[*plans.values()], threads=1) as pipe:
-        settings = settings_of(pipe, plans, count, seed, workers)
+        settings = conditions(pipe, plans, count, seed, workers)
         before = json.loads(output.read_text()) if output.is_file() else {}
         result = before if before.get("settings") == settings else {"settings": settings, "rows": {}}
         first: Pictures | None = None

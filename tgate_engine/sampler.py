@@ -137,7 +137,7 @@ class Sampler:
     """A whole sampler for one number of steps. Immutable and safe to share between threads.
 
     ``name``: what the user asked for, such as ``dpmpp_2m``.
-    ``steps``: n, the inference steps the user asked for.
+    ``steps``: n, the inference steps the user asked for; where calls are forecast, those that are left of them.
     ``initial_scale``: standard normal noise times this is x_0 (diffusers calls it init_noise_sigma).
     ``calls``: one entry per network call, n of them or, for PNDM, n + 1.
     ``lead_in``: calls before the method's rules begin, ``len(calls) - steps``.

@@ -12,7 +12,7 @@ from tgate_engine.errors import MethodError, PlanError
 from tgate_engine.plan import Call, Plan
 from tgate_engine.plan_build import build_plan
 from tgate_engine.sampler import Fact, Sampler
-from tgate_export.methods.base import Method, Settings, guidance_stopped, ungated
+from tgate_export.methods.base import Method, Settings, guidance_stopped, settings_of, ungated
 from tgate_export.methods.forecast.fold import FORECAST_OF, forecast
 from tgate_export.plans import make_plans, method_of, sampler_of
 
@@ -59,7 +59,7 @@ class Candidates:
         made = make_plans(
             name,
             self.method,
-            _settings_of(plan),
+            settings_of(plan.settings),
             sampler=self.sampler,
             guidance_scale=plan.guidance_scale,
             guided=manifest.guided,
@@ -176,9 +176,3 @@ def _label(settings: Settings, *, stopped: bool) -> str:
     if settings.forecast_interval > 1:
         words.append(f"r={settings.forecast_interval}")
     return " ".join(words)
-
-
-def _settings_of(plan: Plan) -> Settings:
-    least = {"n": 1, "m": 1, "k": 1, "w": 0, "f": 1, "r": 1}
-    n, m, k, w, f, r = (int(plan.settings.get(name) or value) for name, value in least.items())
-    return Settings(steps=n, gate=m, self_interval=k, warm_up=w, fidelity_interval=f, forecast_interval=r)

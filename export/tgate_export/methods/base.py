@@ -222,6 +222,13 @@ class Method(ABC):
             )
 
 
+def settings_of(facts: Mapping[str, Fact]) -> Settings:
+    """The settings that :meth:`Method.facts` told; what a method does not take is as it is where nothing is reused."""
+    least = {"n": 1, "m": 1, "k": 1, "w": 0, "f": 1, "r": 1}
+    n, m, k, w, f, r = (int(facts.get(name) or value) for name, value in least.items())
+    return Settings(steps=n, gate=m, self_interval=k, warm_up=w, fidelity_interval=f, forecast_interval=r)
+
+
 def ungated(steps: int, lead_in: int = 0) -> tuple[Call, ...]:
     """Nothing reused, guidance throughout."""
     return (Call(PLANNING, FULL),) * (lead_in + steps)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tgate_engine.errors import MethodError
 from tgate_export.methods import METHODS, find_method
-from tgate_export.methods.base import Settings, guidance_stopped, ungated
+from tgate_export.methods.base import Settings, guidance_stopped, settings_of, ungated
 
 DEFAULTS = {"k": 5, "w": 2}
 
@@ -119,3 +119,11 @@ def test_settings_that_ask_for_reuse_and_bring_none_are_told(name: str, settings
     told = find_method(name).idle(settings)
     assert told.startswith(says)
     assert bool(told) == bool(says)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_facts_say_what_the_settings_were(name: str) -> None:
+    method = find_method(name)
+    named = {letter: value for letter, value in {"k": 3, "w": 1}.items() if letter in method.takes}
+    settings = method.settings(steps=12, gate=6, r=2, defaults={}, **named)
+    assert settings_of(method.facts(settings)) == settings

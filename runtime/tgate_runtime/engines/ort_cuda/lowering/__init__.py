@@ -14,6 +14,8 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
+from tgate_runtime.engines.ort_cuda.lowering.attentions import lower_attentions
+from tgate_runtime.engines.ort_cuda.lowering.carries import lower_carries
 from tgate_runtime.engines.ort_cuda.lowering.convolutions import lower_convolutions
 from tgate_runtime.engines.ort_cuda.lowering.edits import CONTRIB
 from tgate_runtime.engines.ort_cuda.lowering.feed_forwards import lower_feed_forwards
@@ -23,6 +25,7 @@ from tgate_runtime.engines.ort_cuda.lowering.layouts import settle_layouts
 from tgate_runtime.engines.ort_cuda.lowering.residuals import lower_residuals
 from tgate_runtime.engines.ort_cuda.lowering.shapes import fix_shapes, know_shapes
 from tgate_runtime.engines.ort_cuda.lowering.skips import lower_skips
+from tgate_runtime.engines.ort_cuda.lowering.sums import lower_sums
 
 PASSES = (
     fix_shapes,
@@ -31,9 +34,13 @@ PASSES = (
     settle_layouts,
     lower_skips,
     lower_feed_forwards,
+    lower_carries,
     lower_residuals,
+    lower_sums,
+    lower_attentions,
 )
-"""In this order: layouts settle what the two before them leave between NCHW and NHWC, and skips are seen in NHWC."""
+"""In this order: layouts settle what the two before them leave between NCHW and NHWC, and skips are seen in NHWC;
+carries leave a bias to residuals, and residuals leave to sums what no normalization follows."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from tgate_engine.errors import EngineError
 from tgate_runtime.cache import digest_of
 from tgate_runtime.engines import aoti
 from tgate_runtime.engines.aoti import Aoti, AotiExecutable, TorchBuffer
+from tgate_runtime.engines.aoti.inductor import flags
 from tgate_runtime.engines.protocol import EngineOptions
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these are the numbers of a CPU")
@@ -85,7 +86,7 @@ def test_weights_never_become_code(tmp_path: Path) -> None:
     x, other = torch.randn(8, 8), Short(torch.randn)
     program = torch.export.export(Short(torch.ones), (x,))
     path = str(tmp_path / "short.pt2")
-    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=Aoti(EngineOptions()).flags())
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=flags(channels_last=False))
     model = torch._inductor.aoti_load_package(path)
     model.load_constants(dict(other.named_buffers()), check_full_update=True, user_managed=True)
     torch.testing.assert_close(model(x), other(x))
@@ -303,10 +304,10 @@ def test_options_are_settled() -> None:
 def test_flags_that_this_pytorch_has_not_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch 2.11 has no enable_line_tables, and raises for settings that it does not know."""
     monkeypatch.setattr(torch._inductor, "config", SimpleNamespace(**{"aot_inductor.compile_wrapper_opt_level": "O1"}))
-    flags = Aoti(EngineOptions()).flags()
-    assert flags["aot_inductor.compile_wrapper_opt_level"] == "O0"
-    assert "aot_inductor.enable_line_tables" not in flags
-    assert flags["always_keep_tensor_constants"]  # what results depend on is never left out
+    settings = flags(channels_last=False)
+    assert settings["aot_inductor.compile_wrapper_opt_level"] == "O0"
+    assert "aot_inductor.enable_line_tables" not in settings
+    assert settings["always_keep_tensor_constants"]  # what results depend on is never left out
 
 
 def test_float32_is_float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

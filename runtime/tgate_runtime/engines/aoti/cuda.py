@@ -38,6 +38,7 @@ class Gpu:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._keeper: tuple[Any, Any] | None = None
+        self._failed: list[Any] = []
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -80,18 +81,15 @@ class Gpu:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             work()
-        except BaseException:
-            self._give_up(graph)
-            raise
-        try:
             graph.capture_end()
         except BaseException:
-            self._give_up(graph)
+            self._leave(graph)
             raise
         return graph
 
-    def _give_up(self, graph: Any) -> None:
-        """Leave a capture that failed, so that the stream and the allocator are as they were."""
+    def _leave(self, graph: Any) -> None:
+        """Leave a capture that failed, as far as it was begun, so that stream and allocator are as they were."""
+        self._failed.append(graph)  # allocators may go on asking it whether a stream is being captured
         with contextlib.suppress(Exception):
             graph.capture_end()
         with contextlib.suppress(Exception):

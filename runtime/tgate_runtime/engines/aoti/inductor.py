@@ -76,19 +76,16 @@ def working_in(directory: Path) -> Iterator[None]:
 
 
 def keep(files: Sequence[str], directory: Path) -> None:
-    """Move what a graph needs to run, of what was made of it, into ``directory``: the library, and the kernels for a
-    GPU that it looks for beside it, by the names that they have.
-
-    Raises :class:`EngineError` for a graph with operators that Inductor leaves to PyTorch's interpreter.
-    """
+    """Move what a graph needs to run, of what was made of it, into ``directory``: the library, and what it looks for
+    beside it: the kernels for a GPU, and a list of the operators that it leaves to PyTorch, where there are any."""
     paths = [Path(file) for file in files]
     (library,) = (path for path in paths if path.suffix == ".so")
-    if any(path.with_suffix(".json") in paths for path in paths if path.suffix == ".cpp"):
-        raise EngineError("it has an operator that AOTInductor has no code for; take another engine")
     library.rename(directory / LIBRARY)
     for path in paths:
         if path.suffix not in (".so", ".cpp", ".json"):
             path.rename(directory / path.name)
+        elif path.suffix == ".json" and path.with_suffix(".cpp") in paths:
+            path.rename((directory / LIBRARY).with_suffix(".json"))
 
 
 def check_compiler() -> None:

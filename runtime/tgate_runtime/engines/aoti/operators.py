@@ -73,7 +73,8 @@ def _conv(a: Attributes, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Te
 
 
 def _gather(a: Attributes, x: Tensor, index: Tensor) -> Tensor:
-    return x[(slice(None),) * (a.get("axis", 0) % x.ndim) + (index,)]
+    # Not x[..., index]: Python would ask a GPU for the number that a tensor without dimensions holds.
+    return torch.ops.aten.index(x, [None] * (a.get("axis", 0) % x.ndim) + [index])
 
 
 def _group_norm(a: Attributes, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ takes; what it does not know, or the kernel would refuse, stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -52,16 +52,23 @@ class Lowered:
     weights: Mapping[str, Laid]
 
 
-def lower(data: bytes) -> Lowered:
+def lower(data: bytes, outputs: Collection[str] | None = None) -> Lowered:
     """The graph of an ONNX file's bytes, which :func:`~tgate_runtime.graph_check.read_graphs` has let through.
 
-    Where no rewrite changes anything, ``data`` comes back as it is.
+    ``outputs``: which of its outputs are wanted, if not all; what only the others need is left out. Where no rewrite
+    changes anything, ``data`` comes back as it is.
     """
     proto = onnx.load_model_from_string(data)
     model = ir.from_proto(proto)
     ends = {value.name: value.shape for value in (*model.graph.inputs, *model.graph.outputs)}
     know_shapes(model.graph, proto)
-    if sum(rewrite(model.graph) for rewrite in PASSES):
+    changes = 0
+    if outputs is not None and (unwanted := [v for v in model.graph.outputs if v.name not in outputs]):
+        for value in unwanted:
+            model.graph.outputs.remove(value)
+        RemoveUnusedNodesPass()(model)
+        changes = len(unwanted)
+    if changes + sum(rewrite(model.graph) for rewrite in PASSES):
         CommonSubexpressionEliminationPass()(model)
         RemoveUnusedNodesPass()(model)
         if any(node.domain == CONTRIB for node in model.graph):

@@ -78,7 +78,7 @@ def working_in(directory: Path) -> Iterator[None]:
 def keep(files: Sequence[str], directory: Path) -> None:
     """Move what a graph needs to run, of what was made of it, into ``directory``: the library, and what it looks for
     beside it: the kernels for a GPU, and a list of the operators that it leaves to PyTorch, where there are any."""
-    paths = [Path(file) for file in files]
+    paths = [Path(file) for file in dict.fromkeys(files)]
     (library,) = (path for path in paths if path.suffix == ".so")
     library.rename(directory / LIBRARY)
     for path in paths:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import helper
-from torch._inductor import cpp_builder
+from torch._inductor import async_compile, cpp_builder
 from torch._inductor.runtime import cache_dir_utils
 
 from tests.runtime.engines.convolved import Convolved
@@ -32,7 +32,7 @@ from tgate_runtime.engines import aoti
 from tgate_runtime.engines.aoti import Aoti, AotiExecutable, TorchBuffer
 from tgate_runtime.engines.aoti import graph as graph_code
 from tgate_runtime.engines.aoti.graph import Read
-from tgate_runtime.engines.aoti.inductor import flags
+from tgate_runtime.engines.aoti.inductor import flags, working_in
 from tgate_runtime.engines.aoti.operators import OPERATORS
 from tgate_runtime.engines.protocol import EngineOptions
 
@@ -359,6 +359,19 @@ def test_compilers_work_where_nobody_else_can_reach(
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
     assert [os.environ.get(name) for name in names] == [before] * 3
     assert tempfile.gettempdir() == temporary
+
+
+def test_the_processes_that_compile_begin_anew_in_each_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's kernels are compiled by processes that stay, and would go on to a directory that is gone."""
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 2)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        with working_in(tmp_path / name):
+            told = async_compile.AsyncCompile.process_pool().submit(tempfile.gettempdir).result(60)
+        assert told == str(tmp_path / name)
+        (tmp_path / name).rmdir()
 
 
 FULL = """

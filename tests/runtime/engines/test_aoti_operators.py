@@ -124,8 +124,8 @@ def weights(small: Small) -> Weights:
 def agree(
     path: Path, weights: Weights, nodes: Sequence[Any], inputs: Sequence[Any], initializers: Sequence[Any]
 ) -> None:
-    """Run those nodes in both, on inputs x0, x1, …; the last node's outputs begin with y. What ``torch.export`` makes of
-    them has to give the same, which is what is compiled."""
+    """Run those nodes in both, on inputs x0, x1, …; the last node's outputs begin with y. What ``torch.export`` makes
+    of them, which is what is compiled, has to give the same."""
     arrays = {f"x{i}": array for i, array in enumerate(inputs)}
     specs = [tensor(name, *array.shape, dtype=str(array.dtype)) for name, array in arrays.items()]
     names = [name for name in nodes[-1].output if name.startswith("y")]

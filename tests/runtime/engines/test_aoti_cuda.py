@@ -157,7 +157,7 @@ def test_a_bundle_in_float32(tmp_path: Path, precision: Any) -> None:
     write(buffers, inputs)
     bound(graph, buffers, 0, 2)()
     got = read(buffers, own.spec, 0, 2)
-    own.assert_close(got, inputs, 1e-5 if precision is None else 3e-2)
+    own.assert_close(got, inputs, 1e-4 if precision is None else 3e-2)
     if precision is not None:
         want = own.expected(inputs)["next_latents"]
         assert np.abs(got["next_latents"] - want).max() > 1e-5  # it was computed in less than float32

@@ -38,7 +38,7 @@ from tgate_runtime.engines.aoti import inductor as inductor_code
 from tgate_runtime.engines.aoti import operators as operator_code
 from tgate_runtime.engines.aoti.cuda import Gpu
 from tgate_runtime.engines.aoti.graph import OnnxModule, Read, Weights, trace
-from tgate_runtime.engines.aoti.inductor import LIBRARY, check_compiler, flags, keep, working_in
+from tgate_runtime.engines.aoti.inductor import LIBRARY, check_compiler, flags, keep, start_compilers, working_in
 from tgate_runtime.engines.compiled import entries, interface_key, ready_entries
 from tgate_runtime.engines.protocol import Buffer, EngineOptions, OnBuild, check_buffers, fitted, matched, row_shape
 from tgate_runtime.graph_check import read_graphs
@@ -283,6 +283,8 @@ class Aoti:
         try:
             with warnings.catch_warnings(), torch.no_grad(), working_in(work):
                 warnings.simplefilter("ignore")
+                if self.device.type == "cuda":
+                    start_compilers()
                 program = trace(module, self.device)
                 arguments, named = program.example_inputs
                 files = torch._inductor.aot_compile(

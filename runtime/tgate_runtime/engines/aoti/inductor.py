@@ -75,10 +75,18 @@ def working_in(directory: Path) -> Iterator[None]:
                     os.environ[name] = value
 
 
+def start_compilers() -> None:
+    """Start the processes that compile for Triton, on as many cores as there are; they take seconds, and until they are
+    ready kernels are compiled here, one by one. To be called inside :func:`working_in`, which ends them."""
+    from torch._inductor import async_compile
+
+    async_compile.maybe_warm_pool()
+
+
 def keep(files: Sequence[str], directory: Path) -> None:
     """Move what a graph needs to run, of what was made of it, into ``directory``: the library, and what it looks for
     beside it: the kernels for a GPU, and a list of the operators that it leaves to PyTorch, where there are any."""
-    paths = [Path(file) for file in files]
+    paths = [Path(file) for file in dict.fromkeys(files)]
     (library,) = (path for path in paths if path.suffix == ".so")
     library.rename(directory / LIBRARY)
     for path in paths:

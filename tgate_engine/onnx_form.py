@@ -252,9 +252,7 @@ class _Check:
         name, entries = tensor.name, [(entry.key, entry.value) for entry in tensor.external_data[:4]]
         place = dict(entries)
         if len(entries) != 3 or place.keys() != {"location", "offset", "length"} or tensor.HasField("raw_data"):
-            self.refuse(
-                f"has weight {name!r:.60} with {entries!r:.120}; a location, an offset and a length are wanted"
-            )
+            self.refuse(f"has weight {name!r:.60} with {entries!r:.120}; a location, an offset and a length are wanted")
         if place["location"] != self._weights_file or not self._weights_file:
             self.refuse(
                 f"has weight {name!r:.60} in {place['location']!r:.60}; weights lie in {self._weights_file!r} alone"

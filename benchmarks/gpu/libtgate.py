@@ -116,7 +116,8 @@ def _told(whole: list[float], steps: list[tuple[str, float]]) -> dict[str, Any]:
         "loops_ms": whole,
         "step_ms": {"p50": float(np.quantile(every, 0.5)), "p99": float(np.quantile(every, 0.99))},
         "graph_ms": {
-            name: {"p50": float(np.quantile(ms, 0.5)), "p99": float(np.quantile(ms, 0.99))} for name, ms in graphs.items()
+            name: {"p50": float(np.quantile(ms, 0.5)), "p99": float(np.quantile(ms, 0.99))}
+            for name, ms in graphs.items()
         },
     }
 
@@ -192,14 +193,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--library", type=Path, default=BUILT, help="libtgate.so")
-    parser.add_argument("--onnxruntime", type=Path, help="libonnxruntime.so.1.*, where the wheel that is installed has none")
+    parser.add_argument(
+        "--onnxruntime", type=Path, help="libonnxruntime.so.1.*, where the wheel that is installed has none"
+    )
     parser.add_argument("--engine", default="ort-cuda", choices=("ort-cuda", "ort-cpu"))
     parser.add_argument("--hosts", default=",".join(HOSTS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warm-ups", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--stub", action="store_true", help="over the tests' stub of CUDA: no GPU is asked for its memory")
+    parser.add_argument(
+        "--stub", action="store_true", help="over the tests' stub of CUDA: no GPU is asked for its memory"
+    )
     parser.add_argument("--host", help=argparse.SUPPRESS)
     parser.add_argument("--latents", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -114,7 +114,15 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.c: Any = ctypes.CDLL(str(path))
-        texts = ("version", "error_text", "bundle_plan", "bundle_size", "session_engine", "session_advice", "request_cut")
+        texts = (
+            "version",
+            "error_text",
+            "bundle_plan",
+            "bundle_size",
+            "session_engine",
+            "session_advice",
+            "request_cut",
+        )
         for name in texts:
             getattr(self.c, f"tgate_{name}").restype = c_char_p
         for name in ("pool_bytes", "pool_moved_images"):

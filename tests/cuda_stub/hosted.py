@@ -2,7 +2,7 @@
 
     python -m tests.cuda_stub.hosted LIBTGATE ONNXRUNTIME BUNDLE PLAN
 
-over the stub. Draws twice with CUDA graphs, then makes a second request, and prints what each asked as JSON.
+over the stub. Draws with CUDA graphs, begins once more, makes room for a second request, and prints what each asked as JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.cpp.library import Bundle, Library, Request, Session
+from tests.cpp.library import Bundle, Library, Pool, Request, Session
 from tests.cuda_stub.log import Event, Kind, of, recorded
 
 
@@ -54,14 +54,19 @@ def main() -> None:
     with recorded() as stepping:
         request.step()
     with recorded() as again:
-        other = Request(session, plan=plan, tensors=given, seed=1)
+        pool = Pool(session, 1, plans=[plan])
+    buffers_bytes = pool.bytes
     with recorded() as releasing:
-        other.close()
+        pool.close()
         request.close()
         session.close()
     assert "onnxruntime" not in sys.modules
     found = {"loading": loading, "binding": binding, "stepping": stepping, "again": again, "releasing": releasing}
-    print(json.dumps({"advice": advice, **{name: told(events) for name, events in found.items()}}))
+    print(
+        json.dumps(
+            {"advice": advice, "buffers_bytes": buffers_bytes, **{name: told(events) for name, events in found.items()}}
+        )
+    )
 
 
 if __name__ == "__main__":

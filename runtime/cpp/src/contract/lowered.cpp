@@ -86,6 +86,14 @@ void permute(const std::vector<std::int64_t>& shape, const std::vector<std::int6
   }
 }
 
+/// What a lowered graph calls a weight that is laid so: the index says twice how, and the graph, whose digest is known,
+/// once more.
+std::string name_of(const Laid& laid) {
+  std::string name = laid.source + ":";
+  for (const std::int64_t dimension : laid.order) name += std::to_string(dimension);
+  return laid.order.empty() ? name + "float32" : name;
+}
+
 }  // namespace
 
 Placed place_of(const Laid& laid, const Places& places) {
@@ -180,6 +188,9 @@ std::optional<LoweredGraph> LoweredGraphs::find(const Bundle& bundle, const Grap
   }
   Places all = places;
   for (const auto& [own, laid] : graph.weights) {
+    if (own != name_of(laid)) {
+      refuse(bundle, spec.file + ", lowered, lays '" + shown(name_of(laid), 60) + "' as '" + shown(own, 60) + "'");
+    }
     if (!all.emplace(own, place_of(laid, places)).second) {
       refuse(bundle, spec.file + ", lowered, lays a weight as '" + shown(own, 60) + "', which the weight file has too");
     }

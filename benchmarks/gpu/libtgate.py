@@ -1,12 +1,13 @@
-"""libtgate's ``ort-cuda`` beside the Python one, on a bundle: whole loops and steps, with CUDA graphs and without, and whether
-the latents are the same.
+"""libtgate's ``ort-cuda`` beside the Python one, on a bundle: whole loops and steps, with CUDA graphs and without, and
+whether the latents are the same.
 
     make cpp && python -m benchmarks.gpu.libtgate BUNDLE --output FILE
     python -m benchmarks.gpu.libtgate BUNDLE --library libtgate.so --onnxruntime libonnxruntime.so.1.31.1
 
-Graphs are lowered into the bundle's folder first, as ``tgate build`` does. Each host has a process of its own; libtgate's is
-this file with NumPy and ctypes, and no onnxruntime of Python's. CUDA's libraries are found as ``nvidia`` packages, in
-``$CUDA_HOME`` and by ``$LD_LIBRARY_PATH``. ``--engine ort-cpu`` is a rehearsal, which needs no GPU: no host has CUDA graphs there.
+Graphs are lowered into the bundle's folder first, as ``tgate build`` does. Each host has a process of its own;
+libtgate's is this file with NumPy and ctypes, and no onnxruntime of Python's. CUDA's libraries are found as ``nvidia``
+packages, in ``$CUDA_HOME`` and by ``$LD_LIBRARY_PATH``. ``--engine ort-cpu`` is a rehearsal, which needs no GPU: no
+host has CUDA graphs there.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             if turn >= args.warm_ups:
                 whole[name].append((time.perf_counter() - begin) * 1e3)
                 steps[name] += taken
-    np.savez(args.latents, **{name: latents(name) for name in names})
+    drawn: dict[str, Any] = {name: latents(name) for name in names}
+    np.savez(args.latents, **drawn)
     told["held_mib"] = held_bytes("cuda" if args.engine == "ort-cuda" and not args.stub else "cpu") / 2**20
     told["plans"] = {name: _told(whole[name], steps[name]) for name in names}
     return told
@@ -147,7 +149,8 @@ def lowered(path: Path) -> float:
 
 @contextlib.contextmanager
 def beside_its_providers(library: Path | None) -> Iterator[Path]:
-    """ONNX Runtime's library in one folder with its providers, which it looks for there: links, where it lies elsewhere."""
+    """ONNX Runtime's library in one folder with its providers, which it looks for there: links, where it lies
+    elsewhere."""
     package = importlib.util.find_spec("onnxruntime")
     if package is None or package.origin is None:
         raise SystemExit("onnxruntime-gpu is not installed here")

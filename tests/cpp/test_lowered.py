@@ -1,5 +1,5 @@
-"""libtgate takes the lowered graphs that `tgate build` left, lays weights as Python does, and refuses by name what is stale
-or damaged."""
+"""libtgate takes the lowered graphs that `tgate build` left, lays weights as Python does, and refuses by name what is
+stale or damaged."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""What libtgate's ``ort-cuda`` asks of the GPU, in a process without Python's onnxruntime, whose library is another copy:
+"""What libtgate's ``ort-cuda`` asks of the GPU, in a process without Python's onnxruntime, whose library is another
+copy:
 
     python -m tests.cuda_stub.hosted LIBTGATE ONNXRUNTIME BUNDLE PLAN
 
-over the stub. Draws with CUDA graphs, begins once more, makes room for a second request, and prints what each asked as JSON.
+over the stub. Draws with CUDA graphs, begins once more, makes room for a second request, and prints what each asked as
+JSON.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.cpp.library import Bundle, Library, Pool, Request, Session
 from tests.cuda_stub.log import Event, Kind, of, recorded
 
 
-def told(events: Sequence[Event]) -> dict[str, Any]:
+def told(events: list[Event]) -> dict[str, Any]:
     """Events, as JSON has them: in which order which kinds came, what was captured, and how much was moved."""
     captures: list[Counter[str]] = []
     for event in events:

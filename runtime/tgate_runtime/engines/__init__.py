@@ -18,8 +18,8 @@ class EngineEntry:
     """An engine of :data:`ENGINES`: the file and class it is in, the extra that brings what it needs, what it runs on.
 
     ``needs``: the least version of each distribution that it may take, as that extra says; what is not installed may be
-    there in another way, which importing it tells. ``builder``: the file and class of what builds for it where it cannot
-    run itself; itself if empty.
+    there in another way, which importing it tells. ``builder``: the file and class of what builds for it where it
+    cannot run; itself if empty.
     """
 
     name: str
@@ -37,8 +37,10 @@ class EngineEntry:
 
     def open_builder(self, options: EngineOptions) -> Builder:
         """The same of what builds for it."""
+        if not self.builder:
+            return self.open(options)
         module, _, cls = self.builder.rpartition(".")
-        builder: Builder = self._make(module or self.module, cls or self.cls, options)
+        builder: Builder = self._make(module, cls, options)
         return builder
 
     def _make(self, module: str, cls: str, options: EngineOptions) -> Any:

@@ -145,9 +145,9 @@ class Builder(Protocol):
     def version(self) -> str: ...
 
     def build(self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None) -> Mapping[str, Path]:
-        """Compile what :meth:`Engine.load` would have to compile, into the engine cache, and what libtgate's engine of the
-        name takes from here, into the bundle's folder: what is there now, by the graphs' files. Nothing for an engine that
-        compiles nothing ahead of time. Raises as :meth:`Engine.load` does."""
+        """Compile what :meth:`Engine.load` would have to compile, into the engine cache, and what libtgate's engine of
+        the name takes from here, into the bundle's folder: what is there now, by the graphs' files. Nothing for an
+        engine that compiles nothing ahead of time. Raises as :meth:`Engine.load` does."""
 
 
 class Engine(Builder, Protocol):

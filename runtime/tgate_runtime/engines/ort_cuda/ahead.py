@@ -1,13 +1,14 @@
 """What libtgate's ``ort-cuda`` takes from Python: a bundle's graphs, lowered, in a folder of the bundle's own.
 
-Lowering takes ``onnx`` and ``onnx-ir``, which a host without Python has not. So ``tgate build`` does it where Python is, and
-needs no GPU for it. What it writes is no part of the bundle: the manifest lists none of it, every engine but libtgate's
-leaves it alone, and a copy without it works. It lies in the bundle's folder and not in the engine cache because it goes
-where the bundle goes; unlike an entry of the cache it is no code, and libtgate checks it as it does the bundle's graphs.
+Lowering takes ``onnx`` and ``onnx-ir``, which a host without Python has not. So ``tgate build`` does it where Python
+is, and needs no GPU for it. What it writes is no part of the bundle: the manifest lists none of it, every engine but
+libtgate's leaves it alone, and a copy without it works. It lies in the bundle's folder and not in the engine cache
+because it goes where the bundle goes; unlike an entry of the cache it is no code, and libtgate checks it as it does the
+bundle's graphs.
 
-``engines/ort-cuda/lowered.json`` holds ``version``, and for each graph's file its digest in the manifest (``source``), the
-digest of its lowered file (``lowered``), which is also that one's name, and ``weights``: what it reads that does not lie so in
-the weight file, by its name in the graph.
+``engines/ort-cuda/lowered.json`` holds ``version``, and for each graph's file its digest in the manifest (``source``),
+the digest of its lowered file (``lowered``), which is also that one's name, and ``weights``: what it reads that does
+not lie so in the weight file, by its name in the graph.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class OrtCudaBuilder:
         """The graphs, lowered, into the bundle's folder: the files there, by the graphs' own. What lies there of other
         graphs of the bundle stays; what fits it no longer goes.
 
-        Raises :class:`BundleError` for a graph that is not let through, and :class:`EngineError` for one that ONNX Runtime
-        has no kernels for, or where nothing can be written there.
+        Raises :class:`BundleError` for a graph that is not let through, and :class:`EngineError` for one that ONNX
+        Runtime has no kernels for, or where nothing can be written there.
         """
         files, weights_file = read_graphs(bundle, graphs), bundle.manifest.weights
         places = read_places(bundle.file(weights_file)) if weights_file else {}
@@ -131,8 +132,8 @@ def _entries(bundle: Bundle, folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _writable(bundle: Bundle) -> Iterator[Path]:
-    """The folder, made where it is missing, within the bundle's own and not by a link. Raises :class:`EngineError` where
-    nothing can be written there."""
+    """The folder, made where it is missing, within the bundle's own and not by a link. Raises :class:`EngineError`
+    where nothing can be written there."""
     folder = bundle.path / FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +144,6 @@ def _writable(bundle: Bundle) -> Iterator[Path]:
         raise
     except OSError as error:
         raise EngineError(
-            f"{shown(str(folder))} cannot be written ({error.strerror or error}); build in a copy of the bundle that is "
-            "yours"
+            f"{shown(str(folder))} cannot be written ({error.strerror or error}); build in a copy of the bundle that "
+            "is yours"
         ) from None

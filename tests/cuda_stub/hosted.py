@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ def main() -> None:
     request.step()
     with recorded() as stepping:
         request.step()
+    with ThreadPoolExecutor(1) as another:
+        elsewhere = str(another.submit(request.step).exception())
     with recorded() as again:
         pool = Pool(session, 1, plans=[plan])
     buffers_bytes = pool.bytes
@@ -65,7 +68,12 @@ def main() -> None:
     found = {"loading": loading, "binding": binding, "stepping": stepping, "again": again, "releasing": releasing}
     print(
         json.dumps(
-            {"advice": advice, "buffers_bytes": buffers_bytes, **{name: told(events) for name, events in found.items()}}
+            {
+                "elsewhere": elsewhere,
+                "advice": advice,
+                "buffers_bytes": buffers_bytes,
+                **{name: told(events) for name, events in found.items()},
+            }
         )
     )
 

@@ -92,6 +92,10 @@ def test_captures_are_whole(lowered: Told) -> None:
     assert sum(size for _, size in lowered["again"]["allocated"]) == lowered["buffers_bytes"]
 
 
+def test_a_request_belongs_to_its_thread(lowered: Told) -> None:
+    assert "all requests of a session run in the thread that made them" in lowered["elsewhere"]
+
+
 def test_graphs_go_with_their_session(lowered: Told) -> None:
     assert lowered["releasing"]["kinds"].count("RELEASE") == 6
     freed = lowered["releasing"]["kinds"].count("FREE")

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.gpu.run import ROOT  # which also finds what is not installed
 from benchmarks.gpu.setting import engine_of, held_bytes
 from benchmarks.loops import Clock, plans_of, request, take
 from tests.cpp import library as abi
@@ -38,7 +39,7 @@ from tgate_engine.graph import DENOISE
 from tgate_runtime.session import Session
 from tgate_runtime.state import State
 
-BUILT = Path(__file__).parents[2] / "build" / "cpp" / "release" / "libtgate.so"
+BUILT = ROOT / "build" / "cpp" / "release" / "libtgate.so"
 HOSTS = ("python", "cpp", "python+no-graphs", "cpp+no-graphs")
 """In the order in which they run; what the first one draws, the others are compared with."""
 Loop = Callable[[str], list[tuple[str, float]]]
@@ -181,11 +182,11 @@ def run(host: str, args: argparse.Namespace, onnxruntime: Path, latents: Path) -
     if host.startswith("cpp"):
         own = environment.get("LD_LIBRARY_PATH", "")
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [own, *cuda_folders()]))
-    words = [str(args.bundle), "--host", host, "--latents", str(latents), "--onnxruntime", str(onnxruntime)]
-    words += ["--library", str(args.library), "--engine", args.engine, "--seed", str(args.seed)]
+    words = [str(args.bundle.resolve()), "--host", host, "--latents", str(latents), "--onnxruntime", str(onnxruntime)]
+    words += ["--library", str(args.library.resolve()), "--engine", args.engine, "--seed", str(args.seed)]
     words += ["--repeats", str(args.repeats), "--warm-ups", str(args.warm_ups), *["--stub"] * args.stub]
     command = [sys.executable, "-m", "benchmarks.gpu.libtgate", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
     return dict(json.loads(done.stdout))

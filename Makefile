@@ -63,7 +63,7 @@ STUB_BUNDLE := build/cuda_stub/mini-sdxl
 $(STUB_BUNDLE): $(STAMP)
 	$(BIN)/tgate-export --model mini-sdxl --dtype fp16 --no-verify --output $@ --force
 
-cuda-stub: $(CUDA_STAMP) $(STUB_BUNDLE)  ## ort-cuda on ONNX Runtime's CUDA provider over a stub of CUDA, which is 250 MB more
+cuda-stub: $(CUDA_STAMP) $(STUB_BUNDLE) cpp-release  ## ort-cuda, Python's and libtgate's, on ONNX Runtime's CUDA provider over a stub of CUDA, which is 250 MB more
 	$(CUDA_VENV)/bin/python -m tests.cuda_stub -m pytest --confcutdir tests/cuda_stub tests/cuda_stub
 
 # What it finds stays in tests/fuzz/corpus, for the tests; led by coverage where atheris is: pip install '.[fuzz]'

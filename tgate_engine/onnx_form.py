@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import BundleError
 from tgate_engine.graph import GraphSpec, TensorSpec
-from tgate_engine.onnx_operators import MOST_DIMENSIONS, OPERATORS, may_say, takes
+from tgate_engine.onnx_operators import CONTRIB, LOWERED, MOST_DIMENSIONS, OPERATORS, may_say, takes
 
 MOST_BYTES = 64 << 20
 """How large a graph's file may be. SDXL's hold one megabyte, and constants of a few megabytes are imaginable."""
@@ -113,42 +113,56 @@ class Placed:
     length: int
 
 
-def check_graph(data: bytes, message: Any, spec: GraphSpec, weights_file: str, weights: Mapping[str, Placed]) -> None:
+def check_graph(
+    data: bytes,
+    message: Any,
+    spec: GraphSpec,
+    weights_file: str,
+    weights: Mapping[str, Placed],
+    *,
+    lowered: bool = False,
+) -> None:
     """See that an ONNX file is a graph as export writes them, and the one that ``spec`` describes.
 
     ``message``: an empty message :data:`MODEL` of what :func:`describe` describes. ``weights``: every tensor of
-    ``weights_file``, by its name there. Raises :class:`BundleError` naming what is odd.
+    ``weights_file``, by its name there. ``lowered``: the graph was lowered for CUDA, and may hold
+    :data:`~tgate_engine.onnx_operators.LOWERED` too. Raises :class:`BundleError` naming what is odd.
     """
+    check = _Check(spec, weights_file, weights, lowered)
     try:
-        _Check(spec, weights_file, weights).model(data, message)
+        check.model(data, message)
     except UnicodeDecodeError:
-        raise BundleError(f"{spec.file} holds a text that is no UTF-8; export the bundle again") from None
+        check.refuse("holds a text that is no UTF-8")
 
 
 class _Check:
     """One file's rules, each a method that raises."""
 
-    def __init__(self, spec: GraphSpec, weights_file: str, weights: Mapping[str, Placed]) -> None:
+    def __init__(self, spec: GraphSpec, weights_file: str, weights: Mapping[str, Placed], lowered: bool) -> None:
         self._spec = spec
         self._weights_file = weights_file
         self._weights = weights
+        self._lowered = lowered
 
-    def _refuse(self, what: str) -> NoReturn:
+    def refuse(self, what: str) -> NoReturn:
+        if self._lowered:
+            raise BundleError(f"{self._spec.file}, lowered, {what}; run tgate build again")
         raise BundleError(f"{self._spec.file} {what}; export the bundle again")
 
     def model(self, data: bytes, model: Any) -> None:
         if len(data) > MOST_BYTES:
-            self._refuse(f"holds {len(data)} bytes, of at most {MOST_BYTES}")
+            self.refuse(f"holds {len(data)} bytes, of at most {MOST_BYTES}")
         try:
             model.ParseFromString(data)
         except Exception:  # protobuf has classes of its own, and which ones depends on how it was built
-            self._refuse("is not an ONNX graph")
+            self.refuse("is not an ONNX graph")
         self._canonical(data, model)
         if model.ir_version not in IR_VERSIONS:
-            self._refuse(f"has IR version {model.ir_version}, of {IR_VERSIONS[0]} to {IR_VERSIONS[-1]}")
-        opsets = [(entry.domain, entry.version) for entry in model.opset_import[:2]]
-        if len(opsets) != 1 or opsets[0][0] or opsets[0][1] not in OPSETS:
-            self._refuse(f"imports operators {opsets!r:.80}; the default ones of {OPSETS[0]} to {OPSETS[-1]} are known")
+            self.refuse(f"has IR version {model.ir_version}, of {IR_VERSIONS[0]} to {IR_VERSIONS[-1]}")
+        opsets = [(entry.domain, entry.version) for entry in model.opset_import[:3]]
+        own = opsets[:1] if self._lowered and opsets[1:] == [(CONTRIB, 1)] else opsets
+        if len(own) != 1 or own[0][0] or own[0][1] not in OPSETS:
+            self.refuse(f"imports operators {opsets!r:.80}; the default ones of {OPSETS[0]} to {OPSETS[-1]} are known")
         self._text(model.producer_name, model.producer_version)
         self._graph(model.graph)
 
@@ -159,11 +173,11 @@ class _Check:
             whole = type(model)()
             whole.ParseFromString(data)
             odd = _unknown(whole)
-            self._refuse(f"has {odd}, which no bundle has" if odd else "is not written as protobuf writes it")
+            self.refuse(f"has {odd}, which no bundle has" if odd else "is not written as protobuf writes it")
 
     def _graph(self, graph: Any) -> None:
         if len(graph.node) > MOST_NODES:
-            self._refuse(f"has {len(graph.node)} nodes, of at most {MOST_NODES}")
+            self.refuse(f"has {len(graph.node)} nodes, of at most {MOST_NODES}")
         self._interface("inputs", graph.input, self._spec.inputs)
         self._interface("outputs", graph.output, self._spec.outputs)
         self._text(graph.name)
@@ -178,32 +192,33 @@ class _Check:
         for node in graph.node:
             self._node(node, made)
         if missing := [value.name for value in graph.output if value.name not in made]:
-            self._refuse(f"makes no output {missing[0]!r:.60}")
+            self.refuse(f"makes no output {missing[0]!r:.60}")
 
     def _make(self, made: set[str], name: str) -> None:
         self._text(name)
         if not name or name in made:
-            self._refuse(f"makes the value {name!r:.60} twice" if name else "makes a value without a name")
+            self.refuse(f"makes the value {name!r:.60} twice" if name else "makes a value without a name")
         made.add(name)
 
     def _text(self, *texts: object) -> None:
         """They are UTF-8, which protobuf does not ask for: it gives bytes where they are not."""
         if not all(isinstance(text, str) for text in texts):
-            self._refuse("holds a text that is no UTF-8")
+            self.refuse("holds a text that is no UTF-8")
 
     def _node(self, node: Any, made: set[str]) -> None:
         operator = node.op_type
         self._text(node.name)
-        if operator not in OPERATORS or node.domain:
-            self._refuse(f"has operator {f'{node.domain}.' * bool(node.domain)}{operator!r:.60}, which no bundle has")
+        known = LOWERED if self._lowered and node.domain == CONTRIB else OPERATORS
+        if operator not in known or (node.domain and known is OPERATORS):
+            self.refuse(f"has operator {f'{node.domain}.' * bool(node.domain)}{operator!r:.60}, which no bundle has")
         if not takes(operator, node.input, node.output):
-            self._refuse(
+            self.refuse(
                 f"has operator {operator} of inputs {[*node.input]!r:.60} and outputs {[*node.output]!r:.60}, which no "
                 "bundle has"
             )
         for name in node.input:
             if name and name not in made:
-                self._refuse(f"has operator {operator} that reads {name!r:.60}, which nothing before it makes")
+                self.refuse(f"has operator {operator} that reads {name!r:.60}, which nothing before it makes")
         for name in node.output:
             if name:
                 self._make(made, name)
@@ -211,11 +226,11 @@ class _Check:
         for attribute in node.attribute:
             name, field = attribute.name, _VALUES.get(attribute.type)
             if field is None:
-                self._refuse(f"has operator {operator} with attribute {name!r:.60} of type {attribute.type}")
+                self.refuse(f"has operator {operator} with attribute {name!r:.60} of type {attribute.type}")
             if name in names or any(there.name not in ("name", "type", field) for there, _ in attribute.ListFields()):
-                self._refuse(f"has operator {operator} with attribute {name!r:.60} of two values")
+                self.refuse(f"has operator {operator} with attribute {name!r:.60} of two values")
             if not may_say(operator, name, attribute.type, value := getattr(attribute, field)):
-                self._refuse(
+                self.refuse(
                     f"has operator {operator} with attribute {name!r:.60} of {value!r:.60}, which no bundle has"
                 )
             names.add(name)
@@ -223,36 +238,34 @@ class _Check:
     def _tensor(self, tensor: Any) -> None:
         name, dims = tensor.name, tuple(tensor.dims)
         if tensor.data_type not in _SIZES or len(dims) > MOST_DIMENSIONS or any(dim < 0 for dim in dims):
-            self._refuse(f"has constant {name!r:.60} of type {tensor.data_type} and shape {dims!r:.60}")
+            self.refuse(f"has constant {name!r:.60} of type {tensor.data_type} and shape {dims!r:.60}")
         length = prod(dims) * _SIZES[tensor.data_type]
         if tensor.data_location == _EXTERNAL:
             self._external(tensor, dims, length)
         elif tensor.data_location or tensor.external_data:
-            self._refuse(f"has constant {name!r:.60} in no known place")
+            self.refuse(f"has constant {name!r:.60} in no known place")
         elif len(tensor.raw_data) != length:
-            self._refuse(f"has constant {name!r:.60} of {len(tensor.raw_data)} bytes, where its shape takes {length}")
+            self.refuse(f"has constant {name!r:.60} of {len(tensor.raw_data)} bytes, where its shape takes {length}")
 
     def _external(self, tensor: Any, dims: tuple[int, ...], length: int) -> None:
         """It is a tensor of the weight file, by name, dtype, shape and place."""
         name, entries = tensor.name, [(entry.key, entry.value) for entry in tensor.external_data[:4]]
         place = dict(entries)
         if len(entries) != 3 or place.keys() != {"location", "offset", "length"} or tensor.HasField("raw_data"):
-            self._refuse(
-                f"has weight {name!r:.60} with {entries!r:.120}; a location, an offset and a length are wanted"
-            )
+            self.refuse(f"has weight {name!r:.60} with {entries!r:.120}; a location, an offset and a length are wanted")
         if place["location"] != self._weights_file or not self._weights_file:
-            self._refuse(
+            self.refuse(
                 f"has weight {name!r:.60} in {place['location']!r:.60}; weights lie in {self._weights_file!r} alone"
             )
         self._text(*place.values())
         if not all(_NUMBER.fullmatch(place[key]) for key in ("offset", "length")):
-            self._refuse(f"has weight {name!r:.60} with {entries!r:.120}, which are no numbers of bytes")
+            self.refuse(f"has weight {name!r:.60} with {entries!r:.120}, which are no numbers of bytes")
         own = self._weights.get(name)
         if own is None:
-            self._refuse(f"has weight {name!r:.60}, which {self._weights_file} does not hold")
+            self.refuse(f"has weight {name!r:.60}, which {self._weights_file} does not hold")
         got = (tensor.data_type, dims, int(place["offset"]), int(place["length"]))
         if got != (DTYPES[own.dtype].onnx, own.shape, own.offset, own.length) or own.length != length:
-            self._refuse(
+            self.refuse(
                 f"has weight {name!r:.60} of type {got[0]}, shape {list(dims)!r:.60}, at {got[2]} with {got[3]} bytes; "
                 f"{self._weights_file} has {own.dtype} {list(own.shape)!r:.60} at {own.offset} with {own.length}"
             )
@@ -261,15 +274,15 @@ class _Check:
         """The file's inputs or outputs are the manifest's, in any order."""
         specs = {tensor.name: tensor for tensor in tensors}
         if len(values) > len(specs):
-            self._refuse(f"has {len(values)} {what}, its manifest says {len(specs)}")
+            self.refuse(f"has {len(values)} {what}, its manifest says {len(specs)}")
         if odd := {value.name for value in values} ^ specs.keys():
-            self._refuse(f"does not have the {what} its manifest says: {', '.join(sorted(map(repr, odd)))[:200]}")
+            self.refuse(f"does not have the {what} its manifest says: {', '.join(sorted(map(repr, odd)))[:200]}")
         for value in values:
             spec, form = specs[value.name], value.type.tensor_type
             fits = form.elem_type == DTYPES[spec.dtype].onnx and len(form.shape.dim) == len(spec.shape)
             if not fits or not all(map(self._fits, form.shape.dim, spec.shape)):
                 dims = [dim.dim_param or dim.dim_value for dim in form.shape.dim]
-                self._refuse(
+                self.refuse(
                     f"has {what[:-1]} {spec.name} of type {form.elem_type} and shape {dims!r:.60}; its manifest says "
                     f"{spec.dtype} {list(spec.shape)!r:.60}"
                 )

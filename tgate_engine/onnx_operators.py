@@ -34,6 +34,12 @@ INPUTS: Mapping[str, str] = {
     "Pad": "11??",
     "Resize": "1???",
     "Slice": "111??",
+    # Of ONNX Runtime's own.
+    "BiasSplitGelu": "11",
+    "GroupNorm": "111",
+    "NhwcConv": "11?",
+    "SkipGroupNorm": "1111?",
+    "SkipLayerNormalization": "111??",
 }
 """The inputs of every operator that a graph may hold: a 1 for one that has to be there, a question mark for one that
 may be left out, a star for any number more.
@@ -41,10 +47,21 @@ may be left out, a star for any number more.
 Plain arithmetic: no control flow, nothing random, no text, nothing that holds a graph. Export writes two thirds of
 them, over all families, methods and rewrites; the others are what another network may need.
 """
-OPERATORS = frozenset(INPUTS)
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+LOWERED = frozenset(("BiasSplitGelu", "GroupNorm", "NhwcConv", "SkipGroupNorm", "SkipLayerNormalization"))
+"""What a node may be of that domain, in a graph that was lowered for CUDA, and in no other."""
+OPERATORS = frozenset(INPUTS) - LOWERED
 """What a node may be, of the default domain."""
 
-OUTPUTS: Mapping[str, int] = {"Attention": 4, "LayerNormalization": 3, "MaxPool": 2, "Split": MOST_TENSORS}
+OUTPUTS: Mapping[str, int] = {
+    "Attention": 4,
+    "LayerNormalization": 3,
+    "MaxPool": 2,
+    "SkipGroupNorm": 2,
+    "SkipLayerNormalization": 4,
+    "Split": MOST_TENSORS,
+}
 """How many outputs an operator has at most, where that is more than one. The first has to be there."""
 
 NAMES: Mapping[str, str] = {
@@ -55,6 +72,9 @@ NAMES: Mapping[str, str] = {
     ),
     "ArgMax": "axis keepdims select_last_index",
     "Attention": "is_causal kv_num_heads q_num_heads qk_matmul_output_mode scale softcap softmax_precision",
+    **dict.fromkeys(("GroupNorm", "SkipGroupNorm"), "activation channels_last epsilon groups"),
+    "NhwcConv": "dilations group kernel_shape pads strides",
+    "SkipLayerNormalization": "epsilon",
     "AveragePool": "auto_pad ceil_mode count_include_pad dilations kernel_shape pads strides",
     "Cast": "saturate to",
     "Conv": "auto_pad dilations group kernel_shape pads strides",
@@ -104,13 +124,14 @@ _EQUATION = re.compile(rb"[A-Za-z.,> -]{1,64}")
 
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("alpha", "beta", "cubic_coeff_a", "epsilon", "extrapolation_value", "scale", "softcap"), _FINITE),
-    **dict.fromkeys(("allowzero", "antialias", "ceil_mode", "count_include_pad", "detect_negative"), _FLAG),
+    **dict.fromkeys(("activation", "allowzero", "antialias", "ceil_mode", "channels_last"), _FLAG),
+    **dict.fromkeys(("count_include_pad", "detect_negative"), _FLAG),
     **dict.fromkeys(("detect_positive", "exclude_outside", "fmod", "is_causal", "keepdims"), _FLAG),
     **dict.fromkeys(("noop_with_empty_axes", "saturate", "select_last_index", "storage_order"), _FLAG),
     **dict.fromkeys(("transA", "transB", "upper"), _FLAG),
     **dict.fromkeys(("softmax_precision", "stash_type", "to"), _TYPE),
     **dict.fromkeys(("axis", "start", "end"), _whole(_DIMENSION)),
-    **dict.fromkeys(("group", "num_groups", "num_outputs"), _whole(range(1, _MOST_SIDE))),
+    **dict.fromkeys(("group", "groups", "num_groups", "num_outputs"), _whole(range(1, _MOST_SIDE))),
     **dict.fromkeys(("kv_num_heads", "q_num_heads"), _whole(range(1, _MOST_SIDE))),
     "batch_dims": _whole(range(MOST_DIMENSIONS)),
     "qk_matmul_output_mode": _whole(range(4)),

@@ -172,7 +172,7 @@ def tgate_parser() -> Parser:
     p = command("engines", "Show which engines are installed here, and what brings the others.", bundle=False)
     _json(p)
 
-    p = command("build", "Compile a bundle for an engine ahead of time, into the engine cache.")
+    p = command("build", "Compile a bundle for an engine ahead of time.")
     _json(p)
     _plan(p, help="the graphs of this plan alone; of every plan if left out")
     _size(p, help="the graphs of this size alone; of every size if left out")

@@ -13,7 +13,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError, shown
 
 if TYPE_CHECKING:
-    from tgate_runtime.engines.protocol import Engine
+    from tgate_runtime.engines.protocol import Builder, Engine, Options
 
 Show = Callable[[], None]
 """Prints a command's results on stdout, once the reporter has let go of the terminal."""
@@ -58,14 +58,24 @@ def asked_engine(args: argparse.Namespace) -> Engine:
     a second or more, and before the bundle's digests, which may take longer."""
     from tgate_runtime.engines import open_engine
 
-    return open_engine(
-        args.engine,
-        threads=args.threads,
-        device=args.device,
-        architecture=args.architecture,
-        precision=args.precision,
-        memory=args.memory,
-    )
+    return open_engine(args.engine, **_engine_options(args))
+
+
+def asked_builder(args: argparse.Namespace) -> Builder:
+    """What builds for the engine that the command line asks for, which need not run here."""
+    from tgate_runtime.engines import open_builder
+
+    return open_builder(args.engine, **_engine_options(args))
+
+
+def _engine_options(args: argparse.Namespace) -> Options:
+    return {
+        "threads": args.threads,
+        "device": args.device,
+        "architecture": args.architecture,
+        "precision": args.precision,
+        "memory": args.memory,
+    }
 
 
 def engine_advice(args: argparse.Namespace) -> str:

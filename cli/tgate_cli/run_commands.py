@@ -8,6 +8,7 @@ from tgate_cli import views
 from tgate_cli.command import (
     RUN_ADVICE,
     Show,
+    asked_builder,
     asked_engine,
     bundle_asked,
     engine_advice,
@@ -118,7 +119,7 @@ def engines(args: argparse.Namespace, report: Reporter) -> Show:
 
 
 def build(args: argparse.Namespace, report: Reporter) -> Show:
-    """``tgate build``: the graphs compiled into the engine cache."""
+    """``tgate build``: the graphs compiled into the engine cache, or lowered into the bundle's folder."""
     bundle = bundle_asked(args)
     with needs("compiling for an engine", engine_advice(args)):
         from tgate_runtime.session import graphs_of
@@ -126,14 +127,14 @@ def build(args: argparse.Namespace, report: Reporter) -> Show:
     plans = None if args.plan is None else [args.plan]
     graphs = graphs_of(bundle, plans, None if args.size is None else [args.size])
     report.stage(f"loading {args.engine}")
-    engine = asked_engine(args)
+    builder = asked_builder(args)
     report.stage(f"opening {args.bundle}")
     bundle = bundle.checked()
-    report.stage(f"compiling for {engine.name} {engine.version}")
-    places = engine.build(bundle, graphs, report.progress)
+    report.stage(f"compiling for {builder.name} {builder.version}")
+    places = builder.build(bundle, graphs, report.progress)
     if args.json:
         entries = {file: str(place) for file, place in places.items()}
-        return lambda: print_json({"engine": engine.name, "version": engine.version, "entries": entries})
+        return lambda: print_json({"engine": builder.name, "version": builder.version, "entries": entries})
     if not places:
-        return lambda: print(f"{engine.name} compiles nothing ahead of time: the bundle is ready")
+        return lambda: print(f"{builder.name} compiles nothing ahead of time: the bundle is ready")
     return lambda: print_lines(f"{file}: {place}" for file, place in places.items())

@@ -25,6 +25,7 @@ class Case:
     spec: GraphSpec
     weights_file: str
     weights: Mapping[str, Placed]
+    lowered: bool = False
 
     def described(self) -> bytes:
         """All but the graph, as the probe reads it."""
@@ -35,6 +36,7 @@ class Case:
                 "inputs": [*map(_tensor, self.spec.inputs)],
                 "outputs": [*map(_tensor, self.spec.outputs)],
                 "weights_file": self.weights_file,
+                "lowered": self.lowered,
                 "weights": {n: [p.dtype, p.shape, p.offset, p.length] for n, p in self.weights.items()},
             }
         ).encode()
@@ -59,7 +61,7 @@ def cpp_verdicts(cpp_build: Path, cases: Sequence[Case], kind: str = "G") -> lis
 
 def python_verdict(case: Case) -> str:
     try:
-        check_graph(case.data, ModelMessage(), case.spec, case.weights_file, case.weights)
+        check_graph(case.data, ModelMessage(), case.spec, case.weights_file, case.weights, lowered=case.lowered)
     except BundleError as error:
         return str(error)
     return OK

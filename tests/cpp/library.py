@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 OK, ARGUMENT, BUNDLE, PLAN, ENGINE, REQUEST, MEMORY, CANCELLED, INTERNAL = range(9)
@@ -19,6 +18,8 @@ NAMES = ("ok", "argument", "bundle", "plan", "engine", "request", "memory", "can
 
 def onnxruntime_library() -> Path:
     """The library of C functions that the installed wheel carries."""
+    import onnxruntime  # not above: a process that has loaded this module loads no other copy of its library
+
     (library,) = Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*")
     return library
 
@@ -113,7 +114,16 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.c: Any = ctypes.CDLL(str(path))
-        for name in ("version", "error_text", "bundle_plan", "bundle_size", "session_engine", "request_cut"):
+        texts = (
+            "version",
+            "error_text",
+            "bundle_plan",
+            "bundle_size",
+            "session_engine",
+            "session_advice",
+            "request_cut",
+        )
+        for name in texts:
             getattr(self.c, f"tgate_{name}").restype = c_char_p
         for name in ("pool_bytes", "pool_moved_images"):
             getattr(self.c, f"tgate_{name}").restype = c_uint64
@@ -223,6 +233,9 @@ class Session(_Owned):
 
     def engine(self) -> str:
         return str(self.library.c.tgate_session_engine(self.handle).decode())
+
+    def advice(self) -> str:
+        return str(self.library.c.tgate_session_advice(self.handle).decode())
 
     def decode(self, latents: NDArray[np.float32], size: str | None = None) -> NDArray[np.uint8]:
         """RGB pixels [frames, H, W, 3] of one image's latents."""

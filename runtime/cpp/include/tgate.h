@@ -51,8 +51,9 @@
  *
  * Threads. A bundle and a session may be used by any number of threads at once. A request belongs to one thread at a
  * time, and a pool with all of its requests to one thread at a time, decoding and freeing among it; only
- * tgate_request_cancel may be called by any, while the request is there. Requests of different pools run at once. No
- * call takes a lock while an engine runs. The library starts no threads of its own, but to check digests; the engine has
+ * tgate_request_cancel may be called by any, while the request is there. Requests of different pools run at once, and no
+ * call takes a lock while an engine runs; but all calls of a process that go to a GPU (ort-cuda) take turns, and with
+ * cuda_graphs a request is stepped in the thread that made it. The library starts no threads of its own, but to check digests; the engine has
  * a pool for each loaded graph.
  *
  * Signals, locale and standard streams are left alone, and no exception leaves the library.
@@ -176,7 +177,8 @@ typedef struct tgate_session_options {
   size_t size;
   const char *engine;        /* "ort-cpu" (default) or "ort-cuda" */
   const char *library;       /* ONNX Runtime's, 1.31 or later; NULL: $TGATE_ONNXRUNTIME, or libonnxruntime.so.1 */
-  const char *memory;        /* "fast" (default): private copies in the layouts that the engine likes; "shared": one */
+  const char *memory;        /* "fast": private copies in the layouts that the engine likes; "shared": one. NULL: "fast"
+                              * on a CPU, "shared" on a GPU */
   const char *const *plans;  /* whose graphs are loaded: names, or files (.json) of `tgate plan --output`; NULL: all */
   size_t plan_count;
   const char *const *sizes;  /* the sizes that are loaded; NULL: all */
@@ -184,7 +186,7 @@ typedef struct tgate_session_options {
   int32_t threads;           /* of one graph call, on a CPU; 0: the engine's choice */
   int32_t device;            /* of a GPU */
   void *stream;              /* ort-cuda: a cudaStream_t of the caller's, on which everything runs; NULL: its own */
-  int32_t cuda_graphs;       /* ort-cuda: 1 captures each call as a CUDA graph, and replays it */
+  int32_t cuda_graphs;       /* ort-cuda: 1 captures each denoising call as a CUDA graph when it is bound, and replays it */
 } tgate_session_options;
 TGATE_API tgate_code tgate_session_options_init(tgate_session_options *options, size_t size);
 
@@ -195,6 +197,9 @@ TGATE_API tgate_code tgate_session_open(const tgate_bundle *bundle, const tgate_
 TGATE_API void tgate_session_free(tgate_session *session);
 /* The engine's name and version, "ort-cpu 1.31.1"; lives as long as the session. */
 TGATE_API const char *tgate_session_engine(const tgate_session *session);
+/* One line for whoever runs the host, where the engine could do better with these graphs: "ort-cuda takes 2 of 6 graphs
+ * as they were exported; ..."; empty where there is nothing to say. Lives as long as the session. */
+TGATE_API const char *tgate_session_advice(const tgate_session *session);
 
 /* --- pools --------------------------------------------------------------------------------------------------- */
 

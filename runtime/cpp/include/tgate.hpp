@@ -161,6 +161,7 @@ class Session {
   }
   [[nodiscard]] const tgate_session* get() const noexcept { return handle_.get(); }
   [[nodiscard]] std::string engine() const { return tgate_session_engine(get()); }
+  [[nodiscard]] std::string advice() const { return tgate_session_advice(get()); }
   /// One image's latents, in any thread. `size` empty is the session's first.
   [[nodiscard]] Picture decode(const std::vector<float>& latents, const std::string& size = {}) const {
     tgate_picture_facts facts;

@@ -1,5 +1,5 @@
 // Checks graphs: an S record is a spec as JSON, {"file", "batch": [least, most], "inputs": [[name, dtype, [sizes]]],
-// "outputs", "weights_file", "weights": {name: [dtype, [sizes], offset, length]}}, -1 standing for the batch. A G
+// "outputs", "weights_file", "weights": {name: [dtype, [sizes], offset, length]}, "lowered"}, -1 standing for the batch. A G
 // record is a graph, checked against the last spec: a line says "ok", or why not. A T record is one too: the line says
 // how many nanoseconds a check took, the least of twenty.
 
@@ -24,6 +24,7 @@ struct Given {
   tgate::GraphSpec spec;
   std::string weights_file;
   tgate::Places weights;
+  bool lowered{};
 };
 
 template <class T>
@@ -64,6 +65,7 @@ Given given_by(std::string_view text) {
   given.spec.inputs = tensors_of(member(value, "inputs"));
   given.spec.outputs = tensors_of(member(value, "outputs"));
   given.weights_file = held<std::string>(member(value, "weights_file"));
+  given.lowered = held<bool>(member(value, "lowered"));
   for (const auto& [name, each] : held<tgate::json::Object>(member(value, "weights"))) {
     const auto& place = held<Array>(each);
     given.weights[name] = {dtype_of(place.at(0)), sizes_of(place.at(1)), held<std::int64_t>(place.at(2)),
@@ -74,7 +76,7 @@ Given given_by(std::string_view text) {
 
 std::string verdict(const std::string& data, const Given& given) {
   try {
-    tgate::check_graph(data, given.spec, given.weights_file, given.weights);
+    tgate::check_graph(data, given.spec, given.weights_file, given.weights, given.lowered);
   } catch (const tgate::Error& error) {
     return error.what();
   }

@@ -71,10 +71,10 @@ class WatchedEngine final : public tgate::Engine {
  public:
   explicit WatchedEngine(std::shared_ptr<const tgate::Engine> engine) : engine_(std::move(engine)) {}
   [[nodiscard]] const std::string& title() const noexcept override { return engine_->title(); }
-  [[nodiscard]] std::vector<std::shared_ptr<const tgate::LoadedGraph>> load(
-      const tgate::Bundle& bundle, const std::vector<const tgate::GraphSpec*>& graphs) const override {
-    auto loaded = engine_->load(bundle, graphs);
-    for (auto& graph : loaded) {
+  [[nodiscard]] tgate::Loaded load(const tgate::Bundle& bundle,
+                                   const std::vector<const tgate::GraphSpec*>& graphs) const override {
+    tgate::Loaded loaded = engine_->load(bundle, graphs);
+    for (auto& graph : loaded.graphs) {
       graph = std::make_shared<WatchedGraph>(graph);
     }
     return loaded;

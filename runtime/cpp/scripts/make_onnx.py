@@ -111,13 +111,15 @@ def operators() -> Iterator[str]:
     """Rules of attributes, by name, and operators, sorted by name."""
     yield f"constexpr std::size_t most_tensors = {onnx_operators.MOST_TENSORS};"
     yield f"constexpr std::size_t most_numbers = {_longest_list()};"
+    yield f'constexpr std::string_view contrib = "{onnx_operators.CONTRIB}";'
     yield "\nnamespace attribute {"
     for name, (kind, fits) in sorted(onnx_operators.RULES.items()):
         yield f'constexpr Rule {name}{{"{name}", {kind}, {_rule(kind, fits)}}};'
     yield "}\n\nconstexpr Operator operators[] = {"
     for name, inputs in sorted(onnx_operators.INPUTS.items()):
         attributes = ", ".join(f"&attribute::{each}" for each in sorted(onnx_operators.NAMES.get(name, "").split()))
-        yield f'    {{"{name}", "{inputs}", {onnx_operators.OUTPUTS.get(name, 1)}, {{{attributes}}}}},'
+        lowered = str(name in onnx_operators.LOWERED).lower()
+        yield f'    {{"{name}", "{inputs}", {onnx_operators.OUTPUTS.get(name, 1)}, {lowered}, {{{attributes}}}}},'
     yield "};"
 
 

@@ -29,7 +29,9 @@ Draw with a bundle, without Python.
   --output X.png            several pictures are X-0.png, X-1.png, …; a video's, X-0-000.png, X-0-001.png, …
   --engine NAME             ort-cpu (default) or ort-cuda
   --threads N               of a graph, on a CPU
-  --memory MODE             fast (default) or shared
+  --device N                the GPU's number, 0 by default
+  --cuda-graphs             ort-cuda: steps are replayed as CUDA graphs
+  --memory MODE             fast or shared, by default the engine's choice
   --library FILE            ONNX Runtime's; $TGATE_ONNXRUNTIME or libonnxruntime.so.1 by default
   --quiet                   nothing but errors
   --version, --help
@@ -92,13 +94,16 @@ Arguments parse(int count, char** words) {
       {"--output", text(asked.output)},
       {"--engine", text(asked.engine)},
       {"--threads", [&](auto& name, auto& value) { asked.threads = static_cast<int>(whole(name, value, 1, 4096)); }},
+      {"--device", [&](auto& name, auto& value) { asked.device = static_cast<int>(whole(name, value, 0, 255)); }},
       {"--memory", text(asked.memory)},
       {"--library", text(asked.library)},
   };
+  const std::map<std::string, bool*> flags = {
+      {"--cuda-graphs", &asked.cuda_graphs}, {"--quiet", &asked.quiet}, {"--help", &asked.help}, {"--version", &asked.version}};
   for (int i = 1; i < count; ++i) {
     std::string word = words[i];
-    if (word == "--quiet" || word == "--help" || word == "--version") {
-      (word == "--quiet" ? asked.quiet : word == "--help" ? asked.help : asked.version) = true;
+    if (const auto flag = flags.find(word); flag != flags.end()) {
+      *flag->second = true;
       continue;
     }
     if (word.rfind("--", 0) != 0) {

@@ -17,11 +17,11 @@ struct Arguments {
   std::string bundle, prompt, negative_prompt, plan, size, generator = "numpy", output, initial_latents, save_latents, image;
   std::string engine = "ort-cpu", library, memory;
   std::vector<std::vector<std::int64_t>> token_ids, negative_token_ids;  ///< of each tokenizer
-  bool has_prompt = false, has_negative_prompt = false, quiet = false, help = false, version = false;
+  bool has_prompt = false, has_negative_prompt = false, quiet = false, cuda_graphs = false, help = false, version = false;
   std::uint64_t seed = 0;
   std::size_t images = 1;
   double guidance_scale = 0;
-  int threads = 0;
+  int threads = 0, device = 0;
 };
 
 extern const char* const help;

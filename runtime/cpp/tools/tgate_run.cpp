@@ -63,6 +63,8 @@ int run(const tool::Arguments& asked) {
   loading.library = asked.library;
   loading.memory = asked.memory;
   loading.threads = asked.threads;
+  loading.device = asked.device;
+  loading.cuda_graphs = asked.cuda_graphs;
   loading.plans = {asked.plan.empty() ? "default" : asked.plan};
   loading.sizes = asked.size.empty() ? std::vector<std::string>{bundle.sizes().front()} : std::vector<std::string>{asked.size};
   tool::Floats latents;
@@ -78,6 +80,9 @@ int run(const tool::Arguments& asked) {
     }
   }
   const tgate::Session session(bundle, loading);
+  if (const std::string advice = session.advice(); !advice.empty() && !asked.quiet) {
+    std::fprintf(stderr, "tgate-run: %s\n", advice.c_str());
+  }
 
   std::vector<tgate_ids> ids, negative_ids;
   for (const auto& each : asked.token_ids) {

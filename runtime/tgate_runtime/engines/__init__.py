@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Unpack
+from typing import Any, Unpack
 
 from tgate_engine.errors import EngineError
-from tgate_runtime.engines.protocol import Engine, EngineOptions, Options
+from tgate_runtime.engines.protocol import Builder, Engine, EngineOptions, Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,8 @@ class EngineEntry:
     """An engine of :data:`ENGINES`: the file and class it is in, the extra that brings what it needs, what it runs on.
 
     ``needs``: the least version of each distribution that it may take, as that extra says; what is not installed may be
-    there in another way, which importing it tells.
+    there in another way, which importing it tells. ``builder``: the file and class of what builds for it where it
+    cannot run; itself if empty.
     """
 
     name: str
@@ -27,9 +28,22 @@ class EngineEntry:
     extra: str
     runs_on: str
     needs: Mapping[str, str]
+    builder: str = ""
 
     def open(self, options: EngineOptions) -> Engine:
         """Import the engine and settle its options. Raises :class:`EngineError` where it is missing or unfit here."""
+        engine: Engine = self._make(self.module, self.cls, options)
+        return engine
+
+    def open_builder(self, options: EngineOptions) -> Builder:
+        """The same of what builds for it."""
+        if not self.builder:
+            return self.open(options)
+        module, _, cls = self.builder.rpartition(".")
+        builder: Builder = self._make(module, cls, options)
+        return builder
+
+    def _make(self, module: str, cls: str, options: EngineOptions) -> Any:
         if self.runs_on == "CPU" and (options.device or options.architecture):
             raise EngineError(f"engine {self.name} runs on the CPU; leave out --device and --architecture")
         install = f"pip install 'tgate-engine[{self.extra}]'"
@@ -38,8 +52,7 @@ class EngineEntry:
             if version is not None and _numbers(version) < _numbers(least):
                 raise EngineError(f"engine {self.name} needs {distribution} {least} or later, got {version}: {install}")
         try:
-            module = importlib.import_module(f"tgate_runtime.engines.{self.module}")
-            engine: Engine = getattr(module, self.cls)(options)
+            return getattr(importlib.import_module(f"tgate_runtime.engines.{module}"), cls)(options)
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("tgate_"):
                 raise
@@ -49,7 +62,6 @@ class EngineEntry:
                 f"engine {self.name} is installed, but does not load here ({_in_one_line(error)}): {install} "
                 "--force-reinstall"
             ) from error
-        return engine
 
 
 def _version(distribution: str) -> str | None:
@@ -87,6 +99,7 @@ ENGINES: Mapping[str, EngineEntry] = {
             extra="cuda",
             runs_on="NVIDIA GPU",
             needs={"onnx": "1.23", "onnx-ir": "1.1", "onnxruntime-gpu": "1.31", "protobuf": "6.31.1"},
+            builder="ort_cuda.ahead.OrtCudaBuilder",
         ),
         EngineEntry(
             name="openvino",
@@ -129,6 +142,14 @@ def open_engine(name: str, **options: Unpack[Options]) -> Engine:
     if name not in ENGINES:
         raise EngineError(f"there is no engine {name!r}; the engines are {', '.join(ENGINES)}")
     return ENGINES[name].open(EngineOptions(**options))
+
+
+def open_builder(name: str, **options: Unpack[Options]) -> Builder:
+    """What compiles for the engine of that name ahead of time, whether or not that can run here. Raises as
+    :func:`open_engine` does."""
+    if name not in ENGINES:
+        raise EngineError(f"there is no engine {name!r}; the engines are {', '.join(ENGINES)}")
+    return ENGINES[name].open_builder(EngineOptions(**options))
 
 
 def installed() -> list[dict[str, str]]:

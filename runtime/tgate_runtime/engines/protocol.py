@@ -136,19 +136,25 @@ class Options(TypedDict, total=False):
     build: bool
 
 
-class Engine(Protocol):
-    """One engine with its options, settled: what was left to it is filled in. Immutable and thread-safe."""
+class Builder(Protocol):
+    """What makes of a bundle's graphs what an engine wants, ahead of time."""
 
     @property
     def name(self) -> str: ...
     @property
     def version(self) -> str: ...
-    @property
-    def options(self) -> EngineOptions: ...
 
     def build(self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None) -> Mapping[str, Path]:
-        """Compile what :meth:`load` would have to compile, into the engine cache: the entries there, by the graphs'
-        files. Nothing for an engine that compiles nothing ahead of time. Raises as :meth:`load` does."""
+        """Compile what :meth:`Engine.load` would have to compile, into the engine cache, and what libtgate's engine of
+        the name takes from here, into the bundle's folder: what is there now, by the graphs' files. Nothing for an
+        engine that compiles nothing ahead of time. Raises as :meth:`Engine.load` does."""
+
+
+class Engine(Builder, Protocol):
+    """One engine with its options, settled: what was left to it is filled in. Immutable and thread-safe."""
+
+    @property
+    def options(self) -> EngineOptions: ...
 
     def load(
         self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None

@@ -22,6 +22,7 @@ import pytest
 from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
 
+from tests.runtime.engines.ort_cuda.halves import halves
 from tests.runtime.engines.small import (
     WEIGHTS,
     Small,
@@ -408,10 +409,12 @@ def test_options_it_cannot_follow(options: EngineOptions, says: str) -> None:
         OrtCuda(options)
 
 
-def test_options_are_settled(small: Small) -> None:
+def test_options_are_settled(tmp_path: Path) -> None:
     engine = OnTheCpu(EngineOptions())
     assert (engine.name, engine.options) == ("ort-cuda", EngineOptions(memory="shared"))
-    assert engine.build(small.bundle, tuple(small.graphs.values())) == {}
+    bundle = halves(tmp_path / "bundle")
+    (place,) = engine.build(bundle, tuple(bundle.manifest.shapes[0].graphs.values())).values()
+    assert place.parent == bundle.path / "engines" / "ort-cuda"
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")  # this onnxruntime has no CUDA

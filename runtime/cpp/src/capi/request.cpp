@@ -159,6 +159,10 @@ const char* tgate_session_engine(const tgate_session* session) {
   return session == nullptr ? "" : session->session->engine()->title().c_str();
 }
 
+const char* tgate_session_advice(const tgate_session* session) {
+  return session == nullptr ? "" : session->session->advice().c_str();
+}
+
 // --- pools -----------------------------------------------------------------------------------------------------------
 
 tgate_code tgate_pool_options_init(tgate_pool_options* options, size_t size) {

@@ -46,8 +46,19 @@ class Bundle {
 /// The places of a safetensors file, from its first bytes and its size. Throws Error of Code::bundle with `name` in it.
 Places parse_places(std::string_view head, std::uint64_t file_bytes, const std::string& name);
 
-/// See that an ONNX file is a graph as export writes them, and the one that `spec` describes: what Python's
-/// `tgate_engine.onnx_form.check_graph` lets through, and nothing else. Throws Error of Code::bundle.
-void check_graph(std::string_view data, const GraphSpec& spec, const std::string& weights_file, const Places& weights);
+/// See that an ONNX file is a graph as export writes them, or one that was `lowered` for CUDA, and the one that `spec`
+/// describes: what Python's `tgate_engine.onnx_form.check_graph` lets through, and nothing else. Throws Error of
+/// Code::bundle.
+void check_graph(std::string_view data, const GraphSpec& spec, const std::string& weights_file, const Places& weights,
+                 bool lowered = false);
+
+/// What a graph that `check_graph` has let through reads of the weight file, and makes of it.
+struct GraphWeights {
+  std::vector<std::string> names;  ///< of its initializers that lie there
+  bool half = false;               ///< some of them have 16 bits
+  bool bfloat = false;             ///< some are of bfloat16
+  bool resizes = false;            ///< it has a Resize
+};
+GraphWeights weights_of(std::string_view data);
 
 }  // namespace tgate

@@ -79,13 +79,14 @@ std::string text_of(const onnx::Value& value) {
 /// One file's rules, each a method that throws.
 class Check {
  public:
-  Check(const GraphSpec& spec, const std::string& weights_file, const Places& weights)
-      : spec_(spec), weights_file_(weights_file), weights_(weights) {}
+  Check(const GraphSpec& spec, const std::string& weights_file, const Places& weights, bool lowered)
+      : spec_(spec), weights_file_(weights_file), weights_(weights), lowered_(lowered) {}
 
   void model(std::string_view data);
 
  private:
   [[noreturn]] void refuse(const std::string& what) const {
+    if (lowered_) throw Error(Code::bundle, spec_.file + ", lowered, " + what + "; run tgate build again");
     throw Error(Code::bundle, spec_.file + " " + what + "; export the bundle again");
   }
   void text(std::string_view text) const {
@@ -103,6 +104,7 @@ class Check {
   const GraphSpec& spec_;
   const std::string& weights_file_;
   const Places& weights_;
+  const bool lowered_;
   std::set<std::string_view> made_;  // sorted: whoever chooses names cannot make it slow, as he could a hash table
 };
 
@@ -117,7 +119,8 @@ void Check::model(std::string_view data) {
            std::to_string(most_ir_version));
   }
   const auto& opsets = model.opsets;
-  if (opsets.size() != 1 || !opsets[0].domain.empty() || opsets[0].version < least_opset ||
+  const bool contrib = lowered_ && opsets.size() == 2 && onnx::is_contrib(opsets[1].domain, opsets[1].version);
+  if ((opsets.size() != 1 && !contrib) || !opsets[0].domain.empty() || opsets[0].version < least_opset ||
       opsets[0].version > most_opset) {
     const std::string imports = listed(opsets, [](const Opset& opset) {
       return "(" + quoted(opset.domain, 20) + ", " + std::to_string(opset.version) + ")";
@@ -167,8 +170,8 @@ void Check::make(std::string_view name) {
 
 void Check::node(const Node& node) {
   text(node.name);
-  const onnx::Operator* const known = onnx::find_operator(node.operator_name);
-  if (known == nullptr || !node.domain.empty()) {
+  const onnx::Operator* const known = onnx::find_operator(node.domain, node.operator_name, lowered_);
+  if (known == nullptr) {
     const std::string domain = node.domain.empty() ? "" : shown(node.domain, 60) + ".";
     refuse("has operator " + domain + quoted(node.operator_name) + ", which no bundle has");
   }
@@ -319,8 +322,27 @@ bool Check::fits(const Dimension& dim, std::int64_t size) const {
 
 }  // namespace
 
-void check_graph(std::string_view data, const GraphSpec& spec, const std::string& weights_file, const Places& weights) {
-  Check(spec, weights_file, weights).model(data);
+void check_graph(std::string_view data, const GraphSpec& spec, const std::string& weights_file, const Places& weights,
+                 bool lowered) {
+  Check(spec, weights_file, weights, lowered).model(data);
+}
+
+GraphWeights weights_of(std::string_view data) {
+  const Model model = onnx::read_model(data);
+  GraphWeights found;
+  for (const std::string_view message : model.initializers) {
+    const Tensor one = onnx::read_tensor(message);
+    if (one.location != external) continue;
+    found.names.emplace_back(one.name);
+    found.bfloat |= one.type == facts_of(Dtype::bfloat16).onnx;
+    found.half |= one.type == facts_of(Dtype::bfloat16).onnx || one.type == facts_of(Dtype::float16).onnx;
+  }
+  Node one;
+  for (const std::string_view message : model.nodes) {
+    onnx::read_node(message, one);
+    found.resizes |= one.operator_name == "Resize";
+  }
+  return found;
 }
 
 }  // namespace tgate

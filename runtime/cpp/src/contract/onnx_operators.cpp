@@ -41,11 +41,14 @@ bool fits(const Rule& rule, const Value& value) {
 
 }  // namespace
 
-const Operator* find_operator(std::string_view name) noexcept {
+const Operator* find_operator(std::string_view domain, std::string_view name, bool lowered) noexcept {
   const auto before = [](const Operator& one, std::string_view wanted) { return one.name < wanted; };
   const auto* const found = std::lower_bound(std::begin(operators), std::end(operators), name, before);
-  return found != std::end(operators) && found->name == name ? found : nullptr;
+  if (found == std::end(operators) || found->name != name || (found->lowered && !lowered)) return nullptr;
+  return domain == (found->lowered ? contrib : std::string_view()) ? found : nullptr;
 }
+
+bool is_contrib(std::string_view domain, std::int64_t version) noexcept { return domain == contrib && version == 1; }
 
 bool takes(const Operator& known, const std::vector<std::string_view>& inputs,
            const std::vector<std::string_view>& outputs) noexcept {

@@ -21,6 +21,7 @@ struct Operator {
   std::string_view name;
   std::string_view inputs;    ///< a 1 for one that has to be there, a ? for one that may be, at the end a * for more
   std::size_t most_outputs;   ///< the first has to be there
+  bool lowered;               ///< of ONNX Runtime's own domain, in a graph that was lowered for CUDA
   const Rule* attributes[10];  ///< ended by null
 };
 
@@ -33,8 +34,11 @@ struct Value {
   std::vector<std::int64_t> several;
 };
 
-/// Null where no graph may hold it.
-const Operator* find_operator(std::string_view name) noexcept;
+/// Null where no graph may hold it. Those of ONNX Runtime's own domain a graph may hold that was `lowered`.
+const Operator* find_operator(std::string_view domain, std::string_view name, bool lowered) noexcept;
+
+/// Whether an import is that of ONNX Runtime's own domain.
+bool is_contrib(std::string_view domain, std::int64_t version) noexcept;
 
 /// Whether an operator may have inputs and outputs of those names, an empty one being left out.
 bool takes(const Operator& known, const std::vector<std::string_view>& inputs,

@@ -52,7 +52,13 @@ void CudaRuntime::check(int status, const char* what) const {
   }
 }
 
+std::unique_lock<std::recursive_mutex> CudaRuntime::turn() {
+  static std::recursive_mutex mutex;
+  return std::unique_lock<std::recursive_mutex>(mutex);
+}
+
 void* CudaRuntime::allocate(std::size_t bytes) const {
+  const auto held = turn();
   check(set_device_(device_), "cannot use the GPU");
   void* address = nullptr;
   if (malloc_(&address, bytes == 0 ? 1 : bytes) != 0) {
@@ -63,13 +69,20 @@ void* CudaRuntime::allocate(std::size_t bytes) const {
   return address;
 }
 
-void CudaRuntime::free(void* address) const noexcept { free_(address); }
+void CudaRuntime::free(void* address) const noexcept {
+  const auto held = turn();
+  free_(address);
+}
 
 void CudaRuntime::copy(void* to, const void* from, std::size_t bytes) const {
+  const auto held = turn();
   check(set_device_(device_), "cannot use the GPU");
   check(memcpy_(to, from, bytes, any_direction, stream_), "cannot copy");
 }
 
-void CudaRuntime::wait() const { check(synchronize_(stream_), "failed in what came before"); }
+void CudaRuntime::wait() const {
+  const auto held = turn();
+  check(synchronize_(stream_), "failed in what came before");
+}
 
 }  // namespace tgate::ort

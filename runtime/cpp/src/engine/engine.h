@@ -58,9 +58,16 @@ class Call {
 class LoadedGraph {
  public:
   virtual ~LoadedGraph() = default;
-  /// A call for so many images. `inputs` are all of the graph's; of its outputs some may be left out, all but one.
+  /// A call for so many images. `inputs` are all of the graph's; of its outputs some may be left out, all but one. The
+  /// others may hold anything from then on until it runs: an engine may run it to warm up.
   [[nodiscard]] virtual std::unique_ptr<Call> bind(const std::vector<Bound>& inputs, const std::vector<Bound>& outputs,
                                                    std::int64_t images) const = 0;
+};
+
+/// What loading gives. `advice`: one line for people where the engine could do better with these graphs; or nothing.
+struct Loaded {
+  std::vector<std::shared_ptr<const LoadedGraph>> graphs;
+  std::string advice;
 };
 
 /// Thread-safe.
@@ -74,8 +81,7 @@ class Engine {
   [[nodiscard]] virtual const std::string& title() const noexcept = 0;
   /// Those graphs of an opened bundle over one set of weights, each checked before the engine sees it. Throws Error of
   /// Code::bundle or Code::engine.
-  [[nodiscard]] virtual std::vector<std::shared_ptr<const LoadedGraph>> load(
-      const Bundle& bundle, const std::vector<const GraphSpec*>& graphs) const = 0;
+  [[nodiscard]] virtual Loaded load(const Bundle& bundle, const std::vector<const GraphSpec*>& graphs) const = 0;
   [[nodiscard]] virtual std::unique_ptr<Interrupt> interrupt() const = 0;
 
   /// Throws Error of Code::memory.

@@ -39,10 +39,12 @@ class OrtGraph;
 class OrtCall final : public Call {
  public:
   OrtCall(std::shared_ptr<const OrtGraph> graph, const std::vector<Bound>& inputs, const std::vector<Bound>& outputs,
-          std::int64_t images, int number);
+          std::int64_t images);
   void run(Interrupt& interrupt) override;
 
  private:
+  void run_bound(OrtRunOptions* options);
+
   std::shared_ptr<const OrtGraph> graph_;
   std::vector<Handle<OrtValue>> values_;
   Handle<OrtIoBinding> binding_;
@@ -61,8 +63,7 @@ class OrtGraph final : public LoadedGraph, public std::enable_shared_from_this<O
 
   [[nodiscard]] std::unique_ptr<Call> bind(const std::vector<Bound>& inputs, const std::vector<Bound>& outputs,
                                            std::int64_t images) const override {
-    auto call = std::make_unique<OrtCall>(shared_from_this(), inputs, outputs, images, ++calls_);
-    return call;
+    return std::make_unique<OrtCall>(shared_from_this(), inputs, outputs, images);
   }
 
   std::shared_ptr<Library> library;
@@ -70,13 +71,10 @@ class OrtGraph final : public LoadedGraph, public std::enable_shared_from_this<O
   Handle<OrtSession> session;
   Handle<OrtMemoryInfo> memory;
   bool captured;
-
- private:
-  mutable std::atomic<int> calls_{0};
 };
 
 OrtCall::OrtCall(std::shared_ptr<const OrtGraph> graph, const std::vector<Bound>& inputs,
-                 const std::vector<Bound>& outputs, std::int64_t images, int number)
+                 const std::vector<Bound>& outputs, std::int64_t images)
     : graph_(std::move(graph)),
       binding_(nullptr, Release{graph_->library}),
       own_options_(nullptr, Release{graph_->library}) {
@@ -106,13 +104,18 @@ OrtCall::OrtCall(std::shared_ptr<const OrtGraph> graph, const std::vector<Bound>
     OrtRunOptions* options = nullptr;
     library.check(api.CreateRunOptions(&options), making_a_call);
     own_options_.reset(options);
-    library.check(api.AddRunConfigEntry(options, "gpu_graph_id", std::to_string(number).c_str()), making_a_call);
+    static std::atomic<int> numbers{0};  // no two CUDA graphs of the process have one
+    library.check(api.AddRunConfigEntry(options, "gpu_graph_id", std::to_string(++numbers).c_str()), making_a_call);
+    run_bound(options);  // warms up and captures; outputs are never inputs of the same call, so that nothing is spoilt
   }
 }
 
 void OrtCall::run(Interrupt& interrupt) {
   // A captured call is one launch, which cannot be ended.
-  OrtRunOptions* options = own_options_ ? own_options_.get() : static_cast<RunInterrupt&>(interrupt).get();
+  run_bound(own_options_ ? own_options_.get() : static_cast<RunInterrupt&>(interrupt).get());
+}
+
+void OrtCall::run_bound(OrtRunOptions* options) {
   OrtStatus* status = graph_->library->api().RunWithBinding(graph_->session.get(), options, binding_.get());
   if (status != nullptr) {  // a text is made only then
     graph_->library->check(status, "graph " + graph_->file + " failed in ONNX Runtime");
@@ -165,28 +168,26 @@ OrtEngine::OrtEngine(const std::string& name, const EngineOptions& options)
 
 std::unique_ptr<Interrupt> OrtEngine::interrupt() const { return std::make_unique<RunInterrupt>(library_); }
 
-std::vector<std::shared_ptr<const LoadedGraph>> OrtEngine::load(const Bundle& bundle,
-                                                                const std::vector<const GraphSpec*>& graphs) const {
+std::string read_graph(const Bundle& bundle, const GraphSpec& spec, const Places& places) {
   constexpr std::size_t most_bytes = std::size_t{64} << 20;
-  const Places places = bundle.places();
-  std::vector<std::shared_ptr<const LoadedGraph>> loaded;
-  for (const GraphSpec* spec : graphs) {
-    const std::string data = bundle.read(spec->file, most_bytes);
-    check_graph(data, *spec, bundle.manifest().weights, places);
-    Handle<OrtSessionOptions> options = session_options(*spec);
-    library_->check(library_->api().AddSessionConfigEntry(
-                        options.get(), "session.model_external_initializers_file_folder_path", bundle.path().c_str()),
-                    "ONNX Runtime does not take a folder for weights");
-    OrtSession* session = nullptr;
-    library_->check(library_->api().CreateSessionFromArray(library_->environment(), data.data(), data.size(),
-                                                           options.get(), &session),
-                    "ONNX Runtime " + library_->version() + " cannot load " + spec->file);
-    Handle<OrtSession> handle(session, Release{library_});
-    check_interface(*library_, session, *spec);
-    loaded.push_back(
-        std::make_shared<OrtGraph>(library_, spec->file, std::move(handle), memory_info(), captured(*spec)));
-  }
-  return loaded;
+  std::string data = bundle.read(spec.file, most_bytes);
+  check_graph(data, spec, bundle.manifest().weights, places);
+  return data;
+}
+
+std::shared_ptr<const LoadedGraph> OrtEngine::load_graph(const Bundle& bundle, const GraphSpec& spec,
+                                                         const std::string& data, Handle<OrtSessionOptions> options,
+                                                         bool captured) const {
+  library_->check(library_->api().AddSessionConfigEntry(
+                      options.get(), "session.model_external_initializers_file_folder_path", bundle.path().c_str()),
+                  "ONNX Runtime does not take a folder for weights");
+  OrtSession* session = nullptr;
+  library_->check(library_->api().CreateSessionFromArray(library_->environment(), data.data(), data.size(), options.get(),
+                                                         &session),
+                  "ONNX Runtime " + library_->version() + " cannot load " + spec.file);
+  Handle<OrtSession> handle(session, Release{library_});
+  check_interface(*library_, session, spec);
+  return std::make_shared<OrtGraph>(library_, spec.file, std::move(handle), memory_info(), captured);
 }
 
 }  // namespace tgate::ort

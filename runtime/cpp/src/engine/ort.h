@@ -10,23 +10,24 @@
 
 namespace tgate::ort {
 
+/// A bundle's graph, checked. Throws Error of Code::bundle.
+std::string read_graph(const Bundle& bundle, const GraphSpec& spec, const Places& places);
+
 /// What both engines have. A session of theirs is one graph.
 class OrtEngine : public Engine {
  public:
   [[nodiscard]] const std::string& title() const noexcept override { return title_; }
   [[nodiscard]] std::unique_ptr<Interrupt> interrupt() const override;
-  [[nodiscard]] std::vector<std::shared_ptr<const LoadedGraph>> load(
-      const Bundle& bundle, const std::vector<const GraphSpec*>& graphs) const override;
-
  protected:
   OrtEngine(const std::string& name, const EngineOptions& options);
 
-  /// The options of a session for one graph; weights lie in the bundle's folder.
-  [[nodiscard]] virtual Handle<OrtSessionOptions> session_options(const GraphSpec& graph) const = 0;
+  /// A session of `data`, the checked file of `spec`, whose weights lie in the bundle's folder. `captured`: its calls
+  /// become CUDA graphs, when they are bound.
+  [[nodiscard]] std::shared_ptr<const LoadedGraph> load_graph(const Bundle& bundle, const GraphSpec& spec,
+                                                              const std::string& data, Handle<OrtSessionOptions> options,
+                                                              bool captured) const;
   /// Of the memory that is bound.
   [[nodiscard]] virtual Handle<OrtMemoryInfo> memory_info() const = 0;
-  /// Whether the calls of a graph are captured as CUDA graphs.
-  [[nodiscard]] virtual bool captured(const GraphSpec& graph) const = 0;
 
   std::shared_ptr<Library> library_;
   EngineOptions options_;

@@ -59,6 +59,16 @@ class OrtCpu final : public OrtEngine {
     }
   }
 
+  [[nodiscard]] Loaded load(const Bundle& bundle, const std::vector<const GraphSpec*>& graphs) const override {
+    const Places places = bundle.places();
+    Loaded loaded;
+    for (const GraphSpec* spec : graphs) {
+      const std::string data = read_graph(bundle, *spec, places);
+      loaded.graphs.push_back(load_graph(bundle, *spec, data, session_options(*spec), false));
+    }
+    return loaded;
+  }
+
   [[nodiscard]] DeviceMemory allocate(std::size_t bytes) const override { return std::make_unique<HostBlock>(bytes); }
   void upload(std::byte* to, const void* from, std::size_t bytes) const override { move(to, from, bytes); }
   void download(void* to, const std::byte* from, std::size_t bytes) const override { move(to, from, bytes); }
@@ -68,7 +78,15 @@ class OrtCpu final : public OrtEngine {
   }
 
  protected:
-  [[nodiscard]] Handle<OrtSessionOptions> session_options(const GraphSpec& graph) const override {
+  [[nodiscard]] Handle<OrtMemoryInfo> memory_info() const override {
+    OrtMemoryInfo* info = nullptr;
+    library_->check(library_->api().CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &info),
+                    "ONNX Runtime does not name its memory");
+    return {info, Release{library_}};
+  }
+
+ private:
+  [[nodiscard]] Handle<OrtSessionOptions> session_options(const GraphSpec& graph) const {
     const OrtApi& api = library_->api();
     const std::string what = "ONNX Runtime does not take the settings for " + graph.file;
     OrtSessionOptions* made = nullptr;
@@ -94,16 +112,6 @@ class OrtCpu final : public OrtEngine {
     return options;
   }
 
-  [[nodiscard]] Handle<OrtMemoryInfo> memory_info() const override {
-    OrtMemoryInfo* info = nullptr;
-    library_->check(library_->api().CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &info),
-                    "ONNX Runtime does not name its memory");
-    return {info, Release{library_}};
-  }
-
-  [[nodiscard]] bool captured(const GraphSpec&) const override { return false; }
-
- private:
   static void move(void* to, const void* from, std::size_t bytes) noexcept {
     if (bytes > 0) {
       std::memcpy(to, from, bytes);

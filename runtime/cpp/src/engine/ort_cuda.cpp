@@ -1,16 +1,19 @@
 // ONNX Runtime on an NVIDIA GPU: everything stays on the device, and steps can be replayed as CUDA graphs.
 //
-// NO GPU HAS RUN THIS YET. It compiles, and follows what the Python engine of the same name does.
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
+// Graphs are taken lowered for CUDA's kernels where `tgate build` has left them so in the bundle's folder. All of them work
+// in one arena; weights and buffers, which last, lie elsewhere: a captured graph writes to its places in the arena at each
+// replay, whatever has them by then.
+//
+// NO GPU HAS RUN THIS YET. It runs over the stub of CUDA that the tests have, which computes nothing.
+#include <algorithm>
 #include <map>
+#include <optional>
 #include <thread>
 
 #include "contract/error.h"
+#include "contract/lowered.h"
 #include "engine/cuda_runtime.h"
+#include "engine/cuda_weights.h"
 #include "engine/ort.h"
 
 namespace tgate::ort {
@@ -18,112 +21,143 @@ namespace {
 
 constexpr std::uintptr_t alignment = 16;  // what a kernel may read at a time
 
-class CudaBlock final : public DeviceBlock {
- public:
-  CudaBlock(std::shared_ptr<const CudaRuntime> cuda, std::size_t bytes)
-      : cuda_(std::move(cuda)), address_(cuda_->allocate(bytes)) {}
-  ~CudaBlock() override { cuda_->free(address_); }
-  CudaBlock(const CudaBlock&) = delete;
-  CudaBlock& operator=(const CudaBlock&) = delete;
-  [[nodiscard]] std::byte* address() const noexcept override { return static_cast<std::byte*>(address_); }
-
- private:
-  std::shared_ptr<const CudaRuntime> cuda_;
-  void* address_;
-};
+class CudaGraph;
 
 /// A call on memory that kernels may take: what begins at another address, or is bound nowhere though a captured graph
-/// writes all of its outputs, has a place of its own, and is copied around the call.
+/// writes all of its outputs, has a place that calls share, and is copied around the call.
 class CudaCall final : public Call {
  public:
   struct Pair {
     std::byte *to, *from;
     std::size_t bytes;
   };
-  CudaCall(std::shared_ptr<const CudaRuntime> cuda, std::unique_ptr<Call> call, std::vector<DeviceMemory> own,
+  CudaCall(std::shared_ptr<const CudaRuntime> cuda, std::shared_ptr<const CudaGraph> graph, std::unique_ptr<Call> call,
            std::vector<Pair> before, std::vector<Pair> after, bool captured)
       : cuda_(std::move(cuda)),
+        graph_(std::move(graph)),
         call_(std::move(call)),
-        own_(std::move(own)),
         before_(std::move(before)),
         after_(std::move(after)),
         captured_(captured),
         thread_(std::this_thread::get_id()) {}
+  ~CudaCall() override {
+    const auto held = CudaRuntime::turn();
+    call_.reset();
+  }
+  CudaCall(const CudaCall&) = delete;
+  CudaCall& operator=(const CudaCall&) = delete;
 
   void run(Interrupt& interrupt) override {
     if (captured_ && std::this_thread::get_id() != thread_) {
       // ONNX Runtime keeps a CUDA graph with the thread that captured it.
       throw Error(Code::engine, "with cuda_graphs all requests of a session run in the thread that made them");
     }
-    for (const Pair& pair : before_) {
-      cuda_->copy(pair.to, pair.from, pair.bytes);
-    }
-    cuda_->wait();
+    const auto held = CudaRuntime::turn();
+    copy(before_);
+    cuda_->wait();  // ONNX Runtime's streams do not wait for ours
     call_->run(interrupt);
-    for (const Pair& pair : after_) {
+    copy(after_);
+  }
+
+ private:
+  void copy(const std::vector<Pair>& pairs) const {
+    for (const Pair& pair : pairs) {
       cuda_->copy(pair.to, pair.from, pair.bytes);
     }
   }
 
- private:
   std::shared_ptr<const CudaRuntime> cuda_;
+  std::shared_ptr<const CudaGraph> graph_;  // and with it the weights
   std::unique_ptr<Call> call_;
-  std::vector<DeviceMemory> own_;
   std::vector<Pair> before_, after_;
   bool captured_;
   std::thread::id thread_;
 };
 
-class CudaGraph final : public LoadedGraph {
+class CudaGraph final : public LoadedGraph, public std::enable_shared_from_this<CudaGraph> {
  public:
-  CudaGraph(std::shared_ptr<const CudaRuntime> cuda, std::shared_ptr<const LoadedGraph> graph, const GraphSpec& spec,
-            bool captured)
-      : cuda_(std::move(cuda)), graph_(std::move(graph)), spec_(spec), captured_(captured) {}
+  CudaGraph(std::shared_ptr<const CudaRuntime> cuda, std::shared_ptr<const CudaWeights> weights,
+            std::shared_ptr<const LoadedGraph> graph, const GraphSpec& spec, bool captured)
+      : cuda_(std::move(cuda)), weights_(std::move(weights)), graph_(std::move(graph)), spec_(spec), captured_(captured) {}
+  ~CudaGraph() override {
+    const auto held = CudaRuntime::turn();
+    graph_.reset();
+    weights_.reset();
+  }
+  CudaGraph(const CudaGraph&) = delete;
+  CudaGraph& operator=(const CudaGraph&) = delete;
 
   [[nodiscard]] std::unique_ptr<Call> bind(const std::vector<Bound>& inputs, const std::vector<Bound>& outputs,
                                            std::int64_t images) const override {
-    std::vector<DeviceMemory> own;
+    const auto held = CudaRuntime::turn();
     std::vector<CudaCall::Pair> before, after;
-    const auto own_place = [&](const TensorSpec& tensor) {
-      own.push_back(std::make_unique<CudaBlock>(cuda_, static_cast<std::size_t>(tensor.bytes(images))));
-      return own.back()->address();
-    };
     std::vector<Bound> reads, writes;
     for (const Bound& bound : inputs) {
-      std::byte* place = bound.address;
-      if (reinterpret_cast<std::uintptr_t>(place) % alignment != 0) {
-        place = own_place(*bound.tensor);
+      std::byte* place = place_of(*bound.tensor, bound.address, images);
+      if (place != bound.address) {
         before.push_back({place, bound.address, static_cast<std::size_t>(bound.tensor->bytes(images))});
       }
       reads.push_back({bound.tensor, place});
     }
     for (const TensorSpec& tensor : spec_.outputs) {
-      const Bound* bound = nullptr;
-      for (const Bound& each : outputs) {
-        bound = each.tensor->name == tensor.name ? &each : bound;
-      }
-      if (bound == nullptr && !captured_) {
+      const auto bound = std::find_if(outputs.begin(), outputs.end(),
+                                      [&](const Bound& each) { return each.tensor->name == tensor.name; });
+      std::byte* address = bound == outputs.end() ? nullptr : bound->address;
+      if (address == nullptr && !captured_) {
         continue;
       }
-      std::byte* place = bound == nullptr ? nullptr : bound->address;
-      if (place == nullptr || reinterpret_cast<std::uintptr_t>(place) % alignment != 0) {
-        place = own_place(tensor);
-        if (bound != nullptr) {
-          after.push_back({bound->address, place, static_cast<std::size_t>(tensor.bytes(images))});
-        }
+      std::byte* place = place_of(tensor, address, images);
+      if (address != nullptr && place != address) {
+        after.push_back({address, place, static_cast<std::size_t>(tensor.bytes(images))});
       }
       writes.push_back({&tensor, place});
     }
-    return std::make_unique<CudaCall>(cuda_, graph_->bind(reads, writes, images), std::move(own), std::move(before),
+    cuda_->wait();  // a captured graph runs when it is bound, and memory is cleared in our stream
+    return std::make_unique<CudaCall>(cuda_, shared_from_this(), graph_->bind(reads, writes, images), std::move(before),
                                       std::move(after), captured_);
   }
 
  private:
+  /// What the graph reads or writes: that address, or memory that calls share where there is none, or where kernels may not
+  /// take it. Calls run one at a time.
+  std::byte* place_of(const TensorSpec& tensor, std::byte* address, std::int64_t images) const {
+    if (address != nullptr && reinterpret_cast<std::uintptr_t>(address) % alignment == 0) {
+      return address;
+    }
+    DeviceMemory& spare = spare_[{tensor.name, images}];
+    if (spare == nullptr) {
+      spare = std::make_unique<CudaBlock>(cuda_, static_cast<std::size_t>(tensor.bytes(images)));
+    }
+    return spare->address();
+  }
+
   std::shared_ptr<const CudaRuntime> cuda_;
+  std::shared_ptr<const CudaWeights> weights_;
   std::shared_ptr<const LoadedGraph> graph_;
   GraphSpec spec_;
   bool captured_;
+  mutable std::map<std::pair<std::string, std::int64_t>, DeviceMemory> spare_;  // under CudaRuntime::turn
 };
+
+/// What ONNX Runtime logs in this thread while there is one.
+class Listening {
+ public:
+  Listening() { heard_ = &lines_; }
+  ~Listening() { heard_ = nullptr; }
+  Listening(const Listening&) = delete;
+  Listening& operator=(const Listening&) = delete;
+  [[nodiscard]] const std::vector<std::string>& lines() const noexcept { return lines_; }
+  static void ORT_API_CALL hear(void*, OrtLoggingLevel, const char*, const char*, const char*, const char* message) {
+    if (heard_ != nullptr && message != nullptr) {
+      heard_->emplace_back(message);
+    }
+  }
+
+ private:
+  std::vector<std::string> lines_;
+  static thread_local std::vector<std::string>* heard_;
+};
+thread_local std::vector<std::string>* Listening::heard_ = nullptr;
 
 class OrtCuda final : public OrtEngine {
  public:
@@ -137,20 +171,54 @@ class OrtCuda final : public OrtEngine {
     if (options_.threads != 0 || options_.device < 0) {
       throw Error(Code::engine, "ort-cuda computes on a GPU: threads must be 0, and device a GPU's number, from 0");
     }
+    const auto held = CudaRuntime::turn();
     // Appending the provider loads its library, and with it the CUDA runtime.
-    static_cast<void>(with_provider(false));
+    static_cast<void>(with_provider(false, false));
     cuda_ = std::make_shared<const CudaRuntime>(options_.device, options_.stream);
+    library_->share_arena(options_.device);
   }
-  ~OrtCuda() override { values_.clear(); }
 
-  [[nodiscard]] std::vector<std::shared_ptr<const LoadedGraph>> load(
-      const Bundle& bundle, const std::vector<const GraphSpec*>& graphs) const override {
-    if (options_.memory == "shared") {
-      upload_weights(bundle);
+  [[nodiscard]] Loaded load(const Bundle& bundle, const std::vector<const GraphSpec*>& graphs) const override {
+    const Places places = bundle.places();
+    const auto lowered = LoweredGraphs::open(bundle);
+    std::vector<std::string> files;
+    std::vector<GraphWeights> facts;
+    LaidWeights laid;
+    std::size_t as_exported = 0;
+    for (const GraphSpec* spec : graphs) {
+      auto graph = lowered ? lowered->find(bundle, *spec, places) : std::nullopt;
+      as_exported += graph ? 0U : 1U;
+      files.push_back(graph ? std::move(graph->data) : read_graph(bundle, *spec, places));
+      facts.push_back(weights_of(files.back()));
+      refuse_bfloat16(*spec, facts.back());
+      for (const std::string& name : facts.back().names) {
+        const bool own = !graph || graph->weights.count(name) == 0;
+        const Laid each = own ? Laid{name, {}, places.at(name).dtype} : graph->weights.at(name);
+        if (own && options_.memory == "fast") {
+          continue;  // ONNX Runtime reads it from the file
+        }
+        if (!(laid.emplace(name, each).first->second == each)) {
+          throw Error(Code::bundle, spec->file + ", lowered, has a weight '" + shown(name, 60) +
+                                        "' that another graph lays otherwise; run tgate build again");
+        }
+      }
     }
-    auto loaded = OrtEngine::load(bundle, graphs);
+    const auto held = CudaRuntime::turn();
+    const Handle<OrtMemoryInfo> memory = memory_info();
+    const auto weights = std::make_shared<const CudaWeights>(library_, cuda_, bundle, places, laid, memory.get());
+    Loaded loaded;
     for (std::size_t i = 0; i < graphs.size(); ++i) {
-      loaded[i] = std::make_shared<CudaGraph>(cuda_, loaded[i], *graphs[i], captured(*graphs[i]));
+      const GraphSpec& spec = *graphs[i];
+      const bool captured = options_.cuda_graphs && spec.role == Role::denoise;
+      const Listening listening;
+      auto graph = load_graph(bundle, spec, files[i], session_options(spec, *weights, captured, facts[i].half), captured);
+      refuse_copies(spec, listening.lines());
+      loaded.graphs.push_back(std::make_shared<CudaGraph>(cuda_, weights, std::move(graph), spec, captured));
+    }
+    if (as_exported > 0) {
+      loaded.advice = "ort-cuda takes " + std::to_string(as_exported) + " of " + std::to_string(graphs.size()) +
+                      " graphs as they were exported, which launches more kernels; where Python is, tgate build BUNDLE "
+                      "--engine ort-cuda lowers them";
     }
     return loaded;
   }
@@ -174,22 +242,6 @@ class OrtCuda final : public OrtEngine {
   }
 
  protected:
-  [[nodiscard]] Handle<OrtSessionOptions> session_options(const GraphSpec& graph) const override {
-    const OrtApi& api = library_->api();
-    const std::string what = "ONNX Runtime does not take the settings for " + graph.file;
-    Handle<OrtSessionOptions> options = with_provider(captured(graph));
-    library_->check(api.SetSessionExecutionMode(options.get(), ORT_SEQUENTIAL), what);
-    library_->check(api.SetSessionLogSeverityLevel(options.get(), ORT_LOGGING_LEVEL_FATAL), what);
-    library_->check(api.SetSessionGraphOptimizationLevel(options.get(), ORT_ENABLE_ALL), what);
-    if (!values_.empty()) {
-      library_->check(api.AddSessionConfigEntry(options.get(), "session.disable_prepacking", "1"), what);
-    }
-    for (const auto& [name, value] : values_) {
-      library_->check(api.AddInitializer(options.get(), name.c_str(), value.get()), what);
-    }
-    return options;
-  }
-
   [[nodiscard]] Handle<OrtMemoryInfo> memory_info() const override {
     OrtMemoryInfo* info = nullptr;
     library_->check(library_->api().CreateMemoryInfo("Cuda", OrtDeviceAllocator, options_.device, OrtMemTypeDefault, &info),
@@ -197,12 +249,28 @@ class OrtCuda final : public OrtEngine {
     return {info, Release{library_}};
   }
 
-  [[nodiscard]] bool captured(const GraphSpec& graph) const override {
-    return options_.cuda_graphs && graph.role == Role::denoise;
+ private:
+  [[nodiscard]] Handle<OrtSessionOptions> session_options(const GraphSpec& graph, const CudaWeights& weights, bool captured,
+                                                          bool half) const {
+    const OrtApi& api = library_->api();
+    const std::string what = "ONNX Runtime does not take the settings for " + graph.file;
+    Handle<OrtSessionOptions> options = with_provider(captured, half);
+    library_->check(api.SetSessionExecutionMode(options.get(), ORT_SEQUENTIAL), what);
+    // Warnings, to us alone: where a weight is copied, one says so.
+    library_->check(api.SetSessionLogSeverityLevel(options.get(), ORT_LOGGING_LEVEL_WARNING), what);
+    library_->check(api.SetUserLoggingFunction(options.get(), &Listening::hear, nullptr), what);
+    library_->check(api.SetSessionGraphOptimizationLevel(options.get(), ORT_ENABLE_ALL), what);
+    // One arena for what graphs work in, and nothing in it that is to last. Prepacking stays on: by being asked, NhwcConv
+    // learns that its weights lie as it wants them, and nothing that a graph holds packs any on CUDA.
+    library_->check(api.AddSessionConfigEntry(options.get(), "session.use_env_allocators", "1"), what);
+    library_->check(api.AddSessionConfigEntry(options.get(), "session.use_device_allocator_for_initializers", "1"), what);
+    for (const auto& [name, value] : weights.values()) {
+      library_->check(api.AddInitializer(options.get(), name.c_str(), value.get()), what);
+    }
+    return options;
   }
 
- private:
-  [[nodiscard]] Handle<OrtSessionOptions> with_provider(bool captured) const {
+  [[nodiscard]] Handle<OrtSessionOptions> with_provider(bool captured, bool half) const {
     const OrtApi& api = library_->api();
     const std::string what = "ort-cuda finds no GPU " + std::to_string(options_.device) + " here";
     OrtSessionOptions* made = nullptr;
@@ -212,9 +280,10 @@ class OrtCuda final : public OrtEngine {
     library_->check(api.CreateCUDAProviderOptions(&settings), what);
     const Handle<OrtCUDAProviderOptionsV2> held(settings, Release{library_});
     const std::string device = std::to_string(options_.device);
-    // TF32 has 10 bits of mantissa, which is not what a bundle in float32 was exported for.
+    // TF32's 10 bits of mantissa are not what a graph in float32 was exported for. In 16 bits there is nothing to lose, and
+    // ONNX Runtime takes the setting for more than it says: no convolution may then use tensor cores.
     const char* keys[] = {"device_id", "arena_extend_strategy", "use_tf32", "enable_cuda_graph"};
-    const char* values[] = {device.c_str(), "kSameAsRequested", "0", captured ? "1" : "0"};
+    const char* values[] = {device.c_str(), "kSameAsRequested", half ? "1" : "0", captured ? "1" : "0"};
     library_->check(api.UpdateCUDAProviderOptions(settings, keys, values, 4), what);
     if (options_.stream != nullptr) {
       library_->check(api.UpdateCUDAProviderOptionsWithValue(settings, "user_compute_stream", options_.stream), what);
@@ -223,44 +292,26 @@ class OrtCuda final : public OrtEngine {
     return options;
   }
 
-  /// Every weight of the bundle on the device, by its initializer's name.
-  void upload_weights(const Bundle& bundle) const {
-    const std::string path = bundle.path() + "/" + bundle.manifest().weights;
-    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
-    struct stat found {};
-    if (file < 0 || fstat(file, &found) != 0) {
-      throw Error(Code::bundle, path + " cannot be opened; copy or export the bundle again");
+  /// A U-Net's or a decoder's: what both have, ONNX Runtime has no kernel for in bfloat16, on any device.
+  static void refuse_bfloat16(const GraphSpec& spec, const GraphWeights& weights) {
+    if (weights.bfloat && weights.resizes) {
+      throw Error(Code::engine, spec.file + " is in bfloat16, in which ONNX Runtime has no Resize; export with --dtype fp16");
     }
-    const auto size = static_cast<std::size_t>(found.st_size);
-    void* mapped = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file, 0);
-    ::close(file);
-    if (mapped == MAP_FAILED) {
-      throw Error(Code::memory, path + " cannot be mapped");
+  }
+
+  static void refuse_copies(const GraphSpec& spec, const std::vector<std::string>& lines) {
+    const auto copied = [](const std::string& line) {
+      return line.find("Cannot use user supplied initializer") != std::string::npos;
+    };
+    const auto first = std::find_if(lines.begin(), lines.end(), copied);
+    if (first != lines.end()) {
+      throw Error(Code::engine, "ONNX Runtime copied " + std::to_string(std::count_if(first, lines.end(), copied)) +
+                                    " weights of " + spec.file + " instead of sharing them: " + shown(*first, 300) +
+                                    "; take memory fast");
     }
-    const Handle<OrtMemoryInfo> info = memory_info();
-    try {
-      for (const auto& [name, place] : bundle.places()) {
-        weights_.push_back(std::make_unique<CudaBlock>(cuda_, static_cast<std::size_t>(place.length)));
-        std::byte* to = weights_.back()->address();
-        cuda_->copy(to, static_cast<const std::byte*>(mapped) + place.offset, static_cast<std::size_t>(place.length));
-        OrtValue* value = nullptr;
-        library_->check(library_->api().CreateTensorWithDataAsOrtValue(
-                            info.get(), to, static_cast<std::size_t>(place.length), place.shape.data(), place.shape.size(),
-                            static_cast<ONNXTensorElementDataType>(facts_of(place.dtype).onnx), &value),
-                        "ONNX Runtime cannot take weight " + shown(name));
-        values_.emplace(name, Handle<OrtValue>(value, Release{library_}));
-      }
-      cuda_->wait();
-    } catch (...) {
-      munmap(mapped, size);
-      throw;
-    }
-    munmap(mapped, size);
   }
 
   std::shared_ptr<const CudaRuntime> cuda_;
-  mutable std::vector<DeviceMemory> weights_;  // filled by the one load there is
-  mutable std::map<std::string, Handle<OrtValue>> values_;
 };
 
 }  // namespace

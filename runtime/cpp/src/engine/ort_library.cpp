@@ -14,6 +14,7 @@ namespace {
 constexpr std::uint32_t api_version = 21;
 constexpr int least_minor = 31;  // 1.23 followed external data through "../" and links
 constexpr std::size_t most_shown = 500;
+const std::string making_an_arena = "ONNX Runtime makes no arena for its sessions";
 
 /// The message on one line, without source positions, and not all of it where it is long: it quotes names of the graph.
 std::string first_line(std::string_view message) {
@@ -114,26 +115,45 @@ void Library::check(OrtStatus* status, const std::string& what) const {
 
 void Library::share_arena() {
   const std::lock_guard<std::mutex> lock(guard);
-  if (arena_) {
-    return;
+  if (!arena_) {
+    OrtMemoryInfo* info = nullptr;
+    check(api_->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &info), making_an_arena);
+    register_arena(info, [this](const OrtMemoryInfo* where, const OrtArenaCfg* config) {
+      return api_->CreateAndRegisterAllocator(environment_, where, config);
+    });
+    arena_ = true;
   }
-  const std::string what = "ONNX Runtime makes no arena for its sessions";
-  OrtMemoryInfo* info = nullptr;
-  check(api_->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &info), what);
+}
+
+void Library::share_arena(int device) {
+  const std::lock_guard<std::mutex> lock(guard);
+  if (device_arenas_.count(device) == 0) {
+    OrtMemoryInfo* info = nullptr;
+    check(api_->CreateMemoryInfo("Cuda", OrtArenaAllocator, device, OrtMemTypeDefault, &info), making_an_arena);
+    register_arena(info, [&](const OrtMemoryInfo* where, const OrtArenaCfg* config) {
+      const std::string number = std::to_string(device);
+      const char *key = "device_id", *value = number.c_str();
+      return api_->CreateAndRegisterAllocatorV2(environment_, "CUDAExecutionProvider", where, config, &key, &value, 1);
+    });
+    device_arenas_.insert(device);
+  }
+}
+
+void Library::register_arena(OrtMemoryInfo* info,
+                             const std::function<OrtStatus*(const OrtMemoryInfo*, const OrtArenaCfg*)>& add) const {
   OrtArenaCfg* config = nullptr;
   // Grow by what is asked for (1), not by powers of two; the other values are the engine's own choice.
   const char* keys[] = {"arena_extend_strategy"};
   const std::size_t values[] = {1};
   OrtStatus* status = api_->CreateArenaCfgV2(keys, values, 1, &config);
   if (status == nullptr) {
-    status = api_->CreateAndRegisterAllocator(environment_, info, config);
+    status = add(info, config);
   }
   api_->ReleaseMemoryInfo(info);
   if (config != nullptr) {
     api_->ReleaseArenaCfg(config);
   }
-  check(status, what);
-  arena_ = true;
+  check(status, making_an_arena);
 }
 
 }  // namespace tgate::ort

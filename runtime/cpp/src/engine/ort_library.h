@@ -3,7 +3,9 @@
 
 #include <onnxruntime_c_api.h>
 
+#include <functional>
 #include <memory>
+#include <set>
 #include <string>
 
 namespace tgate::ort {
@@ -27,15 +29,21 @@ class Library {
   void check(OrtStatus* status, const std::string& what) const;
   /// One arena that sessions share which ask for it: graphs that run in turn need the memory of the largest alone.
   void share_arena();
+  /// The same on a GPU: nothing that is to last may lie in it, since a captured graph writes over it at each replay.
+  void share_arena(int device);
 
  private:
   explicit Library(const std::string& path);
+  /// An arena in that memory, which is freed, by the function that adds one to the environment.
+  void register_arena(OrtMemoryInfo* info,
+                      const std::function<OrtStatus*(const OrtMemoryInfo*, const OrtArenaCfg*)>& add) const;
 
   std::string path_, version_;
   void* handle_ = nullptr;
   const OrtApi* api_ = nullptr;
   OrtEnv* environment_ = nullptr;
   bool arena_ = false;
+  std::set<int> device_arenas_;
 };
 
 /// Frees what the C API gave: `Handle<OrtSession>`.

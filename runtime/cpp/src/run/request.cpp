@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "contract/error.h"
-#include "run/numbers.h"
+#include "contract/numbers.h"
 
 namespace tgate {
 namespace {

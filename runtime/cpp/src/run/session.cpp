@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "contract/error.h"
-#include "run/numbers.h"
+#include "contract/numbers.h"
 
 namespace tgate {
 namespace {
@@ -173,9 +173,10 @@ std::shared_ptr<const Session> Session::open(std::shared_ptr<const Bundle> bundl
   session->engine_ = engine != nullptr ? std::move(engine) : Engine::open(options.engine);
   session->watch_weights();
   auto loaded = session->engine_->load(*bundle, graphs);
+  session->advice_ = std::move(loaded.advice);
   std::vector<std::string> names{manifest.weights};
   for (std::size_t i = 0; i < graphs.size(); ++i) {
-    session->graphs_.emplace(graphs[i]->file, std::move(loaded[i]));
+    session->graphs_.emplace(graphs[i]->file, std::move(loaded.graphs[i]));
     names.push_back(graphs[i]->file);
   }
   // The engine opened the weights by their name: it led to what was checked all the while.

@@ -67,6 +67,8 @@ class Session {
 
   [[nodiscard]] const Manifest& manifest() const { return bundle_->manifest(); }
   [[nodiscard]] const std::shared_ptr<const Engine>& engine() const { return engine_; }
+  /// See Loaded.
+  [[nodiscard]] const std::string& advice() const { return advice_; }
   /// A plan by its name, or by the file that the session was opened with; one that was not loaded where there is no
   /// other. Throws Error of Code::request where two that were loaded have the name, of Code::bundle listing those there
   /// are where none has.
@@ -108,6 +110,7 @@ class Session {
 
   std::shared_ptr<const Bundle> bundle_;
   std::shared_ptr<const Engine> engine_;
+  std::string advice_;
   std::map<std::string, std::shared_ptr<const LoadedGraph>, std::less<>> graphs_;  // by file
   std::vector<std::pair<std::string, Plan>> plan_files_;  // by path
   std::vector<const Plan*> plans_;                        // those that it is for

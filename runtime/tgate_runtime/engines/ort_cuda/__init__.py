@@ -34,6 +34,7 @@ from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import DENOISE, GraphSpec, Role, TensorSpec
 from tgate_runtime.engines.ort import check_nodes, find_weights, run_cancellable
+from tgate_runtime.engines.ort_cuda.ahead import OrtCudaBuilder, refuse_options
 from tgate_runtime.engines.ort_cuda.limits import multiplies_in_half, refuse_bfloat16
 from tgate_runtime.engines.ort_cuda.log import captured_stderr, failing
 from tgate_runtime.engines.ort_cuda.lowering import Lowered, lower
@@ -168,10 +169,7 @@ class OrtCuda:
     captured: Collection[Role] = (DENOISE,)
 
     def __init__(self, options: EngineOptions) -> None:
-        if options.precision is not None:
-            raise EngineError("ort-cuda computes in the dtype that the bundle was exported with; leave out --precision")
-        if options.threads is not None:
-            raise EngineError("ort-cuda computes on a GPU; leave out --threads")
+        refuse_options(options)
         if self.provider not in ort.get_available_providers():
             raise EngineError(
                 f"the onnxruntime installed here has no {self.provider}: pip uninstall onnxruntime, then "
@@ -182,7 +180,8 @@ class OrtCuda:
         self._start()
 
     def build(self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None) -> dict[str, Path]:
-        return {}
+        """What libtgate takes from here; this engine itself lowers graphs when it loads them."""
+        return OrtCudaBuilder(EngineOptions()).build(bundle, graphs, on_build)
 
     @on_the_gpu
     def load(

@@ -1,8 +1,9 @@
 """A bundle's graph, rewritten for the kernels that ONNX Runtime has on CUDA: the same numbers from far fewer launches.
 
 A bundle stays neutral: this happens to a graph's bytes when they are loaded, after they were checked, and nothing of
-it is written anywhere. Each file here is one rewrite. Each is told by shapes, and by what the kernel that it wants
-takes; what it does not know, or the kernel would refuse, stays as it was.
+it is kept, but for libtgate (:mod:`~tgate_runtime.engines.ort_cuda.ahead`). Each file here is one rewrite. Each is told
+by shapes, and by what the kernel that it wants takes; what it does not know, or the kernel would refuse, stays as it
+was.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ PASSES = (
 )
 """In this order: layouts settle what the two before them leave between NCHW and NHWC, and skips are seen in NHWC;
 carries leave a bias to residuals, and residuals leave to sums what no normalization follows."""
+
+VERSION = 1
+"""Of what :func:`lower` makes: raised with every change of it, so that libtgate does not take graphs of another one
+that ``tgate build`` has left in a bundle. ``runtime/cpp/src/contract/lowered.cpp`` has the same."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tgate_runtime.weights import Weight
 
 LAID = "tgate.laid"
 """Under which key a value's ``meta`` keeps the :class:`Laid` that it is."""
-_BEYOND = 1 << 50
+BEYOND = 1 << 50
 """Where in the weight file an initializer says that it lies which is in no file: far beyond its end. Should the engine
 ever read it, rather than take the tensor that it is handed, it fails. At the place of its source it would find as many
 bytes in the wrong order."""
@@ -58,7 +58,7 @@ def _made(graph: ir.Graph, weight: ir.Value, order: tuple[int, ...], dtype: ir.D
     if isinstance(tensor, ir.ExternalTensor):
         size = tensor.size * (dtype or tensor.dtype).itemsize
         made.const_value = ir.ExternalTensor(
-            tensor.location, _BEYOND, int(size), dtype or tensor.dtype, shape=ir.Shape(shape), name=name
+            tensor.location, BEYOND, int(size), dtype or tensor.dtype, shape=ir.Shape(shape), name=name
         )
         made.meta[LAID] = Laid(str(weight.name), order, "float32" if dtype else "")
     else:

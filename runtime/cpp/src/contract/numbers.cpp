@@ -1,4 +1,4 @@
-#include "run/numbers.h"
+#include "contract/numbers.h"
 
 #include <cmath>
 #include <cstring>

@@ -1,0 +1,58 @@
+// What `tgate build BUNDLE --engine ort-cuda` leaves in a bundle's folder: its graphs, lowered for CUDA's kernels.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "contract/bundle.h"
+
+namespace tgate {
+
+/// A tensor of the weight file, by its name there: its dimensions in another order, or as they are where there is none
+/// and its numbers in that dtype, which is its own or float32.
+struct Laid {
+  std::string source;
+  std::vector<std::int64_t> order;
+  Dtype dtype{};
+  bool operator==(const Laid& other) const {
+    return source == other.source && order == other.order && dtype == other.dtype;
+  }
+};
+using LaidWeights = std::map<std::string, Laid, std::less<>>;
+
+/// The dtype and shape that a laid tensor has, and a place for it beyond the end of every weight file: nobody finds it
+/// there. Throws Error of Code::bundle where `laid` is no way to lay a tensor of `places`.
+Placed place_of(const Laid& laid, const Places& places);
+
+/// The bytes of `laid`, made from those of its source, into `to`, which has room for place_of(laid, places).length.
+void lay(const Laid& laid, const Placed& source, const std::byte* from, std::byte* to);
+
+/// A graph for ONNX Runtime's CUDA provider, checked. `weights`: what it reads that is laid otherwise than in the weight
+/// file, by its name in the graph.
+struct LoweredGraph {
+  std::string data;
+  LaidWeights weights;
+};
+
+/// The lowered graphs that lie in a bundle's folder. Immutable.
+class LoweredGraphs {
+ public:
+  /// Reads what there is; nothing where nobody has built it. Throws Error of Code::bundle where it is damaged, or of
+  /// another version than this library takes.
+  static std::optional<LoweredGraphs> open(const Bundle& bundle);
+
+  /// The graph of `spec`, lowered; nothing where it was not built with the others. Throws Error of Code::bundle where it
+  /// was made from another graph than the manifest lists, is damaged, or is no graph of `spec`'s.
+  [[nodiscard]] std::optional<LoweredGraph> find(const Bundle& bundle, const GraphSpec& spec, const Places& places) const;
+
+ private:
+  struct Entry {
+    std::string source, lowered;  // digests
+    LaidWeights weights;
+  };
+  std::map<std::string, Entry, std::less<>> entries_;
+};
+
+}  // namespace tgate

@@ -1,0 +1,111 @@
+"""libtgate's ``ort-cuda`` over the stub, beside the Python one on the same bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+
+from tests.cuda_stub.build import HERE
+from tests.cuda_stub.conftest import Opened
+from tests.cuda_stub.counted import counted
+from tgate_engine.bundle import Bundle
+from tgate_runtime.engines import open_builder
+
+LIBRARY = HERE.parents[1] / "build" / "cpp" / "release" / "libtgate.so"
+MODEL = "mini-sdxl"
+Told = dict[str, Any]
+
+
+def told(path: Path) -> Told:
+    """What :mod:`tests.cuda_stub.hosted` says of a bundle."""
+    assert LIBRARY.is_file(), "make cuda-stub builds libtgate"
+    (onnxruntime_library,) = Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*")
+    words = [str(LIBRARY), str(onnxruntime_library), str(path), "default"]
+    command = [sys.executable, "-m", "tests.cuda_stub.hosted", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parents[1])
+    assert done.returncode == 0, done.stderr
+    found: Told = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def as_exported(bundle_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hosted") / MODEL
+    return Path(shutil.copytree(bundle_of(MODEL), path, ignore=shutil.ignore_patterns("engines")))
+
+
+@pytest.fixture(scope="module")
+def lowered(as_exported: Path) -> Told:
+    path = Path(shutil.copytree(as_exported, as_exported.with_name("lowered")))
+    bundle = Bundle.open(path)
+    open_builder("ort-cuda").build(bundle, [*bundle.manifest.shapes[0].graphs.values()])
+    return told(path)
+
+
+def graphs_of(own: Opened) -> list[str]:
+    """Those of the plan, as its steps come to them first."""
+    return [*dict.fromkeys(step.graph for step in own.bundle.manifest.plan("default").steps)]
+
+
+def test_it_launches_what_python_launches(lowered: Told, opened: Callable[[str], Opened]) -> None:
+    own = opened(MODEL)
+    names = graphs_of(own)
+    assert len(names) == len(lowered["binding"]["captures"]) == 3
+    for name, launched in zip(names, lowered["binding"]["captures"], strict=True):
+        assert launched == counted(own.engine, own.graphs[name], own.specs[name]).names, name
+    assert lowered["advice"] == ""
+
+
+def test_a_step_is_one_launch(lowered: Told) -> None:
+    """Its row of numbers goes up, the graph is replayed, and latents move within the device."""
+    kinds = Counter(lowered["stepping"]["kinds"])
+    assert kinds["REPLAY"] == 1
+    assert set(kinds) == {"COPY", "WAIT", "REPLAY"}
+    assert len(lowered["stepping"]["uploads"]) == 1
+    assert kinds["COPY"] <= 4
+
+
+def test_weights_are_uploaded_once(lowered: Told, opened: Callable[[str], Opened]) -> None:
+    bundle = opened(MODEL).bundle
+    weights = bundle.file(bundle.manifest.weights).stat().st_size
+    loading = lowered["loading"]
+    assert 0.99 * weights < loading["uploaded_bytes"] < 1.05 * weights
+    assert sum(size for _, size in loading["allocated"]) < 1.05 * weights
+
+
+def test_captures_are_whole(lowered: Told) -> None:
+    """And a second request's calls are captured anew, at its own places, in the arena that is there."""
+    for part in ("binding", "again"):
+        kinds = lowered[part]["kinds"]
+        assert kinds.count("CAPTURE") == kinds.count("CAPTURED") == 3
+        assert not {"BROKEN", "REFUSED"} & {*kinds}
+    assert lowered["again"]["captures"] == lowered["binding"]["captures"]
+    assert sum(size for _, size in lowered["again"]["allocated"]) == lowered["buffers_bytes"]
+
+
+def test_a_request_belongs_to_its_thread(lowered: Told) -> None:
+    assert "all requests of a session run in the thread that made them" in lowered["elsewhere"]
+
+
+def test_graphs_go_with_their_session(lowered: Told) -> None:
+    assert lowered["releasing"]["kinds"].count("RELEASE") == 6
+    freed = lowered["releasing"]["kinds"].count("FREE")
+    assert freed >= len(lowered["again"]["allocated"])
+
+
+def test_without_the_folder_graphs_are_taken_as_exported(lowered: Told, as_exported: Path) -> None:
+    plain = told(as_exported)
+    assert "ort-cuda takes 5 of 5 graphs as they were exported" in plain["advice"]
+    assert "tgate build BUNDLE --engine ort-cuda" in plain["advice"]
+    for more, less in zip(plain["binding"]["captures"], lowered["binding"]["captures"], strict=True):
+        assert sum(more.values()) > sum(less.values()) > 100
+    assert Counter(plain["stepping"]["kinds"]) == Counter(lowered["stepping"]["kinds"])

@@ -35,8 +35,10 @@ INPUTS: Mapping[str, str] = {
     "Resize": "1???",
     "Slice": "111??",
     # Of ONNX Runtime's own.
+    "BiasAdd": "111",
     "BiasSplitGelu": "11",
     "GroupNorm": "111",
+    "MultiHeadAttention": "111",
     "NhwcConv": "11?",
     "SkipGroupNorm": "1111?",
     "SkipLayerNormalization": "111??",
@@ -49,7 +51,9 @@ them, over all families, methods and rewrites; the others are what another netwo
 """
 CONTRIB = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
-LOWERED = frozenset(("BiasSplitGelu", "GroupNorm", "NhwcConv", "SkipGroupNorm", "SkipLayerNormalization"))
+LOWERED = frozenset(
+    "BiasAdd BiasSplitGelu GroupNorm MultiHeadAttention NhwcConv SkipGroupNorm SkipLayerNormalization".split()
+)
 """What a node may be of that domain, in a graph that was lowered for CUDA, and in no other."""
 OPERATORS = frozenset(INPUTS) - LOWERED
 """What a node may be, of the default domain."""
@@ -73,6 +77,7 @@ NAMES: Mapping[str, str] = {
     "ArgMax": "axis keepdims select_last_index",
     "Attention": "is_causal kv_num_heads q_num_heads qk_matmul_output_mode scale softcap softmax_precision",
     **dict.fromkeys(("GroupNorm", "SkipGroupNorm"), "activation channels_last epsilon groups"),
+    "MultiHeadAttention": "num_heads scale",
     "NhwcConv": "dilations group kernel_shape pads strides",
     "SkipLayerNormalization": "epsilon",
     "AveragePool": "auto_pad ceil_mode count_include_pad dilations kernel_shape pads strides",
@@ -132,7 +137,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("softmax_precision", "stash_type", "to"), _TYPE),
     **dict.fromkeys(("axis", "start", "end"), _whole(_DIMENSION)),
     **dict.fromkeys(("group", "groups", "num_groups", "num_outputs"), _whole(range(1, _MOST_SIDE))),
-    **dict.fromkeys(("kv_num_heads", "q_num_heads"), _whole(range(1, _MOST_SIDE))),
+    **dict.fromkeys(("kv_num_heads", "num_heads", "q_num_heads"), _whole(range(1, _MOST_SIDE))),
     "batch_dims": _whole(range(MOST_DIMENSIONS)),
     "qk_matmul_output_mode": _whole(range(4)),
     "axes": _several(_DIMENSION),

@@ -36,7 +36,7 @@ from tgate_engine.atomic import write_atomically  # noqa: E402
 MODELS = {False: "sdxl,pixart-alpha", True: "mini-sdxl,mini-pixart"}
 ENGINES = {"cuda": "ort-cuda,ort-cuda+no-graphs,aoti,tensorrt", "cpu": "ort-cpu,openvino,aoti"}
 TINY_CPU_ENGINES = "ort-cpu,openvino"  # aoti compiles for most of a minute a graph there
-PARTS = ("open", "check", "loops", "memory", "peers")
+PARTS = ("open", "check", "loops", "memory", "kernels", "peers")
 NEVER = float("inf")
 
 Found = dict[str, Any]
@@ -145,6 +145,8 @@ def _steps(setting: Setting, engines: list[str], wanted: list[str], found: Found
                     section = "missing: " + found["engines"][engine]["says"]
                 elif done[f"{model}/bundle"]["status"] != "ok":
                     section = "skipped: there is no bundle"
+                elif part == "kernels" and setting.device == "cpu":
+                    section = "skipped: kernels are a GPU's"
                 elif part == "check" and done[f"{model}/reference"]["status"] != "ok":
                     section = f"skipped: there is no reference: {done[f'{model}/reference'].get('error', '')}"
                 yield Step(name=name, section=section, setting=replace(own, graphs=way) if way else own)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.correctness import check, reference
+from benchmarks.gpu.kernels import kernels
 from benchmarks.gpu.setting import CASES, Setting, engine_of, held_bytes, nvidia_smi, session_of
 from benchmarks.loops import Clock, plans_of, request, take
 from benchmarks.peers import compare
@@ -174,7 +175,8 @@ def peers(setting: Setting) -> dict[str, Any]:
 
 
 SECTIONS: Mapping[str, Callable[[Setting], dict[str, Any]]] = {
-    section.__name__: section for section in (machine, probe, bundle, reference, opening, check, loops, memory, peers)
+    section.__name__: section
+    for section in (machine, probe, bundle, reference, opening, check, loops, memory, kernels, peers)
 }
 
 

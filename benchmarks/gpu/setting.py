@@ -79,21 +79,28 @@ def engine_of(name: str, device: str) -> Engine:
             options["precision"] = way
         elif way in MEMORIES:
             options["memory"] = way
-        elif (base, way) != ("ort-cuda", "no-graphs"):
+        elif way != "no-graphs" or base not in ("aoti", "ort-cuda"):
             raise EngineError(f"engine {base} has no way {way!r}")
     found = open_engine(base, **options)
     if base == "aoti" and device == "cuda" and "cuda" not in str(getattr(found, "device", "")):
         raise EngineError("engine aoti would run on the CPU: the PyTorch installed here sees no GPU")
-    return _without_cuda_graphs(options) if "no-graphs" in ways else found
+    return _without_cuda_graphs(base, options) if "no-graphs" in ways else found
 
 
-def _without_cuda_graphs(options: Options) -> Engine:
+def _without_cuda_graphs(base: str, options: Options) -> Engine:
+    if base == "aoti":
+        from tgate_runtime.engines.aoti import Aoti
+
+        class PlainAoti(Aoti):
+            captured = ()
+
+        return PlainAoti(EngineOptions(**options))
     from tgate_runtime.engines.ort_cuda import OrtCuda
 
-    class WithoutCudaGraphs(OrtCuda):
+    class PlainOrtCuda(OrtCuda):
         captured = ()
 
-    return WithoutCudaGraphs(EngineOptions(**options))
+    return PlainOrtCuda(EngineOptions(**options))
 
 
 def held_bytes(device: str) -> int:

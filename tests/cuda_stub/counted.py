@@ -73,8 +73,8 @@ def _of(events: list[Event]) -> Counted:
     return Counted(
         launches=names.total(),
         products=named("cublas"),
-        convolutions=named("cuDNN ", "cudnnConvolution"),
-        attention=named("flash_fwd", "attention_kernel_batched"),
+        convolutions=named("cuDNN on ", "cuDNN without ", "cudnnConvolution"),
+        attention=named("flash_fwd", "attention_kernel_batched", "cuDNN attention"),
         copies=len(of(events, Kind.COPY, Kind.SET)),
         names=names,
     )

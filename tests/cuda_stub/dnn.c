@@ -1,4 +1,4 @@
-/* cuDNN: its backend of descriptors, through which convolutions go, and the older calls.
+/* cuDNN: its backend of descriptors, through which convolutions and attention go, and the older calls.
  *
  * For every graph of operations it offers two engines: one that multiplies on tensor cores and says so, and one that
  * does without. A descriptor keeps what is set and gives it back. The other calls of cuDNN that the provider may make
@@ -12,8 +12,9 @@
 enum { OK = 0, BAD_PARAM = 2000, NOT_SUPPORTED = 3000, ALLOC_FAILED = 4001 };
 
 /* Of cuDNN's enumerations, what is answered here. */
-enum { PLAN = 5 };
+enum { PLAN = 5, CONVOLUTION = 10 };
 enum {
+    HEURISTICS_GRAPH = 201,
     HEURISTICS_RESULTS = 202,
     CONFIG_ENGINE = 300,
     CONFIG_KNOBS = 302,
@@ -21,6 +22,7 @@ enum {
     CONFIG_SHARED_MEMORY = 304,
     PLAN_CONFIG = 401,
     PLAN_WORKSPACE = 402,
+    GRAPH_OPERATIONS = 801,
     GRAPH_ENGINES = 802,
     ENGINE_INDEX = 1301,
     ENGINE_KNOBS = 1302,
@@ -30,6 +32,7 @@ enum {
 enum { TYPE_DESCRIPTOR = 15 };
 enum { NOTE_TENSOR_CORES = 0 };
 static const char *const EXECUTED[] = {"cuDNN on tensor cores", "cuDNN without tensor cores"};
+static const char *const ATTENTION = "cuDNN attention"; /* what convolves nothing: the provider has no third kind */
 enum { ENGINES = 2 };
 
 struct handle {
@@ -46,6 +49,7 @@ struct attribute {
 struct descriptor {
     int type;
     int engine; /* of a configuration, an engine or a plan: which of the two */
+    int convolves; /* likewise: whether some operation is a convolution */
     struct attribute *attributes;
 };
 
@@ -108,11 +112,25 @@ static const struct attribute *set(const struct descriptor *descriptor, int name
     return each;
 }
 
+/* Whether a descriptor of heuristics was asked about a graph with a convolution. */
+static int convolves(const struct descriptor *heuristics) {
+    const struct attribute *graph = set(heuristics, HEURISTICS_GRAPH);
+    const struct attribute *all = graph ? set(*(struct descriptor *const *)graph->values, GRAPH_OPERATIONS) : NULL;
+    for (int64_t i = 0; all && i < all->count; i++)
+        if (((struct descriptor *const *)all->values)[i]->type == CONVOLUTION) return 1;
+    return 0;
+}
+
+static const char *executed(const struct descriptor *plan) {
+    return plan->convolves ? EXECUTED[plan->engine] : ATTENTION;
+}
+
 int cudnnBackendFinalize(struct descriptor *descriptor) {
     const struct attribute *config = descriptor->type == PLAN ? set(descriptor, PLAN_CONFIG) : NULL;
     if (config) {
         descriptor->engine = (*(struct descriptor **)config->values)->engine;
-        stub_note((struct stub_event){.kind = STUB_TRIED, .name = EXECUTED[descriptor->engine]});
+        descriptor->convolves = (*(struct descriptor **)config->values)->convolves;
+        stub_note((struct stub_event){.kind = STUB_TRIED, .name = executed(descriptor)});
     }
     return OK;
 }
@@ -127,7 +145,10 @@ int cudnnBackendGetAttribute(struct descriptor *descriptor, int name, int type, 
                              void *into) {
     switch (name) {
     case HEURISTICS_RESULTS: /* descriptors of configurations, made by the caller, to fill in */
-        for (int i = 0; into && i < ENGINES && i < asked; i++) ((struct descriptor **)into)[i]->engine = i;
+        for (int i = 0; into && i < ENGINES && i < asked; i++) {
+            ((struct descriptor **)into)[i]->engine = i;
+            ((struct descriptor **)into)[i]->convolves = convolves(descriptor);
+        }
         if (count) *count = ENGINES;
         return OK;
     case CONFIG_ENGINE: /* likewise */
@@ -159,7 +180,7 @@ int cudnnBackendGetAttribute(struct descriptor *descriptor, int name, int type, 
 
 int cudnnBackendExecute(void *handle, struct descriptor *plan, struct descriptor *pack) {
     if (!plan || !pack) return BAD_PARAM;
-    return stub_dnn_launch(handle, EXECUTED[plan->engine]);
+    return stub_dnn_launch(handle, executed(plan));
 }
 
 /* --- older calls ------------------------------------------------------------------------------- */

@@ -18,6 +18,7 @@ from benchmarks.loops import plans_of, request
 from tests.toy_bundle import Toy, build
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError
+from tgate_runtime.engines.aoti import Aoti
 from tgate_runtime.engines.ort import OrtCpu
 from tgate_runtime.engines.ort_cuda import OrtCuda
 from tgate_runtime.runner import run
@@ -136,6 +137,10 @@ def test_cuda_graphs_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> Non
         engine = engine_of(name, "cuda")
         assert isinstance(engine, OrtCuda)
         assert ("denoise" in engine.captured) == captured
+    for name, captured in (("aoti", True), ("aoti+no-graphs", False)):
+        found = engine_of(name, "cpu")
+        assert isinstance(found, Aoti)
+        assert ("denoise" in found.captured) == captured
 
 
 def test_what_an_empty_engine_takes_is_no_weights(monkeypatch: pytest.MonkeyPatch, bundles: Path) -> None:

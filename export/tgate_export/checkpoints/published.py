@@ -88,15 +88,19 @@ class _RandomTensors:
         return key
 
     def read(self, key: str) -> Tensor:
-        shape = self._shapes[key]
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._component}.{key}".encode()))
-        values = torch.randn(shape, generator=generator)
-        if len(shape) > 1:
-            return values.mul_(_fan_in(shape) ** -0.5)
-        return values.mul_(0.02).add_(1.0 if key.endswith("weight") else 0.0)
+        return random_tensor(self._component, key, self._shapes[key])
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def random_tensor(component: str, key: str, shape: tuple[int, ...]) -> Tensor:
+    """The random values of one tensor, in float32."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{component}.{key}".encode()))
+    values = torch.randn(shape, generator=generator)
+    if len(shape) > 1:
+        return values.mul_(_fan_in(shape) ** -0.5)
+    return values.mul_(0.02).add_(1.0 if key.endswith("weight") else 0.0)
 
 
 def _fan_in(shape: tuple[int, ...]) -> int:

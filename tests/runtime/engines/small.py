@@ -128,7 +128,7 @@ class Small:
         folder.mkdir()
         self.weights = weights(seed)
         save_file(self.weights, folder / WEIGHTS)
-        offsets = _offsets(folder / WEIGHTS)
+        offsets = offsets_of(folder / WEIGHTS)
         build = _Graphs(folder, {name: offsets[name] for name in self.weights}, batch, carry_dtype)
         graphs = {"full": build.full(), "reuse": build.reuse(), "text": build.text(), "decoder": build.decoder()}
         shape = Shape(width=4, height=4, batch=batch, latents=LATENTS, constants={}, graphs=graphs)
@@ -262,7 +262,7 @@ class _Graphs:
         return save(path, nodes, inputs, outputs, initializers, role=role, batch=self.batch)
 
 
-def _offsets(path: Path) -> dict[str, tuple[int, int, tuple[int, ...]]]:
+def offsets_of(path: Path) -> dict[str, tuple[int, int, tuple[int, ...]]]:
     """Where each tensor of a safetensors file begins, its length, both in bytes, and its shape."""
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")

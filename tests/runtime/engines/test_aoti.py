@@ -16,19 +16,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from torch._inductor import cpp_builder
+from onnx import helper
+from torch._inductor import async_compile, cpp_builder
 from torch._inductor.runtime import cache_dir_utils
 
-from tests.runtime.engines.small import Small, assert_close, random_inputs
+from tests.runtime.engines.on_torch import CPU, called
+from tests.runtime.engines.small import Small, assert_close, random_inputs, save, tensor
+from tgate_engine.bundle import Bundle, digests_of
 from tgate_engine.errors import EngineError
 from tgate_runtime.cache import digest_of
 from tgate_runtime.engines import aoti
 from tgate_runtime.engines.aoti import Aoti, AotiExecutable, TorchBuffer
+from tgate_runtime.engines.aoti import graph as graph_code
+from tgate_runtime.engines.aoti.inductor import flags, start_compilers, working_in
+from tgate_runtime.engines.aoti.operators import OPERATORS
 from tgate_runtime.engines.protocol import EngineOptions
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these are the numbers of a CPU")
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +49,6 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("something was compiled")
 
     monkeypatch.setattr(torch._inductor, "aot_compile", refuse)
-
-
-def called(graph: AotiExecutable, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    spec, batch = graph.spec, len(next(iter(inputs.values())))
-    buffers = {t.name: TorchBuffer.zeros(t.resolve(batch), t.dtype, CPU) for t in (*spec.inputs, *spec.outputs)}
-    for name, values in inputs.items():
-        buffers[name].write(values)
-    graph.bind({n: buffers[n] for n in spec.input_names()}, {n: buffers[n] for n in spec.output_names()})()
-    return {name: buffers[name].read() for name in spec.output_names()}
 
 
 # --- weights ------------------------------------------------------------------------------------
@@ -85,7 +80,7 @@ def test_weights_never_become_code(tmp_path: Path) -> None:
     x, other = torch.randn(8, 8), Short(torch.randn)
     program = torch.export.export(Short(torch.ones), (x,))
     path = str(tmp_path / "short.pt2")
-    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=Aoti(EngineOptions()).flags())
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=flags(channels_last=False))
     model = torch._inductor.aoti_load_package(path)
     model.load_constants(dict(other.named_buffers()), check_full_update=True, user_managed=True)
     torch.testing.assert_close(model(x), other(x))
@@ -231,6 +226,20 @@ def test_compilers_work_where_nobody_else_can_reach(
     assert tempfile.gettempdir() == temporary
 
 
+def test_the_processes_that_compile_begin_anew_in_each_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's kernels are compiled by processes that stay, and would go on to a directory that is gone."""
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 2)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        with working_in(tmp_path / name):
+            start_compilers()  # none where Triton is not installed
+            told = async_compile.AsyncCompile.process_pool().submit(tempfile.gettempdir).result(60)
+        assert told == str(tmp_path / name)
+        (tmp_path / name).rmdir()
+
+
 FULL = """
 import sys
 from pathlib import Path
@@ -278,6 +287,22 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
+def test_an_operator_that_inductor_has_no_code_for(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left to PyTorch: the library finds its name in a list that lies beside it."""
+    monkeypatch.setenv("TGATE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(graph_code, "OPERATORS", {**OPERATORS, "Round": lambda _, x: torch.linalg.matrix_exp(x)})
+    x, y = (tensor(name, 3, 3) for name in "xy")
+    file = tmp_path / "bundle" / "odd.onnx"
+    bundle = Small(tmp_path / "bundle").bundle
+    spec = save(file, [helper.make_node("Round", ["x"], ["y"])], [x], [y], batch=(1, 1))
+    bundle = Bundle(bundle.path, replace(bundle.manifest, files=digests_of(bundle.path)))
+    graph = Aoti(EngineOptions(threads=1)).load(bundle, [spec])[spec.file]
+    values = np.array([[0, 1, 0], [0, 0, 2], [0, 0, 0]], np.float32)
+    np.testing.assert_allclose(called(graph, {"x": values})["y"], [[1, 1, 1], [0, 1, 2], [0, 0, 1]], atol=1e-6)
+
+
 # --- what it refuses ----------------------------------------------------------------------------
 
 
@@ -303,10 +328,10 @@ def test_options_are_settled() -> None:
 def test_flags_that_this_pytorch_has_not_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch 2.11 has no enable_line_tables, and raises for settings that it does not know."""
     monkeypatch.setattr(torch._inductor, "config", SimpleNamespace(**{"aot_inductor.compile_wrapper_opt_level": "O1"}))
-    flags = Aoti(EngineOptions()).flags()
-    assert flags["aot_inductor.compile_wrapper_opt_level"] == "O0"
-    assert "aot_inductor.enable_line_tables" not in flags
-    assert flags["always_keep_tensor_constants"]  # what results depend on is never left out
+    settings = flags(channels_last=False)
+    assert settings["aot_inductor.compile_wrapper_opt_level"] == "O0"
+    assert "aot_inductor.enable_line_tables" not in settings
+    assert settings["always_keep_tensor_constants"]  # what results depend on is never left out
 
 
 def test_float32_is_float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

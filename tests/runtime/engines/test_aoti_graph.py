@@ -130,7 +130,7 @@ def test_graphs_share_the_pages_of_the_weight_file(small: Small, shared: Weights
     where: dict[str, set[int]] = {}
     for spec in small.graphs.values():
         module = OnnxModule(small.bundle.file(spec.file).read_bytes(), spec, shared)
-        for buffer, (name, _) in module.weight_names.items():
+        for buffer, (name, *_) in module.reads.items():
             where.setdefault(name, set()).add(getattr(module, buffer).data_ptr())
     assert where.keys() == small.weights.keys()
     assert all(len(addresses) == 1 for addresses in where.values())

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.runtime.engines.small import Small, save, tensor
 from tgate_engine.graph import TensorSpec
-from tgate_runtime.engines.aoti.graph import OnnxModule, Weights
+from tgate_runtime.engines.aoti.graph import OnnxModule, Weights, trace
 from tgate_runtime.engines.aoti.operators import OPERATORS
 
 CPU = torch.device("cpu")
@@ -124,18 +124,21 @@ def weights(small: Small) -> Weights:
 def agree(
     path: Path, weights: Weights, nodes: Sequence[Any], inputs: Sequence[Any], initializers: Sequence[Any]
 ) -> None:
-    """Run those nodes in both, on inputs x0, x1, …; the last node's outputs begin with y."""
+    """Run those nodes in both, on inputs x0, x1, …; the last node's outputs begin with y. What ``torch.export`` makes
+    of them, which is what is compiled, has to give the same."""
     arrays = {f"x{i}": array for i, array in enumerate(inputs)}
     specs = [tensor(name, *array.shape, dtype=str(array.dtype)) for name, array in arrays.items()]
     names = [name for name in nodes[-1].output if name.startswith("y")]
     want = reference(path, nodes, specs, names, initializers, arrays)
     outputs = [tensor(name, *each.shape, dtype=str(each.dtype)) for name, each in zip(names, want, strict=True)]
     spec = save(path, nodes, specs, outputs, initializers)
-    with torch.no_grad():
-        got = OnnxModule(path.read_bytes(), spec, weights)(*map(torch.from_numpy, inputs))
-    for a, b in zip(got, want, strict=True):
-        assert (a.numpy().dtype, tuple(a.shape)) == (b.dtype, b.shape)
-        np.testing.assert_allclose(a.numpy(), b, rtol=1e-4, atol=1e-5)
+    module = OnnxModule(path.read_bytes(), spec, weights)
+    for run in (module, trace(module, CPU).module(check_guards=False)):
+        with torch.no_grad():
+            got = run(*map(torch.from_numpy, inputs))
+        for a, b in zip(got, want, strict=True):
+            assert (a.numpy().dtype, tuple(a.shape)) == (b.dtype, b.shape)
+            np.testing.assert_allclose(a.numpy(), b, rtol=1e-4, atol=1e-5)
 
 
 def reference(

@@ -333,16 +333,51 @@ def test_what_cuda_says_is_raised(cuda_of_host_memory: list[str], monkeypatch: p
     buffer = engine.allocate((2, 3), "float32")
     buffer._device = ("cuda", 0)
     other = engine.allocate((2, 3), "float32")
-    for verb, call in (
-        ("write", lambda: buffer.write(np.zeros((2, 3), np.float32))),
-        ("read", buffer.read),
-        ("copy", lambda: buffer.copy(other)),
-    ):
+    calls: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
+        ("write", lambda: buffer.write(np.zeros((2, 3), np.float32)), other.read),
+        ("read", lambda: None, buffer.read),
+        ("copy", lambda: buffer.copy(other), other.read),
+    ]
+    for verb, call, again in calls:
+        call()  # nobody waits for it: whoever waits next is told
         with pytest.raises(
             EngineError, match=rf"^CUDA cannot {verb} a buffer of float32 \[2, 3\]: error 700: an illegal"
         ):
-            call()
+            again()
+    assert not other.read().any()  # told once
     assert cuda_of_host_memory == []
+
+
+def test_what_is_written_is_what_the_array_held() -> None:
+    """Though it may be written after the caller has gone on, and whoever reads finds all that was written before."""
+    buffer, other = (OnTheCpu(EngineOptions()).allocate((2, 3), "float32") for _ in range(2))
+    numbers = np.zeros((2, 3), np.float32)
+    for n in range(100):
+        numbers[:] = n
+        buffer.write(numbers)
+        numbers[:] = -1
+        other.copy(buffer)
+    assert (other.read() == 99).all()
+
+
+def test_a_call_computes_what_it_is_asked_for(small: Small) -> None:
+    """One that wants fewer outputs has a session without what only the others need: its numbers are the same."""
+    engine, spec = OnTheCpu(EngineOptions()), small.graphs["full"]
+    executable = engine.load(small.bundle, [spec])[spec.file]
+    inputs = random_inputs(spec, 1)
+    got = {}
+    few = spec.output_names()[:1]
+    for wanted in (spec.output_names(), few):
+        buffers = {t.name: engine.allocate(t.resolve(1), t.dtype) for t in (*spec.inputs, *spec.outputs)}
+        for name, array in inputs.items():
+            buffers[name].write(array)
+        executable.bind({name: buffers[name] for name in inputs}, {name: buffers[name] for name in wanted})()
+        got[len(wanted)] = {name: buffers[name].read() for name in wanted}
+    assert [{value.name for value in s.get_outputs()} for s in executable._sessions.values()] == [
+        set(spec.output_names()),
+        set(few),
+    ]
+    assert all((got[1][name] == got[len(spec.outputs)][name]).all() for name in few)
 
 
 def test_the_cuda_runtime_is_onnxruntime_s(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
+
 from tests.runtime.engines.ort_cuda.plain import in_plain_operators, with_weights
 from tgate_engine.graph import GraphSpec
 from tgate_runtime.engines import open_engine
-from tgate_runtime.engines.ort_cuda import OrtCuda, OrtCudaExecutable
+from tgate_runtime.engines.ort_cuda import OrtCuda
 from tgate_runtime.engines.ort_cuda.lowering import Lowered
 from tgate_runtime.engines.protocol import Engine, EngineOptions
 
@@ -24,12 +26,14 @@ class OnTheCpu(OrtCuda):
     def providers(self, captured: bool, half: bool) -> list[tuple[str, dict[str, str]]]:
         return [(self.provider, {})]
 
-    def lowered(self, data: bytes) -> Lowered:
-        lowered = super().lowered(data)
+    def lowered(self, data: bytes, outputs: Collection[str] | None = None) -> Lowered:
+        lowered = super().lowered(data, outputs)
         return replace(lowered, data=in_plain_operators(lowered.data))
 
-    def _load(self, data: bytes, folder: Path, spec: GraphSpec, weights: Mapping[str, Any]) -> OrtCudaExecutable:
-        return super()._load(with_weights(data, weights), folder, spec, weights)
+    def _load(
+        self, data: bytes, folder: Path, spec: GraphSpec, weights: Mapping[str, Any], captured: bool
+    ) -> ort.InferenceSession:
+        return super()._load(with_weights(data, weights), folder, spec, weights, captured)
 
 
 WAYS: Mapping[str, Callable[[], Engine]] = {

@@ -8,13 +8,12 @@ with the machine's C++ compiler, and found again in the cache of :mod:`tgate_run
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
-import tempfile
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,38 +31,20 @@ from tgate_engine.atomic import remove_tree
 from tgate_engine.bundle import Bundle, sha256_of
 from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
-from tgate_engine.graph import DENOISE, GraphSpec
+from tgate_engine.graph import DENOISE, GraphSpec, Role
 from tgate_engine.underway import without_python
 from tgate_runtime.engines.aoti import graph as graph_code
+from tgate_runtime.engines.aoti import inductor as inductor_code
 from tgate_runtime.engines.aoti import operators as operator_code
-from tgate_runtime.engines.aoti.graph import OnnxModule, Weights, trace
+from tgate_runtime.engines.aoti.cuda import Gpu
+from tgate_runtime.engines.aoti.graph import OnnxModule, Read, Weights, trace
+from tgate_runtime.engines.aoti.inductor import LIBRARY, check_compiler, flags, keep, start_compilers, working_in
 from tgate_runtime.engines.compiled import entries, interface_key, ready_entries
 from tgate_runtime.engines.protocol import Buffer, EngineOptions, OnBuild, check_buffers, fitted, matched, row_shape
 from tgate_runtime.graph_check import read_graphs
 
 _TORCH_DTYPE = {dtype.short: getattr(torch, name) for name, dtype in DTYPES.items()}
-_FLAGS: dict[str, Any] = {
-    "aot_inductor.package_constants_in_so": False,
-    # Otherwise small weights, and those that hold one number, would be written into the code as they are today.
-    "always_keep_tensor_constants": True,
-    "joint_graph_constant_folding": False,
-    # Otherwise the number of threads at the time of compiling would be written into the kernels.
-    "cpp.dynamic_threads": True,
-    # What is compiled becomes files, not an archive: its writer ends the process where a disk is full, and its reader
-    # unpacks a library to /tmp each time.
-    "aot_inductor.package": True,
-    # They lie below /tmp, in a directory of a name that anybody can guess, and would be code of whoever made it first.
-    "aot_inductor.precompile_headers": False,
-}
-# They only save time while compiling, and not every version of PyTorch knows each, which it would raise.
-_HASTE: dict[str, Any] = {
-    # The code around the kernels calls them and no more: optimising it takes most of the time and wins nothing.
-    "aot_inductor.compile_wrapper_opt_level": "O0",
-    "aot_inductor.enable_line_tables": False,
-}
-_LIBRARY, _CONSTANTS, _NAMES = "graph.so", "constants.safetensors", "weights.json"
-_COMPILING = threading.Lock()
-"""Inductor asks the process's environment where to work."""
+_CONSTANTS, _READS = "constants.safetensors", "weights.json"
 
 
 class TorchBuffer:
@@ -104,7 +85,8 @@ class TorchBuffer:
 
     def copy(self, source: Buffer) -> None:
         self.tensor.copy_(matched(source, self).tensor)
-        _wait_for(self.tensor.device)
+        if self.tensor.is_cuda:
+            torch.cuda.current_stream(self.tensor.device).synchronize()
 
 
 class _AotiCall:
@@ -119,15 +101,42 @@ class _AotiCall:
         self._inputs = [inputs[name].tensor for name in graph.spec.input_names()]
         self._outputs = [outputs[name].tensor if name in outputs else None for name in graph.spec.output_names()]
         self.addresses = {name: buffer.address for name, buffer in (*inputs.items(), *outputs.items())}
+        self._recorded: Any = None
+        if graph.gpu is not None and graph.captured:
+            batch = graph.spec.batch_of({name: buffer.shape for name, buffer in inputs.items()})
+            with self._failing():
+                known = batch in graph.rehearsed
+                self._recorded = graph.gpu.captured(self._run, None if known else self._rehearse)
+                graph.rehearsed.add(batch)
 
     def __call__(self) -> None:
+        gpu = self._graph.gpu
+        with self._failing(), contextlib.nullcontext() if gpu is None else gpu.turn():
+            if self._recorded is None:
+                self._run()
+            else:
+                self._recorded.replay()
+
+    def _results(self) -> list[Any]:
+        with without_python():  # the loader keeps Python's lock
+            # What is copied here is copied again at each replay: it lies in memory that was made while capturing.
+            results: list[Any] = self._graph.library.run([_aligned(tensor) for tensor in self._inputs])
+        return results
+
+    def _run(self) -> None:
+        for buffer, result in zip(self._outputs, self._results(), strict=True):
+            if buffer is not None:
+                buffer.copy_(result)
+
+    def _rehearse(self) -> None:
+        """All that :meth:`_run` does, but to buffers that nobody reads: rows of these may be at work."""
+        for result in self._results():
+            torch.empty(result.shape, dtype=result.dtype, device=result.device).copy_(result)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
         try:
-            with without_python():  # the loader keeps Python's lock
-                results = self._graph.library.run([_aligned(tensor) for tensor in self._inputs])
-            for buffer, result in zip(self._outputs, results, strict=True):
-                if buffer is not None:
-                    buffer.copy_(result)
-            _wait_for(self._inputs[0].device)
+            yield
         except Exception as error:  # RuntimeError, and classes of CUDA's own
             raise EngineError(f"graph {self._graph.spec.file} failed in AOTInductor: {_first_line(error)}") from error
 
@@ -138,19 +147,22 @@ def _aligned(tensor: Any) -> Any:
     return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor
 
 
-def _wait_for(device: torch.device) -> None:
-    """Until what was queued on that device is done."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-
-
 class AotiExecutable:
-    """A :class:`~tgate_runtime.engines.protocol.Executable`: a loaded library, and the constants that it reads."""
+    """A :class:`~tgate_runtime.engines.protocol.Executable`: a loaded library, and the constants that it reads.
 
-    def __init__(self, spec: GraphSpec, library: Any, constants: dict[str, Any]) -> None:
+    ``gpu``: where it runs, or None for the CPU; there its calls are ``captured`` or not. ``rehearsed``: the batches
+    that it has run with before.
+    """
+
+    def __init__(
+        self, spec: GraphSpec, library: Any, constants: dict[str, Any], gpu: Gpu | None, *, captured: bool
+    ) -> None:
         self.spec = spec
         self.library = library
         self.constants = constants  # the library holds addresses; this holds the memory
+        self.gpu = gpu
+        self.captured = captured
+        self.rehearsed: set[int] = set()
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> _AotiCall:
         check_buffers(self.spec, inputs, outputs)  # the library trusts its caller, and would read beyond a buffer's end
@@ -163,10 +175,14 @@ class Aoti:
     ``precision``: "bf16" (or, on a GPU, "f16") computes a float32 bundle's products in that dtype, with one rounded
     copy of their weights for all graphs; None keeps the bundle's own. "f16" leaves the graphs around the denoiser
     alone: text encoders and decoders overflow in it. ``threads`` is PyTorch's setting for the whole process.
+
+    ``captured``: the roles of graphs whose calls become CUDA graphs on a GPU. Those around the denoiser run once for
+    each request.
     """
 
     name = "aoti"
     version = str(torch.__version__)
+    captured: Collection[Role] = (DENOISE,)
 
     def __init__(self, options: EngineOptions) -> None:
         if options.memory == "fast":
@@ -180,8 +196,10 @@ class Aoti:
             raise EngineError(f"there is no GPU {options.device}; PyTorch sees {visible}")
         if visible:
             self.device = torch.device("cuda", options.device)
-            # For the process: by default cuDNN convolves with 10 bits of mantissa, and float32 must mean float32.
+            # For the process: by default cuDNN convolves with 10 bits of mantissa, and float32 must mean float32. What
+            # Triton multiplies goes by the same settings.
             torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
         elif options.precision == "f16":
             raise EngineError("aoti computes in f16 on a GPU alone, and PyTorch sees none; take --precision bf16")
         if options.threads is not None:
@@ -213,6 +231,12 @@ class Aoti:
             )
         return None if precision == torch.float16 and spec.role != DENOISE else precision
 
+    def _channels_last(self, bundle: Bundle, spec: GraphSpec) -> bool:
+        """Whether convolutions read and give images with their channels last: in 16 bits, cuDNN has its fast kernels
+        for that order alone, and turns images and weights round before and after each where they lie otherwise."""
+        dtype: torch.dtype = self._compute(bundle, spec) or getattr(torch, bundle.manifest.dtype)
+        return self.device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+
     def _key(self, bundle: Bundle, spec: GraphSpec, weights: Weights) -> dict[str, Any]:
         structure = json.dumps(weights.structure(), sort_keys=True).encode()
         return {
@@ -224,14 +248,8 @@ class Aoti:
             "weights": hashlib.sha256(structure).hexdigest(),
             **interface_key(spec),
             "compute": str(self._compute(bundle, spec)),
-            "flags": self.flags(),
+            "flags": flags(self._channels_last(bundle, spec)),
         }
-
-    def flags(self) -> dict[str, Any]:
-        """Inductor's settings."""
-        known = {flag: value for flag, value in _HASTE.items() if hasattr(torch._inductor.config, flag)}
-        # More than one thread: only then are the kernels' loops written so that threads can share them.
-        return {**_FLAGS, **known, "cpp.threads": max(2, os.cpu_count() or 1)}
 
     def _weights(self, bundle: Bundle) -> Weights:
         return Weights(bundle.file(bundle.manifest.weights), self.device)
@@ -253,19 +271,26 @@ class Aoti:
         return entries(keys, lambda file, directory: self._compile(bundle, specs[file], weights, directory), on_build)
 
     def _compile(self, bundle: Bundle, spec: GraphSpec, weights: Weights, directory: Path) -> None:
-        _check_compiler()
-        module = OnnxModule(read_graphs(bundle, [spec])[spec.file], spec, weights, self._compute(bundle, spec))
+        check_compiler()
+        data, compute, channels_last = (
+            read_graphs(bundle, [spec])[spec.file],
+            self._compute(bundle, spec),
+            self._channels_last(bundle, spec),
+        )
+        module = OnnxModule(data, spec, weights, compute, channels_last=channels_last)
         work = directory / "work"
         work.mkdir(0o700)
         try:
-            with warnings.catch_warnings(), torch.no_grad(), _working_in(work):
+            with warnings.catch_warnings(), torch.no_grad(), working_in(work):
                 warnings.simplefilter("ignore")
+                if self.device.type == "cuda":
+                    start_compilers()
                 program = trace(module, self.device)
                 arguments, named = program.example_inputs
                 files = torch._inductor.aot_compile(
-                    program.module(check_guards=False), arguments, named, options=self.flags()
+                    program.module(check_guards=False), arguments, named, options=flags(channels_last)
                 )
-                _keep(files, directory)
+                keep(files, directory)
         except EngineError:
             raise
         except Exception as error:  # PyTorch raises many kinds
@@ -274,19 +299,21 @@ class Aoti:
             ) from error
         finally:
             remove_tree(work)
-        constants = {name: tensor for name, tensor in module.named_buffers() if name not in module.weight_names}
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # of what kernels were tried out on
+        constants = {name: tensor for name, tensor in module.named_buffers() if name not in module.reads}
         # Written here: safetensors has classes of its own for what goes wrong with a disk.
         (directory / _CONSTANTS).write_bytes(save({name: tensor.cpu() for name, tensor in constants.items()}))
-        (directory / _NAMES).write_text(json.dumps(module.weight_names))
+        reads = {name: [*read, module.get_buffer(name).stride()] for name, read in module.reads.items()}
+        (directory / _READS).write_text(json.dumps(reads))
 
     def _load(self, bundle: Bundle, spec: GraphSpec, weights: Weights, entry: Path) -> AotiExecutable:
         compute = self._compute(bundle, spec)
         try:
             library = self._open(entry)
             constants = {name: t.to(self.device) for name, t in load_file(entry / _CONSTANTS).items()}
-            names = json.loads((entry / _NAMES).read_text())
-            for name, (stored, narrow) in names.items():
-                constants[name] = weights.tensor(stored, compute if narrow else None)
+            for name, (*read, strides) in json.loads((entry / _READS).read_text()).items():
+                constants[name] = _laid(Read(*read).of(weights, compute), strides)
             used = {own: constants[name] for own, name in library.get_constant_names_to_original_fqns().items()}
             # The library takes the addresses; with user_managed=False it would copy every tensor.
             library.update_constant_buffer(used, use_inactive=False, validate_full_updates=True, user_managed=True)
@@ -294,53 +321,31 @@ class Aoti:
             raise EngineError(
                 f"AOTInductor of PyTorch {self.version} cannot load {spec.file}: {_first_line(error)}"
             ) from error
-        return AotiExecutable(spec, library, used)
+        return AotiExecutable(spec, library, used, self._gpu, captured=spec.role in self.captured)
 
     def _open(self, entry: Path) -> Any:
         """The library of an entry, loaded from where it lies, with the kernels for a GPU that lie beside it."""
-        runners, path = torch._C._aoti, str(entry / _LIBRARY)
+        runners, path = torch._C._aoti, str(entry / LIBRARY)
         if self.device.type == "cpu":
             return runners.AOTIModelContainerRunnerCpu(path, 1)
-        return runners.AOTIModelContainerRunnerCuda(path, 1, str(self.device), str(entry))
+        # For one thread: otherwise each run ends with an event that it asks for later, which a captured one has not.
+        return runners.AOTIModelContainerRunnerCuda(path, 1, str(self.device), str(entry), True)
+
+    @functools.cached_property
+    def _gpu(self) -> Gpu | None:
+        return Gpu(self.device) if self.device.type == "cuda" else None
 
 
-@contextlib.contextmanager
-def _working_in(directory: Path) -> Iterator[None]:
-    """Have Inductor, Triton and the compilers that they call keep their files there, and forget them afterwards.
-
-    By default that is a directory of a name that anybody can guess, from which code is loaded. One thread at a time.
-    """
-    tempfile.gettempdir()  # or Python would take this for its own, and go on to when it is gone
-    there = {name: str(directory) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TMPDIR")}
-    with _COMPILING:
-        before = {name: os.environ.get(name) for name in there}
-        os.environ.update(there)
-        torch._inductor.utils.clear_caches()  # what this process remembers lies in directories that are gone
-        try:
-            yield
-        finally:
-            torch._inductor.utils.clear_caches()
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
-
-
-def _keep(files: Sequence[str], directory: Path) -> None:
-    """Move what a graph needs to run, of what was made of it, into ``directory``: the library, and the kernels for a
-    GPU that it looks for beside it, by the names that they have."""
-    paths = [Path(file) for file in files]
-    (library,) = (path for path in paths if path.suffix == ".so")
-    library.rename(directory / _LIBRARY)
-    for path in paths:
-        if path.suffix not in (".so", ".cpp", ".json"):
-            path.rename(directory / path.name)
+def _laid(tensor: Any, strides: Sequence[int]) -> Any:
+    """The tensor, whose strides are what a library was compiled for: its kernels do not look."""
+    if list(tensor.stride()) != list(strides):
+        raise ValueError(f"a weight has strides {list(tensor.stride())}, not {list(strides)}; remove the engine cache")
+    return tensor
 
 
 def _translation() -> str:
     """The digest of the code that makes modules of graphs and entries of modules."""
-    files = (__file__, graph_code.__file__, operator_code.__file__)
+    files = (__file__, graph_code.__file__, inductor_code.__file__, operator_code.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
@@ -352,15 +357,6 @@ def _device_key(device: torch.device) -> dict[str, Any]:
         key |= {"gpu": torch.cuda.get_device_name(device), "sm": list(torch.cuda.get_device_capability(device))}
         key["cuda"] = torch.version.cuda
     return key
-
-
-def _check_compiler() -> None:
-    from torch._inductor import cpp_builder
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except Exception as error:
-        raise EngineError("aoti compiles graphs with a C++ compiler and finds none: install g++ or set CXX") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -32,14 +32,14 @@ _DTYPE_OF = {dtype.onnx: name for name, dtype in DTYPES.items()}
 class Weights:
     """The tensors of a bundle's weight file on one device: each is made when it is first asked for, then shared.
 
-    On the CPU, in the file's own dtype, a tensor is a view of the file's pages, read when they are needed; it must
-    not be written to. Raises :class:`~tgate_engine.errors.BundleError` for a damaged file.
+    On the CPU, in the file's own dtype and order, a tensor is a view of the file's pages, read when they are needed; it
+    must not be written to. Raises :class:`~tgate_engine.errors.BundleError` for a damaged file.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.device = device
         self._mapped = map_weights(path)
-        self._made: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._made: dict[tuple[str, torch.dtype, bool], Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._mapped
@@ -48,19 +48,34 @@ class Weights:
         """Each tensor's dtype and shape, as JSON values."""
         return {name: [weight.dtype, list(weight.array.shape)] for name, weight in self._mapped.items()}
 
-    def tensor(self, name: str, compute: torch.dtype | None = None) -> Tensor:
-        """The tensor of that name; a float32 one is rounded to ``compute``, if given."""
+    def tensor(self, name: str, compute: torch.dtype | None = None, *, channels_last: bool = False) -> Tensor:
+        """The tensor of that name; a float32 one is rounded to ``compute``, if given. ``channels_last`` is how the
+        memory of one with four axes is laid out."""
         weight = self._mapped[name]
         own = getattr(torch, weight.dtype)
         dtype = compute if compute is not None and own == torch.float32 else own
-        if (name, dtype) not in self._made:
+        key = (name, dtype, channels_last)
+        if key not in self._made:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that the file cannot be written to is meant
-                self._made[name, dtype] = torch.from_numpy(weight.array).view(own).to(self.device, dtype)
-        return self._made[name, dtype]
+                tensor = torch.from_numpy(weight.array).view(own).to(self.device, dtype)
+            self._made[key] = tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+        return self._made[key]
 
 
 _PRODUCTS = ("Attention", "Conv", "MatMul")  # nearly all of the work
+
+
+class Read(NamedTuple):
+    """How a graph reads one of the weights: which it is, whether it is rounded, whether channels come last."""
+
+    name: str
+    narrow: bool
+    channels_last: bool
+
+    def of(self, weights: Weights, compute: torch.dtype | None) -> Tensor:
+        """The tensor that it reads."""
+        return weights.tensor(self.name, compute if self.narrow else None, channels_last=self.channels_last)
 
 
 @dataclass(frozen=True)
@@ -75,16 +90,25 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
     """A bundle's graph: called with the inputs of its spec in their order, it gives the outputs in theirs.
 
     ``data``: its file, as :func:`~tgate_runtime.graph_check.read_graphs` gives it.
-    ``weights`` are referred to, not copied; ``weight_names`` says which tensor of the weight file each buffer
-    ``w<i>`` is, and whether it is rounded. Other buffers, ``c<i>``, are constants of the graph itself. With
-    ``compute``, a narrower dtype, matrix products, convolutions and attention of a float32 graph take their inputs
-    rounded to it. Their results, and all that lies between them, stay float32, and so does each last product, whose
-    rounding guidance would amplify, with all that follows: guidance and the sampler.
+    ``weights`` are referred to, not copied; ``reads`` says which tensor of the weight file each buffer ``w<i>`` is, and
+    how it is read. Other buffers, ``c<i>``, are constants of the graph itself. With ``compute``, a narrower dtype,
+    matrix products, convolutions and attention of a float32 graph take their inputs rounded to it. Their results, and
+    all that lies between them, stay float32, and so does each last product, whose rounding guidance would amplify, with
+    all that follows: guidance and the sampler. With ``channels_last`` the weights of convolutions of images lie so;
+    what is computed is the same.
 
     Raises :class:`EngineError` for a file that is no such graph, or an operator that is not in the table.
     """
 
-    def __init__(self, data: bytes, spec: GraphSpec, weights: Weights, compute: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        spec: GraphSpec,
+        weights: Weights,
+        compute: torch.dtype | None = None,
+        *,
+        channels_last: bool = False,
+    ) -> None:
         super().__init__()
         try:
             graph = onnx.load_model_from_string(data).graph
@@ -97,7 +121,7 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
         check_interface(spec, inputs, outputs)
         self.spec = spec
         self.compute = compute
-        self.weight_names: dict[str, tuple[str, bool]] = {}
+        self.reads: dict[str, Read] = {}
         self._file = spec.file
         self._nodes = [_node(spec.file, node) for node in graph.node]
         self._arrays: dict[str, NDArray[Any]] = {}  # whole numbers that may be shapes
@@ -108,20 +132,23 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
         }
         self._narrow = _leading_to_products(self._nodes) if compute is not None else frozenset()
         rounded = {name for node in self._nodes if self._is_narrow(node) for name in node.inputs}
+        kernels = {node.inputs[1] for node in self._nodes if channels_last and node.operator == "Conv"}
         for i, tensor in enumerate(graph.initializer):
-            self._keep(i, tensor, weights, as_tensors, rounded)
+            self._keep(i, tensor, weights, as_tensors, rounded, kernels)
         self._device = weights.device
 
-    def _keep(self, i: int, tensor: Any, weights: Weights, as_tensors: set[str], rounded: set[str]) -> None:
+    def _keep(
+        self, i: int, tensor: Any, weights: Weights, as_tensors: set[str], rounded: set[str], kernels: set[str]
+    ) -> None:
         if tensor.data_location == TensorProto.EXTERNAL:
             if tensor.name not in weights:
                 raise EngineError(
                     f"{self._file}: weight {tensor.name} is not in the weight file; export the bundle again"
                 )
             self._buffer_of[tensor.name] = f"w{i}"
-            narrow = tensor.name in rounded
-            self.weight_names[f"w{i}"] = (tensor.name, narrow)
-            self.register_buffer(f"w{i}", weights.tensor(tensor.name, self.compute if narrow else None))
+            images = tensor.name in kernels and len(tensor.dims) == 4
+            read = self.reads[f"w{i}"] = Read(tensor.name, tensor.name in rounded, images)
+            self.register_buffer(f"w{i}", read.of(weights, self.compute))
             return
         array = numpy_helper.to_array(tensor)
         dtype = TORCH_DTYPE[tensor.data_type]

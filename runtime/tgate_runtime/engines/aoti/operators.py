@@ -73,7 +73,10 @@ def _conv(a: Attributes, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Te
 
 
 def _gather(a: Attributes, x: Tensor, index: Tensor) -> Tensor:
-    return x[(slice(None),) * (a.get("axis", 0) % x.ndim) + (index,)]
+    axis = a.get("axis", 0) % x.ndim
+    # PyTorch 2.11 asks an index without axes for its number, which it has not yet while torch.export traces.
+    found = x[(slice(None),) * axis + (index if index.ndim else index.reshape(1),)]
+    return found if index.ndim else found.squeeze(axis)
 
 
 def _group_norm(a: Attributes, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

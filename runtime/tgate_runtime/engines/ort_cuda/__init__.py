@@ -22,7 +22,7 @@ import gc
 import importlib.util
 import io
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,11 @@ class _CudaCall:
     ) -> None:
         self.addresses = addresses
         self._owner = owner
+        self._session = owner.session(outputs)
         self._before = before
         self._after = after
         self._buffers = (*inputs.values(), *outputs.values())  # the engine holds addresses; this holds the memory
-        self._binding = owner.session.io_binding()
+        self._binding = self._session.io_binding()
         self._run_options = ort.RunOptions()
         for bind, buffers in ((self._binding.bind_input, inputs), (self._binding.bind_output, outputs)):
             for name, buffer in buffers.items():
@@ -86,36 +87,52 @@ class _CudaCall:
         for to, source in self._before:
             to.copy(source)
         with failing(f"graph {self._owner.spec.file} failed in ONNX Runtime"):
-            run_cancellable(self._owner.session, self._binding, self._run_options)
+            run_cancellable(self._session, self._binding, self._run_options)
         for to, source in self._after:
             to.copy(source)
 
 
 class OrtCudaExecutable:
-    """A :class:`~tgate_runtime.engines.protocol.Executable`: one session, whose calls are ``captured`` or not."""
+    """A :class:`~tgate_runtime.engines.protocol.Executable`: a session of the whole graph, and of what is left of a
+    captured one where a call wants fewer outputs: carries that nobody reads are not computed.
+
+    ``load``: gives the session of the graph with those outputs. ``captured``: whether calls become CUDA graphs.
+    """
 
     def __init__(
         self,
-        session: ort.InferenceSession,
+        load: Callable[[Collection[str]], ort.InferenceSession],
         spec: GraphSpec,
         device: tuple[str, int],
         weights: Mapping[str, ort.OrtValue],
         captured: bool,
     ) -> None:
-        self._weights = weights  # which must outlive the session
-        self.session = session
+        self._weights = weights  # which must outlive the sessions
+        self._load = load
         self.spec = spec
         self.device = device
         self.captured = captured
+        self._sessions: dict[frozenset[str], ort.InferenceSession] = {}
         self._spare: dict[tuple[str, tuple[int, ...]], CudaBuffer] = {}
+
+    def session(self, outputs: Collection[str]) -> ort.InferenceSession:
+        """What computes those outputs, made when it is first asked for. On the GPU's thread."""
+        wanted = frozenset(outputs if self.captured else self.spec.output_names())
+        if wanted not in self._sessions:
+            self._sessions[wanted] = self._load(wanted)
+        return self._sessions[wanted]
 
     @on_the_gpu
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> _CudaCall:
         check_buffers(self.spec, inputs, outputs)
         batch = self.spec.batch_of({name: buffer.shape for name, buffer in inputs.items()})
         reads = {tensor.name: self._place(tensor, batch, inputs[tensor.name]) for tensor in self.spec.inputs}
-        # A captured graph writes every output to a fixed place; what nobody reads goes to memory that calls share.
-        writes = {tensor.name: self._place(tensor, batch, outputs.get(tensor.name)) for tensor in self.spec.outputs}
+        # What a session gives that was made for more goes to memory that calls share.
+        writes = {
+            tensor.name: self._place(tensor, batch, outputs.get(tensor.name))
+            for tensor in self.spec.outputs
+            if tensor.name in outputs or not self.captured
+        }
         before = [(reads[name], buffer) for name, buffer in inputs.items() if reads[name] is not buffer]
         after = [(buffer, writes[name]) for name, buffer in outputs.items() if writes[name] is not buffer]
         addresses = {name: buffer.address for name, buffer in (*inputs.items(), *outputs.items())}
@@ -178,12 +195,15 @@ class OrtCuda:
         if self.options.memory == "fast":
             laid = {name: each for name, each in laid.items() if each != Laid(name)}
         weights = self._upload(bundle, laid) if laid else {}
-        return {spec.file: self._load(lowered[spec.file].data, bundle.path, spec, weights) for spec in graphs}
+        return {
+            spec.file: self._executable(spec, files[spec.file], lowered[spec.file].data, bundle.path, weights)
+            for spec in graphs
+        }
 
-    def lowered(self, data: bytes) -> Lowered:
-        """A graph's file as a session gets it."""
+    def lowered(self, data: bytes, outputs: Collection[str] | None = None) -> Lowered:
+        """A graph's file as a session gets it, with those of its outputs, or all."""
         with failing("a graph cannot be lowered for CUDA; export the bundle again"):
-            return lower(data)
+            return lower(data, outputs)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
         return CudaBuffer.zeros(shape, dtype, self.device)
@@ -209,10 +229,24 @@ class OrtCuda:
                 values[name] = ort.OrtValue.from_dlpack(value)  # a view: memory that ONNX Runtime owns is not shared
         return values
 
-    def _load(
-        self, data: bytes, folder: Path, spec: GraphSpec, weights: Mapping[str, ort.OrtValue]
+    def _executable(
+        self, spec: GraphSpec, file: bytes, whole: bytes, folder: Path, weights: Mapping[str, ort.OrtValue]
     ) -> OrtCudaExecutable:
+        """``file``: the bundle's; ``whole``: what was made of it for all of its outputs."""
         captured = spec.role in self.captured
+
+        def load(outputs: Collection[str]) -> ort.InferenceSession:
+            rest = replace(spec, outputs=tuple(tensor for tensor in spec.outputs if tensor.name in outputs))
+            data = whole if rest == spec else self.lowered(file, outputs).data
+            return self._load(data, folder, rest, weights, captured)
+
+        executable = OrtCudaExecutable(load, spec, self.device, weights, captured)
+        executable.session(spec.output_names())  # what cannot be loaded is told now
+        return executable
+
+    def _load(
+        self, data: bytes, folder: Path, spec: GraphSpec, weights: Mapping[str, ort.OrtValue], captured: bool
+    ) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -243,7 +277,7 @@ class OrtCuda:
                 f"{' '.join(copied[0].split())}; take --memory fast"
             )
         check_nodes(session, spec)
-        return OrtCudaExecutable(session, spec, self.device, weights, captured)
+        return session
 
     def providers(self, captured: bool, half: bool) -> list[tuple[str, dict[str, str]]]:
         """What a session runs on. ``half``: whether its graph multiplies in 16 bits."""

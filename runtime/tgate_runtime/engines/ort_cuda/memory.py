@@ -15,6 +15,7 @@ import ctypes
 import functools
 import math
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
@@ -32,19 +33,44 @@ P = ParamSpec("P")
 T = TypeVar("T")
 _ANY_DIRECTION = 4  # cudaMemcpyDefault: the addresses tell
 _THIS_THREAD = threading.local()
+_ERRORS: deque[Exception] = deque()
+"""Of work that nobody waited for. That thread's alone."""
 _GPU = ThreadPoolExecutor(1, "ort-cuda", initializer=setattr, initargs=(_THIS_THREAD, "works_on_the_gpu", True))
 
 
 def on_the_gpu(work: Callable[P, T]) -> Callable[P, T]:
-    """Have the one thread that works on the GPU do ``work``; the caller waits, and gets its result or its exception."""
+    """Have the one thread that works on the GPU do ``work``; the caller waits, and gets its result or its exception, or
+    that of what was :func:`queued` before."""
 
     @functools.wraps(work)
     def handed_over(*args: P.args, **kwargs: P.kwargs) -> T:
         if hasattr(_THIS_THREAD, "works_on_the_gpu"):
             return work(*args, **kwargs)
-        return _GPU.submit(work, *args, **kwargs).result()
+        return _GPU.submit(_after_all, functools.partial(work, *args, **kwargs)).result()
 
     return handed_over
+
+
+def queued(work: Callable[[], None]) -> None:
+    """Have that thread do ``work`` after what it has to do already, and do not wait: waking a thread, and being woken,
+    takes longer than a copy. What it raises, whoever waits for that thread next gets."""
+    if hasattr(_THIS_THREAD, "works_on_the_gpu"):
+        work()
+    else:
+        _GPU.submit(_noting_errors, work)
+
+
+def _after_all(work: Callable[[], T]) -> T:
+    if _ERRORS:
+        raise _ERRORS.popleft()
+    return work()
+
+
+def _noting_errors(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except Exception as error:
+        _ERRORS.append(error)
 
 
 def lasting(shape: tuple[int, ...], onnx_type: int, device: tuple[str, int]) -> ort.OrtValue:
@@ -120,7 +146,7 @@ def _move(to: int, source: int, size_bytes: int, device: tuple[str, int]) -> Non
 
 class CudaBuffer:
     """A :class:`~tgate_runtime.engines.protocol.Buffer` in device memory: a tensor from ``address`` on, which lies in
-    ``memory``. Whatever copies waits for it."""
+    ``memory``. Nobody waits for a write or a copy; what the GPU's thread does later, a call or a read, comes after."""
 
     def __init__(
         self, memory: ort.OrtValue, address: int, shape: tuple[int, ...], dtype: str, device: tuple[str, int]
@@ -147,11 +173,13 @@ class CudaBuffer:
         address = self.address + first * (self.size_bytes // self.shape[0])
         return CudaBuffer(self._memory, address, shape, self.dtype, self._device)
 
-    @on_the_gpu
     def write(self, array: NDArray[Any]) -> None:
-        contiguous = np.ascontiguousarray(fitted(array, self.shape, self.dtype))
+        own = np.array(fitted(array, self.shape, self.dtype), order="C")  # the caller may write to its own again
+        queued(lambda: self._write(own))
+
+    def _write(self, array: NDArray[Any]) -> None:
         with failing(f"CUDA cannot write a buffer of {self.dtype} {list(self.shape)}"):
-            _move(self.address, contiguous.ctypes.data, self.size_bytes, self._device)
+            _move(self.address, array.ctypes.data, self.size_bytes, self._device)
 
     @on_the_gpu
     def read(self) -> NDArray[Any]:
@@ -160,8 +188,10 @@ class CudaBuffer:
             _move(array.ctypes.data, self.address, self.size_bytes, self._device)
         return array
 
-    @on_the_gpu
     def copy(self, source: Buffer) -> None:
-        address = matched(source, self).address
+        own = matched(source, self)
+        queued(lambda: self._copy(own))
+
+    def _copy(self, source: CudaBuffer) -> None:
         with failing(f"CUDA cannot copy a buffer of {self.dtype} {list(self.shape)}"):
-            _move(self.address, address, self.size_bytes, self._device)
+            _move(self.address, source.address, self.size_bytes, self._device)

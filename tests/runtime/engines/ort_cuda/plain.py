@@ -90,7 +90,23 @@ def _gated(write: _Writer, inputs: list[str], outputs: list[str], _: dict[str, A
     return write.nodes
 
 
+def _attention(write: _Writer, inputs: list[str], outputs: list[str], own: dict[str, Any]) -> list[NodeProto]:
+    """[N, S, heads * D], without a mask."""
+    heads = own.pop("num_heads")
+    write("Attention", *inputs, result=outputs[0], q_num_heads=heads, kv_num_heads=heads, **own)
+    return write.nodes
+
+
+def _bias_add(write: _Writer, inputs: list[str], outputs: list[str], _: dict[str, Any]) -> list[NodeProto]:
+    """x + bias + skip."""
+    x, bias, skip = inputs
+    write("Add", write("Add", x, bias), skip, result=outputs[0])
+    return write.nodes
+
+
 _OPERATORS: dict[str, Any] = {
+    "BiasAdd": _bias_add,
+    "MultiHeadAttention": _attention,
     "GroupNorm": _group_norm,
     "SkipGroupNorm": _skip_group_norm,
     "NhwcConv": _convolution,

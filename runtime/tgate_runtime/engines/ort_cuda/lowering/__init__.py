@@ -8,13 +8,15 @@ was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
+from tgate_runtime.engines.ort_cuda.lowering.attentions import lower_attentions
+from tgate_runtime.engines.ort_cuda.lowering.carries import lower_carries
 from tgate_runtime.engines.ort_cuda.lowering.convolutions import lower_convolutions
 from tgate_runtime.engines.ort_cuda.lowering.edits import CONTRIB
 from tgate_runtime.engines.ort_cuda.lowering.feed_forwards import lower_feed_forwards
@@ -24,6 +26,7 @@ from tgate_runtime.engines.ort_cuda.lowering.layouts import settle_layouts
 from tgate_runtime.engines.ort_cuda.lowering.residuals import lower_residuals
 from tgate_runtime.engines.ort_cuda.lowering.shapes import fix_shapes, know_shapes
 from tgate_runtime.engines.ort_cuda.lowering.skips import lower_skips
+from tgate_runtime.engines.ort_cuda.lowering.sums import lower_sums
 
 PASSES = (
     fix_shapes,
@@ -32,9 +35,13 @@ PASSES = (
     settle_layouts,
     lower_skips,
     lower_feed_forwards,
+    lower_carries,
     lower_residuals,
+    lower_sums,
+    lower_attentions,
 )
-"""In this order: layouts settle what the two before them leave between NCHW and NHWC, and skips are seen in NHWC."""
+"""In this order: layouts settle what the two before them leave between NCHW and NHWC, and skips are seen in NHWC;
+carries leave a bias to residuals, and residuals leave to sums what no normalization follows."""
 
 VERSION = 1
 """Of what :func:`lower` makes: raised with every change of it, so that libtgate does not take graphs of another one
@@ -50,16 +57,23 @@ class Lowered:
     weights: Mapping[str, Laid]
 
 
-def lower(data: bytes) -> Lowered:
+def lower(data: bytes, outputs: Collection[str] | None = None) -> Lowered:
     """The graph of an ONNX file's bytes, which :func:`~tgate_runtime.graph_check.read_graphs` has let through.
 
-    Where no rewrite changes anything, ``data`` comes back as it is.
+    ``outputs``: which of its outputs are wanted, if not all; what only the others need is left out. Where no rewrite
+    changes anything, ``data`` comes back as it is.
     """
     proto = onnx.load_model_from_string(data)
     model = ir.from_proto(proto)
     ends = {value.name: value.shape for value in (*model.graph.inputs, *model.graph.outputs)}
     know_shapes(model.graph, proto)
-    if sum(rewrite(model.graph) for rewrite in PASSES):
+    changes = 0
+    if outputs is not None and (unwanted := [v for v in model.graph.outputs if v.name not in outputs]):
+        for value in unwanted:
+            model.graph.outputs.remove(value)
+        RemoveUnusedNodesPass()(model)
+        changes = len(unwanted)
+    if changes + sum(rewrite(model.graph) for rewrite in PASSES):
         CommonSubexpressionEliminationPass()(model)
         RemoveUnusedNodesPass()(model)
         if any(node.domain == CONTRIB for node in model.graph):

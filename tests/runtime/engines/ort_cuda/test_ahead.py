@@ -17,8 +17,9 @@ from tgate_engine.errors import EngineError
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_runtime.engines import open_builder
 from tgate_runtime.engines.ort_cuda.lowering import VERSION, lower
+from tgate_runtime.mini import MODELS, assemble
 
-LOWERED = {1: "e7be15ab351605667282d3a017baac7f942f525437bb1f2220438f11101d80be"}
+LOWERED = {2: "e7be15ab351605667282d3a017baac7f942f525437bb1f2220438f11101d80be"}
 """The digest of what the decoder of :func:`halves` is lowered to, by the version of the lowering."""
 
 
@@ -40,8 +41,10 @@ def test_a_graph_is_lowered_beside_the_bundle(tmp_path: Path) -> None:
     assert place.read_bytes() == lower(data).data != data
     entry = index(bundle)["graphs"]["decoder.onnx"]
     assert entry["source"] == hashlib.sha256(data).hexdigest()
-    assert entry["lowered"] == hashlib.sha256(place.read_bytes()).hexdigest() == place.stem
-    assert entry["weights"] == {
+    (whole,) = entry["lowered"]
+    assert whole["outputs"] == ["image"]
+    assert whole["sha256"] == hashlib.sha256(place.read_bytes()).hexdigest() == place.stem
+    assert whole["weights"] == {
         "conv.weight:0231": {"source": "conv.weight", "order": [0, 2, 3, 1], "dtype": "float16"},
         "norm.weight:float32": {"source": "norm.weight", "order": [], "dtype": "float32"},
         "norm.bias:float32": {"source": "norm.bias", "order": [], "dtype": "float32"},
@@ -56,6 +59,24 @@ def test_a_change_of_the_lowering_raises_its_version(tmp_path: Path) -> None:
     assert LOWERED[VERSION] == place.stem
 
 
+def test_a_graph_is_lowered_for_what_steps_want(tmp_path: Path) -> None:
+    """With all of its outputs, and without the carries that nobody reads of most steps."""
+    assemble(MODELS / "mini", tmp_path / "mini")
+    bundle = Bundle.open(tmp_path / "mini")
+    build(bundle)
+    graphs = bundle.manifest.shapes[0].graphs
+    for name, spec in graphs.items():
+        made = index(bundle)["graphs"][spec.file]["lowered"]
+        steps = [step for plan in bundle.manifest.plans.values() for step in plan.steps if step.graph == name]
+        wanted = {frozenset(("next_latents", "output", *step.writes)) for step in steps}
+        assert set(made[0]["outputs"]) == {*spec.output_names()}
+        assert {frozenset(each["outputs"]) for each in made} == {*wanted, frozenset(spec.output_names())}
+        for each in made[1:]:
+            data = (bundle.path / "engines/ort-cuda" / f"{each['sha256']}.onnx").read_bytes()
+            assert data == lower(bundle.read(spec.file), each["outputs"]).data
+    assert len(index(bundle)["graphs"]["full.onnx"]["lowered"]) > 1
+
+
 def test_what_no_longer_fits_goes(tmp_path: Path) -> None:
     old, new = halves(tmp_path / "old"), halves(tmp_path / "new", groups=4)
     (stale,) = build(old).values()
@@ -63,7 +84,7 @@ def test_what_no_longer_fits_goes(tmp_path: Path) -> None:
     (place,) = build(new).values()
     assert {path.name for path in place.parent.iterdir()} == {place.name, "lowered.json"}
     assert place.name != stale.name
-    assert [entry["lowered"] for entry in index(new)["graphs"].values()] == [place.stem]
+    assert [entry["lowered"][0]["sha256"] for entry in index(new)["graphs"].values()] == [place.stem]
 
 
 def test_other_graphs_of_the_bundle_stay(tmp_path: Path) -> None:

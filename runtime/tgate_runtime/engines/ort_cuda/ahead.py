@@ -56,8 +56,8 @@ class OrtCudaBuilder:
         refuse_options(options)
 
     def build(self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None) -> dict[str, Path]:
-        """The graphs, lowered, into the bundle's folder: the files there with all outputs, by the graphs' own. What lies there of other
-        graphs of the bundle stays; what fits it no longer goes.
+        """The graphs, lowered, into the bundle's folder: the files there with all outputs, by the graphs' own. What
+        lies there of other graphs of the bundle stays; what fits it no longer goes.
 
         Raises :class:`BundleError` for a graph that is not let through, and :class:`EngineError` for one that ONNX
         Runtime has no kernels for, or where nothing can be written there.

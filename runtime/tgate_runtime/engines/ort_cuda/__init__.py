@@ -46,6 +46,10 @@ from tgate_runtime.weights import map_weights
 
 _ALIGNMENT_BYTES = 16  # what a kernel may read at a time
 _COPIED = "Cannot use user supplied initializer"  # what ONNX Runtime logs where it makes a private copy
+_SEARCH = "HEURISTIC"
+"""How cuDNN's convolutions are chosen: by the newer of its two heuristics (measured: ``docs/engines.md``)."""
+_LEFT_OUT = "MatMulAddFusion"
+"""ONNX Runtime would make a Gemm of a product and its bias, for which it writes the bias out whole first."""
 _NUMBERS = itertools.count(1)  # of CUDA graphs: no two of the process have one
 Pairs = Sequence[tuple[CudaBuffer, CudaBuffer]]
 """Buffers to copy to, and from."""
@@ -259,6 +263,7 @@ class OrtCuda:
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         # Prepacking stays on: by being asked, NhwcConv learns that its weights lie as it wants them, and nothing that a
         # graph holds packs any on CUDA.
+        options.add_session_config_entry("optimization.disable_specified_optimizers", _LEFT_OUT)
         for name, value in weights.items():
             options.add_initializer(name, value)
         log: list[str] = []
@@ -285,6 +290,7 @@ class OrtCuda:
         # TF32's 10 bits of mantissa are not what a graph in float32 was exported for. In 16 bits there is nothing to
         # lose, and ONNX Runtime takes the setting for more than it says: no convolution may then use tensor cores.
         settings["use_tf32"] = str(int(half))
+        settings["cudnn_conv_algo_search"] = _SEARCH
         if captured:
             settings["enable_cuda_graph"] = "1"
         return [(self.provider, settings), ("CPUExecutionProvider", {})]

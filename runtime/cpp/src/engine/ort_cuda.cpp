@@ -291,6 +291,9 @@ class OrtCuda final : public OrtEngine, public std::enable_shared_from_this<OrtC
     // learns that its weights lie as it wants them, and nothing that a graph holds packs any on CUDA.
     library_->check(api.AddSessionConfigEntry(options.get(), "session.use_env_allocators", "1"), what);
     library_->check(api.AddSessionConfigEntry(options.get(), "session.use_device_allocator_for_initializers", "1"), what);
+    // ONNX Runtime would make a Gemm of a product and its bias, for which it writes the bias out whole first.
+    const char* left_out = "MatMulAddFusion";
+    library_->check(api.AddSessionConfigEntry(options.get(), "optimization.disable_specified_optimizers", left_out), what);
     for (const auto& [name, value] : weights.values()) {
       library_->check(api.AddInitializer(options.get(), name.c_str(), value.get()), what);
     }
@@ -309,9 +312,10 @@ class OrtCuda final : public OrtEngine, public std::enable_shared_from_this<OrtC
     const std::string device = std::to_string(options_.device);
     // TF32's 10 bits of mantissa are not what a graph in float32 was exported for. In 16 bits there is nothing to lose, and
     // ONNX Runtime takes the setting for more than it says: no convolution may then use tensor cores.
-    const char* keys[] = {"device_id", "arena_extend_strategy", "use_tf32", "enable_cuda_graph"};
-    const char* values[] = {device.c_str(), "kSameAsRequested", half ? "1" : "0", captured ? "1" : "0"};
-    library_->check(api.UpdateCUDAProviderOptions(settings, keys, values, 4), what);
+    // Convolutions are chosen by the newer of cuDNN's two heuristics.
+    const char* keys[] = {"device_id", "arena_extend_strategy", "use_tf32", "cudnn_conv_algo_search", "enable_cuda_graph"};
+    const char* values[] = {device.c_str(), "kSameAsRequested", half ? "1" : "0", "HEURISTIC", captured ? "1" : "0"};
+    library_->check(api.UpdateCUDAProviderOptions(settings, keys, values, 5), what);
     if (options_.stream != nullptr) {
       library_->check(api.UpdateCUDAProviderOptionsWithValue(settings, "user_compute_stream", options_.stream), what);
     }

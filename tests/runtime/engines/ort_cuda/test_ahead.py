@@ -20,8 +20,8 @@ from tgate_runtime.engines.ort_cuda.lowering import VERSION, lower
 from tgate_runtime.mini import MODELS, assemble
 
 LOWERED = {2: "27b15d9c5247df748dd6d853163655e667a81007b171d0b53e87a3a4bd02097d"}
-"""The digest of what graphs in float32 and float16 are lowered to, those of ``mini`` and of :func:`halves`, by the version
-of the lowering."""
+"""The digest of what graphs in float32 and float16 are lowered to, those of ``mini`` and of :func:`halves`, by the
+version of the lowering."""
 
 
 def build(bundle: Bundle) -> Any:

@@ -52,7 +52,10 @@ them, over all families, methods and rewrites; the others are what another netwo
 CONTRIB = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
 LOWERED = frozenset(
-    "BiasAdd BiasSplitGelu GroupNorm MultiHeadAttention NhwcConv SkipGroupNorm SkipLayerNormalization".split()
+    (
+        *("BiasAdd", "BiasSplitGelu", "GroupNorm", "MultiHeadAttention", "NhwcConv", "SkipGroupNorm"),
+        "SkipLayerNormalization",
+    )
 )
 """What a node may be of that domain, in a graph that was lowered for CUDA, and in no other."""
 OPERATORS = frozenset(INPUTS) - LOWERED

@@ -6,9 +6,21 @@ from typing import Any
 
 import pytest
 from onnx import defs
+from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 
 from tgate_engine.onnx_form import OPSETS
-from tgate_engine.onnx_operators import INPUTS, MOST_TENSORS, NAMES, OPERATORS, OUTPUTS, RULES, may_say, takes
+from tgate_engine.onnx_operators import (
+    CONTRIB,
+    INPUTS,
+    LOWERED,
+    MOST_TENSORS,
+    NAMES,
+    OPERATORS,
+    OUTPUTS,
+    RULES,
+    may_say,
+    takes,
+)
 from tgate_runtime.engines.aoti.operators import OPERATORS as IN_TORCH
 from tgate_runtime.engines.aoti.operators import SHAPE_OPERATORS
 
@@ -51,7 +63,25 @@ def test_attributes_are_onnx_own(operator: str) -> None:
 
 def test_every_rule_is_somebodys() -> None:
     assert set(RULES) == {name for names in NAMES.values() for name in names.split()}
-    assert NAMES.keys() <= OPERATORS
+    assert NAMES.keys() <= OPERATORS | LOWERED
+
+
+def test_those_of_lowered_graphs_are_onnx_runtimes_own() -> None:
+    """And given no more of their inputs and attributes than the rewrites write."""
+    marks = {"Single": "1", "Optional": "1?"}
+    schemas = {schema.name: schema for schema in get_all_operator_schema() if schema.domain == CONTRIB}
+    for name in LOWERED:
+        schema = schemas[name]
+        options = [marks[str(each.option).rpartition(".")[2]] for each in schema.inputs]
+        assert all(own in known for own, known in zip(INPUTS[name], options, strict=False)), name
+        assert len(INPUTS[name]) <= len(options), name
+        assert "1" not in options[len(INPUTS[name]) :], name
+        assert OUTPUTS.get(name, 1) <= len(schema.outputs)
+        said = {*NAMES.get(name, "").split()}
+        assert said <= {*schema.attributes}, name
+        kinds = {"FLOAT": 1, "INT": 2, "INTS": 7}
+        for each in said:
+            assert RULES[each][0] == kinds[str(schema.attributes[each].type).rpartition(".")[2]]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def asked(cpp_build: Path) -> Asking:
 
 
 def test_weights_are_laid_as_python_lays_them(bundle: Bundle, asked: Asking) -> None:
-    got = json.loads(asked(bundle).stdout)["decoder.onnx"]
+    (got,) = json.loads(asked(bundle).stdout)["decoder.onnx"]
+    assert got["outputs"] == ["image"]
     lowered = lower(bundle.read("decoder.onnx"))
     assert got["sha256"] == hashlib.sha256(lowered.data).hexdigest()
     mapped = map_weights(bundle.file(bundle.manifest.weights))
@@ -65,7 +66,7 @@ def test_a_copy_without_the_folder_works(bundle: Bundle, asked: Asking) -> None:
 
 def test_a_graph_that_was_not_built_is_taken_as_it_is(bundle: Bundle, asked: Asking) -> None:
     edit_index(bundle, lambda index: index["graphs"].clear())
-    assert json.loads(asked(bundle).stdout) == {"decoder.onnx": None}
+    assert json.loads(asked(bundle).stdout) == {"decoder.onnx": []}
 
 
 def edit_index(bundle: Bundle, edit: Callable[[Any], object]) -> None:
@@ -79,9 +80,13 @@ def entry(**changes: Any) -> Callable[[Any], object]:
     return lambda index: index["graphs"]["decoder.onnx"].update(changes)
 
 
+def variant(**changes: Any) -> Callable[[Any], object]:
+    return lambda index: index["graphs"]["decoder.onnx"]["lowered"][0].update(changes)
+
+
 def weight(name: str = "conv.weight:0231", **changes: Any) -> Callable[[Any], object]:
     def edit(index: Any) -> None:
-        weights = index["graphs"]["decoder.onnx"]["weights"]
+        weights = index["graphs"]["decoder.onnx"]["lowered"][0]["weights"]
         weights[name] = {**weights["conv.weight:0231"], **changes}
 
     return edit
@@ -96,9 +101,12 @@ def weight(name: str = "conv.weight:0231", **changes: Any) -> Callable[[Any], ob
         ),
         (lambda index: index.update(more=1), "'more' is not known here"),
         (entry(source="0" * 64), "decoder.onnx was lowered from another graph than the manifest lists"),
-        (entry(lowered="0" * 64), f"{'0' * 64}.onnx is missing"),
-        (entry(lowered="../../decoder"), "expected a SHA-256 in hexadecimal digits, got '../../decoder'"),
-        (entry(weights={}), ":float32', which weights.safetensors does not hold"),
+        (entry(lowered=[]), "decoder.onnx was not lowered with all of its outputs first"),
+        (variant(outputs=["image", "more"]), "decoder.onnx was lowered for outputs that it does not have"),
+        (variant(outputs=[]), "decoder.onnx was lowered for outputs that it does not have"),
+        (variant(sha256="0" * 64), f"{'0' * 64}.onnx is missing"),
+        (variant(sha256="../../decoder"), "expected a SHA-256 in hexadecimal digits, got '../../decoder'"),
+        (variant(weights={}), ":float32', which weights.safetensors does not hold"),
         (weight("conv.odd:0231", source="conv.odd"), "lays weight 'conv.odd', which the weight file does not hold"),
         (weight("conv.weight:0233", order=[0, 2, 3, 3]), "lays weight 'conv.weight' as it cannot be laid"),
         (weight("conv.weight:021", order=[0, 2, 1]), "lays weight 'conv.weight' as it cannot be laid"),

@@ -1,6 +1,6 @@
 // What libtgate takes of the lowered graphs in a bundle's folder: lowered BUNDLE prints JSON, null where there is none, or
-// for each graph's file null where it was not lowered, or {"sha256": of its bytes, "weights": {name: sha256 of the bytes
-// that would be uploaded}}. What is refused it says on standard error, and ends with 1.
+// for each graph's file a list: of each way in which it was lowered {"outputs": [names], "sha256": of its bytes, "weights":
+// {name: sha256 of the bytes that would be uploaded}}. What is refused it says on standard error, and ends with 1.
 
 #include <cstdio>
 #include <exception>
@@ -27,7 +27,9 @@ Value told(const tgate::LoweredGraph& graph, const std::string& file, const tgat
                reinterpret_cast<std::byte*>(bytes.data()));
     weights.emplace_back(name, Value{tgate::sha256_of(bytes)});
   }
-  return {Object{{"sha256", Value{tgate::sha256_of(graph.data)}}, {"weights", Value{std::move(weights)}}}};
+  tgate::json::Array outputs;
+  for (const tgate::TensorSpec& tensor : graph.spec.outputs) outputs.push_back(Value{tensor.name});
+  return {Object{{"outputs", Value{std::move(outputs)}}, {"sha256", Value{tgate::sha256_of(graph.data)}}, {"weights", Value{std::move(weights)}}}};
 }
 
 }  // namespace
@@ -45,8 +47,9 @@ int main(int count, char** words) try {
   if (const auto graphs = tgate::LoweredGraphs::open(bundle)) {
     Object found;
     for (const auto& [name, spec] : bundle.manifest().shapes.front().graphs) {
-      const auto graph = graphs->find(bundle, spec, places);
-      found.emplace_back(spec.file, graph ? told(*graph, file, places) : Value{});
+      tgate::json::Array variants;
+      for (const auto& graph : graphs->find(bundle, spec, places)) variants.push_back(told(graph, file, places));
+      found.emplace_back(spec.file, Value{std::move(variants)});
     }
     result = {std::move(found)};
   }

@@ -13,12 +13,12 @@ namespace tgate {
 namespace {
 
 // As tgate_runtime.engines.ort_cuda.ahead writes it.
-constexpr std::int64_t version = 1;
+constexpr std::int64_t version = 2;
 constexpr char folder[] = "engines/ort-cuda/";
 constexpr char index_file[] = "engines/ort-cuda/lowered.json";
 constexpr std::size_t most_index_bytes = std::size_t{32} << 20;
 constexpr std::size_t most_graph_bytes = std::size_t{64} << 20;
-constexpr std::size_t most_graphs = 10'000, most_weights = 100'000;
+constexpr std::size_t most_graphs = 10'000, most_variants = 64, most_weights = 100'000;
 constexpr std::int64_t most_dimensions = 8;
 constexpr std::int64_t beyond = std::int64_t{1} << 50;  // tgate_runtime.engines.ort_cuda.lowering.laid has the same
 
@@ -34,7 +34,7 @@ constexpr Spelling<Dtype> spellings[] = {
                                 folder + " from it");
 }
 
-std::string read(const Bundle& bundle, const std::string& name, std::size_t most_bytes) {
+std::string content_of(const Bundle& bundle, const std::string& name, std::size_t most_bytes) {
   try {
     return PlainFile::open_inside(bundle.path(), name).read(most_bytes);
   } catch (const NotThere&) {
@@ -142,7 +142,7 @@ void lay(const Laid& laid, const Placed& source, const std::byte* from, std::byt
 std::optional<LoweredGraphs> LoweredGraphs::open(const Bundle& bundle) {
   json::Value index;
   try {
-    index = json::parse(read(bundle, index_file, most_index_bytes));
+    index = json::parse(content_of(bundle, index_file, most_index_bytes));
   } catch (const NotThere&) {
     return std::nullopt;
   } catch (const json::ParseError& error) {
@@ -156,34 +156,53 @@ std::optional<LoweredGraphs> LoweredGraphs::open(const Bundle& bundle) {
   LoweredGraphs graphs;
   Reader::all_of(reader, [&](Reader& whole) {
     static_cast<void>(whole.whole("version"));
-    for (auto& [file, entry] : whole.table("graphs", [](Reader& one) {
-           Entry made{digest(one, "source"), digest(one, "lowered"), {}};
-           for (auto& [name, laid] : one.table("weights", laid_of, most_weights)) made.weights.emplace(name, laid);
-           return made;
-         }, most_graphs)) {
-      graphs.entries_.emplace(file, entry);
-    }
+    const auto variant = [](Reader& one) {
+      Variant made{one.words("outputs"), digest(one, "sha256"), {}};
+      for (auto& [name, laid] : one.table("weights", laid_of, most_weights)) made.weights.emplace(name, laid);
+      return made;
+    };
+    const auto entry = [&](Reader& one) {
+      return Entry{digest(one, "source"), one.items("lowered", variant, most_variants)};
+    };
+    for (auto& [file, made] : whole.table("graphs", entry, most_graphs)) graphs.entries_.emplace(file, made);
     return 0;
   });
   return graphs;
 }
 
-std::optional<LoweredGraph> LoweredGraphs::find(const Bundle& bundle, const GraphSpec& spec, const Places& places) const {
+std::vector<LoweredGraph> LoweredGraphs::find(const Bundle& bundle, const GraphSpec& spec, const Places& places) const {
   const auto found = entries_.find(spec.file);
-  if (found == entries_.end()) return std::nullopt;
+  if (found == entries_.end()) return {};
   const Entry& entry = found->second;
   const auto listed = bundle.manifest().files.find(spec.file);
   if (listed == bundle.manifest().files.end() || listed->second.sha256 != entry.source) {
     refuse(bundle, spec.file + " was lowered from another graph than the manifest lists");
   }
-  LoweredGraph graph{{}, entry.weights};
-  const std::string name = folder + entry.lowered + ".onnx";
+  std::vector<LoweredGraph> graphs;
+  for (const Variant& variant : entry.variants) graphs.push_back(read(bundle, spec, variant, places));
+  if (graphs.empty() || graphs.front().spec.outputs.size() != spec.outputs.size()) {
+    refuse(bundle, spec.file + " was not lowered with all of its outputs first");
+  }
+  return graphs;
+}
+
+LoweredGraph LoweredGraphs::read(const Bundle& bundle, const GraphSpec& spec, const Variant& variant, const Places& places) {
+  LoweredGraph graph{spec, {}, variant.weights};
+  graph.spec.outputs.clear();
+  for (const TensorSpec& tensor : spec.outputs) {
+    const bool wanted = std::count(variant.outputs.begin(), variant.outputs.end(), tensor.name) > 0;
+    if (wanted) graph.spec.outputs.push_back(tensor);
+  }
+  if (graph.spec.outputs.empty() || graph.spec.outputs.size() != variant.outputs.size()) {
+    refuse(bundle, spec.file + " was lowered for outputs that it does not have");
+  }
+  const std::string name = folder + variant.digest + ".onnx";
   try {
-    graph.data = read(bundle, name, most_graph_bytes);
+    graph.data = content_of(bundle, name, most_graph_bytes);
   } catch (const NotThere&) {
     refuse(bundle, spec.file + " was lowered, and " + name + " is missing");
   }
-  if (sha256_of(graph.data) != entry.lowered) {
+  if (sha256_of(graph.data) != variant.digest) {
     refuse(bundle, name + " is damaged: its SHA-256 is not its name");
   }
   Places all = places;
@@ -195,7 +214,7 @@ std::optional<LoweredGraph> LoweredGraphs::find(const Bundle& bundle, const Grap
       refuse(bundle, spec.file + ", lowered, lays a weight as '" + shown(own, 60) + "', which the weight file has too");
     }
   }
-  check_graph(graph.data, spec, bundle.manifest().weights, all, true);
+  check_graph(graph.data, graph.spec, bundle.manifest().weights, all, true);
   return graph;
 }
 

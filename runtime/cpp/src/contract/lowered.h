@@ -29,9 +29,10 @@ Placed place_of(const Laid& laid, const Places& places);
 /// The bytes of `laid`, made from those of its source, into `to`, which has room for place_of(laid, places).length.
 void lay(const Laid& laid, const Placed& source, const std::byte* from, std::byte* to);
 
-/// A graph for ONNX Runtime's CUDA provider, checked. `weights`: what it reads that is laid otherwise than in the weight
-/// file, by its name in the graph.
+/// A graph for ONNX Runtime's CUDA provider, checked, with all or some of its outputs: what only the others need is not in
+/// it. `weights`: what it reads that is laid otherwise than in the weight file, by its name in the graph.
 struct LoweredGraph {
+  GraphSpec spec;
   std::string data;
   LaidWeights weights;
 };
@@ -43,15 +44,22 @@ class LoweredGraphs {
   /// another version than this library takes.
   static std::optional<LoweredGraphs> open(const Bundle& bundle);
 
-  /// The graph of `spec`, lowered; nothing where it was not built with the others. Throws Error of Code::bundle where it
-  /// was made from another graph than the manifest lists, is damaged, or is no graph of `spec`'s.
-  [[nodiscard]] std::optional<LoweredGraph> find(const Bundle& bundle, const GraphSpec& spec, const Places& places) const;
+  /// The graph of `spec`, lowered: first with all of its outputs, then with those alone that steps want. Nothing where it
+  /// was not built with the others. Throws Error of Code::bundle where it was made from another graph than the manifest
+  /// lists, is damaged, or is no graph of `spec`'s.
+  [[nodiscard]] std::vector<LoweredGraph> find(const Bundle& bundle, const GraphSpec& spec, const Places& places) const;
 
  private:
-  struct Entry {
-    std::string source, lowered;  // digests
+  struct Variant {
+    std::vector<std::string> outputs;
+    std::string digest;
     LaidWeights weights;
   };
+  struct Entry {
+    std::string source;  // its digest
+    std::vector<Variant> variants;
+  };
+  static LoweredGraph read(const Bundle& bundle, const GraphSpec& spec, const Variant& variant, const Places& places);
   std::map<std::string, Entry, std::less<>> entries_;
 };
 

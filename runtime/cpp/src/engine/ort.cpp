@@ -175,11 +175,11 @@ std::string read_graph(const Bundle& bundle, const GraphSpec& spec, const Places
   return data;
 }
 
-std::shared_ptr<const LoadedGraph> OrtEngine::load_graph(const Bundle& bundle, const GraphSpec& spec,
+std::shared_ptr<const LoadedGraph> OrtEngine::load_graph(const std::string& folder, const GraphSpec& spec,
                                                          const std::string& data, Handle<OrtSessionOptions> options,
                                                          bool captured) const {
   library_->check(library_->api().AddSessionConfigEntry(
-                      options.get(), "session.model_external_initializers_file_folder_path", bundle.path().c_str()),
+                      options.get(), "session.model_external_initializers_file_folder_path", folder.c_str()),
                   "ONNX Runtime does not take a folder for weights");
   OrtSession* session = nullptr;
   library_->check(library_->api().CreateSessionFromArray(library_->environment(), data.data(), data.size(), options.get(),

@@ -21,9 +21,9 @@ class OrtEngine : public Engine {
  protected:
   OrtEngine(const std::string& name, const EngineOptions& options);
 
-  /// A session of `data`, the checked file of `spec`, whose weights lie in the bundle's folder. `captured`: its calls
+  /// A session of `data`, the checked file of `spec`, whose weights lie in `folder`, the bundle's. `captured`: its calls
   /// become CUDA graphs, when they are bound.
-  [[nodiscard]] std::shared_ptr<const LoadedGraph> load_graph(const Bundle& bundle, const GraphSpec& spec,
+  [[nodiscard]] std::shared_ptr<const LoadedGraph> load_graph(const std::string& folder, const GraphSpec& spec,
                                                               const std::string& data, Handle<OrtSessionOptions> options,
                                                               bool captured) const;
   /// Of the memory that is bound.

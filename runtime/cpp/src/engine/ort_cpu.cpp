@@ -64,7 +64,7 @@ class OrtCpu final : public OrtEngine {
     Loaded loaded;
     for (const GraphSpec* spec : graphs) {
       const std::string data = read_graph(bundle, *spec, places);
-      loaded.graphs.push_back(load_graph(bundle, *spec, data, session_options(*spec), false));
+      loaded.graphs.push_back(load_graph(bundle.path(), *spec, data, session_options(*spec), false));
     }
     return loaded;
   }

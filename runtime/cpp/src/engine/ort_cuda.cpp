@@ -6,6 +6,7 @@
 //
 // NO GPU HAS RUN THIS YET. It runs over the stub of CUDA that the tests have, which computes nothing.
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <optional>
 #include <thread>
@@ -74,14 +75,26 @@ class CudaCall final : public Call {
   std::thread::id thread_;
 };
 
+/// A graph's sessions: with all of its outputs, and, where calls are captured, with those alone that a call wants, which are
+/// made when one is first bound.
 class CudaGraph final : public LoadedGraph, public std::enable_shared_from_this<CudaGraph> {
  public:
+  using Load = std::function<std::shared_ptr<const LoadedGraph>(const LoweredGraph&)>;
+  /// `variants`: the first one has all outputs. `load`: makes a session; it is called under CudaRuntime::turn, now for the
+  /// first one, so that what cannot be loaded is told.
   CudaGraph(std::shared_ptr<const CudaRuntime> cuda, std::shared_ptr<const CudaWeights> weights,
-            std::shared_ptr<const LoadedGraph> graph, const GraphSpec& spec, bool captured)
-      : cuda_(std::move(cuda)), weights_(std::move(weights)), graph_(std::move(graph)), spec_(spec), captured_(captured) {}
+            std::vector<LoweredGraph> variants, Load load, bool captured)
+      : cuda_(std::move(cuda)),
+        weights_(std::move(weights)),
+        variants_(std::move(variants)),
+        load_(std::move(load)),
+        sessions_(variants_.size()),
+        captured_(captured) {
+    sessions_.front() = load_(variants_.front());
+  }
   ~CudaGraph() override {
     const auto held = CudaRuntime::turn();
-    graph_.reset();
+    sessions_.clear();
     weights_.reset();
   }
   CudaGraph(const CudaGraph&) = delete;
@@ -90,37 +103,56 @@ class CudaGraph final : public LoadedGraph, public std::enable_shared_from_this<
   [[nodiscard]] std::unique_ptr<Call> bind(const std::vector<Bound>& inputs, const std::vector<Bound>& outputs,
                                            std::int64_t images) const override {
     const auto held = CudaRuntime::turn();
+    const std::size_t variant = variant_for(outputs);
+    if (sessions_[variant] == nullptr) {
+      sessions_[variant] = load_(variants_[variant]);
+    }
     std::vector<CudaCall::Pair> before, after;
     std::vector<Bound> reads, writes;
     for (const Bound& bound : inputs) {
-      std::byte* place = place_of(*bound.tensor, bound.address, images);
+      std::byte* place = place_for(*bound.tensor, bound.address, images);
       if (place != bound.address) {
         before.push_back({place, bound.address, static_cast<std::size_t>(bound.tensor->bytes(images))});
       }
       reads.push_back({bound.tensor, place});
     }
-    for (const TensorSpec& tensor : spec_.outputs) {
+    for (const TensorSpec& tensor : variants_[variant].spec.outputs) {
       const auto bound = std::find_if(outputs.begin(), outputs.end(),
                                       [&](const Bound& each) { return each.tensor->name == tensor.name; });
       std::byte* address = bound == outputs.end() ? nullptr : bound->address;
       if (address == nullptr && !captured_) {
         continue;
       }
-      std::byte* place = place_of(tensor, address, images);
+      // A captured graph writes each of its outputs to a fixed place.
+      std::byte* place = place_for(tensor, address, images);
       if (address != nullptr && place != address) {
         after.push_back({address, place, static_cast<std::size_t>(tensor.bytes(images))});
       }
       writes.push_back({&tensor, place});
     }
     cuda_->wait();  // a captured graph runs when it is bound, and memory is cleared in our stream
-    return std::make_unique<CudaCall>(cuda_, shared_from_this(), graph_->bind(reads, writes, images), std::move(before),
-                                      std::move(after), captured_);
+    return std::make_unique<CudaCall>(cuda_, shared_from_this(), sessions_[variant]->bind(reads, writes, images),
+                                      std::move(before), std::move(after), captured_);
   }
 
  private:
+  /// What has those outputs and no others, or all.
+  [[nodiscard]] std::size_t variant_for(const std::vector<Bound>& outputs) const {
+    for (std::size_t i = captured_ ? 0 : variants_.size(); i < variants_.size(); ++i) {
+      const std::vector<TensorSpec>& own = variants_[i].spec.outputs;
+      const bool fits = std::all_of(own.begin(), own.end(), [&](const TensorSpec& tensor) {
+        return std::any_of(outputs.begin(), outputs.end(), [&](const Bound& each) { return each.tensor->name == tensor.name; });
+      });
+      if (fits && own.size() == outputs.size()) {
+        return i;
+      }
+    }
+    return 0;
+  }
+
   /// What the graph reads or writes: that address, or memory that calls share where there is none, or where kernels may not
   /// take it. Calls run one at a time.
-  std::byte* place_of(const TensorSpec& tensor, std::byte* address, std::int64_t images) const {
+  std::byte* place_for(const TensorSpec& tensor, std::byte* address, std::int64_t images) const {
     if (address != nullptr && reinterpret_cast<std::uintptr_t>(address) % alignment == 0) {
       return address;
     }
@@ -133,10 +165,11 @@ class CudaGraph final : public LoadedGraph, public std::enable_shared_from_this<
 
   std::shared_ptr<const CudaRuntime> cuda_;
   std::shared_ptr<const CudaWeights> weights_;
-  std::shared_ptr<const LoadedGraph> graph_;
-  GraphSpec spec_;
+  std::vector<LoweredGraph> variants_;
+  Load load_;
+  mutable std::vector<std::shared_ptr<const LoadedGraph>> sessions_;  // of variants; these two under CudaRuntime::turn
+  mutable std::map<std::pair<std::string, std::int64_t>, DeviceMemory> spare_;
   bool captured_;
-  mutable std::map<std::pair<std::string, std::int64_t>, DeviceMemory> spare_;  // under CudaRuntime::turn
 };
 
 /// What ONNX Runtime logs in this thread while there is one.
@@ -159,7 +192,7 @@ class Listening {
 };
 thread_local std::vector<std::string>* Listening::heard_ = nullptr;
 
-class OrtCuda final : public OrtEngine {
+class OrtCuda final : public OrtEngine, public std::enable_shared_from_this<OrtCuda> {
  public:
   explicit OrtCuda(const EngineOptions& options) : OrtEngine("ort-cuda", options) {
     if (options_.memory.empty()) {
@@ -181,39 +214,33 @@ class OrtCuda final : public OrtEngine {
   [[nodiscard]] Loaded load(const Bundle& bundle, const std::vector<const GraphSpec*>& graphs) const override {
     const Places places = bundle.places();
     const auto lowered = LoweredGraphs::open(bundle);
-    std::vector<std::string> files;
-    std::vector<GraphWeights> facts;
+    std::vector<std::vector<LoweredGraph>> variants;
     LaidWeights laid;
     std::size_t as_exported = 0;
     for (const GraphSpec* spec : graphs) {
-      auto graph = lowered ? lowered->find(bundle, *spec, places) : std::nullopt;
-      as_exported += graph ? 0U : 1U;
-      files.push_back(graph ? std::move(graph->data) : read_graph(bundle, *spec, places));
-      facts.push_back(weights_of(files.back()));
-      refuse_bfloat16(*spec, facts.back());
-      for (const std::string& name : facts.back().names) {
-        const bool own = !graph || graph->weights.count(name) == 0;
-        const Laid each = own ? Laid{name, {}, places.at(name).dtype} : graph->weights.at(name);
-        if (own && options_.memory == "fast") {
-          continue;  // ONNX Runtime reads it from the file
-        }
-        if (!(laid.emplace(name, each).first->second == each)) {
-          throw Error(Code::bundle, spec->file + ", lowered, has a weight '" + shown(name, 60) +
-                                        "' that another graph lays otherwise; run tgate build again");
-        }
+      variants.push_back(lowered ? lowered->find(bundle, *spec, places) : std::vector<LoweredGraph>{});
+      if (variants.back().empty()) {
+        ++as_exported;
+        variants.back().push_back({*spec, read_graph(bundle, *spec, places), {}});
+      }
+      for (const LoweredGraph& graph : variants.back()) {
+        add_weights(graph, places, laid);
       }
     }
     const auto held = CudaRuntime::turn();
     const Handle<OrtMemoryInfo> memory = memory_info();
     const auto weights = std::make_shared<const CudaWeights>(library_, cuda_, bundle, places, laid, memory.get());
     Loaded loaded;
-    for (std::size_t i = 0; i < graphs.size(); ++i) {
-      const GraphSpec& spec = *graphs[i];
-      const bool captured = options_.cuda_graphs && spec.role == Role::denoise;
-      const Listening listening;
-      auto graph = load_graph(bundle, spec, files[i], session_options(spec, *weights, captured, facts[i].half), captured);
-      refuse_copies(spec, listening.lines());
-      loaded.graphs.push_back(std::make_shared<CudaGraph>(cuda_, weights, std::move(graph), spec, captured));
+    for (std::vector<LoweredGraph>& each : variants) {
+      const bool captured = options_.cuda_graphs && each.front().spec.role == Role::denoise;
+      auto load = [self = shared_from_this(), folder = bundle.path(), weights, captured](const LoweredGraph& graph) {
+        const Listening listening;
+        auto options = self->session_options(graph.spec, *weights, captured, weights_of(graph.data).half);
+        auto made = self->load_graph(folder, graph.spec, graph.data, std::move(options), captured);
+        refuse_copies(graph.spec, listening.lines());
+        return made;
+      };
+      loaded.graphs.push_back(std::make_shared<CudaGraph>(cuda_, weights, std::move(each), std::move(load), captured));
     }
     if (as_exported > 0) {
       loaded.advice = "ort-cuda takes " + std::to_string(as_exported) + " of " + std::to_string(graphs.size()) +
@@ -264,6 +291,9 @@ class OrtCuda final : public OrtEngine {
     // learns that its weights lie as it wants them, and nothing that a graph holds packs any on CUDA.
     library_->check(api.AddSessionConfigEntry(options.get(), "session.use_env_allocators", "1"), what);
     library_->check(api.AddSessionConfigEntry(options.get(), "session.use_device_allocator_for_initializers", "1"), what);
+    // ONNX Runtime would make a Gemm of a product and its bias, for which it writes the bias out whole first.
+    const char* left_out = "MatMulAddFusion";
+    library_->check(api.AddSessionConfigEntry(options.get(), "optimization.disable_specified_optimizers", left_out), what);
     for (const auto& [name, value] : weights.values()) {
       library_->check(api.AddInitializer(options.get(), name.c_str(), value.get()), what);
     }
@@ -282,14 +312,29 @@ class OrtCuda final : public OrtEngine {
     const std::string device = std::to_string(options_.device);
     // TF32's 10 bits of mantissa are not what a graph in float32 was exported for. In 16 bits there is nothing to lose, and
     // ONNX Runtime takes the setting for more than it says: no convolution may then use tensor cores.
-    const char* keys[] = {"device_id", "arena_extend_strategy", "use_tf32", "enable_cuda_graph"};
-    const char* values[] = {device.c_str(), "kSameAsRequested", half ? "1" : "0", captured ? "1" : "0"};
-    library_->check(api.UpdateCUDAProviderOptions(settings, keys, values, 4), what);
+    // Convolutions are chosen by the newer of cuDNN's two heuristics.
+    const char* keys[] = {"device_id", "arena_extend_strategy", "use_tf32", "cudnn_conv_algo_search", "enable_cuda_graph"};
+    const char* values[] = {device.c_str(), "kSameAsRequested", half ? "1" : "0", "HEURISTIC", captured ? "1" : "0"};
+    library_->check(api.UpdateCUDAProviderOptions(settings, keys, values, 5), what);
     if (options_.stream != nullptr) {
       library_->check(api.UpdateCUDAProviderOptionsWithValue(settings, "user_compute_stream", options_.stream), what);
     }
     library_->check(api.SessionOptionsAppendExecutionProvider_CUDA_V2(made, settings), what);
     return options;
+  }
+
+  /// What is to be uploaded for a graph. Throws Error.
+  void add_weights(const LoweredGraph& graph, const Places& places, LaidWeights& laid) const {
+    const GraphWeights facts = weights_of(graph.data);
+    refuse_bfloat16(graph.spec, facts);
+    for (const std::string& name : facts.names) {
+      const auto turned = graph.weights.find(name);
+      if (turned != graph.weights.end()) {
+        laid.emplace(name, turned->second);  // the name says how
+      } else if (options_.memory == "shared") {
+        laid.emplace(name, Laid{name, {}, places.at(name).dtype});
+      }
+    }
   }
 
   /// A U-Net's or a decoder's: what both have, ONNX Runtime has no kernel for in bfloat16, on any device.

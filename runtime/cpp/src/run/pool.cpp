@@ -115,6 +115,17 @@ Pool::Pool(std::shared_ptr<const Session> session, std::string_view size, const 
     plan->check(graphs, session_->manifest().carries);
     compile(*plan);
   }
+  const std::size_t used = graphs_.size();
+  for (std::size_t graph = 0; graph < used; ++graph) {
+    std::set<std::string> all;
+    for (const GraphUse& each : graphs_) {
+      if (each.name == graphs_[graph].name) {
+        all.insert(each.writes.begin(), each.writes.end());
+      }
+    }
+    const std::size_t whole = use_of(graphs_[graph].name, {all.begin(), all.end()});
+    graphs_[graph].whole = whole;
+  }
   rows_.resize(rows);
   marks_.resize(rows);
   ordered_.reserve(rows);
@@ -124,7 +135,7 @@ Pool::Pool(std::shared_ptr<const Session> session, std::string_view size, const 
   interrupt_ = engine_->interrupt();
   // What a pool is for, bound now: calls on all of its images. Others are bound when they are first made.
   if (const auto [taken, called] = next_call(shapes_, images); taken == images) {
-    for (std::size_t graph = 0; graph < graphs_.size(); ++graph) {
+    for (std::size_t graph = 0; graph < used; ++graph) {
       call(graph, 0, called);
     }
   }
@@ -135,21 +146,23 @@ std::size_t Pool::find(std::string_view name) const {
   return static_cast<std::size_t>(found - buffers_.begin());
 }
 
+std::size_t Pool::use_of(const std::string& graph, std::vector<std::string> writes) {
+  std::sort(writes.begin(), writes.end());
+  const auto found = std::find_if(graphs_.begin(), graphs_.end(),
+                                  [&](const GraphUse& each) { return each.name == graph && each.writes == writes; });
+  const auto index = static_cast<std::size_t>(found - graphs_.begin());
+  if (found == graphs_.end()) {
+    graphs_.push_back({graph, std::move(writes), index});
+  }
+  return index;
+}
+
 void Pool::compile(const Plan& plan) {
   auto program = std::make_unique<Program>();
   program->plan = &plan;
   program->reach = plan.reach();
   for (const Step& step : plan.steps) {
-    auto use = std::find_if(graphs_.begin(), graphs_.end(), [&](const GraphUse& each) { return each.name == step.graph; });
-    if (use == graphs_.end()) {
-      use = graphs_.insert(use, {step.graph, {}});
-    }
-    for (const std::string& name : step.writes) {
-      if (std::find(use->writes.begin(), use->writes.end(), name) == use->writes.end()) {
-        use->writes.push_back(name);
-      }
-    }
-    Program::Move move{static_cast<std::size_t>(use - graphs_.begin()), {}, step.call.noise != 0, {}};
+    Program::Move move{use_of(step.graph, {step.writes.begin(), step.writes.end()}), {}, step.call.noise != 0, {}};
     move.row[0] = static_cast<float>(step.call.timestep);
     move.row[1] = static_cast<float>(step.call.input_scale);
     move.row[3] = static_cast<float>(step.call.noise);
@@ -412,7 +425,7 @@ bool Pool::neighbours(Image* const* images, std::size_t count) {
 }
 
 void Pool::run(Image* const* images, std::size_t count, std::size_t first, std::size_t rows, Interrupt& interrupt) {
-  const std::size_t graph = images[0]->program->moves[images[0]->position].graph;
+  std::size_t graph = images[0]->program->moves[images[0]->position].graph;
   int reach = 0;
   for (std::size_t i = 0; i < count; ++i) {
     const Image& image = *images[i];
@@ -420,6 +433,7 @@ void Pool::run(Image* const* images, std::size_t count, std::size_t first, std::
     float* row = numbers_.data() + i * step_row_length;
     std::memcpy(row, move.row.data(), sizeof move.row);
     row[guidance_column] = image.guidance_scale;
+    graph = move.graph == graph ? graph : graphs_[graph].whole;
     reach = std::max(reach, image.program->reach);
     if (move.noise && steady_.noise != nullptr) {
       draw_step_noise(image);

@@ -94,14 +94,17 @@ class Pool {
     DeviceMemory memory;
     [[nodiscard]] std::byte* at(std::size_t row) const { return memory->address() + row * row_bytes; }
   };
+  /// A graph as some step wants it.
   struct GraphUse {
     std::string name;
-    std::vector<std::string> writes;  ///< carries that some step keeps
+    std::vector<std::string> writes;  ///< the carries that it keeps, sorted
+    std::size_t whole;                ///< the use of the same graph that keeps what any step does: for calls of several
   };
 
   [[nodiscard]] std::size_t find(std::string_view name) const;
   [[nodiscard]] Buffer& buffer(std::string_view name) { return buffers_[find(name)]; }
   void compile(const Plan& plan);
+  std::size_t use_of(const std::string& graph, std::vector<std::string> writes);
   /// Makes the images neighbours, with `rows` rows from the first one on that are theirs or nobody's; the first row.
   std::size_t gather(Image* const* images, std::size_t count, std::size_t rows);
   void move_row(std::size_t from, std::size_t to);

@@ -7,8 +7,9 @@ because it goes where the bundle goes; unlike an entry of the cache it is no cod
 bundle's graphs.
 
 ``engines/ort-cuda/lowered.json`` holds ``version``, and for each graph's file its digest in the manifest (``source``),
-the digest of its lowered file (``lowered``), which is also that one's name, and ``weights``: what it reads that does
-not lie so in the weight file, by its name in the graph.
+and ``lowered``: the graph with all of its ``outputs``, then with those alone that steps of the bundle's plans want. Of
+each it has the digest of the file (``sha256``), which is also its name, and ``weights``: what it reads that does not
+lie so in the weight file, by its name in the graph.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tgate_engine.errors import BundleError, EngineError, shown
 from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_engine.onnx_form import Placed, check_graph
+from tgate_engine.step import STEP_OUTPUTS
 from tgate_runtime.engines.ort_cuda.limits import refuse_bfloat16
 from tgate_runtime.engines.ort_cuda.log import failing
 from tgate_runtime.engines.ort_cuda.lowering import VERSION, Lowered, lower
@@ -54,8 +56,8 @@ class OrtCudaBuilder:
         refuse_options(options)
 
     def build(self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None) -> dict[str, Path]:
-        """The graphs, lowered, into the bundle's folder: the files there, by the graphs' own. What lies there of other
-        graphs of the bundle stays; what fits it no longer goes.
+        """The graphs, lowered, into the bundle's folder: the files there with all outputs, by the graphs' own. What
+        lies there of other graphs of the bundle stays; what fits it no longer goes.
 
         Raises :class:`BundleError` for a graph that is not let through, and :class:`EngineError` for one that ONNX
         Runtime has no kernels for, or where nothing can be written there.
@@ -68,20 +70,20 @@ class OrtCudaBuilder:
                 if on_build is not None:
                     on_build(done, len(graphs), Path(spec.file).stem)
                 refuse_bfloat16(files[spec.file], spec)
-                data, weights = _lowered(files[spec.file], spec, bundle, places)
-                digest = hashlib.sha256(data).hexdigest()
-                write_atomically(folder / f"{digest}.onnx", data)
+                made = [_lowered(files[spec.file], rest, bundle, places) for rest in _wanted(bundle, spec)]
+                for data, entry in made:
+                    write_atomically(folder / f"{entry['sha256']}.onnx", data)
                 source = bundle.manifest.files[spec.file].sha256
-                entries[spec.file] = {"source": source, "lowered": digest, "weights": weights}
+                entries[spec.file] = {"source": source, "lowered": [entry for _, entry in made]}
             index = {"version": VERSION, "graphs": entries}
             write_atomically(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
-            kept = {f"{entry['lowered']}.onnx" for entry in entries.values()}
+            kept = {f"{each['sha256']}.onnx" for entry in entries.values() for each in entry["lowered"]}
             for old in folder.glob("*.onnx"):
                 if old.name not in kept:
                     old.unlink()
         if on_build is not None and graphs:
             on_build(len(graphs), len(graphs), Path(graphs[-1].file).stem)
-        return {spec.file: folder / f"{entries[spec.file]['lowered']}.onnx" for spec in graphs}
+        return {spec.file: folder / f"{entries[spec.file]['lowered'][0]['sha256']}.onnx" for spec in graphs}
 
 
 def refuse_options(options: EngineOptions) -> None:
@@ -92,10 +94,19 @@ def refuse_options(options: EngineOptions) -> None:
         raise EngineError("ort-cuda computes on a GPU; leave out --threads")
 
 
+def _wanted(bundle: Bundle, spec: GraphSpec) -> list[GraphSpec]:
+    """A graph with all of its outputs, and with each set of them that a step of the bundle's plans wants."""
+    names = {name for shape in bundle.manifest.shapes for name, each in shape.graphs.items() if each.file == spec.file}
+    steps = [step for plan in bundle.manifest.plans.values() for step in plan.steps if step.graph in names]
+    sets = {frozenset((*STEP_OUTPUTS, *step.writes)): None for step in steps}
+    rest = [replace(spec, outputs=tuple(t for t in spec.outputs if t.name in wanted)) for wanted in sets]
+    return [spec, *(each for each in rest if each != spec)]
+
+
 def _lowered(data: bytes, spec: GraphSpec, bundle: Bundle, places: Places) -> tuple[bytes, dict[str, Any]]:
-    """A graph's file, lowered and seen to be what libtgate takes, and how it wants weights."""
+    """A graph's file with the outputs of ``spec``, lowered and seen to be what libtgate takes, and its entry."""
     with failing(f"{spec.file} cannot be lowered for CUDA; export the bundle again"):
-        made: Lowered = lower(data)
+        made: Lowered = lower(data, spec.output_names())
     laid = {name: each for name, each in made.weights.items() if each != Laid(name)}
     all_places = {**places, **{name: _place(each, places[each.source]) for name, each in laid.items()}}
     check_graph(made.data, ModelMessage(), spec, bundle.manifest.weights, all_places, lowered=True)
@@ -103,7 +114,8 @@ def _lowered(data: bytes, spec: GraphSpec, bundle: Bundle, places: Places) -> tu
         name: {"source": each.source, "order": list(each.order), "dtype": all_places[name].dtype}
         for name, each in laid.items()
     }
-    return made.data, weights
+    digest = hashlib.sha256(made.data).hexdigest()
+    return made.data, {"outputs": [*spec.output_names()], "sha256": digest, "weights": weights}
 
 
 def _place(laid: Laid, source: Placed) -> Placed:
@@ -124,7 +136,7 @@ def _entries(bundle: Bundle, folder: Path) -> dict[str, Any]:
             for file, entry in entries.items()
             if file in bundle.manifest.files
             and bundle.manifest.files[file].sha256 == entry["source"]
-            and (folder / f"{entry['lowered']}.onnx").is_file()
+            and all((folder / f"{each['sha256']}.onnx").is_file() for each in entry["lowered"])
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

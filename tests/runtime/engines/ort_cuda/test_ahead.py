@@ -17,9 +17,11 @@ from tgate_engine.errors import EngineError
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_runtime.engines import open_builder
 from tgate_runtime.engines.ort_cuda.lowering import VERSION, lower
+from tgate_runtime.mini import MODELS, assemble
 
-LOWERED = {1: "e7be15ab351605667282d3a017baac7f942f525437bb1f2220438f11101d80be"}
-"""The digest of what the decoder of :func:`halves` is lowered to, by the version of the lowering."""
+LOWERED = {2: "27b15d9c5247df748dd6d853163655e667a81007b171d0b53e87a3a4bd02097d"}
+"""The digest of what graphs in float32 and float16 are lowered to, those of ``mini`` and of :func:`halves`, by the
+version of the lowering."""
 
 
 def build(bundle: Bundle) -> Any:
@@ -40,8 +42,10 @@ def test_a_graph_is_lowered_beside_the_bundle(tmp_path: Path) -> None:
     assert place.read_bytes() == lower(data).data != data
     entry = index(bundle)["graphs"]["decoder.onnx"]
     assert entry["source"] == hashlib.sha256(data).hexdigest()
-    assert entry["lowered"] == hashlib.sha256(place.read_bytes()).hexdigest() == place.stem
-    assert entry["weights"] == {
+    (whole,) = entry["lowered"]
+    assert whole["outputs"] == ["image"]
+    assert whole["sha256"] == hashlib.sha256(place.read_bytes()).hexdigest() == place.stem
+    assert whole["weights"] == {
         "conv.weight:0231": {"source": "conv.weight", "order": [0, 2, 3, 1], "dtype": "float16"},
         "norm.weight:float32": {"source": "norm.weight", "order": [], "dtype": "float32"},
         "norm.bias:float32": {"source": "norm.bias", "order": [], "dtype": "float32"},
@@ -52,8 +56,30 @@ def test_a_graph_is_lowered_beside_the_bundle(tmp_path: Path) -> None:
 
 def test_a_change_of_the_lowering_raises_its_version(tmp_path: Path) -> None:
     """Or libtgate would take what an older one left."""
-    (place,) = build(halves(tmp_path / "bundle")).values()
-    assert LOWERED[VERSION] == place.stem
+    assemble(MODELS / "mini", tmp_path / "mini")
+    digest = hashlib.sha256()
+    for bundle in (Bundle.open(tmp_path / "mini"), halves(tmp_path / "halves")):
+        for spec in bundle.manifest.shapes[0].graphs.values():
+            digest.update(lower(bundle.read(spec.file)).data)
+    assert LOWERED[VERSION] == digest.hexdigest()
+
+
+def test_a_graph_is_lowered_for_what_steps_want(tmp_path: Path) -> None:
+    """With all of its outputs, and without the carries that nobody reads of most steps."""
+    assemble(MODELS / "mini", tmp_path / "mini")
+    bundle = Bundle.open(tmp_path / "mini")
+    build(bundle)
+    graphs = bundle.manifest.shapes[0].graphs
+    for name, spec in graphs.items():
+        made = index(bundle)["graphs"][spec.file]["lowered"]
+        steps = [step for plan in bundle.manifest.plans.values() for step in plan.steps if step.graph == name]
+        wanted = {frozenset(("next_latents", "output", *step.writes)) for step in steps}
+        assert set(made[0]["outputs"]) == {*spec.output_names()}
+        assert {frozenset(each["outputs"]) for each in made} == {*wanted, frozenset(spec.output_names())}
+        for each in made[1:]:
+            data = (bundle.path / "engines/ort-cuda" / f"{each['sha256']}.onnx").read_bytes()
+            assert data == lower(bundle.read(spec.file), each["outputs"]).data
+    assert len(index(bundle)["graphs"]["full.onnx"]["lowered"]) > 1
 
 
 def test_what_no_longer_fits_goes(tmp_path: Path) -> None:
@@ -63,7 +89,7 @@ def test_what_no_longer_fits_goes(tmp_path: Path) -> None:
     (place,) = build(new).values()
     assert {path.name for path in place.parent.iterdir()} == {place.name, "lowered.json"}
     assert place.name != stale.name
-    assert [entry["lowered"] for entry in index(new)["graphs"].values()] == [place.stem]
+    assert [entry["lowered"][0]["sha256"] for entry in index(new)["graphs"].values()] == [place.stem]
 
 
 def test_other_graphs_of_the_bundle_stay(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ PASSES = (
 """In this order: layouts settle what the two before them leave between NCHW and NHWC, and skips are seen in NHWC;
 carries leave a bias to residuals, and residuals leave to sums what no normalization follows."""
 
-VERSION = 1
+VERSION = 2
 """Of what :func:`lower` makes: raised with every change of it, so that libtgate does not take graphs of another one
 that ``tgate build`` has left in a bundle. ``runtime/cpp/src/contract/lowered.cpp`` has the same."""
 

@@ -36,14 +36,90 @@ def page(found: Sequence[tuple[str, Found]]) -> str:
     return HEAD + ("\n".join(["", *parts]) if parts else NOTHING)
 
 
+def stages(path: str, found: Found) -> str:
+    """What a model's loops took as an engine's code went on, where the time of its graphs went, and what settings were
+    tried: ``ort-cuda-<GPU>.json``."""
+    lines = [
+        f"### {found['model']} on {found['engine']}, as its code went on",
+        "",
+        f"[{path.rpartition('/')[2]}]({path})",
+        "",
+    ]
+    plans, graphs = (list(found["stages"][0][key]) for key in ("loops_ms", "graphs_ms"))
+    head = ("code", *(f"{name}, ms" for name in (*plans, *graphs)))
+    rows = (
+        (stage["what"], *(text(stage[key].get(name)) for key, names in _columns(plans, graphs) for name in names))
+        for stage in found["stages"]
+    )
+    lines += _table(head, rows)
+    profiled = [stage for stage in found["stages"] if "kernels" in stage]
+    kinds = list(dict.fromkeys(kind for stage in profiled for g in stage["kernels"].values() for kind in g["kinds"]))
+    lines += ["Kernels of one call, by PyTorch's profiler, in ms (launches):", ""]
+    lines += _table(
+        ("code", "graph", "all", *kinds),
+        (
+            (stage["what"], name, text(graph["ms"]), *(_kind(graph["kinds"].get(kind)) for kind in kinds))
+            for stage in profiled
+            for name, graph in stage["kernels"].items()
+        ),
+    )
+    lines += [f"Settings of the provider, {found['tried_how']}:", ""]
+    lines += _table(
+        (
+            "settings",
+            "with",
+            "gated, ms",
+            *(f"{name}, ms" for name in found["tried"][0]["graphs_ms"]),
+            "open and bind, s",
+        ),
+        (
+            (
+                row["settings"],
+                str(row["with"]),
+                text(row["gated_ms"]),
+                *map(text, row["graphs_ms"].values()),
+                text(row["open_and_bind_s"]),
+            )
+            for row in found["tried"]
+        ),
+    )
+    return "\n".join(lines)
+
+
+def hosts(path: str, found: Found) -> str:
+    """libtgate beside Python: ``libtgate-<GPU>.json``."""
+    lines = [f"### {found['bundle']} on {found['engine']}, from C++", "", f"[{path.rpartition('/')[2]}]({path})", ""]
+    rows = []
+    for name, host in found["hosts"].items():
+        ms = [host["plans"][plan]["loop_ms"] for plan in ("gated", "guidance_stopped", "ungated")]
+        step, beside = host["plans"]["gated"]["step_ms"], host.get("latents_beside_python", {}).get("gated", {})
+        apart = beside["largest_difference"] / beside["largest_latent"] if beside else None
+        rows.append(
+            (name, *map(text, (*ms, step["p50"], step["p99"], host["open_and_bind_s"], host["held_mib"], apart)))
+        )
+    head = (
+        "host",
+        "gated, ms",
+        "guidance stopped",
+        "ungated",
+        "step p50",
+        "p99",
+        "open and bind, s",
+        "GPU memory, MiB",
+    )
+    lines += _table((*head, "latents apart from the first host's"), iter(rows))
+    return "\n".join(lines)
+
+
 def _part(path: str, found: Found) -> str:
     settings, done = found["settings"], found["sections"]
     models = dict.fromkeys(name.partition("/")[0] for name in done)
     engines = [name for name, facts in found["engines"].items() if facts["says"] == "ready"]
-    lines = [f"## {settings['gpu']}", ""]
+    lines = [f"## {settings['gpu']}" + (", small models" if settings.get("tiny") else ""), ""]
     facts = [f"[{path.rpartition('/')[2]}]({path})", *(f"{k} {v}" for k, v in settings.get("packages", {}).items())]
     lines += [f"{', '.join(facts)}; {settings['repeats']} repeats after {settings['warm_ups']} to warm up.", ""]
-    lines += _table(("aimed at", "at most", "got", ""), _aims(found))
+    if not settings.get("tiny"):  # they were set for the published sizes
+        lines += _table(("aimed at", "at most", "got", ""), _aims(found))
     for model in models:
         lines += [f"### {model}", ""]
         lines += _table(
@@ -51,7 +127,7 @@ def _part(path: str, found: Found) -> str:
             (_loops(found, model, engine) for engine in engines),
         )
         lines += _table(
-            ("engine", "graph", "ms", "TFLOP/s", "roofline, ms", "over it"),
+            ("engine", "graph", "ms", "TFLOP/s", "estimated before, ms", "over that"),
             (row for engine in engines for row in _graphs(done, model, engine)),
         )
         lines += _table(
@@ -72,6 +148,14 @@ def _part(path: str, found: Found) -> str:
 def _aims(found: Found) -> Iterator[tuple[str, ...]]:
     for aim in aims(found):
         yield (aim["aim"], text(aim["at_most"]), text(aim["got"]), aim["verdict"])
+
+
+def _columns(plans: Sequence[str], graphs: Sequence[str]) -> tuple[tuple[str, Sequence[str]], ...]:
+    return (("loops_ms", plans), ("graphs_ms", graphs))
+
+
+def _kind(found: Mapping[str, float] | None) -> str:
+    return "-" if found is None else f"{text(found['ms'])} ({found['launches']:.0f})"
 
 
 def _loops(found: Found, model: str, engine: str) -> tuple[str, ...]:
@@ -106,12 +190,23 @@ def _table(head: Sequence[str], rows: Iterator[tuple[str, ...]]) -> list[str]:
 
 def saved(folder: Path = RESULTS) -> list[tuple[str, dict[str, Any]]]:
     """What lies in the folder of results, by path from ``docs``."""
-    files = sorted(folder.glob("gpu-*.json"))
+    return _read(folder, "gpu-*.json")
+
+
+def whole(folder: Path = RESULTS) -> str:
+    """The page of all that lies there."""
+    more = [stages(*each) for each in _read(folder, "ort-cuda-*.json")]
+    more += [hosts(*each) for each in _read(folder, "libtgate-*.json")]
+    return "\n".join([page(saved(folder)), *more])
+
+
+def _read(folder: Path, pattern: str) -> list[tuple[str, Found]]:
+    files = sorted(folder.glob(pattern), key=lambda file: file.stem)  # a model's file before that of the small ones
     return [(f"../benchmarks/results/{file.name}", json.loads(file.read_text("utf-8"))) for file in files]
 
 
 def main() -> None:
-    write_atomically(PAGE, page(saved()).encode())
+    write_atomically(PAGE, whole().encode())
     print(PAGE.relative_to(ROOT))
 
 

@@ -1,6 +1,6 @@
 """What the sections of ``benchmarks.gpu.run`` share: what they are told, engines by name, memory.
 
-Nothing here has run on a GPU. What is special to one: :func:`held_bytes`, :func:`engine_of`, the clock of
+What is special to a GPU: :func:`held_bytes`, :func:`engine_of`, the clock of
 ``benchmarks.loops``, and where references and peers put their networks. torch, diffusers and ``tgate_export`` are
 imported where they are needed.
 """

@@ -5,7 +5,7 @@ engine work in one pool of memory, since calls run one after another: the engine
 CUDA graph keeps its places there for good and writes to them whenever it is replayed, whatever has them by then. So
 nothing that has to last lies in the pool: a capture ends with copies of its results into buffers outside it.
 
-No GPU has run it yet.
+No GPU has run it yet: on the one that tried, libraries did not load (``docs/engines.md``).
 """
 
 from __future__ import annotations

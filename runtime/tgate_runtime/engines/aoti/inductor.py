@@ -85,9 +85,18 @@ def start_compilers() -> None:
 
 def keep(files: Sequence[str], directory: Path) -> None:
     """Move what a graph needs to run, of what was made of it, into ``directory``: the library, and what it looks for
-    beside it: the kernels for a GPU, and a list of the operators that it leaves to PyTorch, where there are any."""
+    beside it: the kernels for a GPU, and a list of the operators that it leaves to PyTorch, where there are any.
+
+    Raises :class:`EngineError` for a library that does not use the process's C++ library but has its own: what both
+    have made of locales then mixes, and loading it ends the process (seen on a GPU machine).
+    """
     paths = [Path(file) for file in dict.fromkeys(files)]
     (library,) = (path for path in paths if path.suffix == ".so")
+    if b"libstdc++.so" not in library.read_bytes():
+        raise EngineError(
+            "the C++ compiler links a C++ library of its own into what it makes, which cannot share a process with "
+            "PyTorch's: install the shared one that belongs to it (libstdc++-dev), or set CXX to another compiler"
+        )
     library.rename(directory / LIBRARY)
     for path in paths:
         if path.suffix not in (".so", ".cpp", ".json"):

@@ -11,8 +11,8 @@ take turns step by step. Sessions are freed by whoever drops them: drop none whi
 Since calls run one after another, all graphs work in the same memory, captured ones as well: see
 :mod:`tgate_runtime.engines.ort_cuda.memory`.
 
-No GPU has run it yet. The tests exercise it on the CPU provider, and on CUDA's own provider over a stub of CUDA that
-computes nothing (``tests/cuda_stub``).
+What it did on an H200 is in ``docs/gpu.md``. The tests exercise it on the CPU provider, and on CUDA's own provider over
+a stub of CUDA that computes nothing (``tests/cuda_stub``).
 """
 
 from __future__ import annotations

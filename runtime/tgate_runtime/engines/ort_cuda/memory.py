@@ -6,7 +6,7 @@ for good and writes to them at each replay, whatever has them by then. So what h
 elsewhere: :func:`lasting`. ONNX Runtime would give a buffer memory of the shared arena.
 
 Views of some rows are addresses within a buffer, so what is copied to, from or between buffers goes by address, through
-the CUDA runtime that ONNX Runtime has loaded. No GPU has run it yet: the tests have host memory in its place.
+the CUDA runtime that ONNX Runtime has loaded. The tests have host memory in its place.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any
 import onnx_ir as ir
 import sympy
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -143,7 +144,7 @@ def _restore_constants(graph: ir.Graph, buffers: Mapping[str, Tensor]) -> None:
     """Tracing made the module's buffers fake, too; their values are known, and belong in the graph."""
     for name, value in graph.initializers.items():
         if name in buffers:
-            value.const_value = ir.tensor(buffers[name].detach().numpy(), name=name)
+            value.const_value = TorchTensor(buffers[name].detach(), name=name)  # NumPy has no bfloat16
 
 
 def _detach_weights(

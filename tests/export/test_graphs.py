@@ -141,3 +141,35 @@ def test_an_output_that_is_not_the_batch_s_is_refused() -> None:
     """Two rows of an image would not lie in one row of its buffer."""
     with pytest.raises(ExportError, match="its first dimension must be the batch"):
         traced_ends((1, 4), spoil=True)
+
+
+class Placed(nn.Module):
+    """Adds a table of numbers, as networks have for positions."""
+
+    table: Tensor
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.linspace(-1, 1, 12).reshape(3, 4).to(dtype), persistent=False)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return inputs[0] + self.table
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_table_is_in_the_graph_in_any_dtype(dtype: torch.dtype) -> None:
+    """NumPy, which has no bfloat16, is not asked."""
+    module = Placed(dtype)
+    graph = trace(
+        "placed",
+        DENOISE,
+        module,
+        mode=FakeTensorMode(allow_non_fake_inputs=True),
+        inputs=[TensorSpec(name="x", dtype=str(dtype).removeprefix("torch."), shape=(BATCH, 3, 4))],
+        outputs=["y"],
+        batch=(2, 2),
+        components={},
+        transposed=frozenset(),
+    )
+    (table,) = [tensor for tensor in ir.to_proto(graph.model).graph.initializer if tensor.dims == [3, 4]]
+    assert table.raw_data == module.table.view(torch.uint8).numpy().tobytes()

@@ -401,6 +401,10 @@ def test_the_cuda_runtime_is_onnxruntime_s(monkeypatch: pytest.MonkeyPatch) -> N
     [
         (EngineOptions(), "has no CUDAExecutionProvider: pip uninstall onnxruntime"),
         (EngineOptions(threads=2), "ort-cuda computes on a GPU; leave out --threads"),
+        (
+            EngineOptions(architecture="sm_90"),
+            "ort-cuda brings kernels for every GPU that it knows; leave out --architecture",
+        ),
         (EngineOptions(precision="f16"), "computes in the dtype that the bundle was exported with"),
     ],
 )

@@ -54,6 +54,10 @@ class OrtCudaBuilder:
 
     def __init__(self, options: EngineOptions) -> None:
         refuse_options(options)
+        if options.memory is not None or options.device:
+            raise EngineError(
+                "graphs are lowered the same for every GPU and way to hold weights; leave out --memory and --device"
+            )
 
     def build(self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None) -> dict[str, Path]:
         """The graphs, lowered, into the bundle's folder: the files there with all outputs, by the graphs' own. What
@@ -92,6 +96,8 @@ def refuse_options(options: EngineOptions) -> None:
         raise EngineError("ort-cuda computes in the dtype that the bundle was exported with; leave out --precision")
     if options.threads is not None:
         raise EngineError("ort-cuda computes on a GPU; leave out --threads")
+    if options.architecture is not None:
+        raise EngineError("ort-cuda brings kernels for every GPU that it knows; leave out --architecture")
 
 
 def _wanted(bundle: Bundle, spec: GraphSpec) -> list[GraphSpec]:

@@ -131,7 +131,14 @@ def test_nothing_is_written_elsewhere(put: Callable[[Bundle, Path], None], says:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [({"precision": "f16"}, "leave out --precision"), ({"threads": 2}, "leave out --threads")]
+    ("options", "says"),
+    [
+        ({"precision": "f16"}, "leave out --precision"),
+        ({"threads": 2}, "leave out --threads"),
+        ({"architecture": "sm_90"}, "leave out --architecture"),
+        ({"memory": "fast"}, "leave out --memory and --device"),
+        ({"device": 1}, "leave out --memory and --device"),
+    ],
 )
 def test_options_are_refused_as_the_engine_refuses_them(options: Any, says: str) -> None:
     with pytest.raises(EngineError, match=says):

@@ -15,7 +15,7 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow ray cuda-stub fuzz cpp lint format docs clean
+.PHONY: help setup demo test slow ray cuda-stub torch-tensorrt fuzz cpp lint format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 11
@@ -65,6 +65,18 @@ $(STUB_BUNDLE): $(STAMP)
 
 cuda-stub: $(CUDA_STAMP) $(STUB_BUNDLE) cpp-release  ## ort-cuda, Python's and libtgate's, on ONNX Runtime's CUDA provider over a stub of CUDA, which is 250 MB more
 	$(CUDA_VENV)/bin/python -m tests.cuda_stub -m pytest --confcutdir tests/cuda_stub tests/cuda_stub
+
+# Its own code and the bindings that it asks for, beside the environment and not in it: they are held to an older
+# TensorRT than ours, which no registry has, and its libraries need that and CUDA.
+TORCH_TENSORRT := build/torch_tensorrt
+$(TORCH_TENSORRT)/.stamp: $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) torch-tensorrt==2.13.0 tensorrt-cu13-bindings==11.0.0.114 dllist==2.0.0
+	rm -rf $(@D)/torch_tensorrt/lib
+	@touch $@
+
+torch-tensorrt: $(TORCH_TENSORRT)/.stamp  ## which operators torch-tensorrt could not convert, of every family's graphs; minutes
+	PYTHONPATH=$(TORCH_TENSORRT) $(BIN)/python -m pytest tests/torch_tensorrt
 
 # What it finds stays in tests/fuzz/corpus, for the tests; led by coverage where atheris is: pip install '.[fuzz]'
 TIME ?= 600

@@ -70,8 +70,9 @@ def linear_layers(graph: ir.Graph, weights: Weights) -> Iterator[tuple[ir.Node, 
             raise BundleError(f"node {node.name} is a Gemm, and how to simulate it is not written here")
         if node.op_type == "MatMul":
             value, weight = node.inputs
-            if value is not None and weight is not None and weight.is_initializer() and weight.name in weights:
-                yield node, value, weight.name
+            name = weight.name if weight is not None and weight.is_initializer() else None
+            if value is not None and name is not None and name in weights:
+                yield node, value, name
 
 
 def rounded_weight(array: NDArray[np.float32]) -> tuple[NDArray[Any], np.float32]:
@@ -92,20 +93,20 @@ def in_fp8(data: bytes, weights: Weights, maxima: Maxima) -> bytes:
     """
     model = ir.from_proto(onnx.load_model_from_string(data))
     graph = model.graph
-    rounded: dict[tuple[str | None, np.float32], ir.Value] = {}
+    rounded: dict[tuple[ir.Value, np.float32], ir.Value] = {}
     matrices: dict[str, tuple[ir.Value, np.float32]] = {}
     for number, (node, value, name) in enumerate([*linear_layers(graph, weights)]):
         if name not in maxima:
             raise BundleError(f"no golden runs the layer of {name}; export the bundle with its goldens")
         scale = scale_of(maxima[name])
-        if (value.name, scale) not in rounded:  # queries, keys and values read one tensor
+        if (value, scale) not in rounded:  # queries, keys and values read one tensor
             quotient = _before(graph, node, "Div", [value, _constant(graph, f"fp8.scale.{len(rounded)}", scale)])
-            rounded[value.name, scale] = _in_e4m3(graph, node, quotient)
+            rounded[value, scale] = _in_e4m3(graph, node, quotient)
         if name not in matrices:
             codes, own = rounded_weight(weights[name].array)
             matrices[name] = _constant(graph, f"fp8.weight.{len(matrices)}", codes.astype(np.float32)), own
         matrix, own = matrices[name]
-        product = _before(graph, node, "MatMul", [rounded[value.name, scale], matrix])
+        product = _before(graph, node, "MatMul", [rounded[value, scale], matrix])
         both = _constant(graph, f"fp8.both.{number}", np.float32(scale * own))
         node.op_type = "Mul"  # so the layer's result keeps its name, and who reads it
         node.replace_input_with(0, product)
@@ -154,15 +155,16 @@ def _in_e4m3(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
     return of("Where", is_small, small, normal)
 
 
-def _before(graph: ir.Graph, node: ir.Node, operator: str, inputs: Sequence[ir.Value], **attributes: int) -> ir.Value:
-    new = ir.node(operator, inputs, attributes=attributes)
+def _before(graph: ir.Graph, node: ir.Node, operator: str, inputs: Sequence[ir.Value]) -> ir.Value:
+    new = ir.node(operator, inputs)
     graph.insert_before(node, new)
     return new.outputs[0]
 
 
 def _constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
-    tensor = ir.tensor(np.asarray(array), name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    values = np.asarray(array)
+    tensor = ir.tensor(values, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(values.shape), const_value=tensor)
     graph.register_initializer(value)
     return value
 

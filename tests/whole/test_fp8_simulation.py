@@ -75,7 +75,7 @@ def test_values_round_as_ml_dtypes_and_pytorch_round_them() -> None:
     near = [np.nextafter(np.concatenate([numbers, ties]), np.float32(side)) for side in (-np.inf, np.inf)]
     rng = np.random.default_rng(0)
     others = (rng.standard_normal(100_000) * 10.0 ** rng.uniform(-6, 4, 100_000)).astype(np.float32)
-    positive = np.concatenate([numbers, ties, *near, others, np.float32([449, 464, 465, 1e9])])
+    positive = np.concatenate([numbers, ties, *near, others, np.array([449, 464, 465, 1e9], np.float32)])
     values = np.concatenate([positive, -positive])
     got = rounded_in_graph(values)
     np.testing.assert_array_equal(got, e4m3(values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.fp8 import LARGEST, Fp8, calibrate, in_fp8, judged, rounded_weight, summary
+from benchmarks import fp8
+from benchmarks.fp8 import LARGEST, Fp8, calibrate, in_fp8, judged, measure, rounded_weight, summary
+from benchmarks.quality import draw
 from tests.toy_bundle import Toy, build, random_conditioning
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError
+from tgate_engine.plan import Plan
+from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.verify import verify
 from tgate_runtime.weights import Weight
 
@@ -145,3 +150,35 @@ def test_what_is_lost_is_counted_caption_by_caption() -> None:
     assert not found["within_one_point"]
     grey = np.full((1, 128, 128, 3), 128, np.uint8)
     assert judged(["a red circle"], grey) == [False]
+
+
+def test_a_measurement_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy stands in for a model, and a picture counts as right where its mean is even."""
+    bundle = Bundle.open(build(tmp_path / "toy", Toy()))
+    monkeypatch.setattr(fp8, "PART", 2)
+    monkeypatch.setattr(fp8, "evaluation_captions", lambda count: [f"a dog {'red ' * i}" for i in range(count)])
+    monkeypatch.setattr(fp8, "judged", lambda _, pictures: [int(picture.sum()) % 2 == 0 for picture in pictures])
+    whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
+    measure(bundle, whole, count=5, seed=1)
+    row = json.loads(whole.read_text())["rows"]["ungated"]
+    assert row["captions"] == 5
+    assert 5 < row["psnr"] < 58
+
+    drawn: list[int] = []
+    last = 6
+
+    def counted(pipe: Pipeline, plan: Plan, captions: list[str], seed: int, workers: int) -> NDArray[np.uint8]:
+        drawn.append(seed)
+        if len(drawn) == last:
+            raise KeyboardInterrupt
+        return draw(pipe, plan, captions, seed, workers)
+
+    monkeypatch.setattr(fp8, "draw", counted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(bundle, parts, count=5, seed=1)
+    assert json.loads(parts.read_text())["rows"]["ungated"]["captions"] == 2
+    drawn.clear()
+    last = 100
+    measure(bundle, parts, count=5, seed=1)
+    assert drawn == [3] * 4 + [5] * 4  # both plans, both ways
+    assert json.loads(parts.read_text()) == json.loads(whole.read_text())

@@ -10,8 +10,9 @@ goldens / 448. Attention's own products, convolutions, text encoder and decoder 
 simulated: sums that are shorter than float32, as tensor cores may keep them, and what lies between in 16 bits.
 
 Both ways draw the same held-out captions from the same noise, by the ungated and the default plan, and one classifier
-judges them (training/evaluate.py). Saved after every part, and what a file of the same settings holds is not drawn
-again; so it may be stopped, and says how many captions it has.
+judges them (training/evaluate.py). How far activations of whole trajectories go beyond the goldens' is saved as well.
+Saved after every part, and what a file of the same settings holds is not drawn again; so it may be stopped, and says
+how many captions it has.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +38,7 @@ from tgate_engine.atomic import write_atomically
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError
 from tgate_engine.graph import DENOISE, GraphSpec
+from tgate_engine.plan import Plan
 from tgate_runtime.engines.ort import OrtCpu, OrtExecutable, find_weights
 from tgate_runtime.engines.protocol import Call, EngineOptions, OnBuild
 from tgate_runtime.graph_check import read_graphs
@@ -44,6 +47,7 @@ from tgate_runtime.tuning.quality import interval, psnr
 from tgate_runtime.verify import verify
 from tgate_runtime.weights import Weight, map_weights
 from training.evaluate import Pictures, evaluation_captions, score_pictures
+from training.grammar import draw_scene, training_caption
 
 LARGEST = 448.0
 """The largest number of E4M3 (``float8_e4m3fn``, which has no infinity)."""
@@ -51,6 +55,9 @@ PLANS = ("ungated", "default")
 PART = 25  # captions between two savings
 POINT = 0.01
 """Of accuracy: what FP8 may cost at most to be worth having by default."""
+
+TRAJECTORIES, TRAJECTORIES_SEED = 3, 7
+"""How many captions that training saw show what the goldens' ranges leave out."""
 
 Weights = Mapping[str, Weight]
 Maxima = Mapping[str, float]
@@ -255,6 +262,23 @@ def calibrate(bundle: Bundle) -> dict[str, float]:
     return engine.maxima
 
 
+def beyond(bundle: Bundle, maxima: Maxima, plans: Sequence[Plan]) -> dict[str, Any]:
+    """How far activations go beyond ``maxima``, where FP8 saturates, when whole trajectories of captions that training
+    saw are drawn: of how many layers they do, and the most, as a multiple."""
+    rng, engine = random.Random(TRAJECTORIES_SEED), Observing()
+    captions = [training_caption(draw_scene(rng), rng) for _ in range(TRAJECTORIES)]
+    with Pipeline.open(bundle, engine=engine, plans=plans) as pipe:
+        for plan in plans:
+            draw(pipe, plan, captions, TRAJECTORIES_SEED, 1)
+    times = [engine.maxima[name] / largest if largest else 1.0 for name, largest in maxima.items()]
+    return {
+        "captions": captions,
+        "layers": len(times),
+        "layers_beyond": sum(one > 1 for one in times),
+        "most": round(max(times), 3),
+    }
+
+
 # --- measuring ----------------------------------------------------------------------------------
 
 
@@ -304,11 +328,16 @@ def measure(bundle: Bundle, output: Path, *, count: int, seed: int) -> None:
         }
         settings = json.loads(json.dumps(settings))
         before = json.loads(output.read_text()) if output.is_file() else {}
-        rows = before["rows"] if before.get("settings") == settings else {}
+        result = before if before.get("settings") == settings else {"settings": settings, "rows": {}}
+        if "beyond" not in result:
+            result["beyond"] = beyond(bundle, maxima, [*plans.values()])
+            _save(output, result)
         for first in range(0, count, PART):
             part = captions[first : first + PART]
             for name, plan in plans.items():
-                row = rows.setdefault(name, {"captions": 0, "psnr": 0.0, "wrong_float32": [], "wrong_fp8": []})
+                row = result["rows"].setdefault(
+                    name, {"captions": 0, "psnr": 0.0, "wrong_float32": [], "wrong_fp8": []}
+                )
                 if row["captions"] > first:
                     continue
                 drawn = {way: draw(pipe, plan, part, seed + first, 1) for way, pipe in pipes.items()}
@@ -318,8 +347,12 @@ def measure(bundle: Bundle, output: Path, *, count: int, seed: int) -> None:
                 row["psnr"] = (row["psnr"] * row["captions"] + near) / (row["captions"] + len(part))
                 row["captions"] += len(part)
                 row |= summary(row)
-                write_atomically(output, (json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n").encode())
+                _save(output, result)
                 print(f"{name}, {row['captions']} captions: {summary(row)}, {row['psnr']:.1f} dB", flush=True)
+
+
+def _save(output: Path, result: Mapping[str, Any]) -> None:
+    write_atomically(output, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def main() -> None:

@@ -160,12 +160,16 @@ def test_a_measurement_that_was_stopped_goes_on_where_it_was(tmp_path: Path, mon
     monkeypatch.setattr(fp8, "judged", lambda _, pictures: [int(picture.sum()) % 2 == 0 for picture in pictures])
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     measure(bundle, whole, count=5, seed=1)
-    row = json.loads(whole.read_text())["rows"]["ungated"]
+    found = json.loads(whole.read_text())
+    assert found["beyond"]["layers"] == found["settings"]["linear_layers"]
+    assert found["beyond"]["layers_beyond"] > 0  # another request than the golden's
+    assert found["beyond"]["most"] > 1
+    row = found["rows"]["ungated"]
     assert row["captions"] == 5
     assert 5 < row["psnr"] < 58
 
     drawn: list[int] = []
-    last = 6
+    last = 8
 
     def counted(pipe: Pipeline, plan: Plan, captions: list[str], seed: int, workers: int) -> NDArray[np.uint8]:
         drawn.append(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from tgate_engine.graph import GraphSpec, TensorSpec
+from tgate_engine.graph import DENOISE, GraphSpec, TensorSpec
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plan import Plan
 from tgate_engine.step import STEP_OUTPUTS
@@ -32,15 +32,21 @@ def memory(plan: Plan, manifest: Manifest, shape: Shape, *, batch: int = 1) -> d
     """What a request for ``batch`` images takes, in bytes, on an engine that keeps one copy of the weights.
 
     ``weights``: of all graphs, once. ``request``: the buffers of one request, carries among them. ``scratch``: what the
-    graph at work holds besides, outputs that the step does not keep among it, for the hungriest step of the plan.
-    ``peak``: all of it; each further request that runs at the same time adds ``request`` and ``scratch``. The engine's
-    own code, and what it packs anew, are not in it.
+    graph at work holds besides: for the hungriest step of the plan, outputs that it does not keep among it, or, where
+    they take more, the graphs before and after, which encode and decode one image at a time, with what they read and
+    give. ``peak``: all of it; each further request that runs at the same time adds ``request`` and ``scratch``. The
+    engine's own code, and what it packs anew, are not in it.
     """
     weights = manifest.files[manifest.weights].bytes if manifest.weights else 0
     request = sum(tensor.size_bytes(batch) for tensor in buffers(shape.graphs, [plan]).values())
     scratch = 0
     for graph, writes in {(step.graph, step.writes) for step in plan.steps}:
         scratch = max(scratch, _scratch(shape.graphs[graph], writes, batch))
+    for around in shape.graphs.values():
+        if around.role != DENOISE:
+            least = around.batch[0]
+            tensors = (*around.inputs, *around.outputs)
+            scratch = max(scratch, least * around.scratch_bytes + sum(t.size_bytes(least) for t in tensors))
     return {"weights": weights, "request": request, "scratch": scratch, "peak": weights + request + scratch}
 
 

@@ -14,7 +14,7 @@ from tests.toy_bundle import Toy, build, make_plan
 from tests.toy_model import FEATURES
 from tgate_engine.bundle import Bundle
 from tgate_engine.footprint import buffers, carry_bytes, memory
-from tgate_engine.graph import BATCH, DENOISE, GraphSpec, Macs, TensorSpec
+from tgate_engine.graph import BATCH, DECODE, DENOISE, GraphSpec, Macs, TensorSpec
 from tgate_export.methods.base import Settings
 from tgate_runtime.engines.ort import OrtCpu
 from tgate_runtime.session import Session
@@ -108,6 +108,18 @@ def test_scratch_is_the_hungriest_steps_with_the_outputs_it_drops(session: Sessi
         assert of_both["scratch"] == batch * (90 + 2 * 7 * 4)
         assert of_both["request"] == batch * 4 * 7 * 4, "latents, next_latents, output and the carry that is written"
         assert of_both["peak"] == of_both["weights"] + of_both["request"] + of_both["scratch"]
+
+
+def test_scratch_is_that_of_the_decoder_where_it_takes_more(session: Session) -> None:
+    """Which decodes one image at a time, however many are drawn, and has its pixels beside what it works in."""
+    shape = session.shapes()[0]
+    plan = make_plan("p", Settings(steps=3, gate=3), Toy(), shape.graphs)
+    steps = tuple(replace(step, graph="a", reads=(), writes=()) for step in plan.steps)
+    pixels = TensorSpec(name="image", dtype="uint8", shape=(BATCH, 5, 5, 3))
+    decoder = replace(graph(1000), role=DECODE, batch=(1, 1), outputs=(pixels,))
+    for inner, wanted in ((100, 1000 + 7 * 4 + 75), (2000, 2000)):
+        small = replace(shape, graphs={"a": graph(inner), "vae_decoder": decoder})
+        assert memory(replace(plan, steps=steps), session.manifest, small)["scratch"] == wanted
 
 
 def test_plans_that_share_a_state_share_its_buffers(session: Session) -> None:

@@ -160,7 +160,7 @@ typedef struct tgate_memory {
   size_t size;
   uint64_t weights; /* once for the session */
   uint64_t request; /* the buffers of a pool of so many images, carries among them */
-  uint64_t scratch; /* what the hungriest graph of the plan holds while it runs */
+  uint64_t scratch; /* what the hungriest graph holds while it runs: of the plan, of the text, of the decoder */
   uint64_t peak;    /* all of it; the engine's own code, and what it packs anew, are not in it */
 } tgate_memory;
 TGATE_API tgate_code tgate_memory_init(tgate_memory *memory, size_t size);

@@ -9,7 +9,8 @@
 ///     request.run();
 ///     tgate::Picture picture = request.decode(0);   // picture.pixels: RGB, rows from the top
 ///
-/// Everything here is movable, not copyable, and frees what it owns. Threads: as tgate.h says.
+/// Everything here is movable, not copyable, and frees what it owns. Threads: as tgate.h says. A text that holds a NUL, where
+/// C would end it, is refused by std::invalid_argument.
 #ifndef TGATE_HPP
 #define TGATE_HPP
 
@@ -17,6 +18,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -61,12 +63,20 @@ struct Deleter {
 template <class T, auto Free>
 using Owner = std::unique_ptr<T, Deleter<Free>>;
 
-inline const char* or_null(const std::string& text) { return text.empty() ? nullptr : text.c_str(); }
+/// A text as C has it, for as long as `text` lives.
+inline const char* in_c(const std::string& text) {
+  if (const std::size_t end = text.find('\0'); end != std::string::npos) {
+    throw std::invalid_argument("a text has a NUL at byte " + std::to_string(end) + ", where C would end it; take it out");
+  }
+  return text.c_str();
+}
+
+inline const char* or_null(const std::string& text) { return text.empty() ? nullptr : in_c(text); }
 
 inline std::vector<const char*> pointers(const std::vector<std::string>& texts) {
   std::vector<const char*> all;
   for (const std::string& text : texts) {
-    all.push_back(text.c_str());
+    all.push_back(in_c(text));
   }
   return all;
 }
@@ -80,9 +90,10 @@ class Bundle {
     tgate_bundle_options options;
     tgate_bundle_options_init(&options, sizeof options);
     options.check_digests = check_digests ? 1 : 0;
+    const char* place = detail::in_c(path);
     detail::call([&](tgate_error** error) {
       tgate_bundle* bundle = nullptr;
-      const tgate_code code = tgate_bundle_open(path.c_str(), &options, &bundle, error);
+      const tgate_code code = tgate_bundle_open(place, &options, &bundle, error);
       handle_.reset(bundle);
       return code;
     });
@@ -141,7 +152,7 @@ class Session {
     const auto plans = detail::pointers(asked.plans), sizes = detail::pointers(asked.sizes);
     tgate_session_options options;
     tgate_session_options_init(&options, sizeof options);
-    options.engine = asked.engine.c_str();
+    options.engine = detail::in_c(asked.engine);
     options.library = detail::or_null(asked.library);
     options.memory = detail::or_null(asked.memory);
     options.plans = plans.empty() ? nullptr : plans.data();
@@ -298,11 +309,11 @@ class Request {
     options.image_size = detail::or_null(asked.size);
     options.images = asked.images;
     options.seed = asked.seed;
-    options.generator = asked.generator.c_str();
+    options.generator = detail::in_c(asked.generator);
     options.guidance_scale = asked.guidance_scale;
-    options.prompt = asked.prompt.c_str();
+    options.prompt = detail::in_c(asked.prompt);
     const bool negative = asked.has_negative_prompt || !asked.negative_prompt.empty();
-    options.negative_prompt = negative ? asked.negative_prompt.c_str() : nullptr;
+    options.negative_prompt = negative ? detail::in_c(asked.negative_prompt) : nullptr;
     if (asked.on_step) {
       options.on_step = heard;
       options.user_data = hear_.get();

@@ -1,8 +1,9 @@
-// What callbacks of tgate.hpp throw, and which of them is heard: host_callbacks BUNDLE LIBRARY
+// What callbacks of tgate.hpp throw, which of them is heard, and what it refuses itself: host_callbacks BUNDLE LIBRARY
 //
 // Prints a line for each thing that is not as it should be; ends in 1 where there is one.
 #include <cstdio>
 #include <stdexcept>
+#include <string>
 #include <tgate.hpp>
 
 namespace {
@@ -72,6 +73,15 @@ int main(int count, char** words) {
   check(stopped == std::vector<std::int32_t>({0, 1, 0}), "who threw is not the one that is left out");
   check(one.latents() == other.latents(), "two of a batch differ");
   one.run();
+
+  using namespace std::string_literals;
+  for (std::string tgate::RequestOptions::* const text :
+       {&tgate::RequestOptions::prompt, &tgate::RequestOptions::negative_prompt, &tgate::RequestOptions::generator}) {
+    tgate::RequestOptions cut = ask;
+    cut.*text = "a red\0 circle"s;
+    check(throws<std::invalid_argument>([&] { tgate::Request(session, cut); }), "a text was cut off at a NUL");
+  }
+  check(throws<std::invalid_argument>([&] { tgate::Bundle("mini\0"s); }), "a bundle's path was cut off at a NUL");
 
   tgate::Request moved = std::move(one);
   check(moved.progress().graph == nullptr, "a request that was moved is another");

@@ -71,6 +71,15 @@ Memory memory_of(const Manifest& manifest, const Shape& shape, const Plan& plan,
     }
     memory.scratch = std::max(memory.scratch, scratch);
   }
+  // Or what the graphs before and after hold, which encode and decode one image at a time, with what they read and give.
+  for (const auto& [name, graph] : shape.graphs) {
+    if (graph.role == Role::denoise) continue;
+    std::int64_t around = times(graph.batch.least, graph.scratch_bytes);
+    for (const auto* tensors : {&graph.inputs, &graph.outputs}) {
+      for (const TensorSpec& tensor : *tensors) around = plus(around, tensor.bytes(graph.batch.least));
+    }
+    memory.scratch = std::max(memory.scratch, around);
+  }
   memory.peak = plus(memory.weights, plus(memory.request, memory.scratch));
   return memory;
 }

@@ -5,7 +5,6 @@ The parts of PyTorch that are asked for it are its own affair: where a version h
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tgate_engine.garbage import uncollected
 from tgate_export.translatable import rewritten
 
 try:
@@ -80,7 +80,7 @@ def quick(*, symbolic: bool = False) -> Iterator[None]:
             stack.enter_context(_traced_once())
         if hasattr(promotion, "_TypePromotionInterpreter") and hasattr(promotion, "get_type_promotion_rule"):
             stack.enter_context(_results_known())
-        stack.enter_context(_no_garbage_sought())
+        stack.enter_context(uncollected())
         yield
 
 
@@ -143,15 +143,3 @@ def _results_known() -> Any:
         return node.meta["val"]
 
     return _replaced(promotion._TypePromotionInterpreter, "run_node", run_node)
-
-
-@contextmanager
-def _no_garbage_sought() -> Iterator[None]:
-    """Left as it was: a caller that seeks none goes on seeking none."""
-    sought = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if sought:
-            gc.enable()

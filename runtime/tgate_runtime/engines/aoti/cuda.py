@@ -11,13 +11,14 @@ No GPU has run it yet: on the one that tried, libraries did not load (``docs/eng
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+
+from tgate_engine.garbage import uncollected
 
 # cuBLAS keeps its handles, and cuDNN what it chose for each shape, by threads: what is tried out in one thread is ready
 # to be captured in that one alone.
@@ -59,7 +60,7 @@ class Gpu:
         return _CAPTURING.submit(self._captured, work, rehearse).result()
 
     def _captured(self, work: Callable[[], None], rehearse: Callable[[], None] | None) -> Any:
-        with self.turn(), _uncollected():
+        with self.turn(), uncollected():  # were a library collected now, unloading its kernels would end the capture
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 if rehearse is not None:
@@ -94,15 +95,3 @@ class Gpu:
             graph.capture_end()
         with contextlib.suppress(Exception):
             torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Collect no garbage meanwhile: were a library in it, unloading its kernels would end a capture."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()

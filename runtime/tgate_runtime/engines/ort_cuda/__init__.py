@@ -18,11 +18,10 @@ a stub of CUDA that computes nothing (``tests/cuda_stub``).
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib.util
 import io
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ import onnxruntime as ort
 from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
+from tgate_engine.garbage import uncollected
 from tgate_engine.graph import DENOISE, GraphSpec, Role, TensorSpec
 from tgate_runtime.engines.ort import check_nodes, find_weights, run_cancellable
 from tgate_runtime.engines.ort_cuda.ahead import OrtCudaBuilder, refuse_options
@@ -83,7 +83,7 @@ class _CudaCall:
                 bind(name, *owner.device, DTYPES[buffer.dtype].onnx, buffer.shape, buffer.address)
         if owner.captured:
             self._run_options.add_run_config_entry("gpu_graph_id", str(next(_NUMBERS)))
-            with _uncollected():
+            with uncollected():  # were a session collected now, freeing its memory would end the capture
                 self()  # warms up and captures; outputs are never inputs of the same call, so that nothing is spoilt
 
     @on_the_gpu
@@ -294,18 +294,6 @@ class OrtCuda:
         if captured:
             settings["enable_cuda_graph"] = "1"
         return [(self.provider, settings), ("CPUExecutionProvider", {})]
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Collect no garbage meanwhile: were a session in it, freeing its memory would end a capture."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _preload() -> list[str]:

@@ -6,7 +6,6 @@ Nothing here has run on a GPU yet: it was written from the documentation, and te
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import math
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from tgate_engine.dtypes import storage
 from tgate_engine.errors import EngineError
+from tgate_engine.garbage import uncollected
 from tgate_runtime.engines.protocol import Buffer, fitted, matched, row_shape
 
 cuda: Any = importlib.import_module("cuda.bindings.runtime")
@@ -158,19 +158,13 @@ class Stream:
 
     def capture(self, enqueue: Callable[[], None]) -> CudaGraph:
         """What ``enqueue`` queues on this stream, recorded and not run."""
-        # A buffer that the collector found now would be freed by this thread, which would end the capture.
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
+        with uncollected():  # a buffer that was found now would be freed by this thread, which would end the capture
             # Thread-local: other threads may allocate, copy and free meanwhile.
             check(cuda.cudaStreamBeginCapture, self.handle, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
             try:
                 enqueue()
             finally:  # a stream left capturing can do nothing else
                 error, graph = cuda.cudaStreamEndCapture(self.handle)
-        finally:
-            if collecting:
-                gc.enable()
         check(lambda: (error, graph))
         return CudaGraph(graph)
 

@@ -1,4 +1,4 @@
-"""A bundle of random weights without them, and the weights made again: to bring SDXL's 5 GB as 10 MB.
+"""A bundle of random weights without them, and the weights made again: to bring SDXL's 5 GB as 3 MB.
 
     python -m benchmarks.gpu.bring thin BUNDLE FOLDER      # where it was exported
     python -m benchmarks.gpu.bring whole FOLDER BUNDLE     # where it is wanted: half a minute on 16 cores

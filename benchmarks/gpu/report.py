@@ -117,7 +117,7 @@ def _part(path: str, found: Found) -> str:
     engines = [name for name, facts in found["engines"].items() if facts["says"] == "ready"]
     lines = [f"## {settings['gpu']}" + (", small models" if settings.get("tiny") else ""), ""]
     facts = [f"[{path.rpartition('/')[2]}]({path})", *(f"{k} {v}" for k, v in settings.get("packages", {}).items())]
-    lines += [f"{', '.join(facts)}; {settings['repeats']} repeats after {settings['warm_ups']} to warm up.", ""]
+    lines += [f"{', '.join(facts)}; {_repeats(found)} repeats after {settings['warm_ups']} to warm up.", ""]
     if not settings.get("tiny"):  # they were set for the published sizes
         lines += _table(("aimed at", "at most", "got", ""), _aims(found))
     for model in models:
@@ -143,6 +143,16 @@ def _part(path: str, found: Found) -> str:
     failed = [f"- {name}: {data['error']}" for name, data in done.items() if data["status"] == "failed"]
     failed += [f"- {name}: {facts['says']}" for name, facts in found["engines"].items() if facts["says"] != "ready"]
     return "\n".join(lines + (["What did not run:", "", *failed, ""] if failed else []))
+
+
+def _repeats(found: Found) -> str:
+    """How often loops were taken: settings are the last run's, and a file may be several runs'."""
+    taken = set()
+    for section in found["sections"].values():
+        taken |= {len(plan["runs_ms"]) for plan in section.get("plans", {}).values() if "runs_ms" in plan}
+        taken |= {len(runs) for runs in section.get("runs_ms", {}).values()}
+    least, most = min(taken, default=found["settings"]["repeats"]), max(taken, default=found["settings"]["repeats"])
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def _aims(found: Found) -> Iterator[tuple[str, ...]]:

@@ -42,7 +42,7 @@ def room_of(session: Session, size: str, rows: int | None, added: float) -> Room
 
 
 def planned_bytes(session: Session, plans: Sequence[Plan], rooms: Mapping[str, Room]) -> int:
-    """What weights, the buffers of every size and the hungriest call take together."""
+    """What weights, the buffers of every size and the hungriest graph, a decoder among them, take together."""
     held, scratch = 0, 0
     weights = 0
     for size, room in rooms.items():

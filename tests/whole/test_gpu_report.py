@@ -82,6 +82,15 @@ def test_the_page_shows_what_was_measured() -> None:
         assert row in told.splitlines(), row
 
 
+def test_repeats_are_those_that_were_taken() -> None:
+    """The settings are those of the run that ended the file."""
+    found = results()
+    assert "; 5 repeats after 1 to warm up." in page([("x", found)])
+    found["sections"]["sdxl/ort-cuda/loops"]["plans"]["gated"]["runs_ms"] = [1.0] * 4
+    found["sections"]["sdxl/peers"]["runs_ms"] = {"tgate": [1.0] * 3}
+    assert "; 3 to 4 repeats after 1 to warm up." in page([("x", found)])
+
+
 def test_results_of_a_cpu_are_no_results_of_a_gpu() -> None:
     found = results()
     found["settings"]["device"] = "cpu"

@@ -92,6 +92,7 @@ class ExportSettings:
     warm_up: int | None = None
     fidelity_interval: int | None = None
     forecast_interval: int | None = None
+    cache_interval: int | None = None
     sampler: str | None = None
     guidance_scale: float | None = None
     checkpoint: str | None = None
@@ -140,10 +141,11 @@ def check_settings(settings: ExportSettings) -> Asked:
     steps = model.steps if settings.steps is None else settings.steps
     method_settings = method.settings(
         steps=steps,
-        gate=min(model.gate, steps) if settings.m is None else settings.m,
+        gate=min(model.gate, steps) if settings.m is None and method.gated else settings.m,
         k=settings.k,
         w=settings.warm_up,
         f=settings.fidelity_interval,
+        c=settings.cache_interval,
         r=settings.forecast_interval,
         defaults={"k": model.self_interval, "w": model.warm_up},
     )

@@ -227,6 +227,11 @@ class Family(ABC):
         Gives the model output, of the latents' shape.
         """
 
+    def deep(self, checkpoint: Checkpoint) -> str | None:
+        """The denoiser's module whose output is all that its last layer takes of the layers below, beside a skip
+        connection from the first; None where the architecture has no such connections."""
+        return None
+
     @abstractmethod
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
         """What :meth:`denoise` takes, for results of that size."""

@@ -71,6 +71,9 @@ class TextUNet(Family):
             return "embedded"
         return super().guidance(checkpoint, scale)
 
+    def deep(self, checkpoint: Checkpoint) -> str | None:
+        return deep_module(self.skeleton(checkpoint, "unet"))
+
     def default_size(self, checkpoint: Checkpoint) -> Size:
         height, width = side(checkpoint, "unet", self.config(checkpoint, "unet")["sample_size"])
         factor = self.pixels(checkpoint)
@@ -97,6 +100,18 @@ class TextUNet(Family):
             return_dict=False,
         )[0]
         return output
+
+
+def deep_module(unet: nn.Module) -> str | None:
+    """The module before the last layer of a U-Net's last block; None where that block has one layer.
+
+    A layer is a residual block, and the attention after it where there is one. The last one takes what the layer before
+    it gives, and beside that the network's first convolution.
+    """
+    last: Any = unet.get_submodule("up_blocks")[-1]
+    kind = "attentions" if getattr(last, "attentions", None) else "resnets"
+    layers = len(last.resnets)
+    return f"up_blocks.{len(unet.get_submodule('up_blocks')) - 1}.{kind}.{layers - 2}" if layers > 1 else None
 
 
 def guidance_embedding(scale: Tensor, width: int) -> Tensor:

@@ -22,9 +22,8 @@ Without a gate m is never reached, and m - 1 is no step of its own.
 Faults of the packages, with diffusers 0.42, pinned in ``tests/whole/test_deepcache.py``:
 
 *   **PNDM.** The helper finds the step by the place of its timestep in the scheduler's list, and PNDM's second timestep
-    is there twice: its third call counts as the second. So call 2 is never full, whatever the interval, nor is there a
-    rule for a step that is no step. Here the lead-in call is full, as everywhere in the method, and the steps are counted
-    after it: the package is refused with PNDM.
+    is there twice: its third call counts as the second, and is never a full one. Here the lead-in call is full, as
+    everywhere in the method, and the steps are counted after it. The package is refused with PNDM.
 *   **No guidance.** As in ``tests/oracle_families.py``, the gate step halves a batch that is not doubled. Refused.
 *   **They do not clean up.** ``disable`` leaves the modules' own methods behind as attributes of instances, and tgate's
     patches stay as ever. Here both are removed.
@@ -50,24 +49,24 @@ _LOADERS: dict[str, Callable[..., Pipeline]] = {
 }
 
 
-def helper_latents(pipe: Pipeline, request: Request, scheduler: Any, c: int) -> Tensor:
+def helper_latents(pipe: Pipeline, request: Request, scheduler: Any, c: int, branch: int = 0) -> Tensor:
     """Final latents of diffusers' pipeline with the helper of DeepCache's authors, at interval ``c``."""
     _refuse_lead_in(scheduler, request)
     with _run(pipe, request, scheduler), _clean(pipe):
         helper = DeepCacheSDHelper(pipe=pipe)
-        helper.set_params(cache_interval=c)
+        helper.set_params(cache_interval=c, cache_branch_id=branch)
         helper.enable()
         latents: Tensor = pipe(**_call(pipe, request))[0]
         return latents
 
 
-def loader_latents(pipe: Pipeline, request: Request, scheduler: Any, m: int, c: int) -> Tensor:
+def loader_latents(pipe: Pipeline, request: Request, scheduler: Any, m: int, c: int, branch: int = 0) -> Tensor:
     """Final latents of the loaders of TGATE's authors. Raises ValueError where they are known to be wrong."""
     _refuse_lead_in(scheduler, request)
     if request.guidance_scale <= 1:
         raise ValueError("without guidance the package halves the batch all the same; use cached_latents")
     with _run(pipe, request, scheduler), _clean(pipe):
-        loaded = _LOADERS[type(pipe).__name__](pipe, cache_interval=c)
+        loaded = _LOADERS[type(pipe).__name__](pipe, cache_interval=c, cache_branch_id=branch)
         latents: Tensor = loaded.tgate(**_call(pipe, request), gate_step=m).images
         return latents
 

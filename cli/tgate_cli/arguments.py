@@ -272,6 +272,8 @@ def export_parser(list_models: Callable[[], int] = lambda: 0) -> Parser:
     add("--steps", type=_steps, metavar="N", help="inference steps")
     add("--sampler", metavar="NAME", help="dpmpp_2m, ddim, euler, …")
     _method(parser)
+    branch = "of deepcache: how many layers beside the last one a shallow call computes; 0 if left out"
+    add("--cache-branch", type=_count_or_none, default=0, metavar="B", help=branch)
     rescaled = "bring guided outputs back to the prompt's deviation: 0 not at all, 1 wholly; 0.7 is usual"
     add("--guidance-rescale", type=_number, default=0.0, metavar="R", help=rescaled)
     sizes = "in pixels, such as 1024x1024; repeatable, the first one is the default"

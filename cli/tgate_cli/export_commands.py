@@ -52,6 +52,7 @@ def export(args: argparse.Namespace, report: Reporter) -> Show:
         loras=tuple(Lora.parse(text) for text in args.lora),
         clip_skip=args.clip_skip,
         guidance_rescale=args.guidance_rescale,
+        cache_branch=args.cache_branch,
         sizes=args.size or (),
         height=args.height,
         width=args.width,

@@ -122,7 +122,7 @@ def prepare(settings: ExportSettings) -> Job:
                 sites=sites,
                 guided=guidance == "classifier-free",
                 after_gate=family.after_gate,
-                deep=family.deep(checkpoint),
+                deep=family.deep(checkpoint, settings.cache_branch),
                 rows=latents[0] if family.frames_axis == 1 else 1,
             ),
             asked.method_settings,

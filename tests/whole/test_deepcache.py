@@ -20,11 +20,13 @@ from tests.oracle_deepcache import cached_latents, full_calls, helper_latents, l
 from tests.oracle_families import Request, plain_latents, tgate_latents
 from tests.tiny_families import latent_noise as family_noise
 from tests.tiny_families import load_tiny
-from tests.tiny_models import latent_noise, load_tiny_sdxl
+from tests.tiny_models import latent_noise, load_tiny_sdxl, tiny_model
 from tests.whole.cases import TOLERANCE, relative
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import MethodError
 from tgate_engine.plan import Plan
+from tgate_engine.report import Silent
+from tgate_export.build import ExportSettings, export
 from tgate_export.job import prepare
 from tgate_export.methods import find_method
 from tgate_export.plans import add_plan, make_plans
@@ -125,12 +127,12 @@ class Subject:
                 initial_latents=start,
             ).latents
 
-    def package(self, case: Case) -> torch.Tensor:
+    def package(self, case: Case, branch: int = 0) -> torch.Tensor:
         """Final latents of the authors' package: DeepCache's, or with a gate TGATE's."""
         arguments = (self.eager, self.request(case), self.scheduler(case))
         if case.m is None:
-            return helper_latents(*arguments, case.c)
-        return loader_latents(*arguments, case.m, case.c)
+            return helper_latents(*arguments, case.c, branch)
+        return loader_latents(*arguments, case.m, case.c, branch)
 
     def rule(self, case: Case) -> torch.Tensor:
         return cached_latents(self.eager, self.request(case), self.scheduler(case), case.c, m=case.m)
@@ -209,19 +211,51 @@ def test_a_video_equals_the_rule(subject_of: Subjects, case: Case) -> None:
         assert relative(subject.engine(case), subject.package(case)) < TOLERANCE
 
 
+@pytest.mark.parametrize("branch", [1, 2, 5])
+def test_a_deeper_branch_equals_the_packages(
+    subject_of: Subjects,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    branch: int,
+) -> None:
+    """One layer more, the whole last block, and the whole block before it."""
+    model, plain = tiny_model("sdxl_like"), subject_of("sdxl_like")
+    height, width = (side * model.vae_factor for side in model.latent_size)
+    settings = ExportSettings(
+        model="sdxl",
+        checkpoint=str(tiny_checkpoint("sdxl_like")),
+        components=("text", "denoiser"),
+        method=GATED,
+        cache_branch=branch,
+        sizes=[(width, height)],
+        batches=[(1, 1)],
+        verify=False,
+        output=tmp_path_factory.mktemp("branch") / "bundle",
+    )
+    subject = Subject(plain.eager, export(settings, Silent()), plain.start)
+    for case in (Case(n=7, c=3), Case(n=8, m=4, c=2, sampler="euler")):
+        got = subject.engine(case)
+        assert relative(got, subject.package(case, branch)) < TOLERANCE
+        assert relative(got, subject.package(case)) > 10 * TOLERANCE
+    graphs, shallower = (each.bundle.manifest.shapes[0].graphs for each in (subject, plain))
+    assert graphs["full"].macs == shallower["full"].macs
+    assert shallower["shallow"].macs.paper < graphs["shallow"].macs.paper < graphs["full"].macs.paper
+
+
 @pytest.mark.parametrize("variant", ["sdxl_like", "conv_projection", "sd21_v"])
 def test_the_rule_is_another_than_its_neighbours(subject_of: Subjects, variant: str) -> None:
     """So that the tests above can fail: on the interval, the gate, and what either does without the other."""
     subject = subject_of(variant, images=2 if variant == "conv_projection" else 1)
-    case = Case(n=10, m=4, c=3)
+    case = Case(n=10, m=4, c=3, sampler="euler")
     arguments = (subject.eager, subject.request(case), subject.scheduler(case))
     others = [
         plain_latents(*arguments),
         tgate_latents(*arguments, 4, 1, 1, 0),
         *(cached_latents(*arguments, c, m=m) for c, m in ((2, 4), (4, 4), (3, 3), (3, 5), (3, None))),
     ]
+    mine = subject.rule(case).numpy()
     for other in others:
-        assert relative(subject.rule(case).numpy(), other) > 10 * TOLERANCE
+        assert relative(mine, other) > 10 * TOLERANCE
     assert relative(subject.rule(replace(case, m=None)).numpy(), others[0]) > 10 * TOLERANCE
 
 
@@ -270,5 +304,5 @@ def test_a_transformer_is_refused_by_name(family_bundle: Callable[..., tuple[Pat
     checkpoint, _ = family_bundle("pixart_sigma_a")
     for method in (ALONE, GATED):
         settings = family_settings("pixart_sigma_a", checkpoint, tmp_path / "bundle", method=method)
-        with pytest.raises(MethodError, match=f"method {method.replace('+', '.')} keeps what a U-Net's last layer"):
+        with pytest.raises(MethodError, match=f"method {method.replace('+', '.')} keeps what a U-Net's last layers"):
             prepare(settings)

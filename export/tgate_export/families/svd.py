@@ -56,8 +56,8 @@ class StableVideo(Family):
     frames_axis = 1
     fps = FPS
 
-    def deep(self, checkpoint: Checkpoint) -> str | None:
-        return deep_module(self.skeleton(checkpoint, "unet"))
+    def deep(self, checkpoint: Checkpoint, branch: int) -> str | None:
+        return deep_module(checkpoint, self.skeleton(checkpoint, "unet"), branch)
 
     def check(self, checkpoint: Checkpoint) -> None:
         channels, config = self.latent_channels(checkpoint), self.config(checkpoint, "unet")

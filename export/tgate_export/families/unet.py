@@ -71,8 +71,8 @@ class TextUNet(Family):
             return "embedded"
         return super().guidance(checkpoint, scale)
 
-    def deep(self, checkpoint: Checkpoint) -> str | None:
-        return deep_module(self.skeleton(checkpoint, "unet"))
+    def deep(self, checkpoint: Checkpoint, branch: int) -> str | None:
+        return deep_module(checkpoint, self.skeleton(checkpoint, "unet"), branch)
 
     def default_size(self, checkpoint: Checkpoint) -> Size:
         height, width = side(checkpoint, "unet", self.config(checkpoint, "unet")["sample_size"])
@@ -102,16 +102,23 @@ class TextUNet(Family):
         return output
 
 
-def deep_module(unet: nn.Module) -> str | None:
-    """The module before the last layer of a U-Net's last block; None where that block has one layer.
+def deep_module(checkpoint: Checkpoint, unet: nn.Module, branch: int) -> str:
+    """The module before the last ``branch`` + 1 layers of a U-Net's way up.
 
-    A layer is a residual block, and the attention after it where there is one. The last one takes what the layer before
-    it gives, and beside that the network's first convolution.
+    A layer is a residual block, and the attention after it where there is one; a block's last is the block itself, with
+    what makes its output larger. Raises :class:`ExportError` where there are not so many.
     """
-    last: Any = unet.get_submodule("up_blocks")[-1]
-    kind = "attentions" if getattr(last, "attentions", None) else "resnets"
-    layers = len(last.resnets)
-    return f"up_blocks.{len(unet.get_submodule('up_blocks')) - 1}.{kind}.{layers - 2}" if layers > 1 else None
+    network: Any = unet
+    names = [] if network.mid_block is None else ["mid_block"]
+    for i, block in enumerate(network.up_blocks):
+        kind = "attentions" if getattr(block, "attentions", None) else "resnets"
+        names += [f"up_blocks.{i}.{kind}.{layer}" for layer in range(len(block.resnets) - 1)] + [f"up_blocks.{i}"]
+    if branch > len(names) - 2:
+        raise ExportError(
+            f"{checkpoint.where}: --cache-branch must be from 0 to {len(names) - 2}, got {branch}: the unet has no "
+            "more layers on its way up"
+        )
+    return names[-branch - 2]
 
 
 def guidance_embedding(scale: Tensor, width: int) -> Tensor:

@@ -37,7 +37,7 @@ class Settings:
     ``fidelity_interval``: f, at least 1, the same interval after the gate. ``forecast_interval``: r, at least 1: from
     the gate on every r-th network call is made, and what the others would have given is forecast; 1 makes all.
     ``cache_interval``: c, at least 1: every c-th network call is a full one, and the others compute the network's last
-    layer alone over what it left; 1 makes all of them full.
+    layers alone over what it left; 1 makes all of them full.
 
     Raises :class:`MethodError` naming the value and what it must be.
     """
@@ -101,8 +101,8 @@ class Network:
 
     ``sites``: its attention modules (:class:`~tgate_export.attention.AttentionSite`). ``guided``: whether it runs both
     halves of classifier-free guidance. ``after_gate``: the half that the paper goes on with after the gate. ``deep``:
-    the module whose output is all that the network's last layer takes of those below it, beside a skip connection;
-    None where there are no skip connections. ``rows``: of that output for one half of one image, 1 but for videos,
+    the module whose output is all that the network's last layers take of those below, beside skip connections; None
+    where there are none. ``rows``: of that output for one half of one image, 1 but for videos,
     whose frames are rows.
     """
 

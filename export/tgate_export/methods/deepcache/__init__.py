@@ -1,8 +1,9 @@
 """DeepCache (arXiv 2312.00858): most network calls compute the first and the last layer of a U-Net alone.
 
 What the layers between them give changes slowly from step to step. Every c-th call is a full one and keeps it; the
-others are shallow: a first convolution, the last layer, which takes the kept tensor, and the output. Intervals are
-uniform, and the cached branch is the shortest, as the authors' package has them by default.
+others are shallow: a first convolution, the last layer, which takes the kept tensor, and the output; or with a deeper
+branch (``--cache-branch``) some layers more on both sides. Intervals are uniform, as the authors' package has them by
+default.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tgate_export.methods.base import FULL, PLANNING, UNGUIDED, Halves, Method, 
 from tgate_export.methods.tgate import REUSE_CROSS, Tgate
 
 SHALLOW = "shallow"
-"""The last layer alone, for the halves that :data:`~tgate_export.methods.base.FULL` computes."""
+"""The last layers alone, for the halves that :data:`~tgate_export.methods.base.FULL` computes."""
 SHALLOW_CROSS = "shallow_reuse_cross"
 """The same after the gate, for one half, its cross-attention reused."""
 
@@ -46,8 +47,8 @@ class _Cached(Method):
     def _deep(self, network: Network) -> str:
         if network.deep is None:
             raise MethodError(
-                f"method {self.name} keeps what a U-Net's last layer takes of those below, beside a skip connection; "
-                "this network has no such layer. Take another --method"
+                f"method {self.name} keeps what a U-Net's last layers take of those below, beside skip connections; "
+                "this network has none. Take another --method"
             )
         return network.deep
 
@@ -107,7 +108,6 @@ class TgateDeepCache(_Cached):
         cross: Cached = (("cross", "mean" if network.guided else "all"),)
         store, reuse = cache(network.sites, stores=cross), cache(network.sites, reuses=cross)
         half = one if network.guided else ""  # a carry of one half of two is another than that of both
-        # Attention first: a shallow graph's last module takes the place of some that hold attention.
         graphs = [
             Variant(name=FULL, halves=both, parts=(store, KeepFeature(module, rows))),
             Variant(name=SHALLOW, halves=both, parts=(TakeFeature(module, rows),)),

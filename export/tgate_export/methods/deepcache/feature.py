@@ -1,7 +1,7 @@
-"""The deep feature as a carry: what a U-Net's last layer takes of those below it (arXiv 2312.00858, section 3.2).
+"""The deep feature as a carry: what a U-Net's last layers take of those below them (arXiv 2312.00858, section 3.2).
 
-In a shallow graph the module that gives it is replaced by the carry. Every layer before it then has no reader left, and
-vanishes from the traced graph; of the skip connections that of the first convolution alone is read.
+In a shallow graph the module that gives it returns the carry. Everything before it has no reader left then, and
+vanishes from the traced graph, but for what the last layers' skip connections come from.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class KeepFeature(Part):
         self._module, self._rows = module, rows
         self.writes = (carry_name(half),)
         self.facts: Mapping[str, Mapping[str, Fact]] = {
-            self.writes[0]: {"keeps": "what the last layer takes of those below", "module": module}
+            self.writes[0]: {"keeps": "what the last layers take of those below", "module": module}
         }
         self._output: Tensor | None = None
         self._batch, self._halves = 1, 1
@@ -63,36 +63,29 @@ class KeepFeature(Part):
 
 
 class TakeFeature(Part):
-    """Replaces ``module`` by the carry; ``rows`` and ``half`` are those of :class:`KeepFeature`."""
+    """Has ``module`` return the carry; ``rows`` and ``half`` are those of :class:`KeepFeature`."""
 
     def __init__(self, module: str, rows: int, half: str = "") -> None:
         self._module, self._rows = module, rows
         self.reads = (carry_name(half),)
-        self._carried: list[Tensor] = []
+        self._carried: Tensor | None = None
 
     @contextmanager
     def attached(self, denoiser: nn.Module) -> Iterator[None]:
-        parent_name, _, leaf = self._module.rpartition(".")
-        parent, module = denoiser.get_submodule(parent_name), denoiser.get_submodule(self._module)
-        setattr(parent, leaf, _Carried(self._carried))
+        # Not replaced by another module: networks ask a block how many residual blocks it has.
+        module: Any = denoiser.get_submodule(self._module)
+        module.forward = self._give
         try:
             yield
         finally:
-            setattr(parent, leaf, module)
-            self._carried.clear()
+            del module.forward  # the class's own comes to light
+            self._carried = None
 
     def begin(self, carried: Mapping[str, Tensor], batch: int, halves: int) -> None:
         feature = carried[self.reads[0]]
-        self._carried[:] = [feature.flatten(0, 1) if halves * self._rows > 1 else feature]
+        self._carried = feature.flatten(0, 1) if halves * self._rows > 1 else feature
 
-
-class _Carried(nn.Module):
-    """Stands where a module was and returns the carry, in a tuple where diffusers asks for one."""
-
-    def __init__(self, carried: list[Tensor]) -> None:
-        super().__init__()
-        self._carried = carried
-
-    def forward(self, *_args: object, return_dict: bool = True, **_kwargs: object) -> Tensor | tuple[Tensor]:
-        (carried,) = self._carried
-        return carried if return_dict else (carried,)
+    def _give(self, *_args: object, return_dict: bool = True, **_kwargs: object) -> Tensor | tuple[Tensor]:
+        """The carry, in a tuple where diffusers asks for one."""
+        assert self._carried is not None
+        return self._carried if return_dict else (self._carried,)

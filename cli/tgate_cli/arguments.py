@@ -201,7 +201,7 @@ def tgate_parser() -> Parser:
 
     p = command("plan", "Add a plan to a bundle, over the graphs it has, with its baselines; or take some out.")
     p.add_argument("--name", type=_name, help="what it is called; a plan that is added needs it")
-    p.add_argument("--m", type=_steps, help="the gate step; a plan that is added needs it")
+    p.add_argument("--m", type=_steps, help="the gate step; a plan that is added needs it, unless its method has none")
     p.add_argument("--k", type=_steps, help="the self-attention interval before the gate; 1, no reuse, if left out")
     p.add_argument("--steps", type=_steps, metavar="N", help="the default plan's if left out, as the next two")
     p.add_argument("--sampler", metavar="NAME")
@@ -265,12 +265,15 @@ def export_parser(list_models: Callable[[], int] = lambda: 0) -> Parser:
         metavar="N",
         help="last layers of CLIP's text encoders to leave out",
     )
-    add("--method", default="tgate", metavar="NAME", help="tgate, guidance_delta or tgate+guidance_delta")
+    methods = "tgate, guidance_delta, tgate+guidance_delta, deepcache, tgate+deepcache or forecast"
+    add("--method", default="tgate", metavar="NAME", help=methods)
     add("--m", type=_steps, help="the gate step; the model's own if left out")
     add("--k", type=_steps, help="the self-attention interval before the gate; 1: no reuse")
     add("--steps", type=_steps, metavar="N", help="inference steps")
     add("--sampler", metavar="NAME", help="dpmpp_2m, ddim, euler, …")
     _method(parser)
+    branch = "of deepcache: how many layers beside the last one a shallow call computes; 0 if left out"
+    add("--cache-branch", type=_count_or_none, default=0, metavar="B", help=branch)
     rescaled = "bring guided outputs back to the prompt's deviation: 0 not at all, 1 wholly; 0.7 is usual"
     add("--guidance-rescale", type=_number, default=0.0, metavar="R", help=rescaled)
     sizes = "in pixels, such as 1024x1024; repeatable, the first one is the default"
@@ -310,6 +313,9 @@ def _method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--forecast", type=_steps, metavar="R", help="from step M on, compute every R-th step and forecast the others"
     )
+    parser.add_argument(
+        "--cache-interval", type=_steps, metavar="C", help="of deepcache: every C-th call is a full one; 3 if left out"
+    )
     parser.add_argument("--guidance-scale", type=_number, metavar="G", help="of classifier-free guidance: 1 is without")
 
 
@@ -324,17 +330,16 @@ def check_generate(args: argparse.Namespace) -> None:
 def check_plan(args: argparse.Namespace) -> None:
     """Ends as a wrong command line does where ``tgate plan`` is told to add a plan without saying which, or to take
     some out and more beside."""
-    numbers = ("m", "k", "steps", "sampler", "warm_up", "fidelity_interval", "forecast", "guidance_scale")
+    settings = ("m", "k", "steps", "sampler", "warm_up", "fidelity_interval", "forecast", "cache_interval")
     given = [
         f"--{name.replace('_', '-')}"
-        for name in ("name", *numbers, "output", "force")
+        for name in ("name", *settings, "guidance_scale", "output", "force")
         if getattr(args, name) is not None and getattr(args, name) is not False  # 0 is given
     ]
-    missing = [option for option in ("--name", "--m") if option not in given]
     if args.remove and given:
         args.parser.error(f"--remove takes plans out and adds none; leave out {', '.join(given)}")
-    if not args.remove and missing:
-        args.parser.error(f"the following arguments are required: {', '.join(missing)}; or --remove NAME")
+    if not args.remove and "--name" not in given:
+        args.parser.error("the following arguments are required: --name; or --remove NAME")
 
 
 CHECKS: Mapping[str, Callable[[argparse.Namespace], None]] = {"generate": check_generate, "plan": check_plan}

@@ -118,7 +118,13 @@ def prepare(settings: ExportSettings) -> Job:
         # Some decoders overflow in half precision and say so.
         decoder_dtype="float32" if family.config(checkpoint, family.decoder)["force_upcast"] else dtype,
         variants=method.variants(
-            Network(sites=sites, guided=guidance == "classifier-free", after_gate=family.after_gate),
+            Network(
+                sites=sites,
+                guided=guidance == "classifier-free",
+                after_gate=family.after_gate,
+                deep=family.deep(checkpoint, settings.cache_branch),
+                rows=latents[0] if family.frames_axis == 1 else 1,
+            ),
             asked.method_settings,
         ),
     )

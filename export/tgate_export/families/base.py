@@ -227,6 +227,12 @@ class Family(ABC):
         Gives the model output, of the latents' shape.
         """
 
+    def deep(self, checkpoint: Checkpoint, branch: int) -> str | None:
+        """The denoiser's module whose output is all that its last ``branch`` + 1 layers take of those below, beside
+        skip connections from its first ones; None where the architecture has no such connections. Raises
+        :class:`ExportError` where it has not so many layers."""
+        return None
+
     @abstractmethod
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
         """What :meth:`denoise` takes, for results of that size."""

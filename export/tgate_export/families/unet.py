@@ -71,6 +71,9 @@ class TextUNet(Family):
             return "embedded"
         return super().guidance(checkpoint, scale)
 
+    def deep(self, checkpoint: Checkpoint, branch: int) -> str | None:
+        return deep_module(checkpoint, self.skeleton(checkpoint, "unet"), branch)
+
     def default_size(self, checkpoint: Checkpoint) -> Size:
         height, width = side(checkpoint, "unet", self.config(checkpoint, "unet")["sample_size"])
         factor = self.pixels(checkpoint)
@@ -97,6 +100,25 @@ class TextUNet(Family):
             return_dict=False,
         )[0]
         return output
+
+
+def deep_module(checkpoint: Checkpoint, unet: nn.Module, branch: int) -> str:
+    """The module before the last ``branch`` + 1 layers of a U-Net's way up.
+
+    A layer is a residual block, and the attention after it where there is one; a block's last is the block itself, with
+    what makes its output larger. Raises :class:`ExportError` where there are not so many.
+    """
+    network: Any = unet
+    names = [] if network.mid_block is None else ["mid_block"]
+    for i, block in enumerate(network.up_blocks):
+        kind = "attentions" if getattr(block, "attentions", None) else "resnets"
+        names += [f"up_blocks.{i}.{kind}.{layer}" for layer in range(len(block.resnets) - 1)] + [f"up_blocks.{i}"]
+    if branch > len(names) - 2:
+        raise ExportError(
+            f"{checkpoint.where}: --cache-branch must be from 0 to {len(names) - 2}, got {branch}: the unet has no "
+            "more layers on its way up"
+        )
+    return names[-branch - 2]
 
 
 def guidance_embedding(scale: Tensor, width: int) -> Tensor:

@@ -16,7 +16,7 @@ from benchmarks.paper.eager import NULL, PROMPT, Rule, Step
 
 @dataclass(frozen=True, kw_only=True)
 class Age:
-    """What an ageing rule sees: D, the difference before it, steps since, and the noise, sigma over alpha, now and then."""
+    """What an ageing rule sees: D, the difference before it, steps since, and sigma over alpha, now and then."""
 
     last: torch.Tensor
     before: torch.Tensor

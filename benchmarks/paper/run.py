@@ -110,6 +110,8 @@ def ageing_draws(eager: Eager, captions: list[str], batch: int, m: int) -> Draws
     for refresh in ageing.REFRESHES:
         rule = ageing.Aged(m, ageing.WAYS["constant in noise"], refresh)
         yield f"constant in noise, every {refresh}th anew", partial(pictures, rule)
+        later = sum(map(rule.computes_both, range(STEPS)))  # as many halves, spent on a later gate
+        yield f"constant in noise, m={later}", partial(pictures, ageing.Aged(later, ageing.WAYS["constant in noise"]))
 
 
 def _drawer(eager: Eager, captions: list[str], batch: int) -> Callable[..., Pictures]:

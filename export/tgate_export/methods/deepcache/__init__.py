@@ -30,12 +30,12 @@ class _Cached(Method):
     caches = 3
 
     def settings(self, *, steps: int, gate: int | None, defaults: Mapping[str, int], **named: Any) -> Settings:
-        settings = super().settings(steps=steps, gate=gate, defaults=defaults, **named)
-        if settings.forecast_interval > 1:
+        if (r := named.get("r") or 1) > 1:
             raise MethodError(
-                f"--forecast {settings.forecast_interval} and method {self.name} don't go together: full calls would "
+                f"--forecast {r} and method {self.name} don't go together: full calls would "
                 "be among those that are left out; give another --method, or leave it out"
             )
+        settings = super().settings(steps=steps, gate=gate, defaults=defaults, **named)
         if self.program(settings) == self.program(replace(settings, cache_interval=1)):
             at = f"n = {steps}" + (f", m = {settings.gate}" if self.gated else "")
             raise MethodError(

@@ -101,5 +101,5 @@ def test_methods_with_shallow_calls_have_their_own(tiny_bundle: Callable[..., Pa
     made = add_plan(gated.path, name="other", m=4, cache_interval=2, steps=8, save=False)
     assert made["other"].same_program(found.plans["m=4 c=2"])
     alone = Bundle.open(tiny_bundle("conv_projection", method="deepcache", batch=(2, 2)))
-    assert list(candidates(alone, steps=8).plans) == ["c=2", "c=3", "c=5"]
+    assert list(candidates(alone, steps=8).plans) == ["c=2", "c=3", "c=5", "c=8"]
     assert list(candidates(alone, steps=2).plans) == ["c=2"]

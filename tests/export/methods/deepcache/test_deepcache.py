@@ -142,3 +142,22 @@ def test_what_cannot_be_combined_or_changes_nothing(method: Any, named: dict[str
         method.settings(**named, defaults={"k": 5, "w": 2})
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_papers_totals() -> None:
+    """Table 5, in tera-MACs: what a shallow call costs follows from the first figure and c = 3, the second from that.
+
+    The paper names no m; of all there are, 13 alone gives its figure.
+    """
+    alone, gated = 57.888, 43.868
+    cost = {"full": 149.438 / 25, "reuse_cross": (100.688 - 149.438 / 25 * 10) / 15}  # Table 2
+    graphs = [call.graph for call in ALONE.program(Settings(steps=25, gate=25, cache_interval=3))]
+    cost["shallow"] = (alone - graphs.count("full") * cost["full"]) / graphs.count("shallow")
+    cost["shallow_reuse_cross"] = cost["shallow"] / 2  # SDXL's last layers attend to nothing: half of a batch is left
+
+    def total(gate: int) -> float:
+        asked = Settings(steps=25, gate=gate, warm_up=0, cache_interval=3)
+        return sum(cost[call.graph] for call in GATED.program(asked))
+
+    assert total(13) == pytest.approx(gated, abs=0.005)
+    assert [m for m in range(1, 26) if abs(total(m) - gated) < 0.5] == [13]

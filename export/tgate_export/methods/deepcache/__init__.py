@@ -87,13 +87,15 @@ class TgateDeepCache(_Cached):
     gave for both halves of guidance is of no use for one.
     """
 
-    name = "tgate+deepcache"
+    def __init__(self, gate: Tgate) -> None:
+        self._gate = gate
+        self.name = f"{gate.name}+{DeepCache.name}"
 
     def program(self, settings: Settings, lead_in: int = 0) -> tuple[Call, ...]:
         shallow = {FULL: SHALLOW, REUSE_CROSS: SHALLOW_CROSS}
         plain = replace(settings, self_interval=1, fidelity_interval=1)
         calls = []
-        for i, call in enumerate(Tgate().program(plain, lead_in), -lead_in):
+        for i, call in enumerate(self._gate.program(plain, lead_in), -lead_in):
             since = i if i < settings.gate else i - settings.gate
             full = i < 0 or i == settings.gate - 1 or since % settings.cache_interval == 0
             calls.append(call if full else Call(call.phase, shallow[call.graph]))

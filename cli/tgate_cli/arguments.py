@@ -265,15 +265,24 @@ def export_parser(list_models: Callable[[], int] = lambda: 0) -> Parser:
         metavar="N",
         help="last layers of CLIP's text encoders to leave out",
     )
-    methods = "tgate, guidance_delta, tgate+guidance_delta, deepcache, tgate+deepcache or forecast"
-    add("--method", default="tgate", metavar="NAME", help=methods)
+    add(
+        "--method",
+        default="tgate",
+        metavar="NAME",
+        help="tgate, guidance_delta, tgate+guidance_delta, deepcache, tgate+deepcache or forecast",
+    )
     add("--m", type=_steps, help="the gate step; the model's own if left out")
     add("--k", type=_steps, help="the self-attention interval before the gate; 1: no reuse")
     add("--steps", type=_steps, metavar="N", help="inference steps")
     add("--sampler", metavar="NAME", help="dpmpp_2m, ddim, euler, …")
     _method(parser)
-    branch = "of deepcache: how many layers beside the last one a shallow call computes; 0 if left out"
-    add("--cache-branch", type=_count_or_none, default=0, metavar="B", help=branch)
+    add(
+        "--cache-branch",
+        type=_count_or_none,
+        default=0,
+        metavar="B",
+        help="of deepcache: how many layers beside the last one a shallow call computes; 0 if left out",
+    )
     rescaled = "bring guided outputs back to the prompt's deviation: 0 not at all, 1 wholly; 0.7 is usual"
     add("--guidance-rescale", type=_number, default=0.0, metavar="R", help=rescaled)
     sizes = "in pixels, such as 1024x1024; repeatable, the first one is the default"

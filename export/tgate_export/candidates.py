@@ -17,7 +17,7 @@ from tgate_export.methods.forecast.fold import FORECAST_OF, forecast
 from tgate_export.plans import make_plans, method_of, sampler_of
 
 INTERVALS = (1, 2, 3, 5, 8)
-"""Of k and f: a longer one reuses more, and hardly more than the one before it."""
+"""Of k, f and c: a longer one reuses more, and hardly more than the one before it."""
 FORECASTS = (1, 2, 3)
 """Of r, where the sampler draws no noise in its steps."""
 STARTS = 12
@@ -25,7 +25,7 @@ STARTS = 12
 STOPPED = "guidance_stopped"
 
 Place = tuple[int, ...]
-"""Where a plan stands among the others: its method's number, then those of m, k, w, f and r among what is tried."""
+"""Where a plan stands among the others: its method's number, m, then those of f, k, w, c and r among what is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Candidates:
 
 
 def candidates(bundle: Bundle, *, steps: int | None = None, stopped: bool = True) -> Candidates:
-    """The plans of the bundle's own method for every m, several k, w, f and r, and if ``stopped`` those that stop
+    """The plans of the bundle's own method for every m, several k, w, f, c and r, and if ``stopped`` those that stop
     guidance at m and reuse nothing; of the default plan's sampler, and of as many steps where ``steps`` is None.
 
     Raises as :func:`~tgate_export.plans.sampler_of` does, and :class:`PlanError` where nothing can be reused.
@@ -119,7 +119,7 @@ def candidates(bundle: Bundle, *, steps: int | None = None, stopped: bool = True
         is_stopped = place[0] > 0
         own: dict[str, Fact] = {"method": STOPPED, "n": n, "m": settings.gate}
         facts = own if is_stopped else method.facts(settings)
-        label = _label(settings, stopped=is_stopped)
+        label = _label(settings, gated=method.gated, stopped=is_stopped)
         plans[label], places[label] = build(label, program, facts, own_sampler), place
     if not plans:
         raise PlanError(f"no plan of {n} steps reuses anything over the graphs of {bundle.path}; take more --steps")
@@ -141,12 +141,13 @@ def _programs(
 ) -> Iterator[tuple[Place, Settings, tuple[Call, ...]]]:
     """Every program to look at, by its place; plainer settings come before others of the same program."""
     warm_up = int(default.settings.get("w") or 0)
-    own = {name: int(default.settings.get(name) or 1) for name in ("k", "f")}
-    k, f = (sorted({*INTERVALS, own[name]}) if name in method.takes else [1] for name in ("k", "f"))
+    own = {name: int(default.settings.get(name) or 1) for name in ("k", "f", "c")}
+    k, f, c = (sorted({*INTERVALS, own[name]}) if name in method.takes else [1] for name in ("k", "f", "c"))
     w = sorted({0, warm_up}) if "w" in method.takes else [0]
-    r = FORECASTS[:1] if sampler.stochastic else FORECASTS
-    for m in range(1, n + 1):
-        for (a, each_f), (b, each_k), (c, each_w), (d, each_r) in itertools.product(*map(enumerate, (f, k, w, r))):
+    r = FORECASTS[:1] if sampler.stochastic or "c" in method.takes else FORECASTS
+    for m in range(1, n + 1) if method.gated else (n,):
+        for place in itertools.product(*(range(len(each)) for each in (f, k, w, c, r))):
+            each_f, each_k, each_w, each_c, each_r = (of[i] for of, i in zip((f, k, w, c, r), place, strict=True))
             settings = Settings(
                 steps=n,
                 gate=m,
@@ -154,25 +155,31 @@ def _programs(
                 warm_up=each_w,
                 fidelity_interval=each_f,
                 forecast_interval=each_r,
+                cache_interval=each_c,
             )
             if each_r > 1 and (each_f > 1 or not settings.left_out()):
                 continue  # see Method.settings
+            program = method.program(settings, sampler.lead_in)
+            if "c" in method.takes and program == method.program(replace(settings, cache_interval=1), sampler.lead_in):
+                continue  # it refuses a cache that nothing reads, too
             # Warm-up means something beside k alone; the default plan's is what a plan with k = 1 says it has.
             if (each_k > 1 or each_w == w[-1]) and not method.idle(settings, sampler.lead_in):
-                yield (0, m, b, c, a, d), settings, method.program(settings, sampler.lead_in)
+                yield (0, m, *place), settings, program
         if stopped:
             settings = Settings(steps=n, gate=m, warm_up=0)
-            yield (1, m, 0, 0, 0, 0), settings, guidance_stopped(settings, sampler.lead_in)
+            yield (1, m, 0, 0, 0, 0, 0), settings, guidance_stopped(settings, sampler.lead_in)
 
 
-def _label(settings: Settings, *, stopped: bool) -> str:
+def _label(settings: Settings, *, gated: bool, stopped: bool) -> str:
     if stopped:
         return f"m={settings.gate} guidance stopped"
-    words = [f"m={settings.gate}"]
+    words = [f"m={settings.gate}"] if gated else []
     if settings.self_interval > 1:
         words += [f"k={settings.self_interval}", f"w={settings.warm_up}"]
     if settings.fidelity_interval > 1:
         words.append(f"f={settings.fidelity_interval}")
     if settings.forecast_interval > 1:
         words.append(f"r={settings.forecast_interval}")
+    if settings.cache_interval > 1:
+        words.append(f"c={settings.cache_interval}")
     return " ".join(words)

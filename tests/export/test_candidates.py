@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,17 @@ def test_the_own_settings_of_a_bundle_are_tried(tmp_path: Path) -> None:
     settings = {"default": Settings(steps=12, gate=9, self_interval=4, warm_up=1)}
     bundle = Bundle.open(build(tmp_path / "toy", Toy(settings=settings), goldens=False))
     assert "m=9 k=4 w=1" in candidates(bundle).plans
+
+
+def test_methods_with_shallow_calls_have_their_own(tiny_bundle: Callable[..., Path]) -> None:
+    """Intervals, with a gate or without, and nothing that `tgate plan` refuses."""
+    gated = Bundle.open(tiny_bundle("conv_projection", method="tgate+deepcache", batch=(2, 2)))
+    found = candidates(gated, steps=8)
+    assert {"m=4 c=2", "m=4 c=3", "m=8 c=5", "m=4 guidance stopped"} <= found.plans.keys()
+    assert not {"m=4", "m=4 c=2 r=2"} & found.plans.keys()
+    assert {"m=5 c=2", "m=4 c=3"} <= set(found.near("m=4 c=2"))
+    made = add_plan(gated.path, name="other", m=4, cache_interval=2, steps=8, save=False)
+    assert made["other"].same_program(found.plans["m=4 c=2"])
+    alone = Bundle.open(tiny_bundle("conv_projection", method="deepcache", batch=(2, 2)))
+    assert list(candidates(alone, steps=8).plans) == ["c=2", "c=3", "c=5", "c=8"]
+    assert list(candidates(alone, steps=2).plans) == ["c=2"]

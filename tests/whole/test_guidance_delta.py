@@ -233,7 +233,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def words() -> re.Pattern[str]:
     """Everything that methods name, but for words of people's own: a plan that is "full" or "ungated", "--forecast"."""
-    network = Network(sites=(AttentionSite("x", "self"), AttentionSite("y", "cross")), guided=True)
+    network = Network(sites=(AttentionSite("x", "self"), AttentionSite("y", "cross")), guided=True, deep="z")
     settings = Settings(steps=6, gate=3, fidelity_interval=2)
     names = {FIDELITY, PLANNING, "self-attention", "cross-attention"}
     for method in METHODS.values():
@@ -241,7 +241,14 @@ def words() -> re.Pattern[str]:
         for variant in method.variants(network, settings):
             names |= {variant.name} | {name for part in variant.parts for name in (*part.reads, *part.writes)}
     names -= {"full", "tgate", "ungated", "forecast"}
-    assert {"reuse_cross", "reuse_delta", "self.0.positive", "guidance_difference", "guidance_stopped"} <= names
+    assert {
+        "reuse_cross",
+        "reuse_delta",
+        "self.0.positive",
+        "guidance_difference",
+        "guidance_stopped",
+        "deep_feature",
+    } <= names
     stems = {re.escape(name.partition(".0")[0]) + (r"\.\d" if ".0" in name else "") for name in names}
     return re.compile("|".join(sorted(stems)))
 

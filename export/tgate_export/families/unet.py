@@ -102,18 +102,20 @@ class TextUNet(Family):
         return output
 
 
-def deep_module(checkpoint: Checkpoint, unet: nn.Module, branch: int) -> str:
+def deep_module(checkpoint: Checkpoint, unet: nn.Module, branch: int) -> str | None:
     """The module before the last ``branch`` + 1 layers of a U-Net's way up.
 
     A layer is a residual block, and the attention after it where there is one; a block's last is the block itself, with
-    what makes its output larger. Raises :class:`ExportError` where there are not so many.
+    what makes its output larger. None where there is one alone; raises :class:`ExportError` where there are too few.
     """
     network: Any = unet
     names = [] if network.mid_block is None else ["mid_block"]
     for i, block in enumerate(network.up_blocks):
         kind = "attentions" if getattr(block, "attentions", None) else "resnets"
         names += [f"up_blocks.{i}.{kind}.{layer}" for layer in range(len(block.resnets) - 1)] + [f"up_blocks.{i}"]
-    if branch > len(names) - 2:
+    if len(names) < 2:
+        return None
+    if not 0 <= branch <= len(names) - 2:
         raise ExportError(
             f"{checkpoint.where}: --cache-branch must be from 0 to {len(names) - 2}, got {branch}: the unet has no "
             "more layers on its way up"

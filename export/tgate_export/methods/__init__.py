@@ -18,7 +18,7 @@ METHODS: Mapping[str, Method] = {
         GuidanceDelta(),
         Tgate(guidance=GuidanceDelta()),
         DeepCache(),
-        TgateDeepCache(),
+        TgateDeepCache(Tgate()),
         Forecast(),
     )
 }

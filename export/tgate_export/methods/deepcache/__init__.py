@@ -30,12 +30,12 @@ class _Cached(Method):
     caches = 3
 
     def settings(self, *, steps: int, gate: int | None, defaults: Mapping[str, int], **named: Any) -> Settings:
-        settings = super().settings(steps=steps, gate=gate, defaults=defaults, **named)
-        if settings.forecast_interval > 1:
+        if (r := named.get("r") or 1) > 1:
             raise MethodError(
-                f"--forecast {settings.forecast_interval} and method {self.name} don't go together: full calls would "
+                f"--forecast {r} and method {self.name} don't go together: full calls would "
                 "be among those that are left out; give another --method, or leave it out"
             )
+        settings = super().settings(steps=steps, gate=gate, defaults=defaults, **named)
         if self.program(settings) == self.program(replace(settings, cache_interval=1)):
             at = f"n = {steps}" + (f", m = {settings.gate}" if self.gated else "")
             raise MethodError(
@@ -87,13 +87,15 @@ class TgateDeepCache(_Cached):
     gave for both halves of guidance is of no use for one.
     """
 
-    name = "tgate+deepcache"
+    def __init__(self, gate: Tgate) -> None:
+        self._gate = gate
+        self.name = f"{gate.name}+{DeepCache.name}"
 
     def program(self, settings: Settings, lead_in: int = 0) -> tuple[Call, ...]:
         shallow = {FULL: SHALLOW, REUSE_CROSS: SHALLOW_CROSS}
         plain = replace(settings, self_interval=1, fidelity_interval=1)
         calls = []
-        for i, call in enumerate(Tgate().program(plain, lead_in), -lead_in):
+        for i, call in enumerate(self._gate.program(plain, lead_in), -lead_in):
             since = i if i < settings.gate else i - settings.gate
             full = i < 0 or i == settings.gate - 1 or since % settings.cache_interval == 0
             calls.append(call if full else Call(call.phase, shallow[call.graph]))

@@ -325,7 +325,9 @@ def _method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-interval", type=_steps, metavar="C", help="of deepcache: every C-th call is a full one; 3 if left out"
     )
-    parser.add_argument("--guidance-scale", type=_number, metavar="G", help="of classifier-free guidance: 1 is without")
+    refreshed = "of guidance_delta: after step M, compute both halves anew at every G-th step; never if left out"
+    parser.add_argument("--refresh", type=_steps, metavar="G", help=refreshed)
+    parser.add_argument("--guidance-scale", type=_number, metavar="S", help="of classifier-free guidance: 1 is without")
 
 
 def check_generate(args: argparse.Namespace) -> None:
@@ -339,7 +341,8 @@ def check_generate(args: argparse.Namespace) -> None:
 def check_plan(args: argparse.Namespace) -> None:
     """Ends as a wrong command line does where ``tgate plan`` is told to add a plan without saying which, or to take
     some out and more beside."""
-    settings = ("m", "k", "steps", "sampler", "warm_up", "fidelity_interval", "forecast", "cache_interval")
+    intervals = ("fidelity_interval", "forecast", "cache_interval", "refresh")
+    settings = ("m", "k", "steps", "sampler", "warm_up", *intervals)
     given = [
         f"--{name.replace('_', '-')}"
         for name in ("name", *settings, "guidance_scale", "output", "force")

@@ -20,6 +20,8 @@ INTERVALS = (1, 2, 3, 5, 8)
 """Of k, f and c: a longer one reuses more, and hardly more than the one before it."""
 FORECASTS = (1, 2, 3)
 """Of r, where the sampler draws no noise in its steps."""
+REFRESHES = (0, 8, 5, 3)
+"""Of g, from none to many."""
 STARTS = 12
 """Gate steps that are looked at first, at most; those between them come in where it pays."""
 STOPPED = "guidance_stopped"
@@ -145,9 +147,11 @@ def _programs(
     k, f, c = (sorted({*INTERVALS, own[name]}) if name in method.takes else [1] for name in ("k", "f", "c"))
     w = sorted({0, warm_up}) if "w" in method.takes else [0]
     r = FORECASTS[:1] if sampler.stochastic or "c" in method.takes else FORECASTS
+    g = REFRESHES if "g" in method.takes else REFRESHES[:1]
     for m in range(1, n + 1) if method.gated else (n,):
-        for place in itertools.product(*(range(len(each)) for each in (f, k, w, c, r))):
-            each_f, each_k, each_w, each_c, each_r = (of[i] for of, i in zip((f, k, w, c, r), place, strict=True))
+        for place in itertools.product(*(range(len(each)) for each in (f, k, w, c, g, r))):
+            each = (of[i] for of, i in zip((f, k, w, c, g, r), place, strict=True))
+            each_f, each_k, each_w, each_c, each_g, each_r = each
             settings = Settings(
                 steps=n,
                 gate=m,
@@ -156,8 +160,11 @@ def _programs(
                 fidelity_interval=each_f,
                 forecast_interval=each_r,
                 cache_interval=each_c,
+                refresh_interval=each_g,
             )
-            if each_r > 1 and (each_f > 1 or not settings.left_out()):
+            if each_g and not any(map(settings.refreshes, range(n))):
+                continue
+            if each_r > 1 and (each_f > 1 or each_g or not settings.left_out()):
                 continue  # see Method.settings
             program = method.program(settings, sampler.lead_in)
             if "c" in method.takes and program == method.program(replace(settings, cache_interval=1), sampler.lead_in):
@@ -167,7 +174,7 @@ def _programs(
                 yield (0, m, *place), settings, program
         if stopped:
             settings = Settings(steps=n, gate=m, warm_up=0)
-            yield (1, m, 0, 0, 0, 0, 0), settings, guidance_stopped(settings, sampler.lead_in)
+            yield (1, m, 0, 0, 0, 0, 0, 0), settings, guidance_stopped(settings, sampler.lead_in)
 
 
 def _label(settings: Settings, *, gated: bool, stopped: bool) -> str:
@@ -180,6 +187,8 @@ def _label(settings: Settings, *, gated: bool, stopped: bool) -> str:
         words.append(f"f={settings.fidelity_interval}")
     if settings.forecast_interval > 1:
         words.append(f"r={settings.forecast_interval}")
+    if settings.refresh_interval:
+        words.append(f"g={settings.refresh_interval}")
     if settings.cache_interval > 1:
         words.append(f"c={settings.cache_interval}")
     return " ".join(words)

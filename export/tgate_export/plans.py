@@ -89,6 +89,7 @@ def add_plan(
     fidelity_interval: int | None = None,
     forecast_interval: int | None = None,
     cache_interval: int | None = None,
+    refresh_interval: int | None = None,
     guidance_scale: float | None = None,
     force: bool = False,
     save: bool = True,
@@ -96,8 +97,8 @@ def add_plan(
     """Make one more plan over the graphs of a bundle, of the bundle's own method; the plan and its baselines, by name.
 
     ``steps``, ``sampler``, ``warm_up`` and ``guidance_scale``: None takes those of the default plan; ``k`` and
-    ``fidelity_interval`` are 1 where left out, ``forecast_interval`` and ``cache_interval`` are the method's own; ``m``
-    is for methods with a gate. The bundle's manifest is replaced atomically, unless ``save`` is false.
+    ``fidelity_interval`` are 1 where left out, ``refresh_interval`` 0; ``forecast_interval`` and ``cache_interval`` are
+    the method's own; ``m`` is for methods with a gate. The bundle's manifest is replaced atomically, unless ``save`` is false.
     Raises a :class:`~tgate_engine.errors.TgateError`; what the settings and the manifest tell comes before any file's
     digest.
     """
@@ -118,6 +119,7 @@ def add_plan(
         w=warm_up,
         f=fidelity_interval,
         c=cache_interval,
+        g=refresh_interval,
         r=forecast_interval,
         defaults={"w": int(default.settings.get("w") or 0)},
     )

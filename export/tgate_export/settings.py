@@ -95,6 +95,7 @@ class ExportSettings:
     fidelity_interval: int | None = None
     forecast_interval: int | None = None
     cache_interval: int | None = None
+    refresh_interval: int | None = None
     sampler: str | None = None
     guidance_scale: float | None = None
     checkpoint: str | None = None
@@ -149,6 +150,7 @@ def check_settings(settings: ExportSettings) -> Asked:
         w=settings.warm_up,
         f=settings.fidelity_interval,
         c=settings.cache_interval,
+        g=settings.refresh_interval,
         r=settings.forecast_interval,
         defaults={"k": model.self_interval, "w": model.warm_up},
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from tgate_engine.errors import MethodError, shown
@@ -37,7 +37,8 @@ class Settings:
     ``fidelity_interval``: f, at least 1, the same interval after the gate. ``forecast_interval``: r, at least 1: from
     the gate on every r-th network call is made, and what the others would have given is forecast; 1 makes all.
     ``cache_interval``: c, at least 1: every c-th network call is a full one, and the others compute the network's last
-    layers alone over what it left; 1 makes all of them full.
+    layers alone over what it left; 1 makes all of them full. ``refresh_interval``: g: from the gate on, both halves of
+    guidance are computed at every g-th step, and what is kept of them is kept anew; 0 never does, 1 would change all.
 
     Raises :class:`MethodError` naming the value and what it must be.
     """
@@ -49,9 +50,10 @@ class Settings:
     fidelity_interval: int = 1
     forecast_interval: int = 1
     cache_interval: int = 1
+    refresh_interval: int = 0
 
     def __post_init__(self) -> None:
-        intervals = ("self_interval", "warm_up", "fidelity_interval", "forecast_interval", "cache_interval")
+        intervals = [each.name for each in fields(self) if each.name not in ("steps", "gate")]
         for name in ("steps", "gate", *intervals):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -88,6 +90,16 @@ class Settings:
                 "the cache interval c must be at least 1 (1 makes every network call a full one), "
                 f"got c = {self.cache_interval}"
             )
+        if self.refresh_interval < 0 or self.refresh_interval == 1:
+            raise MethodError(
+                "the refresh interval g must be at least 2 (0 refreshes nothing, 1 would leave nothing to reuse), "
+                f"got g = {self.refresh_interval}"
+            )
+
+    def refreshes(self, i: int) -> bool:
+        """Whether step ``i``, 0-based, comes after the gate and computes both halves of guidance."""
+        g = self.refresh_interval
+        return i >= self.gate and g > 0 and (i - self.gate) % g == g - 1
 
     def left_out(self, lead_in: int = 0) -> tuple[int, ...]:
         """The network calls, of ``lead_in + n``, that are not made because their outputs are forecast."""
@@ -125,7 +137,7 @@ class Variant:
 class Method(ABC):
     """One way to reuse. Immutable.
 
-    ``takes``: the settings that mean something to it beside n, m and r, of k, w, f and c. ``gated``: whether m does.
+    ``takes``: the settings that mean something to it beside n, m and r, of k, w, f, c and g. ``gated``: whether m does.
     ``forecasts``: r where a user names none, and ``caches``: c.
     """
 
@@ -177,6 +189,7 @@ class Method(ABC):
         own = {"k": settings.self_interval, "w": settings.warm_up, "f": settings.fidelity_interval}
         own |= {"c": settings.cache_interval}
         facts |= {name: value for name, value in own.items() if name in self.takes}
+        facts |= {"g": settings.refresh_interval} if settings.refresh_interval else {}
         return facts | ({"r": settings.forecast_interval} if settings.forecast_interval > 1 else {})
 
     def settings(
@@ -189,6 +202,7 @@ class Method(ABC):
         w: int | None = None,
         f: int | None = None,
         c: int | None = None,
+        g: int | None = None,
         r: int | None = None,
     ) -> Settings:
         """Settings from what a user names. None takes ``defaults``, by "k", "w" and "f", where the method knows it.
@@ -196,12 +210,15 @@ class Method(ABC):
         Raises :class:`MethodError` for a setting that would change nothing, and where the method wants a gate and
         ``gate`` is None.
         """
-        named = {"k": k, "w": w, "f": f, "c": c}
-        idle = {"k": 1, "w": 0, "f": 1, "c": 1}
+        named = {"k": k, "w": w, "f": f, "c": c, "g": g}
+        idle = {"k": 1, "w": 0, "f": 1, "c": 1, "g": 0}
         for name, value in named.items():
             if value is not None and value != idle[name] and name not in self.takes:
                 words = {"k": "--k", "w": "--warm-up", "f": "--fidelity-interval", "c": "--cache-interval"}
-                why = "makes no shallow call" if name == "c" else "reuses no self-attention"
+                words |= {"g": "--refresh"}
+                why = {"c": "makes no shallow call", "g": "keeps no difference of guidance"}.get(
+                    name, "reuses no self-attention"
+                )
                 raise MethodError(f"{words[name]} {value} would change nothing: method {self.name} {why}; leave it out")
         if gate is None and self.gated:
             raise MethodError(f"method {self.name} wants the step at which its gate closes; give --m")
@@ -220,7 +237,13 @@ class Method(ABC):
             fidelity_interval=values["f"],
             forecast_interval=self.forecasts if r is None else r,
             cache_interval=values["c"],
+            refresh_interval=values["g"],
         )
+        if settings.refresh_interval and not any(map(settings.refreshes, range(settings.steps))):
+            raise MethodError(
+                f"--refresh {settings.refresh_interval} would change nothing: from step m = {settings.gate} on there "
+                f"are {settings.steps - settings.gate} steps; take a smaller one, or leave it out"
+            )
         self._check_forecasts(settings, named=r is not None)
         return settings
 
@@ -238,6 +261,11 @@ class Method(ABC):
                 f"{what} would change nothing: from step m = {settings.gate} on there is one network call at most; "
                 f"take a smaller --m, or {instead}"
             )
+        if r > 1 and settings.refresh_interval:
+            raise MethodError(
+                f"--refresh {settings.refresh_interval} and --forecast {r} don't go together: steps that compute both "
+                "halves would be among those that are left out; give one of them"
+            )
         if r > 1 and settings.fidelity_interval > 1:
             # The steps that compute self-attention are counted in n: those that are made may be all of them, or none.
             raise MethodError(
@@ -249,8 +277,8 @@ class Method(ABC):
 def settings_of(facts: Mapping[str, Fact]) -> Settings:
     """The settings that :meth:`Method.facts` told; what a method does not take is as it is where nothing is reused."""
     n = int(facts.get("n") or 1)
-    least = {"m": n, "k": 1, "w": 0, "f": 1, "r": 1, "c": 1}
-    m, k, w, f, r, c = (int(facts.get(name) or value) for name, value in least.items())
+    least = {"m": n, "k": 1, "w": 0, "f": 1, "r": 1, "c": 1, "g": 0}
+    m, k, w, f, r, c, g = (int(facts.get(name) or value) for name, value in least.items())
     return Settings(
         steps=n,
         gate=m,
@@ -259,6 +287,7 @@ def settings_of(facts: Mapping[str, Fact]) -> Settings:
         fidelity_interval=f,
         forecast_interval=r,
         cache_interval=c,
+        refresh_interval=g,
     )
 
 

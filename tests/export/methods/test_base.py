@@ -26,6 +26,8 @@ DEFAULTS = {"k": 5, "w": 2}
         ({"steps": 25, "gate": 5, "warm_up": -1}, "got -1"),
         ({"steps": 25, "gate": 5, "fidelity_interval": 0}, "got f = 0"),
         ({"steps": 25, "gate": 5, "cache_interval": 0}, "got c = 0"),
+        ({"steps": 25, "gate": 5, "refresh_interval": 1}, "got g = 1"),
+        ({"steps": 25, "gate": 5, "refresh_interval": -1}, "got g = -1"),
         ({"steps": 25, "gate": True}, "gate must be a whole number, got True"),
         ({"steps": 25.0, "gate": 5}, "steps must be a whole number, got 25.0"),
     ],
@@ -63,6 +65,11 @@ def test_what_a_user_names_comes_before_the_defaults(name: str) -> None:
 def test_a_setting_that_would_change_nothing_is_refused(named: dict[str, int], option: str) -> None:
     with pytest.raises(MethodError, match=f"{option} would change nothing: method guidance_delta"):
         find_method("guidance_delta").settings(steps=25, gate=10, defaults=DEFAULTS, **named)
+
+
+def test_what_keeps_no_difference_refreshes_none() -> None:
+    with pytest.raises(MethodError, match="--refresh 4 would change nothing: method tgate keeps no difference"):
+        find_method("tgate").settings(steps=25, gate=10, g=4, defaults=DEFAULTS)
 
 
 def test_a_gate_is_named_where_there_is_one() -> None:
@@ -138,7 +145,7 @@ def test_settings_that_ask_for_reuse_and_bring_none_are_told(name: str, settings
 @pytest.mark.parametrize("name", METHODS)
 def test_facts_say_what_the_settings_were(name: str) -> None:
     method = find_method(name)
-    named = {letter: value for letter, value in {"k": 3, "w": 1, "c": 2}.items() if letter in method.takes}
-    named |= {} if "c" in method.takes else {"r": 2}
+    named = {letter: value for letter, value in {"k": 3, "w": 1, "c": 2, "g": 4}.items() if letter in method.takes}
+    named |= {} if method.takes & {"c", "g"} else {"r": 2}
     settings = method.settings(steps=12, gate=6 if method.gated else None, defaults={}, **named)
     assert settings_of(method.facts(settings)) == settings

@@ -98,9 +98,9 @@ def add_plan(
 
     ``steps``, ``sampler``, ``warm_up`` and ``guidance_scale``: None takes those of the default plan; ``k`` and
     ``fidelity_interval`` are 1 where left out, ``refresh_interval`` 0; ``forecast_interval`` and ``cache_interval`` are
-    the method's own; ``m`` is for methods with a gate. The bundle's manifest is replaced atomically, unless ``save`` is false.
-    Raises a :class:`~tgate_engine.errors.TgateError`; what the settings and the manifest tell comes before any file's
-    digest.
+    the method's own; ``m`` is for methods with a gate. The bundle's manifest is replaced atomically, unless ``save``
+    is false. Raises a :class:`~tgate_engine.errors.TgateError`; what the settings and the manifest tell comes before
+    any file's digest.
     """
     bundle = Bundle.open(path, check_digests=False)
     manifest = bundle.manifest

@@ -325,8 +325,9 @@ def _method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-interval", type=_steps, metavar="C", help="of deepcache: every C-th call is a full one; 3 if left out"
     )
-    refreshed = "of guidance_delta: after step M, compute both halves anew at every G-th step; never if left out"
-    parser.add_argument("--refresh", type=_steps, metavar="G", help=refreshed)
+    parser.add_argument(
+        "--refresh", type=_steps, metavar="G", help="of guidance_delta: from step M on, every G-th step is a full one"
+    )
     parser.add_argument("--guidance-scale", type=_number, metavar="S", help="of classifier-free guidance: 1 is without")
 
 

@@ -91,7 +91,7 @@ def eager_draws(eager: Eager, captions: list[str], batch: int) -> Draws:
     yield "S", partial(pictures, trajectories.standard)
     yield "S, other seeds", partial(pictures, trajectories.standard, seed=OTHER_SEED)
     yield "no guidance", partial(pictures, trajectories.without_guidance)
-    for m in (3, 5, 10, 15):
+    for m in (5, 10, 15):
         yield f"SF cross m={m}", partial(pictures, trajectories.prompt_first(m))
         yield f"SL cross m={m}", partial(pictures, trajectories.prompt_last(m))
     for m, k in ((10, 3), (10, 5), (15, 3), (15, 5)):

@@ -19,7 +19,7 @@ from tests.conftest import family_settings
 from tests.oracle_deepcache import cached_latents, full_calls, helper_latents, loader_latents
 from tests.oracle_families import Request, plain_latents, tgate_latents
 from tests.tiny_families import latent_noise as family_noise
-from tests.tiny_families import load_tiny
+from tests.tiny_families import load_tiny, make_tiny
 from tests.tiny_models import latent_noise, load_tiny_sdxl, tiny_model
 from tests.whole.cases import TOLERANCE, relative
 from tgate_engine.bundle import Bundle
@@ -211,7 +211,9 @@ def test_a_video_equals_the_rule(subject_of: Subjects, case: Case) -> None:
         assert relative(subject.engine(case), subject.package(case)) < TOLERANCE
 
 
-@pytest.mark.parametrize("branch", [1, 2, 5])
+@pytest.mark.parametrize(
+    "branch", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_a_deeper_branch_equals_the_packages(
     subject_of: Subjects,
     tiny_checkpoint: Callable[[str], Path],
@@ -300,8 +302,8 @@ def test_a_shallow_graph_holds_the_last_layer_alone(subject_of: Subjects) -> Non
     assert not [name for name in attending["shallow_reuse_cross"].input_names() if name.startswith("prompt_embeds")]
 
 
-def test_a_transformer_is_refused_by_name(family_bundle: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
-    checkpoint, _ = family_bundle("pixart_sigma_a")
+def test_a_transformer_is_refused_by_name(tmp_path: Path) -> None:
+    checkpoint = make_tiny(tmp_path / "checkpoint", "pixart_sigma_a")
     for method in (ALONE, GATED):
         settings = family_settings("pixart_sigma_a", checkpoint, tmp_path / "bundle", method=method)
         with pytest.raises(MethodError, match=f"method {method.replace('+', '.')} keeps what a U-Net's last layers"):

@@ -16,6 +16,8 @@ from tgate_export.families.base import Family, Size, side
 
 _FURTHER_INPUTS = ("class_embed_type", "num_class_embeds")
 """Keys that give the network an input which the pipelines do not have."""
+_LAYERED = ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal")
+"""Blocks on a U-Net's way up each of whose residual blocks takes a skip connection."""
 
 
 class TextUNet(Family):
@@ -106,9 +108,12 @@ def deep_module(checkpoint: Checkpoint, unet: nn.Module, branch: int) -> str | N
     """The module before the last ``branch`` + 1 layers of a U-Net's way up.
 
     A layer is a residual block, and the attention after it where there is one; a block's last is the block itself, with
-    what makes its output larger. None where there is one alone; raises :class:`ExportError` where there are too few.
+    what makes its output larger. None where there is one alone, or a block of a kind whose layers do not each take a
+    skip connection; raises :class:`ExportError` where there are too few.
     """
     network: Any = unet
+    if any(type(block).__name__ not in _LAYERED for block in network.up_blocks):
+        return None
     names = [] if network.mid_block is None else ["mid_block"]
     for i, block in enumerate(network.up_blocks):
         kind = "attentions" if getattr(block, "attentions", None) else "resnets"

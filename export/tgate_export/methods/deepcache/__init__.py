@@ -39,8 +39,8 @@ class _Cached(Method):
         if self.program(settings) == self.program(replace(settings, cache_interval=1)):
             at = f"n = {steps}" + (f", m = {settings.gate}" if self.gated else "")
             raise MethodError(
-                f"--cache-interval {settings.cache_interval} of method {self.name} caches nothing at {at}: every "
-                "network call is a full one; take 2 or more, and enough --steps"
+                f"method {self.name} with c = {settings.cache_interval} caches nothing at {at}: every network call is "
+                "full; take a --cache-interval of 2 or more, and enough --steps"
             )
         return settings
 
@@ -48,7 +48,7 @@ class _Cached(Method):
         if network.deep is None:
             raise MethodError(
                 f"method {self.name} keeps what a U-Net's last layers take of those below, beside skip connections; "
-                "this network has none. Take another --method"
+                "this network has none that are known. Take another --method"
             )
         return network.deep
 

@@ -113,7 +113,7 @@ def test_goldens_walk_every_graph(method: Any) -> None:
 
 @pytest.mark.parametrize("method", [ALONE, GATED], ids=["deepcache", "tgate+deepcache"])
 def test_a_network_without_skip_connections_is_refused(method: Any) -> None:
-    with pytest.raises(MethodError, match=r"this network has none\. Take another --method") as error:
+    with pytest.raises(MethodError, match=r"this network has none that are known\. Take another --method") as error:
         method.variants(Network(sites=SITES, guided=True), Settings(steps=6, gate=3))
     assert f"method {method.name} keeps" in str(error.value)
 
@@ -124,11 +124,11 @@ def test_a_network_without_skip_connections_is_refused(method: Any) -> None:
         (
             ALONE,
             {"steps": 25, "gate": None, "c": 1},
-            "--cache-interval 1 of method deepcache caches nothing at n = 25:",
+            "method deepcache with c = 1 caches nothing at n = 25:",
         ),
         (ALONE, {"steps": 1, "gate": None}, "caches nothing at n = 1:"),
         (GATED, {"steps": 3, "gate": 2}, "caches nothing at n = 3, m = 2:"),
-        (GATED, {"steps": 25, "gate": 10, "c": 1}, "take 2 or more, and enough --steps"),
+        (GATED, {"steps": 25, "gate": 10, "c": 1}, "take a --cache-interval of 2 or more, and enough --steps"),
         (ALONE, {"steps": 25, "gate": None, "r": 2}, "--forecast 2 and method deepcache don't go together"),
         (GATED, {"steps": 25, "gate": 10, "r": 2}, "--forecast 2 and method tgate+deepcache don't go together"),
         (ALONE, {"steps": 25, "gate": None, "k": 2}, "--k 2 would change nothing"),

@@ -64,6 +64,11 @@ CASES = (
     Case(n=6, m=6, c=3),
     Case(n=7, m=2, c=2, sampler="euler_a"),
 )
+VARIANTS = (
+    "conv_projection",
+    pytest.param("sdxl_like", marks=pytest.mark.slow),
+    pytest.param("sd21_v", marks=pytest.mark.slow),
+)
 LEAD_IN = (Case(n=7, c=2, sampler="pndm"), Case(n=8, m=4, c=3, sampler="pndm"))
 
 
@@ -167,7 +172,7 @@ def _picture(height: int, width: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("variant", ["sdxl_like", "conv_projection", "sd21_v"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_latents_equal_the_packages(subject_of: Subjects, variant: str, case: Case) -> None:
     """SDXL without attention in its last layer and with it, and Stable Diffusion; several images where there are two
     in a call."""
@@ -201,6 +206,7 @@ def test_a_consistency_model_equals_the_rule(subject_of: Subjects, case: Case) -
     assert relative(subject.engine(case), subject.rule(case)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(n=6, c=2), Case(n=8, m=4, c=2)], ids=str)
 def test_a_video_equals_the_rule(subject_of: Subjects, case: Case) -> None:
     """A carry of many rows: every frame's, of both halves."""
@@ -211,9 +217,8 @@ def test_a_video_equals_the_rule(subject_of: Subjects, case: Case) -> None:
         assert relative(subject.engine(case), subject.package(case)) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "branch", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("branch", [1, 2, 5])
 def test_a_deeper_branch_equals_the_packages(
     subject_of: Subjects,
     tiny_checkpoint: Callable[[str], Path],
@@ -244,7 +249,7 @@ def test_a_deeper_branch_equals_the_packages(
     assert shallower["shallow"].macs.paper < graphs["shallow"].macs.paper < graphs["full"].macs.paper
 
 
-@pytest.mark.parametrize("variant", ["sdxl_like", "conv_projection", "sd21_v"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_rule_is_another_than_its_neighbours(subject_of: Subjects, variant: str) -> None:
     """So that the tests above can fail: on the interval, the gate, and what either does without the other."""
     subject = subject_of(variant, images=2 if variant == "conv_projection" else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,35 @@ def ssim(picture: Pixels, reference: Pixels) -> float:
 
 
 METRICS: Mapping[str, Callable[[Pixels, Pixels], float]] = {"psnr": psnr, "ssim": ssim}
-"""By the name that a budget has; more is nearer."""
+"""How near a picture is to another, by the name that a budget has; more is nearer."""
+
+Compare = Callable[[Sequence[Pixels], Sequence[Pixels], Sequence[str]], Mapping[str, Sequence[float]]]
+"""Pictures, the ungated ones of the same seeds and their prompts to a value for each picture, by the value's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What a plan's pictures are worth beside the ungated ones of the same seeds; more is better.
+
+    ``compare`` gives the values of that ``name``, and of what is told ``beside`` it. ``judge``: the SHA-256 of the
+    model that looks at the pictures; empty where none does, and values say how near a picture is to the ungated one.
+    Values of a judge are differences, its verdict on a picture less that on the ungated one: most of them are small or
+    nothing, so that a few tell little, and plans are looked for by "psnr", which ``compare`` then gives as well.
+    """
+
+    name: str
+    compare: Compare
+    beside: tuple[str, ...] = ()
+    judge: str = ""
+
+
+def nearness(name: str) -> Metric:
+    """The metric of that name in :data:`METRICS`."""
+
+    def compare(pictures: Sequence[Pixels], references: Sequence[Pixels], _: Sequence[str]) -> dict[str, list[float]]:
+        return {name: [METRICS[name](*pair) for pair in zip(pictures, references, strict=True)]}
+
+    return Metric(name=name, compare=compare)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

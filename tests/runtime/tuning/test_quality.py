@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tgate_cli.arguments import MOST_QUALITY
+from tgate_cli.tune_arguments import MOST_QUALITY
 from tgate_engine.errors import RequestError
 from tgate_runtime.tuning.quality import METRICS, interval, psnr
 

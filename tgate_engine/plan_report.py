@@ -65,8 +65,8 @@ class PlanReport:
     ``quality``: of the plan's pictures to the ungated ones of the same seeds; ``beside``: what else was found of them,
     by its name; ``judge``: the SHA-256 of the model that judged, or nothing. ``unrelated``: of ungated pictures to
     ungated ones of other seeds; ``elsewhere``: of ungated pictures of the same seeds on another engine, by that
-    engine's name and version. ``images``, ``prompts``: how many of each; ``prompts_sha256``: of the prompts, a line each; ``seed``: the
-    first picture's; ``size``: WIDTHxHEIGHT.
+    engine's name and version. ``images``, ``prompts``: how many of each; ``prompts_sha256``: of the prompts, a line
+    each; ``seed``: the first picture's; ``size``: WIDTHxHEIGHT.
 
     ``predicted_ms``, ``measured_ms``, ``ungated_ms``: of one picture, text and decoder included, the last two measured
     in turns. ``macs``, ``ungated_macs``: all multiply-accumulates of a picture. ``engine``, ``engine_version``,

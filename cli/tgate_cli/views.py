@@ -112,8 +112,9 @@ def tuning(data: Mapping[str, Any], out: TextIO | None = None) -> None:
         )
         for point in data["front"]
     ]
+    more = "better" if report["metric"] in DIFFERENCES else "nearer"
     title = (
-        f"plans that none is both faster and {'better' if report['metric'] in DIFFERENCES else 'nearer'} than; {data['tried']} of {data['plans']} were drawn to the end, "
+        f"plans that none is both faster and {more} than; {data['tried']} of {data['plans']} were drawn to the end, "
         f"{report['images']} pictures each"
     )
     headers = ("", "plan", "picture ms", "faster", f"{report['metric']} (95 %)")

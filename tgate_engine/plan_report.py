@@ -32,7 +32,10 @@ _FORMS = {
     "ssim": (".4f", ""),
     "accuracy": ("+.1f", " points"),
     "first_object": ("+.1f", " points"),
+    "right": (".1f", " %"),
+    "ungated_right": (".1f", " %"),
     "clip": ("+.2f", " points"),
+    "consistency": ("+.2f", " dB"),
 }
 """How a value is written, and its unit; a difference has a sign."""
 _PLAIN = (".4f", "")

@@ -12,6 +12,7 @@ from tgate_cli import views
 from tgate_cli.command import ADVICE, Show, asked_engine, bundle_asked, engine_advice, needs, print_json
 from tgate_cli.generate import prompts_of
 from tgate_cli.tune_data import PAIRS, data_of
+from tgate_cli.values import MOST
 from tgate_engine.atomic import check_place, write_atomically
 from tgate_engine.bundle import DEFAULT, Bundle
 from tgate_engine.errors import PlanError, RequestError
@@ -120,7 +121,7 @@ def _metric(args: argparse.Namespace, bundle: Bundle, size: str, prompts: Sequen
     if args.metric == "ssim":
         with needs("ssim", ADVICE.format("tune")):
             import skimage.metrics  # noqa: F401
-    return nearness(args.metric)
+    return nearness(args.metric, frames=bundle.manifest.frames)
 
 
 def _images(args: argparse.Namespace) -> int:
@@ -132,6 +133,11 @@ def _images(args: argparse.Namespace) -> int:
     if args.budget is None:
         return int(args.images or IMAGES_JUDGED)
     least = least_images(args.budget[1])
+    if least > MOST:
+        raise RequestError(
+            f"accuracy={args.budget[1]:g} takes at least {least} pictures, and at most {MOST} are drawn; allow a "
+            "larger loss"
+        )
     if args.images is not None and args.images < least:
         raise RequestError(
             f"accuracy={args.budget[1]:g} takes at least {least} pictures, got --images {args.images}: where none of "

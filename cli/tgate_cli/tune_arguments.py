@@ -55,6 +55,8 @@ def check_tune(args: argparse.Namespace) -> None:
         error("clip needs a CLIP model of yours: --clip-model DIR")
     if args.metric != "clip" and args.clip_model is not None:
         error(f"--clip-model is for clip, and {args.metric} is asked for; leave it out")
+    if args.floor_engine == args.engine:
+        error(f"--floor-engine is to be another engine, and {args.engine} draws already; leave it out")
     written = [path for path in (args.state, args.html, args.markdown) if path is not None]
     if len(set(written)) < len(written):
         error("--state, --html and --markdown are written each; give them files that differ")

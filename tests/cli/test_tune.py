@@ -136,7 +136,9 @@ def test_a_budget_of_points_is_met_on_as_many_captions_as_can_tell(run: Run, tmp
     assert told["goal"] == {"metric": "accuracy", "budget": -60}
     assert report["quality"]["low"] >= -60
     assert report["judge"] == hashlib.sha256((MODELS / "judge.safetensors").read_bytes()).hexdigest()
-    assert set(report["beside"]) == {"first_object", "psnr"}
+    assert set(report["beside"]) == {"first_object", "right", "ungated_right", "psnr"}
+    right, ungated = (report["beside"][name]["mean"] for name in ("right", "ungated_right"))
+    assert right - ungated == pytest.approx(report["quality"]["mean"])
     assert report["beside"]["psnr"]["mean"] > 10
     _, text, _ = run("inspect", "mini")
     assert "beside the ungated pictures of the same seeds" in text
@@ -165,6 +167,7 @@ def test_what_a_judge_needs_is_told_before_anything_is_drawn(
 ) -> None:
     mini = ("tune", "mini", "--quiet", "--budget")
     fails(run(*mini, "accuracy=-1", "--images", 300), "accuracy=-1 takes at least 368 pictures, got --images 300")
+    fails(run(*mini, "accuracy=-0.01"), "takes at least 36887 pictures, and at most 10000 are drawn")
     castle = tmp_path / "castle.txt"
     castle.write_text("a castle\n")
     fails(run(*mini, "accuracy=-1", "--prompts", castle), 'a prompt names none: "a castle"')

@@ -66,6 +66,7 @@ def test_the_metric_is_the_budgets_or_the_one_that_is_named() -> None:
         (("--speedup", "2", "--metric", "beauty"), "expected one of psnr, ssim, accuracy, clip"),
         (("--speedup", "2", "--metric", "clip"), "clip needs a CLIP model of yours: --clip-model DIR"),
         (("--speedup", "2", "--clip-model", "d"), "--clip-model is for clip, and psnr is asked for"),
+        (("--speedup", "2", "--floor-engine", "ort-cpu"), "is to be another engine, and ort-cpu draws already"),
         (("--speedup", "2", "--html", "a", "--markdown", "a"), "give them files that differ"),
     ],
 )

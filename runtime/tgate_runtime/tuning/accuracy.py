@@ -31,6 +31,9 @@ PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 SIDE = 128
 """Pixels of the only pictures that it knows."""
 
+BESIDE = ("first_object", "right", "ungated_right", "psnr")
+"""What is told beside "accuracy"."""
+
 _OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 _STRIDES = {0: 2, 3: 2, 6: 1, 9: 2, 12: 1, 15: 1}
 """Of the convolutions that a normalisation follows, by their number in the trunk."""
@@ -42,7 +45,8 @@ _UNSEEN = 0.025
 def accuracy(manifest: Manifest, size: str, prompts: Sequence[str]) -> Metric:
     """The metric "accuracy": of each picture 100 where all objects of its prompt are seen and some were not in the
     ungated one, -100 the other way round, and 0 where both are right or both wrong. Its mean is a difference in points.
-    Beside it, "first_object" is the same of the object that the prompt names first, and "psnr".
+    Beside it, "first_object" is the same of the object that the prompt names first; "right" and "ungated_right" are the
+    shares themselves, in percent; and "psnr" is how near the pictures are.
 
     Raises :class:`RequestError` for a bundle that is of no embedded model, for another ``size`` than the judge knows,
     and for a prompt that names no coloured shape.
@@ -57,7 +61,7 @@ def accuracy(manifest: Manifest, size: str, prompts: Sequence[str]) -> Metric:
     for prompt in prompts:
         named(prompt)
     judge = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
-    return Metric(name="accuracy", compare=_compare, beside=("first_object", "psnr"), judge=judge)
+    return Metric(name="accuracy", compare=_compare, beside=BESIDE, judge=judge)
 
 
 def named(prompt: str) -> list[int]:
@@ -95,12 +99,20 @@ def _compare(
     pictures: Sequence[Pixels], references: Sequence[Pixels], prompts: Sequence[str]
 ) -> dict[str, list[float]]:
     ours, theirs = (logits(np.stack(each)) > 0 for each in (pictures, references))
-    values: dict[str, list[float]] = {"accuracy": [], "first_object": []}
-    for own, other, prompt in zip(ours, theirs, prompts, strict=True):
-        objects = named(prompt)
-        values["accuracy"].append(100.0 * (int(own[objects].all()) - int(other[objects].all())))
-        values["first_object"].append(100.0 * (int(own[objects[0]]) - int(other[objects[0]])))
-    return {**values, "psnr": [psnr(*pair) for pair in zip(pictures, references, strict=True)]}
+    objects = [named(prompt) for prompt in prompts]
+    first = [
+        100.0 * (float(own[i[0]]) - float(other[i[0]])) for own, other, i in zip(ours, theirs, objects, strict=True)
+    ]
+    right, before = (
+        [100.0 * float(each[i].all()) for each, i in zip(seen, objects, strict=True)] for seen in (ours, theirs)
+    )
+    return {
+        "accuracy": [own - other for own, other in zip(right, before, strict=True)],
+        "first_object": first,
+        "right": right,
+        "ungated_right": before,
+        "psnr": [psnr(*pair) for pair in zip(pictures, references, strict=True)],
+    }
 
 
 def _convolved(

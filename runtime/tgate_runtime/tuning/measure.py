@@ -185,7 +185,7 @@ class Judge:
 
     def _key(self, name: str) -> str:
         """What values are kept under: those of a judge are its alone."""
-        return name if name in METRICS else f"{name} {self._metric.judge[:16]}"
+        return name if name in METRICS else f"{name} {self._metric.judge[:16]}".strip()
 
     def _calls(self, first: int, count: int) -> list[range]:
         """The pictures from ``first`` to ``count``, as many in a call as the bundle takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,12 @@ def ssim(picture: Pixels, reference: Pixels) -> float:
     return float(np.mean([structural_similarity(a, b, channel_axis=-1, data_range=255, **wang) for a, b in frames]))
 
 
+def consistency(video: Pixels) -> float:
+    """How near each frame of a video [F, H, W, 3] is to the next, the mean of their :func:`psnr`: less where it
+    flickers, and where more moves."""
+    return float(np.mean([psnr(*pair) for pair in itertools.pairwise(video)]))
+
+
 METRICS: Mapping[str, Callable[[Pixels, Pixels], float]] = {"psnr": psnr, "ssim": ssim}
 """How near a picture is to another, by the name that a budget has; more is nearer."""
 
@@ -67,13 +74,19 @@ class Metric:
     judge: str = ""
 
 
-def nearness(name: str) -> Metric:
-    """The metric of that name in :data:`METRICS`."""
+def nearness(name: str, *, frames: int = 1) -> Metric:
+    """The metric of that name in :data:`METRICS`; of videos, of several ``frames``, "consistency" is told beside it, in
+    dB that a video has more of it than the ungated one."""
+    video = frames > 1
 
     def compare(pictures: Sequence[Pixels], references: Sequence[Pixels], _: Sequence[str]) -> dict[str, list[float]]:
-        return {name: [METRICS[name](*pair) for pair in zip(pictures, references, strict=True)]}
+        pairs = list(zip(pictures, references, strict=True))
+        values = {name: [METRICS[name](*pair) for pair in pairs]}
+        if video:
+            values["consistency"] = [consistency(own) - consistency(other) for own, other in pairs]
+        return values
 
-    return Metric(name=name, compare=compare)
+    return Metric(name=name, compare=compare, beside=("consistency",) if video else ())
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -77,6 +77,8 @@ def test_shares_are_those_that_training_counts(mini: Manifest) -> None:
     before, after = score_pictures(captions, pictures), score_pictures(captions, spoilt)
     assert before.all_objects > 0.9 > after.all_objects
     assert np.mean(told["accuracy"]) == pytest.approx(100 * (after.all_objects - before.all_objects), abs=0.01)
+    assert np.mean(told["right"]) == pytest.approx(100 * after.all_objects, abs=0.01)
+    assert np.mean(told["ungated_right"]) == pytest.approx(100 * before.all_objects, abs=0.01)
     assert np.mean(told["first_object"]) == pytest.approx(100 * (after.first_object - before.first_object), abs=0.01)
 
 

@@ -26,6 +26,8 @@ _DIGESTS = {"bundle": "bundle", "program": "program", "prompts": "prompts_sha256
 def data_of(args: argparse.Namespace, bundle: Bundle, tuned: Tuned, choices: Candidates) -> dict[str, Any]:
     """All of it but the pictures. ``quality`` is in the metric's unit, times are milliseconds of one picture, and of
     one step under ``timeline``, each step's graph and what it takes."""
+    # A plan that is faster and better in the mean may be known less surely, and not be the one.
+    shown = sorted({*tuned.front, tuned.point}, key=lambda point: (point.ms, point.name))
     goal = {"budget": args.budget[1]} if args.budget is not None else {"speedup": args.speedup}
     return {
         "model": bundle.manifest.model,
@@ -33,7 +35,7 @@ def data_of(args: argparse.Namespace, bundle: Bundle, tuned: Tuned, choices: Can
         "chosen": tuned.chosen,
         "plans": len(choices.plans),
         "tried": tuned.tried,
-        "front": [_point(point, tuned, choices) for point in tuned.front],
+        "front": [_point(point, tuned, choices) for point in shown],
         "ungated_ms": tuned.ungated_ms,
         "prediction_error": {"plan": tuned.prediction_error, "ungated": tuned.ungated_error},
         "timeline": {

@@ -92,9 +92,7 @@ def _timelines(plans: Mapping[str, Sequence[Mapping[str, Any]]], graphs: Sequenc
 def _chart(data: Mapping[str, Any]) -> dict[str, Any]:
     """Places of the front's points, bounds and ticks, in CSS pixels from the upper left corner."""
     report, goal, front = data["report"], data["goal"], data["front"]
-    chosen = next((point for point in front if point["plan"] == data["chosen"]), None)
-    chosen = chosen or {"plan": data["chosen"], "predicted_ms": report["predicted_ms"], "quality": report["quality"]}
-    points = [*(point for point in front if point is not chosen), chosen]
+    points = sorted(front, key=lambda point: point["plan"] == data["chosen"])  # drawn last, over the others
     floor = report["unrelated"]
     levels = [bound for point in points for bound in (point["quality"]["low"], point["quality"]["high"])]
     levels += [floor["mean"], *([goal["budget"]] if "budget" in goal else [])]
@@ -113,7 +111,7 @@ def _chart(data: Mapping[str, Any]) -> dict[str, Any]:
         "points": [
             {
                 "name": point["plan"],
-                "chosen": point is chosen,
+                "chosen": point["plan"] == data["chosen"],
                 "x": x(point["predicted_ms"]),
                 "y": y(point["quality"]["mean"]),
                 "low": y(point["quality"]["low"]),

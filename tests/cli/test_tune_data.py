@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.cli.running import Run
 from tests.cli.tuned import data, report
-from tgate_cli.tune_data import facts_of, verdict
+from tgate_cli.tune_data import data_of, facts_of, verdict
 from tgate_engine.plan_report import Estimate
+from tgate_runtime.tuning.search import Point
 
 
 def test_the_verdict_of_a_budget_and_of_a_speed() -> None:
@@ -19,6 +23,27 @@ def test_the_verdict_of_a_budget_and_of_a_speed() -> None:
     )
     fast = verdict(data(goal={"metric": "psnr", "speedup": 1.5}))
     assert fast.startswith("m=2 is the best by psnr of the plans that are 1.5 times as fast as ungated: 1.60 times")
+
+
+def test_the_chosen_plan_is_shown_where_another_is_faster_and_better_but_less_surely() -> None:
+    unsure, sure = Point("unsure", 100.0, (20.0, 60.0)), Point("sure", 200.0, (31.0, 31.0))
+    plan = SimpleNamespace(settings={}, steps=[])
+    tuned: Any = SimpleNamespace(
+        chosen="sure",
+        point=sure,
+        front=[unsure],
+        tried=2,
+        ungated_ms=300.0,
+        prediction_error=0.0,
+        ungated_error=0.0,
+        times=None,
+        report=SimpleNamespace(to_json=report),
+    )
+    choices: Any = SimpleNamespace(plans={"sure": plan, "unsure": plan}, ungated=plan)
+    args = argparse.Namespace(budget=("psnr", 30.0), metric="psnr")
+    bundle: Any = SimpleNamespace(manifest=SimpleNamespace(model="toy"))
+    shown = data_of(args, bundle, tuned, choices)["front"]
+    assert [(point["plan"], point["faster"]) for point in shown] == [("unsure", 3.0), ("sure", 1.5)]
 
 
 def test_facts_name_whatever_the_report_holds_for() -> None:

@@ -110,6 +110,8 @@ def tune(
     predicted = {name: times.of(plan) for name, plan in plans.items()}
     ungated_ms = times.of(ungated)
     goal = _goal(asked, ungated_ms, predicted)
+    allowed = [name for name in predicted if goal.allows(predicted[name])]
+    begins = [name for name in allowed if name in start] or allowed
     report.stage(f"drawing with {len(plans)} plans to choose from")
     with Pipeline.open(bundle, engine=engine, plans=[ungated, *plans.values()], sizes=[size]) as pipe:
         judge = Judge(pipe, ungated, asked.prompts, metric=metric, seed=asked.seed, size=size, kept=kept)
@@ -121,7 +123,7 @@ def tune(
         def measure(name: str, count: int, told: str = "") -> Sequence[float]:
             return judge.scores(plans[name], count, told)
 
-        options: dict[str, Any] = {"images": asked.images, "start": start, "near": near, "on_picture": tell}
+        options: dict[str, Any] = {"images": asked.images, "start": begins, "near": near, "on_picture": tell}
         if metric.judge:
             points = guided(predicted, lambda name, count: measure(name, count, "psnr"), measure, goal, **options)
         else:

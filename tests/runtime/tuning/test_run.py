@@ -40,10 +40,8 @@ def choices(bundle: Bundle) -> Candidates:
 def tuned(bundle: Bundle, choices: Candidates, asked: Asked = ASKED, file: Path | None = None, **more: Any) -> Tuned:
     engine = open_engine("ort-cpu", threads=1)
     kept = begin(file, bundle, choices.ungated, asked, engine)
-    parts: dict[str, Any] = {"plans": choices.plans, "start": choices.start, "near": choices.near}
-    return tune(
-        bundle, ungated=choices.ungated, **parts, asked=asked, engine=engine, kept=kept, report=Silent(), **more
-    )
+    parts: dict[str, Any] = {"plans": choices.plans, "start": choices.start, "near": choices.near, **more}
+    return tune(bundle, ungated=choices.ungated, **parts, asked=asked, engine=engine, kept=kept, report=Silent())
 
 
 def test_the_plan_meets_the_budget_and_its_report_says_what_was_measured(bundle: Bundle, choices: Candidates) -> None:
@@ -147,6 +145,21 @@ def test_a_judge_is_told_with_what_was_found_beside(bundle: Bundle, choices: Can
     other = replace(judged, metric=replace(judged.metric, compare=lambda *_: pytest.fail("asked"), judge="b" * 64))
     with pytest.raises(pytest.fail.Exception, match="asked"):
         tuned(bundle, choices, other, tmp_path / "state.json")
+
+
+def test_where_nothing_to_begin_with_is_fast_enough_what_is_is_tried(
+    bundle: Bundle, choices: Candidates, tmp_path: Path
+) -> None:
+    file = tmp_path / "state.json"
+    first = tuned(bundle, choices, file=file)
+    predicted = {name: first.times.of(plan) for name, plan in choices.plans.items()}
+    slowest, fastest = (by(predicted, key=lambda name: predicted[name]) for by in (max, min))
+    speedup = 0.9999 * first.ungated_ms / predicted[fastest]
+    for metric in (nearness("psnr"), replace(nearness("psnr"), judge="a" * 64)):
+        found = tuned(
+            bundle, choices, replace(ASKED, metric=metric, least=None, speedup=speedup), file, start=[slowest]
+        )
+        assert predicted[found.chosen] == predicted[fastest]
 
 
 def test_a_budget_that_nothing_meets_says_what_there_is(bundle: Bundle, choices: Candidates) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.running import Run, fails
+from tests.tiny_clip import save_clip
 from tests.toy_bundle import Toy, build, edit_manifest
 from tgate_engine.bundle import Bundle
 from tgate_engine.manifest import MANIFEST_FILE
@@ -152,6 +153,18 @@ def test_a_budget_of_points_is_met_on_as_many_captions_as_can_tell(run: Run, tmp
     best = next(point for point in fast["front"] if point["plan"] == fast["chosen"])
     assert best["faster"] >= 1.2
     assert best["quality"]["mean"] == max(point["quality"]["mean"] for point in fast["front"])
+
+
+def test_a_clip_model_of_yours_judges(run: Run, toy: Path, prompts: Path, tmp_path: Path) -> None:
+    model = save_clip(tmp_path)
+    goal = ("--budget", "clip=-50", "--clip-model", model)
+    status, out, err = run("tune", toy, *goal, "--prompts", prompts, *QUICK, "--json")
+    assert status == 0, err
+    report = json.loads(out)["report"]
+    assert report["metric"] == "clip"
+    assert report["judge"] == hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    assert -50 < report["quality"]["low"] <= report["quality"]["mean"]
+    assert report["quality"]["mean"] != 0
 
 
 def test_a_speed_is_looked_for_by_the_metric_that_is_named(run: Run, toy: Path, prompts: Path) -> None:

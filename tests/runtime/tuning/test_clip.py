@@ -10,17 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-)
+from transformers import CLIPModel, CLIPProcessor
 
-from tests.tiny_models import BEGIN_TOKEN, END_TOKEN, _vocabulary
+from tests.tiny_clip import save_clip
 from tgate_engine.errors import RequestError
 from tgate_runtime.tuning.clip import clip
 from tgate_runtime.tuning.quality import psnr
@@ -30,29 +22,8 @@ PROMPTS = ["a large red circle", "a small blue square " * 20]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with random weights, saved as people save theirs. Read only."""
-    torch.manual_seed(0)
-    vocabulary, merges = _vocabulary()
-    small: dict[str, Any] = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        max_position_embeddings=24,
-        bos_token_id=vocabulary[BEGIN_TOKEN],
-        eos_token_id=vocabulary[END_TOKEN],
-        **small,
-    )
-    vision = CLIPVisionConfig(hidden_size=16, image_size=32, patch_size=8, **small)
-    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    place = tmp_path_factory.mktemp("clip")
-    model.save_pretrained(place)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=24, pad_token=END_TOKEN)
-    CLIPProcessor(images, tokenizer).save_pretrained(place)
-    return place
+    """Read only."""
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 def pictures(count: int, *, seed: int, side: int = 48) -> list[Any]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tgate_cli.arguments import MOST
 from tgate_cli.command import (
     RUN_ADVICE,
     Show,
@@ -24,6 +23,7 @@ from tgate_cli.command import (
     print_json,
     print_lines,
 )
+from tgate_cli.values import MOST
 from tgate_engine.atomic import write_atomically
 from tgate_engine.errors import RequestError, shown
 from tgate_engine.graph import DECODE

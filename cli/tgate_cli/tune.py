@@ -57,7 +57,7 @@ def tune(args: argparse.Namespace, report: Reporter) -> Show:
         pairs=0 if args.html is None else PAIRS,
     )
     # The default plan says of which method further plans are, and stopping guidance is none.
-    choices = candidates(bundle, steps=args.steps, stopped=args.name != DEFAULT)
+    choices = candidates(bundle, steps=args.steps, others=args.name != DEFAULT)
     graphs_of(bundle, [choices.ungated], [shape.size])
     if args.prompts is not None and len(prompts) > asked.images:
         report.note(f"of {len(prompts)} prompts the first {asked.images} are drawn; --images {len(prompts)} takes all")

@@ -13,6 +13,7 @@ from tgate_engine.plan import Call, Plan
 from tgate_engine.plan_build import build_plan
 from tgate_engine.sampler import Fact, Sampler
 from tgate_export.methods.base import Method, Settings, guidance_stopped, settings_of, ungated
+from tgate_export.methods.forecast import Forecast
 from tgate_export.methods.forecast.fold import FORECAST_OF, forecast
 from tgate_export.plans import make_plans, method_of, sampler_of
 
@@ -20,14 +21,17 @@ INTERVALS = (1, 2, 3, 5, 8)
 """Of k, f and c: a longer one reuses more, and hardly more than the one before it."""
 FORECASTS = (1, 2, 3)
 """Of r, where the sampler draws no noise in its steps."""
+ALONE = (2, 3, 4, 5)
+"""Of r, where forecasts are all that there is: guidance and attention stay, and a longer interval costs less."""
 REFRESHES = (0, 8, 5, 3)
 """Of g, from none to many."""
 STARTS = 12
 """Gate steps that are looked at first, at most; those between them come in where it pays."""
 STOPPED = "guidance_stopped"
+_FORECAST = Forecast()
 
 Place = tuple[int, ...]
-"""Where a plan stands among the others: its method's number, m, then those of f, k, w, c and r among what is tried."""
+"""Where a plan stands: its method's number, m, then those of f, k, w, c, g and r among what is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,7 @@ class Candidates:
         plan, manifest = self.plans[label], bundle.manifest
         made = make_plans(
             name,
-            self.method,
+            _FORECAST if plan.settings["method"] == _FORECAST.name else self.method,
             settings_of(plan.settings),
             sampler=self.sampler,
             guidance_scale=plan.guidance_scale,
@@ -76,9 +80,10 @@ class Candidates:
         return {name: replace(plan, name=name, baselines=(plain,)), **{n: p for n, p in made.items() if n == plain}}
 
 
-def candidates(bundle: Bundle, *, steps: int | None = None, stopped: bool = True) -> Candidates:
-    """The plans of the bundle's own method for every m, several k, w, f, c and r, and if ``stopped`` those that stop
-    guidance at m and reuse nothing; of the default plan's sampler, and of as many steps where ``steps`` is None.
+def candidates(bundle: Bundle, *, steps: int | None = None, others: bool = True) -> Candidates:
+    """The plans of the bundle's own method for every m, several k, w, f, c, g and r, and if ``others`` those that any
+    bundle can run: guidance stopped at m and nothing reused, and forecasts from m on and nothing else; of the default
+    plan's sampler, and of as many steps where ``steps`` is None.
 
     Raises as :func:`~tgate_export.plans.sampler_of` does, and :class:`PlanError` where nothing can be reused.
     """
@@ -111,17 +116,16 @@ def candidates(bundle: Bundle, *, steps: int | None = None, stopped: bool = True
     places: dict[str, Place] = {}
     plain = ungated(n, sampler.lead_in)
     seen: set[tuple[tuple[Call, ...], tuple[int, ...]]] = {(plain, ())}
-    for place, settings, whole in _programs(method, default, n, sampler, stopped=stopped and manifest.guided):
+    for place, settings, whole in _programs(method, default, n, sampler, others=others, guided=manifest.guided):
         left_out = settings.left_out(sampler.lead_in)
         program, own_sampler = tuple(call for i, call in enumerate(whole) if i not in left_out), folded(left_out)
         there = {call.graph for call in program} <= graphs.keys()
         if own_sampler is None or not there or (program, left_out) in seen:
             continue
         seen.add((program, left_out))
-        is_stopped = place[0] > 0
         own: dict[str, Fact] = {"method": STOPPED, "n": n, "m": settings.gate}
-        facts = own if is_stopped else method.facts(settings)
-        label = _label(settings, gated=method.gated, stopped=is_stopped)
+        facts = (method.facts(settings), own, _FORECAST.facts(settings))[place[0]]
+        label = _label(settings, gated=method.gated or place[0] > 0) + ("", " guidance stopped", " alone")[place[0]]
         plans[label], places[label] = build(label, program, facts, own_sampler), place
     if not plans:
         raise PlanError(f"no plan of {n} steps reuses anything over the graphs of {bundle.path}; take more --steps")
@@ -139,7 +143,7 @@ def candidates(bundle: Bundle, *, steps: int | None = None, stopped: bool = True
 
 
 def _programs(
-    method: Method, default: Plan, n: int, sampler: Sampler, *, stopped: bool
+    method: Method, default: Plan, n: int, sampler: Sampler, *, others: bool, guided: bool
 ) -> Iterator[tuple[Place, Settings, tuple[Call, ...]]]:
     """Every program to look at, by its place; plainer settings come before others of the same program."""
     warm_up = int(default.settings.get("w") or 0)
@@ -172,14 +176,17 @@ def _programs(
             # Warm-up means something beside k alone; the default plan's is what a plan with k = 1 says it has.
             if (each_k > 1 or each_w == w[-1]) and not method.idle(settings, sampler.lead_in):
                 yield (0, m, *place), settings, program
-        if stopped:
-            settings = Settings(steps=n, gate=m, warm_up=0)
+    for m in range(1, n + 1) if others else ():
+        settings = Settings(steps=n, gate=m, warm_up=0)
+        if guided:
             yield (1, m, 0, 0, 0, 0, 0, 0), settings, guidance_stopped(settings, sampler.lead_in)
+        for i, each_r in enumerate(() if sampler.stochastic or method.name == _FORECAST.name else ALONE):
+            settings = Settings(steps=n, gate=m, warm_up=0, forecast_interval=each_r)
+            if settings.left_out():
+                yield (2, m, 0, 0, 0, 0, 0, i), settings, _FORECAST.program(settings, sampler.lead_in)
 
 
-def _label(settings: Settings, *, gated: bool, stopped: bool) -> str:
-    if stopped:
-        return f"m={settings.gate} guidance stopped"
+def _label(settings: Settings, *, gated: bool) -> str:
     words = [f"m={settings.gate}"] if gated else []
     if settings.self_interval > 1:
         words += [f"k={settings.self_interval}", f"w={settings.warm_up}"]

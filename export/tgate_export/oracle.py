@@ -32,7 +32,7 @@ from tgate_export.modules import real_module
 from tgate_export.quiet import quiet
 from tgate_export.recipes import SAMPLERS
 from tgate_export.sampling import drawing
-from tgate_export.schedulers import TRAINED_UNDER_EDM
+from tgate_export.schedulers import sampler_class
 
 SPARE = 1.1
 """Memory that a network takes in use, over that of its weights: what is not enough for sure."""
@@ -235,9 +235,7 @@ class Oracle:
         with quiet():
             own = getattr(diffusers, name).from_config(dict(job.checkpoint.scheduler_config()))
             own = self._pipeline(scheduler=own).scheduler  # pipelines change some options
-            kind, options = (
-                recipe.edm if name in TRAINED_UNDER_EDM and recipe.edm else (recipe.scheduler, recipe.overrides)
-            )
+            kind, options = sampler_class(job.sampler.name, job.scheduler)
             silent = {k: v for k, v in recipe.unless_stated.items() if k not in job.scheduler}
             same = type(own).__name__ == kind  # then what the pipeline changed holds, though no file states it
             config = {k: v for k, v in own.config.items() if k != "_use_default_values" or not same}

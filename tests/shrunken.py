@@ -22,6 +22,7 @@ import sentencepiece
 import torch
 import transformers
 
+from tests.draw import draw
 from tests.tiny_encoders import T5_WORDS
 from tests.tiny_models import END_TOKEN, _save_vocabulary, _vocabulary
 from tgate_export.checkpoints import published
@@ -52,7 +53,7 @@ def write_shrunken(directory: Path, model: str) -> Path:
             _write_json(folder / file, config)
             continue
         small = shrink(config, vocabulary)
-        _draw(_module(small), f"{model}/{name}").save_pretrained(folder, safe_serialization=True)
+        draw(_module(small), f"{model}/{name}").save_pretrained(folder, safe_serialization=True)
         _write_json(folder / "config.json", small)
     _write_json(directory / "model_index.json", facts["model_index"])
     return directory
@@ -168,24 +169,6 @@ def _module(config: Mapping[str, Any]) -> Any:
         return getattr(diffusers, _NAMES.get(name, name)).from_config(dict(config)).eval()
     cls = getattr(transformers, config["architectures"][0])
     return cls(cls.config_class.from_dict(dict(config))).eval()
-
-
-@torch.no_grad()
-def _draw(module: Any, seed: str) -> Any:
-    """Random weights of unit gain in place of the class's own, and norms and biases a little off ones and zeros."""
-    generator = torch.Generator().manual_seed(int.from_bytes(seed.encode()[-7:], "big"))
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-            if name.endswith("SelfAttention.q.weight"):  # T5 does not scale its scores
-                parameter.mul_((parameter.shape[1] // 4) ** -0.5)
-            if name.endswith("scale_shift_table") and len(parameter) == 6:
-                parameter[[2, 5]] += 1.0  # the gates of attention and feed-forward
-        else:
-            parameter.normal_(std=0.05, generator=generator)
-            if name.endswith("weight"):
-                parameter.add_(1.0)
-    return module
 
 
 def _tokenizers(directory: Path, facts: Mapping[str, Any]) -> int:

@@ -9,14 +9,19 @@ import torch
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
+from tests.draw import draw
 from tests.tiny_models import BEGIN_TOKEN, END_TOKEN, _spread_text, _vocabulary
 
 # Words with a token of their own; all else goes letter by letter.
@@ -43,6 +48,13 @@ def clip(width: int, length: int, second: bool) -> dict[str, Any]:
     pad = "!" if second else END_TOKEN
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length, pad_token=pad)
     return {"text_encoder": encoder, "tokenizer": tokenizer}
+
+
+def clip_with_projection(width: int, pooled: int, seed: str) -> dict[str, Any]:
+    """CLIP as in Stable Diffusion 3: its pooled text is projected."""
+    parts = clip(width, length=24, second=pooled != 8)
+    config = CLIPTextConfig(**{**parts["text_encoder"].config.to_dict(), "projection_dim": pooled})
+    return {**parts, "text_encoder": draw(CLIPTextModelWithProjection(config).eval(), seed)}
 
 
 def t5(width: int) -> dict[str, Any]:
@@ -81,3 +93,34 @@ def image_encoder(width: int) -> Any:
             if name.endswith(("patch_embedding.weight", "visual_projection.weight")):
                 parameter.normal_(std=1.5 / math.sqrt(parameter[0].numel()))
     return encoder
+
+
+def gemma(width: int, seed: str) -> dict[str, Any]:
+    """Gemma 2 in small."""
+    tokenizer = gemma_tokenizer()
+    config = Gemma2Config(
+        vocab_size=len(tokenizer.get_vocab()),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+    )
+    return {"text_encoder": draw(Gemma2Model(config).eval(), seed), "tokenizer": tokenizer}
+
+
+def gemma_tokenizer() -> Any:
+    """Gemma's kind of tokenizer, with the words of T5's: bytes where it has no letter, and no space before a text."""
+    letters = ["▁", "\n", *(chr(code) for code in range(33, 127))]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    merges = []
+    for word in T5_WORDS:
+        whole = "▁"
+        for letter in word:
+            if whole + letter not in tokens:
+                merges.append((whole, letter))
+                tokens.append(whole + letter)
+            whole += letter
+    return GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, padding_side="right")

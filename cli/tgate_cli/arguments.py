@@ -265,7 +265,7 @@ def export_parser(list_models: Callable[[], int] = lambda: 0) -> Parser:
         metavar="N",
         help="last layers of CLIP's text encoders to leave out",
     )
-    add("--method", default="tgate", metavar="NAME", help="tgate, guidance_delta or tgate+guidance_delta")
+    add("--method", metavar="NAME", help="tgate, guidance_delta, …; the model's own if left out")
     add("--m", type=_steps, help="the gate step; the model's own if left out")
     add("--k", type=_steps, help="the self-attention interval before the gate; 1: no reuse")
     add("--steps", type=_steps, metavar="N", help="inference steps")

@@ -242,19 +242,7 @@ class Oracle:
             return getattr(diffusers, kind).from_config(config, **options, **silent)
 
     def _pipeline(self, **parts: Any) -> Any:
-        """The pipeline with these parts alone, and the options of model_index.json."""
-        known = inspect.signature(self._class.__init__).parameters
-        options = {
-            name: value
-            for name, value in self._job.checkpoint.model_index.items()
-            if name in known and not isinstance(value, (list, tuple))
-        }
-        options |= {"requires_safety_checker": False, "add_watermarker": False}
-        required = {name: None for name, p in known.items() if p.default is inspect.Parameter.empty and name != "self"}
-        with quiet():
-            pipe = self._class(**{**required, **{k: v for k, v in options.items() if k in known}, **parts})
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return bare_pipeline(self._class, self._job.checkpoint, **parts)
 
     def _run(self, function: Any, *args: Any, **options: Any) -> Any:
         try:
@@ -266,6 +254,22 @@ class Oracle:
                 f"{self._job.checkpoint.where}: {self._class.__name__} itself cannot run it ({one_line(error)}), so "
                 "nothing tells what would be right; mend the checkpoint, or export without a check (--no-verify)"
             ) from error
+
+
+def bare_pipeline(cls: Any, checkpoint: Checkpoint, **parts: Any) -> Any:
+    """diffusers' pipeline with these parts alone, and the options of model_index.json."""
+    known = inspect.signature(cls.__init__).parameters
+    options = {
+        name: value
+        for name, value in checkpoint.model_index.items()
+        if name in known and not isinstance(value, (list, tuple))
+    }
+    options |= {"requires_safety_checker": False, "add_watermarker": False}
+    required = {name: None for name, p in known.items() if p.default is inspect.Parameter.empty and name != "self"}
+    with quiet():
+        pipe = cls(**{**required, **{k: v for k, v in options.items() if k in known}, **parts})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def available_bytes() -> int:

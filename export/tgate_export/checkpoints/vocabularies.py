@@ -23,8 +23,8 @@ from tgate_export.libraries import refusing
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
-FILE_BYTES = 16 << 20
-"""Largest file of a tokenizer; CLIP's and T5's have up to 4 MB."""
+FILE_BYTES = 64 << 20
+"""Largest file of a tokenizer; CLIP's and T5's have up to 4 MB, Gemma's has 34."""
 
 MOST_TOKENS = 1 << 20
 MOST_ADDED = 1 << 14

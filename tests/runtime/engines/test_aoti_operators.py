@@ -52,6 +52,8 @@ CASES: dict[str, Case] = {
     "Conv grouped": ("Conv", [PICTURE, floats(4, 1, 3, 3)], [], {"group": 4, "dilations": [2, 2]}),
     "Conv 3D": ("Conv", [floats(1, 2, 3, 4, 5), floats(3, 2, 3, 1, 1)], [], {"pads": [1, 0, 0, 1, 0, 0]}),
     "Cos": ("Cos", [X], [], {}),
+    "DepthToSpace": ("DepthToSpace", [floats(2, 12, 3, 5)], [], {"blocksize": 2}),
+    "DepthToSpace column by row": ("DepthToSpace", [floats(2, 12, 3, 5)], [], {"blocksize": 2, "mode": "CRD"}),
     "Div": ("Div", [X, floats(6)], [], {}),
     "Div whole": ("Div", [whole(7, -7, 9)], [whole(2, 2, -4)], {}),
     "Einsum": ("Einsum", [X, floats(6, 3)], [], {"equation": "bij,jk->bik"}),
@@ -82,6 +84,7 @@ CASES: dict[str, Case] = {
     "ReduceMean": ("ReduceMean", [X], [whole(-1)], {}),
     "ReduceSum": ("ReduceSum", [X], [], {"keepdims": 0}),
     "ReduceSum of nothing": ("ReduceSum", [X], [], {"noop_with_empty_axes": 1}),
+    "Relu": ("Relu", [X], [], {}),
     "Reshape": ("Reshape", [X], [whole(0, -1)], {}),
     "Resize nearest": (
         "Resize",

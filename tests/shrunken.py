@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from tests.draw import draw
-from tests.tiny_encoders import T5_WORDS
+from tests.tiny_encoders import T5_WORDS, gemma_tokenizer
 from tests.tiny_models import END_TOKEN, _save_vocabulary, _vocabulary
 from tgate_export.checkpoints import published
 
@@ -142,6 +142,27 @@ _CLIP = {
     "num_attention_heads": _over(4),
     "num_hidden_layers": _layers,
 }
+_SANA = {
+    "num_attention_heads": _over(10),
+    "attention_head_dim": _over(4),
+    "num_cross_attention_heads": _over(10),
+    "cross_attention_head_dim": _over(4),
+    "cross_attention_dim": _over(40),  # heads times their width
+    "caption_channels": _TEXT,
+    "num_layers": _layers,
+}
+_SD3 = {
+    "num_attention_heads": _over(4),
+    "attention_head_dim": _over(8),
+    "caption_projection_dim": _TEXT,  # heads times their width
+    "joint_attention_dim": _TEXT,
+    "pooled_projection_dim": _TEXT,
+    "num_layers": _layers,
+}
+_DC_AE = {
+    **dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), _over(16)),
+    **dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block"), _over(3)),
+}
 _SMALLER: Mapping[str, Mapping[str, Any]] = {
     "UNet2DConditionModel": _UNET,
     "UNetSpatioTemporalConditionModel": _UNET,
@@ -149,8 +170,20 @@ _SMALLER: Mapping[str, Mapping[str, Any]] = {
     "AutoencoderKLTemporalDecoder": _VAE,
     "Transformer2DModel": _DIT,
     "LatteTransformer3DModel": _DIT,
+    "SanaTransformer2DModel": _SANA,
+    "SD3Transformer2DModel": _SD3,
+    "AutoencoderDC": _DC_AE,
     "clip_text_model": _CLIP,
     "clip_vision_model": _CLIP,
+    "gemma2": {
+        "hidden_size": _TEXT,
+        "intermediate_size": _TEXT,
+        "head_dim": _over(16),
+        "query_pre_attn_scalar": _over(16),
+        "num_attention_heads": _over(4),
+        "num_key_value_heads": _over(4),
+        "num_hidden_layers": _layers,
+    },
     "t5": {
         "d_model": _TEXT,
         "d_ff": _TEXT,
@@ -172,22 +205,26 @@ def _module(config: Mapping[str, Any]) -> Any:
 
 
 def _tokenizers(directory: Path, facts: Mapping[str, Any]) -> int:
-    """Write every tokenizer that the model has, and give the size of the vocabulary; 0 where it has none."""
-    components, size = facts["components"], 0
+    """Write every tokenizer that the model has, and give the size of the largest vocabulary; 0 where it has none."""
+    components, sizes = facts["components"], list[int]()
     for name in components:
         if not name.startswith("tokenizer"):
             continue
-        folder, limit = directory / name, int(components[name]["model_max_length"])
+        folder, limit = directory / name, int(components[name].get("model_max_length", 0))
         folder.mkdir()
         cls = facts["model_index"][name][1]
         if cls == "CLIPTokenizer":
             second = name == "tokenizer_2" or components["text_encoder"]["hidden_act"] == "gelu"
-            size = _write_clip(folder, limit, "!" if second else END_TOKEN)
-        elif cls == "T5Tokenizer":
-            size = _write_t5(folder, limit)
+            sizes.append(_write_clip(folder, limit, "!" if second else END_TOKEN))
+        elif cls in ("T5Tokenizer", "T5TokenizerFast"):
+            sizes.append(_write_t5(folder, limit))
+        elif cls == "GemmaTokenizerFast":
+            tokenizer = gemma_tokenizer()
+            tokenizer.save_pretrained(folder)
+            sizes.append(len(tokenizer.get_vocab()))
         else:
             raise ValueError(f"no small {cls} here")
-    return size
+    return max(sizes, default=0)
 
 
 def _write_clip(folder: Path, limit: int, pad: str) -> int:

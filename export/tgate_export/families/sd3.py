@@ -8,7 +8,6 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers.pipelines.stable_diffusion_3 import pipeline_stable_diffusion_3
 from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
@@ -17,6 +16,7 @@ from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Family, Scaling, Size, Texts, side
 from tgate_export.families.facts import SD3
 from tgate_export.families.unet import check_clip
+from tgate_export.quiet import quiet
 from tgate_export.schedulers import MU
 
 T5_TOKENS = 256
@@ -74,12 +74,8 @@ class StableDiffusion3(Family):
         module = super().build(checkpoint, component)
         if component == "transformer":
             embed = module.get_submodule("pos_embed")
-            table = embed._buffers.pop("pos_embed", None)
-            if table is None:
-                raise ExportError(
-                    f"{checkpoint.where}: the transformer has pos_embed_max_size = null, and Stable Diffusion 3 has a "
-                    "table of places; this checkpoint is of another architecture"
-                )
+            table = embed._buffers.pop("pos_embed")
+            assert table is not None  # whose size is a number in every configuration
             embed.register_parameter("pos_embed", nn.Parameter(table, requires_grad=False))
         return module
 
@@ -133,11 +129,13 @@ class StableDiffusion3(Family):
         config = dict(super().scheduler_config(checkpoint, size))
         if not config.get("use_dynamic_shifting"):
             return config
+        with quiet():  # imported late: the module tells of libraries for pictures that nothing here needs
+            from diffusers.pipelines.stable_diffusion_3 import pipeline_stable_diffusion_3 as own
         _, height, width = self.latents(checkpoint, size)
         patch = int(self.config(checkpoint, "transformer")["patch_size"])
         known = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         numbers = [config.get(key, default) for key, default in known.items()]  # checked where it is compiled
-        shift = pipeline_stable_diffusion_3.calculate_shift((height // patch) * (width // patch), *numbers)
+        shift = own.calculate_shift((height // patch) * (width // patch), *numbers)
         return {**config, MU: float(shift)}
 
     def size_multiple(self, checkpoint: Checkpoint) -> int:

@@ -16,8 +16,8 @@ def draw(module: Any, seed: str) -> Any:
             parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
             if name.endswith("SelfAttention.q.weight"):  # T5 does not scale its scores
                 parameter.mul_((parameter.shape[1] // 4) ** -0.5)
-            if name.endswith("scale_shift_table") and len(parameter) == 6:
-                parameter[[2, 5]] += 1.0  # the gates of attention and feed-forward
+            if name.endswith("scale_shift_table") and parameter.shape[-2] == 6:
+                parameter[..., [2, 5], :] += 1.0  # the gates of attention and feed-forward
         else:
             parameter.normal_(std=0.05, generator=generator)
             if name.endswith("weight"):

@@ -1,13 +1,14 @@
 """Eager references for the flow-matching families: diffusers' own pipeline, and the methods written out inside it.
 
 The pipeline calls its transformer with both halves of guidance in one batch, the negative one first, and combines what
-it gives. So a method is written out in the transformer's place: a call that is to run one half is given that half
-alone, and what it gives is returned as the two halves whose combination the pipeline then takes to be that.
+it gives; Wan's calls it twice, the prompt's half first. So a method is written out in the transformer's place: a call
+that is to run one half is given that half alone, and what it gives is returned as the two halves whose combination the
+pipeline then takes to be that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -93,16 +94,28 @@ def delta_run(pipe: Any, prompt: str, negative: str, m: int, **options: Any) -> 
 def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
     forward = pipe.transformer.forward
     steps = iter(range(1000))
+    waiting: list[tuple[dict[str, Any], Tensor]] = []
 
-    def run(*args: Any, **options: Any) -> tuple[Tensor]:
+    def run(**options: Any) -> tuple[Tensor]:
         def half(index: int) -> Call:
-            def chosen(value: Any) -> Any:
-                return value.chunk(2)[index] if isinstance(value, Tensor) else value
+            chosen = {n: v.chunk(2)[index] if isinstance(v, Tensor) else v for n, v in options.items()}
+            return lambda: forward(**chosen)
 
-            given: Sequence[Any] = [chosen(value) for value in args]
-            return lambda: forward(*given, **{name: chosen(value) for name, value in options.items()})
+        return (rule(next(steps), lambda: forward(**options), half(0), half(1)),)
 
-        return (rule(next(steps), lambda: forward(*args, **options), half(0), half(1)),)
+    def run_twice(**options: Any) -> tuple[Tensor]:
+        if not waiting:  # the prompt's half, which is filled in when the other one is known
+            waiting.append((options, torch.zeros_like(options["hidden_states"])))
+            return (waiting[0][1],)
+        first, positive = waiting.pop()
+        both = {n: torch.cat([v, first[n]]) if isinstance(v, Tensor) else v for n, v in options.items()}
+        negative, prompts = run(**both)[0].chunk(2)
+        positive.copy_(prompts)
+        return (negative,)
 
-    with mock.patch.object(pipe.transformer, "forward", run):
+    def named(*args: Any, **options: Any) -> tuple[Tensor]:
+        given = {**dict(zip(("hidden_states",), args, strict=True)), **options} if args else options
+        return run_twice(**given) if type(pipe).__name__ == "WanPipeline" else run(**given)
+
+    with mock.patch.object(pipe.transformer, "forward", named):
         yield

@@ -19,6 +19,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from tests.draw import draw
@@ -73,6 +75,15 @@ def t5(width: int) -> dict[str, Any]:
         tie_word_embeddings=False,
     )
     return {"text_encoder": T5EncoderModel(config), "tokenizer": tokenizer}
+
+
+def umt5(width: int, seed: str) -> dict[str, Any]:
+    """UMT5 in small, which has a table of places in every layer; its tokenizer is T5's."""
+    parts = t5(width)
+    known = parts["text_encoder"].config.to_dict()
+    names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj")
+    config = UMT5Config(**{name: known[name] for name in names})
+    return {**parts, "text_encoder": draw(UMT5EncoderModel(config).eval(), seed)}
 
 
 def image_encoder(width: int) -> Any:

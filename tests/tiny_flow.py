@@ -15,7 +15,7 @@ import diffusers
 import torch
 
 from tests.draw import draw
-from tests.tiny_encoders import clip_with_projection, gemma, t5
+from tests.tiny_encoders import clip_with_projection, gemma, t5, umt5
 
 Shape = tuple[int, ...]
 
@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True, kw_only=True)
 class TinyFlow:
     """One variant: ``model`` is the name for ``--model``, ``latents`` the shape of one result's, ``pixels`` those of a
-    latent pixel. ``network``, ``vae``: arguments of those classes."""
+    latent pixel, ``frames`` those of a video. ``network``, ``vae``: arguments of those classes."""
 
     model: str
     pipeline: str
@@ -33,6 +33,7 @@ class TinyFlow:
     network: Mapping[str, Any]
     vae: Mapping[str, Any]
     scheduler: Callable[[], Any]
+    frames: int = 1
 
 
 def _sana(heads: int, head_width: int, cross_heads: int, **more: Any) -> dict[str, Any]:
@@ -63,6 +64,42 @@ def _dc_ae(channels: Shape, blocks: tuple[str, ...], layers: Shape, upsample: st
         "upsample_block_type": upsample,
         "downsample_block_type": "conv" if upsample == "interpolate" else "pixel_unshuffle",
     }
+
+
+def _wan(heads: int, head_width: int, text_width: int, **more: Any) -> dict[str, Any]:
+    return {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": heads,
+        "attention_head_dim": head_width,
+        "text_dim": text_width,
+        "freq_dim": 16,
+        "ffn_dim": 3 * heads * head_width,
+        "num_layers": 2,
+        "rope_max_seq_len": 16,
+        **more,
+    }
+
+
+def _wan_vae(levels: Shape, halves_time: tuple[bool, ...]) -> dict[str, Any]:
+    return {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": list(levels),
+        "num_res_blocks": 1,
+        "temperal_downsample": list(halves_time),
+        "latents_mean": [0.2, -0.3, 0.1, 0.5],
+        "latents_std": [1.5, 0.8, 1.1, 2.0],
+        "scale_factor_spatial": 2 ** len(halves_time),
+        "scale_factor_temporal": 2 ** sum(halves_time),
+    }
+
+
+def _flow_unipc() -> Any:
+    """As published with Wan."""
+    return diffusers.UniPCMultistepScheduler(
+        beta_schedule="linear", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
 
 
 def _flow_dpm() -> Any:
@@ -159,6 +196,28 @@ FLOW_VARIANTS: Mapping[str, TinyFlow] = {
         vae=_kl(3),
         scheduler=lambda: diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=8),
     ),
+    "wan_a": TinyFlow(
+        model="wan21-t2v-1.3b",
+        pipeline="WanPipeline",
+        latents=(4, 3, 4, 8),
+        pixels=4,
+        frames=5,
+        text_width=24,
+        network=_wan(2, 12, 24),
+        vae=_wan_vae((1, 1, 2), (False, True)),
+        scheduler=_flow_unipc,
+    ),
+    "wan_b": TinyFlow(
+        model="wan21-t2v-1.3b",
+        pipeline="WanPipeline",
+        latents=(4, 2, 4, 2),
+        pixels=8,
+        frames=5,
+        text_width=16,
+        network=_wan(3, 16, 16, cross_attn_norm=False, num_layers=1),
+        vae=_wan_vae((1, 2, 2, 2), (True, True, False)),
+        scheduler=_flow_unipc,
+    ),
 }
 
 
@@ -205,7 +264,17 @@ def _build_sd3(tiny: TinyFlow, variant: str) -> Any:
     )
 
 
+def _build_wan(tiny: TinyFlow, variant: str) -> Any:
+    return diffusers.WanPipeline(
+        transformer=draw(diffusers.WanTransformer3DModel(**tiny.network).eval(), f"{variant}/transformer"),
+        vae=draw(diffusers.AutoencoderKLWan(**tiny.vae).eval(), f"{variant}/vae"),
+        scheduler=tiny.scheduler(),
+        **umt5(tiny.text_width, f"{variant}/text"),
+    )
+
+
 _BUILD: Mapping[str, Callable[[TinyFlow, str], Any]] = {
     "SanaPipeline": _build_sana,
     "StableDiffusion3Pipeline": _build_sd3,
+    "WanPipeline": _build_wan,
 }

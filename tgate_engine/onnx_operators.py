@@ -27,7 +27,7 @@ INPUTS: Mapping[str, str] = {
     **dict.fromkeys(_OF_TWO.split(), "11"),
     **dict.fromkeys(("Concat", "Einsum", "Max", "Min", "Sum"), "1*"),
     **dict.fromkeys(("GroupNormalization", "InstanceNormalization", "Where"), "111"),
-    **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), "1?"),
+    **dict.fromkeys(("ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), "1?"),
     **dict.fromkeys(("Split", "Squeeze", "Trilu"), "1?"),
     **dict.fromkeys(("Conv", "Gemm", "LayerNormalization"), "11?"),
     "Attention": "111???",
@@ -76,7 +76,7 @@ NAMES: Mapping[str, str] = {
     **dict.fromkeys(("Concat", "Flatten", "Gather", "Softmax"), "axis"),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization"), "axis epsilon stash_type"),
     **dict.fromkeys(
-        ("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), "keepdims noop_with_empty_axes"
+        ("ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), "keepdims noop_with_empty_axes"
     ),
     "ArgMax": "axis keepdims select_last_index",
     "Attention": "is_causal kv_num_heads q_num_heads qk_matmul_output_mode scale softcap softmax_precision",

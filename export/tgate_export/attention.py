@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
@@ -37,12 +38,14 @@ def observe(
     """
     sites: dict[str, AttentionSite] = {}
 
-    def watch(name: str, module: Attention) -> Callable[..., None]:
+    def watch(name: str, module: nn.Module) -> Callable[..., None]:
         def look(_module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             if name in sites:
                 raise ExportError(f"attention module {name!r} runs more than once in a step, and cannot be reused")
-            both = module.added_kv_proj_dim is not None
-            if module.residual_connection or module.spatial_norm is not None or (both and not joint):
+            # Newer classes have none of what they do not do.
+            both = getattr(module, "added_kv_proj_dim", None) is not None
+            odd = getattr(module, "residual_connection", False) or getattr(module, "spatial_norm", None) is not None
+            if odd or (both and not joint):
                 raise ExportError(
                     f"attention module {name!r} is none of a transformer block (it adds its own residual, attends to "
                     "text and picture at once, or normalises by place), and cannot be gated; its block type is that "
@@ -58,7 +61,7 @@ def observe(
     hooks = [
         module.register_forward_pre_hook(watch(name, module), with_kwargs=True)
         for name, module in denoiser.named_modules()
-        if isinstance(module, Attention)
+        if isinstance(module, (Attention, AttentionModuleMixin))
     ]
     try:
         call()

@@ -189,6 +189,8 @@ class Oracle:
                     f"{job.checkpoint.where}: {self._class.__name__} itself makes numbers of it that are not "
                     "finite, in float32; the checkpoint is damaged, or its configuration is another's"
                 )
+        if job.family.decodes_frames_together:  # [1, 3, F, H, W]
+            decoded = [frames.movedim(2, 1).flatten(0, 1) for frames in decoded]
         return Trajectory(latents=latents, decoded=torch.cat(decoded)[: job.size.frames] if decoded else None)
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from tgate_engine.errors import ExportError, shown
-from tgate_export.families.facts import LATTE, PIXART, SANA, SD, SD3, SDXL, SVD, Facts
+from tgate_export.families.facts import LATTE, PIXART, SANA, SD, SD3, SDXL, SVD, WAN, Facts
 
 if TYPE_CHECKING:
     from tgate_export.families.base import Family
@@ -213,6 +213,16 @@ MODELS: Mapping[str, Model] = {
         self_interval=10,
         guidance_scale=7.5,
         sampler="ddim",
+    ),
+    "wan21-t2v-1.3b": Model(
+        facts=WAN,
+        checkpoint="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        licence="apache-2.0",
+        steps=50,
+        gate=30,
+        self_interval=3,
+        guidance_scale=5.0,
+        sampler="unipc",
     ),
 }
 

@@ -101,6 +101,8 @@ class Family(ABC):
     """The axis of frames in latents [B, ...]; None for pictures."""
     frames_argument: str = ""
     """What diffusers' pipeline calls the number of frames; empty for pictures."""
+    decodes_frames_together: bool = False
+    """Whether the decoder takes a video's latents as they are, [1, C, F, h, w], instead of frame by frame."""
     fps: int = 8
     """Frames a second of a video."""
     textual_inversions: bool = False

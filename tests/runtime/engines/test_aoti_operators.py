@@ -80,6 +80,7 @@ CASES: dict[str, Case] = {
     "Pad reflect": ("Pad", [PICTURE], [whole(0, 0, 2, 1, 0, 0, 0, 3)], {"mode": "reflect"}),
     "Pow": ("Pow", [np.abs(X)], [np.array(1.5, np.float32)], {}),
     "Reciprocal": ("Reciprocal", [X], [], {}),
+    "ReduceL2": ("ReduceL2", [X], [whole(1)], {}),
     "ReduceMax": ("ReduceMax", [X], [whole(1, 2)], {"keepdims": 0}),
     "ReduceMean": ("ReduceMean", [X], [whole(-1)], {}),
     "ReduceSum": ("ReduceSum", [X], [], {"keepdims": 0}),

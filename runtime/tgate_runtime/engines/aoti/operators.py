@@ -224,6 +224,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Pad": _pad,
     "Pow": _plain(torch.pow),
     "Reciprocal": _plain(torch.reciprocal),
+    "ReduceL2": _over(lambda x, axes, keepdim: torch.linalg.vector_norm(x, dim=axes, keepdim=keepdim)),
     "ReduceMax": _over(torch.amax),
     "ReduceMean": _over(torch.mean),
     "ReduceSum": _over(torch.sum),

@@ -159,6 +159,22 @@ _SD3 = {
     "pooled_projection_dim": _TEXT,
     "num_layers": _layers,
 }
+_WAN = {
+    "num_attention_heads": _over(6),
+    "attention_head_dim": _over(8),
+    "ffn_dim": _TEXT,
+    "freq_dim": _over(8),
+    "text_dim": _TEXT,
+    "num_layers": _layers,
+}
+_T5 = {
+    "d_model": _TEXT,
+    "d_ff": _TEXT,
+    "d_kv": _over(2),  # heads times this is d_model, as in the published encoder
+    "num_heads": _over(16),
+    "num_layers": _layers,
+    "num_decoder_layers": _layers,
+}
 _DC_AE = {
     **dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), _over(16)),
     **dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block"), _over(3)),
@@ -172,7 +188,9 @@ _SMALLER: Mapping[str, Mapping[str, Any]] = {
     "LatteTransformer3DModel": _DIT,
     "SanaTransformer2DModel": _SANA,
     "SD3Transformer2DModel": _SD3,
+    "WanTransformer3DModel": _WAN,
     "AutoencoderDC": _DC_AE,
+    "AutoencoderKLWan": {"base_dim": _over(12), "num_res_blocks": _over(2)},
     "clip_text_model": _CLIP,
     "clip_vision_model": _CLIP,
     "gemma2": {
@@ -184,14 +202,8 @@ _SMALLER: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": _over(4),
         "num_hidden_layers": _layers,
     },
-    "t5": {
-        "d_model": _TEXT,
-        "d_ff": _TEXT,
-        "d_kv": _over(2),  # heads times this is d_model, as in the published encoder
-        "num_heads": _over(16),
-        "num_layers": _layers,
-        "num_decoder_layers": _layers,
-    },
+    "t5": _T5,
+    "umt5": _T5,
 }
 
 

@@ -6,7 +6,7 @@ Ungated trajectories are diffusers' own; gated ones are the methods written out 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +35,13 @@ from tgate_runtime.pipeline import Pipeline
 
 PROMPT, NEGATIVE = "A large red circle above a small blue square", "a photo of a green circle"
 GATED = [name for name, tiny in FLOW_VARIANTS.items() if MODELS[tiny.model].facts.cross_attention]
+ONE_OF_EACH = ("sana_a", "sd3_a", "wan_a")
+"""In every run of the tests; the other shapes are slow."""
 EMBEDDED = [name for name, tiny in FLOW_VARIANTS.items() if not MODELS[tiny.model].facts.text_graph]
+
+
+def _marked(variants: Iterable[str], quick: Container[str] = ONE_OF_EACH) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in variants]
 
 
 class Subject:
@@ -67,7 +73,7 @@ class Subject:
         """How diffusers' pipeline is asked for the same; its scheduler is the sampler's."""
         self.eager.scheduler = make_scheduler(sampler, self.bundle.manifest.scheduler)
         shape = self.bundle.manifest.shapes[0]
-        options = {"use_resolution_binning": False} if "Sana" in self.tiny.pipeline else {}
+        options: dict[str, Any] = {"use_resolution_binning": False} if "Sana" in self.tiny.pipeline else {}
         if self.tiny.frames > 1:
             options["num_frames"] = self.tiny.frames
         return options | {
@@ -105,7 +111,7 @@ def subject_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Subjec
     return functools.cache(lambda variant, method: Subject(variant, method, tmp_path_factory.mktemp(variant)))
 
 
-@pytest.mark.parametrize("variant", FLOW_VARIANTS)
+@pytest.mark.parametrize("variant", _marked(FLOW_VARIANTS))
 def test_ungated_latents_and_picture_are_those_of_diffusers(subject_of: Callable[..., Subject], variant: str) -> None:
     """From the prompt on, by every sampler that knows flow matching."""
     subject = subject_of(variant, _method(variant))
@@ -126,7 +132,7 @@ def test_ungated_latents_and_picture_are_those_of_diffusers(subject_of: Callable
 
 
 @pytest.mark.parametrize("case", [(6, 3, 2, 2, 0), (5, 2, 1, 1, 2), (7, 4, 3, 1, 1)], ids=str)
-@pytest.mark.parametrize("variant", GATED)
+@pytest.mark.parametrize("variant", _marked(GATED))
 def test_gated_latents_are_the_method_written_out(
     subject_of: Callable[..., Subject], variant: str, case: tuple[int, int, int, int, int]
 ) -> None:
@@ -141,7 +147,7 @@ def test_gated_latents_are_the_method_written_out(
     assert relative(got, plain) > 10 * TOLERANCE, "gating changes the trajectory, so the test could fail"
 
 
-@pytest.mark.parametrize("variant", FLOW_VARIANTS)
+@pytest.mark.parametrize("variant", _marked(FLOW_VARIANTS, ("sd3_a",)))
 def test_guidance_by_its_last_difference_and_stopped(subject_of: Callable[..., Subject], variant: str) -> None:
     subject = subject_of(variant, "guidance_delta")
     own = MODELS[subject.tiny.model].sampler
@@ -152,7 +158,7 @@ def test_guidance_by_its_last_difference_and_stopped(subject_of: Callable[..., S
     assert relative(stopped.numpy(), want) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("variant", EMBEDDED)
+@pytest.mark.parametrize("variant", _marked(EMBEDDED))
 def test_a_text_encoder_that_is_not_exported_is_refused_by_name(
     subject_of: Callable[..., Subject], tmp_path: Path, variant: str
 ) -> None:

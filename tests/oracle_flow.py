@@ -8,6 +8,7 @@ pipeline then takes to be that.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -114,7 +115,7 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
         return (negative,)
 
     def named(*args: Any, **options: Any) -> tuple[Tensor]:
-        given = {**dict(zip(("hidden_states",), args, strict=True)), **options} if args else options
+        given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **options}
         return run_twice(**given) if type(pipe).__name__ == "WanPipeline" else run(**given)
 
     with mock.patch.object(pipe.transformer, "forward", named):

@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from tests.draw import draw
-from tests.tiny_encoders import T5_WORDS, gemma_tokenizer
+from tests.tiny_encoders import T5_WORDS, bert_tokenizer, gemma_tokenizer
 from tests.tiny_models import END_TOKEN, _save_vocabulary, _vocabulary
 from tgate_export.checkpoints import published
 
@@ -167,6 +167,15 @@ _WAN = {
     "text_dim": _TEXT,
     "num_layers": _layers,
 }
+_HUNYUAN = {
+    "num_attention_heads": _over(4),
+    "attention_head_dim": _over(11),
+    "hidden_size": _over(44),  # heads times their width
+    "cross_attention_dim": _TEXT,
+    "cross_attention_dim_t5": _TEXT,
+    "pooled_projection_dim": _TEXT,
+    "num_layers": _layers,
+}
 _T5 = {
     "d_model": _TEXT,
     "d_ff": _TEXT,
@@ -189,8 +198,10 @@ _SMALLER: Mapping[str, Mapping[str, Any]] = {
     "SanaTransformer2DModel": _SANA,
     "SD3Transformer2DModel": _SD3,
     "WanTransformer3DModel": _WAN,
+    "HunyuanDiT2DModel": _HUNYUAN,
     "AutoencoderDC": _DC_AE,
     "AutoencoderKLWan": {"base_dim": _over(12), "num_res_blocks": _over(2)},
+    "bert": _CLIP,
     "clip_text_model": _CLIP,
     "clip_vision_model": _CLIP,
     "gemma2": {
@@ -230,8 +241,8 @@ def _tokenizers(directory: Path, facts: Mapping[str, Any]) -> int:
             sizes.append(_write_clip(folder, limit, "!" if second else END_TOKEN))
         elif cls in ("T5Tokenizer", "T5TokenizerFast"):
             sizes.append(_write_t5(folder, limit))
-        elif cls == "GemmaTokenizerFast":
-            tokenizer = gemma_tokenizer()
+        elif cls in ("GemmaTokenizerFast", "BertTokenizer"):
+            tokenizer = gemma_tokenizer() if cls == "GemmaTokenizerFast" else bert_tokenizer()
             tokenizer.save_pretrained(folder)
             sizes.append(len(tokenizer.get_vocab()))
         else:

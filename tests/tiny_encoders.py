@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -75,6 +78,28 @@ def t5(width: int) -> dict[str, Any]:
         tie_word_embeddings=False,
     )
     return {"text_encoder": T5EncoderModel(config), "tokenizer": tokenizer}
+
+
+def bert(width: int, seed: str) -> dict[str, Any]:
+    """BERT in small."""
+    tokenizer = bert_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer.get_vocab()),
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=80,
+    )
+    return {"text_encoder": draw(BertModel(config).eval(), seed), "tokenizer": tokenizer}
+
+
+def bert_tokenizer() -> Any:
+    """BERT's kind of tokenizer: letters, whole and within words, and the words of T5's."""
+    letters = [chr(code) for code in range(97, 123)]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    tokens += [word for word in T5_WORDS if word not in tokens]
+    return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=77)
 
 
 def umt5(width: int, seed: str) -> dict[str, Any]:

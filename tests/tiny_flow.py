@@ -15,7 +15,7 @@ import diffusers
 import torch
 
 from tests.draw import draw
-from tests.tiny_encoders import clip_with_projection, gemma, t5, umt5
+from tests.tiny_encoders import bert, clip_with_projection, gemma, t5, umt5
 
 Shape = tuple[int, ...]
 
@@ -93,6 +93,35 @@ def _wan_vae(levels: Shape, halves_time: tuple[bool, ...]) -> dict[str, Any]:
         "scale_factor_spatial": 2 ** len(halves_time),
         "scale_factor_temporal": 2 ** sum(halves_time),
     }
+
+
+def _hunyuan(heads: int, head_width: int, widths: tuple[int, int], **more: Any) -> dict[str, Any]:
+    return {
+        "num_attention_heads": heads,
+        "attention_head_dim": head_width,
+        "hidden_size": heads * head_width,
+        "in_channels": 4,
+        "patch_size": 2,
+        "sample_size": 16,
+        "num_layers": 4,
+        "cross_attention_dim": widths[0],
+        "cross_attention_dim_t5": widths[1],
+        "pooled_projection_dim": 16,
+        "use_style_cond_and_image_meta_size": False,
+        **more,
+    }
+
+
+def _ddpm() -> Any:
+    """As published with HunyuanDiT, which predicts velocity; its pipeline is asked for another sampler."""
+    return diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.018,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        steps_offset=1,
+    )
 
 
 def _flow_unipc() -> Any:
@@ -196,6 +225,27 @@ FLOW_VARIANTS: Mapping[str, TinyFlow] = {
         vae=_kl(3),
         scheduler=lambda: diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=8),
     ),
+    # No flow matching here, and an encoder that no graph holds.
+    "hunyuan_a": TinyFlow(
+        model="hunyuandit-1.2",
+        pipeline="HunyuanDiTPipeline",
+        latents=(4, 8, 12),
+        pixels=8,
+        text_width=16,
+        network=_hunyuan(2, 16, (16, 24)),
+        vae={**_kl(4), "shift_factor": None},
+        scheduler=_ddpm,
+    ),
+    "hunyuan_b": TinyFlow(
+        model="hunyuandit-1.2",
+        pipeline="HunyuanDiTPipeline",
+        latents=(4, 12, 8),
+        pixels=8,
+        text_width=24,
+        network=_hunyuan(3, 8, (24, 16), num_layers=3, mlp_ratio=2.5),
+        vae={**_kl(4), "shift_factor": None},
+        scheduler=_ddpm,
+    ),
     "wan_a": TinyFlow(
         model="wan21-t2v-1.3b",
         pipeline="WanPipeline",
@@ -264,6 +314,19 @@ def _build_sd3(tiny: TinyFlow, variant: str) -> Any:
     )
 
 
+def _build_hunyuan(tiny: TinyFlow, variant: str) -> Any:
+    return diffusers.HunyuanDiTPipeline(
+        transformer=draw(diffusers.HunyuanDiT2DModel(**tiny.network).eval(), f"{variant}/transformer"),
+        vae=draw(diffusers.AutoencoderKL(**tiny.vae).eval(), f"{variant}/vae"),
+        scheduler=tiny.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **bert(tiny.text_width, f"{variant}/1"),
+        **{f"{name}_2": part for name, part in t5(tiny.network["cross_attention_dim_t5"]).items()},
+    )
+
+
 def _build_wan(tiny: TinyFlow, variant: str) -> Any:
     return diffusers.WanPipeline(
         transformer=draw(diffusers.WanTransformer3DModel(**tiny.network).eval(), f"{variant}/transformer"),
@@ -277,4 +340,5 @@ _BUILD: Mapping[str, Callable[[TinyFlow, str], Any]] = {
     "SanaPipeline": _build_sana,
     "StableDiffusion3Pipeline": _build_sd3,
     "WanPipeline": _build_wan,
+    "HunyuanDiTPipeline": _build_hunyuan,
 }

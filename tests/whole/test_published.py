@@ -302,6 +302,7 @@ FULL: Mapping[str, Full] = {
     "pixart-alpha": Full(denoiser=611_349_152, latents=(4, 128, 128), size=(1, 1024, 1024)),
     "pixart-sigma": Full(denoiser=610_856_096, latents=(4, 128, 128), size=(1, 1024, 1024), decoder_bytes=2 * DECODER),
     "lcm-pixart": Full(denoiser=611_349_152, latents=(4, 128, 128), size=(1, 1024, 1024)),
+    "hunyuandit-1.2": Full(denoiser=1_499_952_032, latents=(4, 128, 128), size=(1, 1024, 1024)),
     "sd3-medium": Full(
         denoiser=2_084_951_104, latents=(16, 128, 128), size=(1, 1024, 1024), decoder_bytes=4 * SD3_DECODER
     ),

@@ -17,7 +17,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from tgate_engine.errors import ExportError, shown
-from tgate_export.families.facts import LATTE, PIXART, SANA, SD, SD3, SDXL, SVD, WAN, Facts
+from tgate_export.families.facts import HUNYUAN, LATTE, PIXART, SANA, SD, SD3, SDXL, SVD, WAN, Facts
 
 if TYPE_CHECKING:
     from tgate_export.families.base import Family
@@ -155,6 +155,15 @@ MODELS: Mapping[str, Model] = {
         warm_up=0,
         guidance_scale=0.0,
         sampler="lcm",
+    ),
+    "hunyuandit-1.2": Model(
+        facts=HUNYUAN,
+        checkpoint="Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
+        licence="tencent-hunyuan-community",
+        steps=50,
+        gate=30,
+        self_interval=3,
+        guidance_scale=5.0,
     ),
     "sd3-medium": Model(
         facts=SD3,

@@ -261,12 +261,7 @@ def export_parser(list_models: Callable[[], int] = lambda: 0) -> Parser:
         metavar="N",
         help="last layers of CLIP's text encoders to leave out",
     )
-    add(
-        "--method",
-        default="tgate",
-        metavar="NAME",
-        help="tgate, guidance_delta, tgate+guidance_delta, deepcache, tgate+deepcache or forecast",
-    )
+    add("--method", metavar="NAME", help="tgate, guidance_delta, deepcache, …; the model's own if left out")
     add("--m", type=steps, help="the gate step; the model's own if left out")
     add("--k", type=steps, help="the self-attention interval before the gate; 1: no reuse")
     add("--steps", type=steps, metavar="N", help="inference steps")

@@ -119,7 +119,8 @@ def trace(
     _restore_constants(graph, dict(module.named_buffers()))
     weights = _detach_weights(graph, frozenset(n for n, _ in module.named_parameters()), components, transposed)
     _name_values(graph, [spec.name for spec in inputs], tuple(outputs))
-    simplify(model)
+    with _quiet():
+        simplify(model)
     kept = _drop_unused_inputs(graph, {spec.name: spec for spec in inputs}, weights)
     return TracedGraph(
         name=name,

@@ -29,7 +29,7 @@ from tgate_engine.errors import ExportError
 from tgate_engine.sampler import HISTORY, MOST_LEAD_IN, MOST_STEPS, Sampler, SamplerStep
 from tgate_export.checkpoints.files import quoted
 from tgate_export.libraries import one_line, refusing
-from tgate_export.recipes import SAMPLERS
+from tgate_export.recipes import FLOW_EULER, SAMPLERS
 from tgate_export.schedulers import (
     ADVICE,
     declared,
@@ -37,6 +37,7 @@ from tgate_export.schedulers import (
     from_config,
     make_scheduler,
     refuse_options,
+    set_timesteps,
 )
 
 __all__ = ["SAMPLERS", "compile_sampler", "compile_scheduler", "drawing", "make_scheduler"]
@@ -57,6 +58,9 @@ MAGNITUDES = (0.1, 1.0, 30.0)
 
 LEAST_NUMBERS = 64
 """Of each random latents."""
+
+_PREDICTIONS = {FLOW_EULER: "flow_prediction"}
+"""What networks predict by classes that have no option for it."""
 
 OWN_STEPS = (*range(1, 31), 35, 40, 45, 50)
 OTHER_STEPS = (10, 20, 25, 30, 50)
@@ -136,7 +140,7 @@ def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
         initial_scale=initial_scale,
         calls=calls,
         lead_in=lead_in,
-        prediction_type=str(declared(scheduler).get("prediction_type") or "unstated"),
+        prediction_type=str(declared(scheduler).get("prediction_type") or _PREDICTIONS.get(kind, "unstated")),
         options={**facts(scheduler), "residual": float(f"{residual:.2g}")},
     )
 
@@ -152,7 +156,7 @@ class _Run:
         self.steps = steps
         self.scheduler = from_config(type(scheduler), scheduler.config)
         try:
-            self.scheduler.set_timesteps(steps)
+            set_timesteps(self.scheduler, steps)
             self.timesteps = list(self.scheduler.timesteps)
         except Exception as error:
             raise self._failed(error) from error

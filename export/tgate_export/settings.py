@@ -87,7 +87,7 @@ class ExportSettings:
     """
 
     model: str
-    method: str = "tgate"
+    method: str | None = None
     m: int | None = None
     k: int | None = None
     steps: int | None = None
@@ -141,7 +141,12 @@ def check_settings(settings: ExportSettings) -> Asked:
         raise ExportError(f"unknown dtype '{shown(settings.dtype)}'; choose one of {', '.join(DTYPES)}")
     if settings.weights not in WEIGHTS:
         raise ExportError(f"unknown weights '{shown(settings.weights)}'; choose one of {', '.join(WEIGHTS)}")
-    method = find_method(settings.method)
+    method = find_method(model.method if settings.method is None else settings.method)
+    if "k" in method.takes and not model.facts.cross_attention:
+        raise ExportError(
+            f"method {method.name} reuses cross-attention, and {settings.model} has none of its own: its text and its "
+            "picture attend to each other in one (joint attention); take --method guidance_delta or forecast"
+        )
     steps = model.steps if settings.steps is None else settings.steps
     method_settings = method.settings(
         steps=steps,
@@ -260,7 +265,12 @@ def _batches(settings: ExportSettings, model: Model) -> tuple[tuple[int, int], .
 
 def _components(settings: ExportSettings, model: Model) -> tuple[str, ...]:
     """The components to export, in their order."""
-    possible = tuple(c for c in COMPONENTS if c in (model.facts.source, "denoiser", "decoder"))
+    source = model.facts.source if model.facts.text_graph else None
+    possible = tuple(c for c in COMPONENTS if c in (source, "denoiser", "decoder"))
+    if source is None and "text" in (settings.components or ()):
+        raise ExportError(
+            f"the text encoder of {settings.model} is not exported; leave out text, and encode prompts with tgate embed"
+        )
     if settings.components is None:
         return possible if settings.weights == "checkpoint" else ("denoiser",)
     odd = [c for c in settings.components if c not in possible]

@@ -49,7 +49,13 @@ def trace_decoder(job: Job, mode: FakeTensorMode) -> TracedGraph:
     """One result's latents to its pixels, and beside them to what they were rounded from."""
     family = job.family
     vae, scaling = _fake(job, mode, family.decoder), family.scaling(job.checkpoint)
-    module = Decoder(vae, scaling, getattr(torch, job.decoder_dtype), family.frames_axis)
+    module = Decoder(
+        vae,
+        scaling,
+        getattr(torch, job.decoder_dtype),
+        family.frames_axis,
+        together=family.decodes_frames_together,
+    )
     return trace(
         DECODER_GRAPH,
         DECODE,

@@ -22,6 +22,7 @@ from tgate_export.checkpoints.files import plain, quoted
 from tgate_export.families.facts import Facts
 from tgate_export.libraries import refusing
 from tgate_export.methods.base import Halves
+from tgate_export.schedulers import MU, PIPELINE_SIGMAS
 
 Texts = Mapping[str, Tensor]
 """Conditioning of one prompt by name, each [1, ...]."""
@@ -100,6 +101,8 @@ class Family(ABC):
     """The axis of frames in latents [B, ...]; None for pictures."""
     frames_argument: str = ""
     """What diffusers' pipeline calls the number of frames; empty for pictures."""
+    decodes_frames_together: bool = False
+    """Whether the decoder takes a video's latents as they are, [1, C, F, h, w], instead of frame by frame."""
     fps: int = 8
     """Frames a second of a video."""
     textual_inversions: bool = False
@@ -275,9 +278,10 @@ class Family(ABC):
             )
         return float(value)
 
-    def scheduler_config(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
-        """The scheduler's configuration as the pipeline uses it; its class is the one that model_index.json names."""
-        config = dict(checkpoint.scheduler_config())
+    def scheduler_config(self, checkpoint: Checkpoint, size: Size) -> Mapping[str, Any]:
+        """The scheduler's configuration as the pipeline uses it for a size, with what it hands over beside it
+        (:data:`~tgate_export.schedulers.MU`); its class is the one that model_index.json names."""
+        config = {k: v for k, v in checkpoint.scheduler_config().items() if k not in (MU, PIPELINE_SIGMAS)}
         class_name(f"{checkpoint.where}: scheduler/scheduler_config.json", config)
         if named := checkpoint.named_class("scheduler"):
             config["_class_name"] = named
@@ -326,6 +330,10 @@ class Family(ABC):
                 f"{component} has places for {places} tokens; set it to {places} at most"
             )
         return limit
+
+    def tokenizer_kind(self, index: int) -> type[Any]:
+        """The class of tokenizer ``index``."""
+        return self.tokenizer_class
 
     def end_token(self, checkpoint: Checkpoint, index: int) -> int | None:
         """The token by which a text encoder tells where a prompt ends and padding begins; None where it does not."""

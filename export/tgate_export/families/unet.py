@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -56,17 +56,7 @@ class TextUNet(Family):
                 f"{checkpoint.where}: the unet takes {config['in_channels']} channels and gives "
                 f"{config['out_channels']}; samplers want as many"
             )
-        for component in self.text_components:
-            if self.config(checkpoint, component).get("use_attention_mask"):
-                raise ExportError(
-                    f"{checkpoint.where}: {component}/config.json has use_attention_mask = true; text encoders that "
-                    "mask padding cannot be exported. Set it to false if the model was trained without the mask"
-                )
-            if checkpoint.config(component).get("is_causal") is False:
-                raise ExportError(
-                    f"{checkpoint.where}: {component}/config.json has is_causal = false; CLIP's text encoders look "
-                    "back alone, and are exported so. Leave it out if the model was trained so"
-                )
+        check_clip(self, checkpoint, self.text_components)
 
     def guidance(self, checkpoint: Checkpoint, scale: float) -> Guidance:
         if self.config(checkpoint, "unet")["time_cond_proj_dim"] is not None:
@@ -126,6 +116,21 @@ def deep_module(checkpoint: Checkpoint, unet: nn.Module, branch: int) -> str | N
             "more layers on its way up"
         )
     return names[-branch - 2]
+
+
+def check_clip(family: Family, checkpoint: Checkpoint, components: Sequence[str]) -> None:
+    """Raises :class:`ExportError` for CLIP text encoders that do not do as diffusers' pipelines expect."""
+    for component in components:
+        if family.config(checkpoint, component).get("use_attention_mask"):
+            raise ExportError(
+                f"{checkpoint.where}: {component}/config.json has use_attention_mask = true; text encoders that "
+                "mask padding cannot be exported. Set it to false if the model was trained without the mask"
+            )
+        if checkpoint.config(component).get("is_causal") is False:
+            raise ExportError(
+                f"{checkpoint.where}: {component}/config.json has is_causal = false; CLIP's text encoders look "
+                "back alone, and are exported so. Leave it out if the model was trained so"
+            )
 
 
 def guidance_embedding(scale: Tensor, width: int) -> Tensor:

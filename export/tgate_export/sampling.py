@@ -14,6 +14,7 @@ The result is checked against the scheduler at the same time, on random latents 
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import sys
@@ -111,7 +112,7 @@ def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
     kind = type(scheduler).__name__
     check_steps(steps)
     refuse_options(scheduler)
-    run = _Run(scheduler, steps)
+    run = Run(scheduler, steps)
     lead_in = len(run.timesteps) - steps
     # PNDM starts with two calls for its first step. Anything else that is not n calls (Heun takes two per
     # step; a rounding error in a scheduler's spacing adds one) would put the gate at the wrong place.
@@ -123,7 +124,7 @@ def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
         )
     with refusing(f"diffusers cannot run {kind} with {steps} steps", ADVICE):
         initial_scale = float(getattr(run.scheduler, "init_noise_sigma", 1.0))
-    calls, residual = _coefficients(run, kind, initial_scale)
+    calls, residual = coefficients(run, kind, initial_scale)
     # A comparison with nan is false, so this also refuses a residual that is not a number.
     if not residual < MAX_RESIDUAL:
         raise ExportError(
@@ -141,7 +142,7 @@ def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
     )
 
 
-class _Run:
+class Run:
     """One trajectory of a new scheduler. Schedulers count their steps, so none is used twice.
 
     Vectors travel as [batch, 1, 1, size] because some schedulers name the first dimensions.
@@ -156,6 +157,16 @@ class _Run:
             self.timesteps = list(self.scheduler.timesteps)
         except Exception as error:
             raise self._failed(error) from error
+
+    def begun(self, begin: int, most: int) -> Run:
+        """A run of the same that has taken no step yet, and leaves out the first ``begin`` of them as diffusers'
+        pipelines do that start from a picture; ``most``: how many calls are of interest."""
+        other = copy.copy(self)
+        other.scheduler = copy.deepcopy(self.scheduler)
+        other.timesteps = self.timesteps[begin:][:most]
+        if hasattr(other.scheduler, "set_begin_index"):
+            other.scheduler.set_begin_index(begin)
+        return other
 
     def step(self, call: int, latents: Array, output: Array, drawn: Array) -> tuple[Array, Array]:
         """What the network would see of ``latents``, and the next latents. All [batch, size].
@@ -211,7 +222,7 @@ def _array(tensor: Any) -> Array:
     return array
 
 
-def _coefficients(run: _Run, kind: str, initial_scale: float) -> tuple[tuple[SamplerStep, ...], float]:
+def coefficients(run: Run, kind: str, initial_scale: float) -> tuple[tuple[SamplerStep, ...], float]:
     """Every call's formula, read off unit vectors, and how far the scheduler's own steps on random latents are from it.
 
     Both are rows of one trajectory, since a scheduler's steps take the time. Row 0 holds the unit vectors: coordinate j

@@ -13,7 +13,8 @@ class Facts:
     ``name``: its own, and its file's in this folder. ``cls``: the class in it. ``source``: what conditions its models.
     ``video``: whether they make videos. ``clip_skips``: whether the pipeline can leave out its text encoders' last
     layers (``--clip-skip``). ``rescales_guidance``: whether it can rescale guidance (``--guidance-rescale``; arXiv
-    2305.08891, section 3.4).
+    2305.08891, section 3.4). ``from_pictures``: whether diffusers has a pipeline that begins from a picture in place of
+    noise, and so export an encoder.
     """
 
     name: str
@@ -22,10 +23,11 @@ class Facts:
     video: bool = False
     clip_skips: bool = False
     rescales_guidance: bool = False
+    from_pictures: bool = False
 
 
-SD = Facts(name="sd", cls="StableDiffusion", clip_skips=True, rescales_guidance=True)
-SDXL = Facts(name="sdxl", cls="Sdxl", clip_skips=True, rescales_guidance=True)
+SD = Facts(name="sd", cls="StableDiffusion", clip_skips=True, rescales_guidance=True, from_pictures=True)
+SDXL = Facts(name="sdxl", cls="Sdxl", clip_skips=True, rescales_guidance=True, from_pictures=True)
 PIXART = Facts(name="pixart", cls="PixArt")
 SVD = Facts(name="svd", cls="StableVideo", source="image", video=True)
 LATTE = Facts(name="latte", cls="Latte", video=True)

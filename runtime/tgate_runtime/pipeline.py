@@ -20,6 +20,7 @@ from tgate_engine.errors import shown
 from tgate_engine.graph import DECODE
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
+from tgate_runtime.beginning import Beginner
 from tgate_runtime.conditioning import from_embeddings, rows_of
 from tgate_runtime.decoder import decode
 from tgate_runtime.encoder import Encoder, Row
@@ -38,6 +39,7 @@ from tgate_runtime.request import (
     check_source,
     scales_of,
     seeds_of,
+    strength_of,
 )
 from tgate_runtime.runner import StepDone, run
 from tgate_runtime.session import PlanLike, Session
@@ -99,6 +101,7 @@ class Pipeline:
         """Draw with an open session, which stays the caller's to close."""
         self.session = session
         self._encoder = Encoder(session)
+        self._beginner = Beginner(session)
         self._colours = Colours(session)
 
     @staticmethod
@@ -130,6 +133,7 @@ class Pipeline:
         prompt: str | Sequence[str] | None = None,
         *,
         image: Image.Image | None = None,
+        strength: float | None = None,
         prompt_embeds: Mapping[str, NDArray[Any]] | None = None,
         seed: int | Sequence[int] | None = None,
         negative_prompt: str | Sequence[str | None] | None = None,
@@ -143,6 +147,9 @@ class Pipeline:
     ) -> Result:
         """Draw ``num_images`` pictures (or videos) of each prompt, or from ``image``.
 
+        ``image``: what conditions an image-to-video model, in place of a prompt; beside a prompt, what the request
+        begins from in place of noise, with ``strength`` above 0 and at most 1, the part of the plan's steps that is
+        taken (:class:`~tgate_runtime.beginning.Beginner`; None is 0.6).
         ``prompt_embeds``: in place of a prompt or an image, ``<name>.<half>`` to [N, ...], float32, as ``tgate embed``
         writes them for N prompts.
         ``seed``: 0 .. 2**63 - 1. Image j of the request has the seed ``seed + j``, and comes out the same when it is
@@ -174,17 +181,26 @@ class Pipeline:
         check_room(count, shape, self.session.manifest.frames)
         seeds = seeds_of(seed, count)
         scales = scales_of(guidance_scale, count, chosen, self.session.manifest)
-        rows = self._rows(texts, image, prompt_embeds, seeds, number, size)
+        strength = strength_of(strength, self.session.manifest, image)
+        if initial_latents is not None:
+            check_latents(initial_latents, (count, *latents_shape))
+        begun = image is not None and strength is not None
+        beginning = self._beginner.begin(chosen, image, strength, size) if begun else None  # type: ignore[arg-type]
+        rows = self._rows(texts, None if begun else image, prompt_embeds, seeds, number, size)
 
         def drawn(image: int, draw: int) -> NDArray[np.float32]:
             return in_dtype(noise(seeds[image], latents_shape, draw=draw, generator=generator), generator, dtype)
 
-        if initial_latents is None:
-            start = np.stack([drawn(j, 0) for j in range(count)])
-        else:
-            start = check_latents(initial_latents, (count, *latents_shape))
+        def added(image: int, draw: int) -> NDArray[np.float32]:
+            """Where a picture's latents are sampled, that is the first draw, and all others come after it."""
+            return drawn(image, draw + begun)
+
+        start = np.stack([added(j, 0) for j in range(count)]) if initial_latents is None else initial_latents
+        if beginning is not None:
+            start = np.stack([beginning.latents(drawn(j, 0), start[j]) for j in range(count)])
         given = digests_of_given(count, image=image, prompt_embeds=prompt_embeds, initial_latents=initial_latents)
-        latents = self._denoise(chosen, size, start, rows, scales, drawn, on_step)
+        plan_taken = chosen if beginning is None else beginning.plan
+        latents = self._denoise(plan_taken, size, start, rows, scales, added, on_step)
         decoder = self.session.graph(DECODE, size)
         decoded = [decode(self.session, decoder, each) for each in latents] if decoder else []
         video = self.session.manifest.frames > 1
@@ -193,7 +209,7 @@ class Pipeline:
             videos=decoded if video else [],
             latents=latents,
             seeds=seeds,
-            records=self._records(chosen, size, texts, scales, seeds, generator, given),
+            records=self._records(chosen, size, texts, scales, seeds, generator, strength, given),
         )
 
     def close(self) -> None:
@@ -256,6 +272,7 @@ class Pipeline:
         scales: Sequence[float],
         seeds: Sequence[int],
         generator: str,
+        strength: float | None,
         given: Sequence[Mapping[str, str]],
     ) -> tuple[Record, ...]:
         """What each image was drawn from."""
@@ -270,6 +287,7 @@ class Pipeline:
                 seed=seed,
                 generator=generator,
                 guidance_scale=scale,
+                strength=strength,
                 size=size,
                 plan=made,
                 model=manifest.model,

@@ -89,7 +89,8 @@ class Record:
     """What one image was drawn from. It holds no path, no name of a machine or a user, and no time.
 
     ``prompt``: None where an image or embeddings stood for it. ``size``: WIDTHxHEIGHT. ``bundle``: its
-    :func:`~tgate_engine.manifest_json.bundle_digest`. ``version``: of tgate-engine. ``given``: the SHA-256, by its name
+    :func:`~tgate_engine.manifest_json.bundle_digest`. ``strength``: of one that began from a picture; None for others,
+    whose JSON has none. ``version``: of tgate-engine. ``given``: the SHA-256, by its name
     in :data:`GIVEN`, of what was given in arrays (:func:`digest_of_arrays`), this image's rows alone.
     """
 
@@ -103,18 +104,21 @@ class Record:
     model: str
     bundle: str
     engine: EngineRecord
+    strength: float | None = None
     version: str = __version__
     given: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values; :func:`parse_record` gives back an equal one."""
         data = asdict(self)
+        if self.strength is None:
+            del data["strength"]
         return {"form": FORM, **data}
 
     def request(self) -> dict[str, Any]:
         """The arguments of :class:`~tgate_runtime.pipeline.Pipeline` that draw the image again, but for its plan
         (:func:`plan_for`) and what was :attr:`given`."""
-        names = ("prompt", "negative_prompt", "seed", "generator", "guidance_scale", "size")
+        names = ("prompt", "negative_prompt", "seed", "generator", "guidance_scale", "size", "strength")
         return {name: getattr(self, name) for name in names}
 
     def differences(self, other: Record) -> list[str]:
@@ -271,6 +275,7 @@ def _record(r: Reader) -> Record:
         seed=r.whole("seed", 0, SEED_LIMIT - 1),
         generator=r.word("generator"),
         guidance_scale=r.number("guidance_scale"),
+        strength=r.number("strength", 0, 1) if "strength" in r.data else None,
         size=size,
         plan=PlanRecord(
             name=plan.word("name"),

@@ -1,9 +1,9 @@
 """Eager references for requests that begin from a picture: diffusers' own pipelines, ungated and gated.
 
 :func:`latents_from` runs diffusers' image-to-image pipeline of a checkpoint, or its inpainting pipeline, in float32 on
-the CPU. With a gate, the method is written out around its U-Net, which the pipeline calls as it always does: hooks keep,
-store and replace what attention modules give, and from the gate on the negative half alone is computed and given for
-both, so that guidance changes nothing. The method counts the calls that are made, PNDM's extra first one apart.
+the CPU. With a gate, the method is written out around its U-Net, which the pipeline calls as it always does: hooks
+keep, store and replace what attention modules give, and from the gate on the negative half alone is computed and given
+for both, so that guidance changes nothing. The method counts the calls that are made, PNDM's extra first one apart.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def latents_from(
     the pipeline is given, such as a mask."""
     pipe: Any = getattr(diffusers, cls).from_pretrained(checkpoint, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = make_scheduler(sampler, dict(pipe.scheduler.config) | {"_class_name": type(pipe.scheduler).__name__})
+    pipe.scheduler = make_scheduler(
+        sampler, dict(pipe.scheduler.config) | {"_class_name": type(pipe.scheduler).__name__}
+    )
     with _drawn(pipe, draws), torch.no_grad(), ExitStack() as stack:
         if gate is not None:
             extra = 1 if sampler == "pndm" else 0
@@ -112,7 +114,7 @@ def _gated(unet: torch.nn.Module, gate: Gate, *, first: int, guided: bool) -> It
             if action == "store":
                 stored[name] = output
             if action == "store_mean":
-                stored[name] = sum(output.chunk(2)) / 2  # type: ignore[assignment]
+                stored[name] = sum(output.chunk(2)) / 2
             return output
 
         return hook

@@ -13,7 +13,7 @@ first step, and so on. So n, m, k, w and f count the steps that are taken, not t
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,27 +34,31 @@ from tgate_engine.step import STEP_ROW, step_row
 
 STARTS = ".starts"
 """How the names of tensors of starts end, in the file of compiled samplers: ``<sampler>.<n>.starts``."""
-_HEAD = 2
-"""Numbers before a start's own rows: what the picture and the noise are multiplied by."""
+_HEAD = 3
+"""Numbers before the rows of a start's own calls: its level, and whether it is free."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """Where a trajectory begins from a picture.
 
-    ``begin``: steps of the whole trajectory that are left out, 0 .. n - 1. ``picture``, ``noise``: coefficients of the
-    picture's latents and of standard normal noise in x_0. ``calls``: the first calls, whose coefficients are not those
-    of the whole trajectory; often none, and never many.
+    ``begin``: steps of the whole trajectory that are left out, 0 .. n - 1. ``levels``: for each call that is left, what
+    the picture's latents and standard normal noise are multiplied by to be as noisy as the latents before it.
+    ``calls``: the first calls, whose coefficients are not those of the whole trajectory; often none, and never many.
+    ``free``: whether the steps go by whatever latents they are given, so that some of them may be replaced between two
+    steps.
     """
 
     begin: int
-    picture: float
-    noise: float
+    levels: tuple[tuple[float, float], ...]
     calls: tuple[SamplerStep, ...]
+    free: bool
 
-    def latents(self, picture: NDArray[np.float32], noise: NDArray[np.float32]) -> NDArray[np.float32]:
-        """x_0, float32 of the shape of both, which is one result's or several's latents. Pure."""
-        latents: NDArray[np.float32] = np.float32(self.picture) * picture + np.float32(self.noise) * noise
+    def noised(self, picture: NDArray[np.float32], noise: NDArray[np.float32], call: int = 0) -> NDArray[np.float32]:
+        """A picture's latents as noisy as those before call ``call`` of what is left; x_0 before the first. Float32 of
+        the shape of both arrays. Pure."""
+        own, added = self.levels[call]
+        latents: NDArray[np.float32] = np.float32(own) * picture + np.float32(added) * noise
         return latents
 
     def sampler(self, whole: Sampler) -> Sampler:
@@ -96,18 +100,15 @@ def plan_from(plan: Plan, start: Start, graphs: Mapping[str, GraphSpec], carries
     )
 
 
-def start_rows(starts: Collection[Start], calls: int) -> NDArray[np.float32]:
-    """Starts as a table, float32 [n, 2 + 12 D], by their ``begin``: D is the most calls of their own that any has, and
-    where one has fewer, zeros stand after them. ``calls``: those of the whole trajectory."""
+def start_rows(starts: Sequence[Start]) -> NDArray[np.float32]:
+    """The starts of a trajectory as a table, float32 [calls, 3 + 12 D], by their ``begin``: the level before a call, 1
+    where the sampler is free and 0 where it is not, and the calls of its own that a trajectory has from there on, D of
+    them or as many as are left, then zeros."""
     depth = max(len(start.calls) for start in starts)
     rows = np.zeros((len(starts), _HEAD + STEP_ROW * depth), np.float32)
     for start in starts:
-        # A start that could do with fewer has as many as the others, so that the table says all.
-        if len(start.calls) < min(depth, calls - start.begin):
-            raise ValueError(f"start {start.begin} has {len(start.calls)} calls of its own, others have {depth}")
-        numbers = [np.float32(start.picture), np.float32(start.noise)]
         own = [step_row(call, 0.0) for call in start.calls]
-        row = np.concatenate([np.array(numbers, np.float32), *own])
+        row = np.concatenate([np.array([*start.levels[0], start.free], np.float32), *own])
         rows[start.begin, : len(row)] = row
     return rows
 
@@ -163,9 +164,11 @@ class Starts:
                 "a start from a picture wants; take a plan without --forecast"
             )
         own = min((rows.shape[1] - _HEAD) // STEP_ROW, len(sampler.calls) - begin)
-        numbers = rows[begin].astype(np.float64).tolist()
-        calls = tuple(call_of(numbers[_HEAD + STEP_ROW * i : _HEAD + STEP_ROW * (i + 1)]) for i in range(own))
-        return Start(begin=begin, picture=numbers[0], noise=numbers[1], calls=calls)
+        numbers = rows[begin:].astype(np.float64).tolist()
+        calls = tuple(call_of(numbers[0][_HEAD + STEP_ROW * i : _HEAD + STEP_ROW * (i + 1)]) for i in range(own))
+        return Start(
+            begin=begin, levels=tuple((row[0], row[1]) for row in numbers), calls=calls, free=bool(numbers[0][2])
+        )
 
 
 def _rows(sampler: Sampler) -> bytes:
@@ -174,6 +177,6 @@ def _rows(sampler: Sampler) -> bytes:
 
 def _checked(rows: NDArray[Any], whole: Sampler) -> NDArray[np.float32]:
     wide = rows.ndim == 2 and rows.shape[1] >= _HEAD and (rows.shape[1] - _HEAD) % STEP_ROW == 0
-    if not wide or rows.dtype != np.float32 or len(rows) != whole.steps or not np.isfinite(rows).all():
+    if not wide or rows.dtype != np.float32 or len(rows) != len(whole.calls) or not np.isfinite(rows).all():
         raise ValueError(f"starts of {whole.steps} steps are {rows.dtype} {list(rows.shape)}, or not finite")
     return rows

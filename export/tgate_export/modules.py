@@ -100,8 +100,8 @@ class Decoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A picture, uint8 [1, H, W, 3], to the mean and the standard deviation of its latents in the denoiser's scale, both
-    float32 [1, C, h, w]: a trajectory begins from a sample of them."""
+    """A picture, uint8 [1, H, W, 3], to the mean and the standard deviation of its latents in the denoiser's scale,
+    both float32 [1, C, h, w]: a trajectory begins from a sample of them."""
 
     def __init__(self, vae: nn.Module, scaling: Scaling, dtype: torch.dtype) -> None:
         super().__init__()

@@ -143,8 +143,8 @@ class Oracle:
         return conditioning
 
     def encoded(self, picture: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, in the denoiser's scale, of the latents that diffusers' pipeline begins from with
-        a picture, uint8 [1, H, W, 3]: [1, C, h, w] each."""
+        """Mean and standard deviation, in the denoiser's scale, of the latents that diffusers' pipeline begins from
+        with a picture, uint8 [1, H, W, 3]: [1, C, h, w] each."""
         job = self._job
         cls: Any = getattr(diffusers, job.family.picture_pipeline)
         pipe = self._pipeline(cls, **{job.family.decoder: self.module(job.family.decoder)})

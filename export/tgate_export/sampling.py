@@ -124,7 +124,7 @@ def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
         )
     with refusing(f"diffusers cannot run {kind} with {steps} steps", ADVICE):
         initial_scale = float(getattr(run.scheduler, "init_noise_sigma", 1.0))
-    calls, residual = coefficients(run, kind, initial_scale)
+    calls, residual, _ = coefficients(run, kind, initial_scale)
     # A comparison with nan is false, so this also refuses a residual that is not a number.
     if not residual < MAX_RESIDUAL:
         raise ExportError(
@@ -222,8 +222,9 @@ def _array(tensor: Any) -> Array:
     return array
 
 
-def coefficients(run: Run, kind: str, initial_scale: float) -> tuple[tuple[SamplerStep, ...], float]:
-    """Every call's formula, read off unit vectors, and how far the scheduler's own steps on random latents are from it.
+def coefficients(run: Run, kind: str, initial_scale: float) -> tuple[tuple[SamplerStep, ...], float, bool]:
+    """Every call's formula, read off unit vectors; how far the scheduler's own steps on random latents are from it; and
+    whether all of them hold for latents that somebody else made, which no identity tells of.
 
     Both are rows of one trajectory, since a scheduler's steps take the time. Row 0 holds the unit vectors: coordinate j
     is X_j, calls + j is E_j, 2 calls + j is Z_j. The others are :class:`_Random`.
@@ -231,7 +232,7 @@ def coefficients(run: Run, kind: str, initial_scale: float) -> tuple[tuple[Sampl
     calls = len(run.timesteps)
     random = _Random(max(3 * calls, LEAST_NUMBERS), initial_scale)
     formulas: Array = np.zeros((calls, 2, calls))  # [call, X or E, index]
-    steps = []
+    steps, free = [], True
     for i in range(calls):
         latents, output, drawn = random.begin()
         latents[0, i] = output[0, calls + i] = drawn[0, 2 * calls + i] = 1.0
@@ -245,12 +246,14 @@ def coefficients(run: Run, kind: str, initial_scale: float) -> tuple[tuple[Sampl
             )
         if np.delete(noises, i).any():
             raise ExportError(f"call {i} of {kind} reuses an earlier step's noise, and is not compiled. {ADVICE}")
-        window = _window(formulas, i)
-        if window is None:
+        found = _window(formulas, i)
+        if found is None:
             raise ExportError(
                 f"call {i} of {kind} with {run.steps} steps needs more than the current and {HISTORY} "
                 f"previous pairs of latents and outputs, and is not compiled. {ADVICE}"
             )
+        window, used = found
+        free = free and not used
         steps.append(
             SamplerStep(
                 timestep=float(run.timesteps[i]),
@@ -261,11 +264,12 @@ def coefficients(run: Run, kind: str, initial_scale: float) -> tuple[tuple[Sampl
             )
         )
         random.end(steps[i], seen[1:], following[1:])
-    return tuple(steps), random.worst
+    return tuple(steps), random.worst, free
 
 
-def _window(formulas: Array, i: int) -> Array | None:
-    """Call i's coefficients [X or E, lag], over the current and at most HISTORY previous pairs.
+def _window(formulas: Array, i: int) -> tuple[Array, int] | None:
+    """Call i's coefficients [X or E, lag], over the current and at most HISTORY previous pairs, and how many identities
+    they rest on.
 
     Tried first: the formula as it stands. Then the formula less multiples of the identities
     X_j - formula_{j-1} = 0, for j = i and if need be i-1 and i-2, the fewest that clear everything older
@@ -290,7 +294,7 @@ def _window(formulas: Array, i: int) -> Array | None:
             if left <= TAIL * scale and np.abs(weights).max(initial=0.0) <= MAX_WEIGHT:
                 window = np.zeros((2, HISTORY + 1))
                 window[:, : i - first + 1] = cleared[:, first : i + 1][:, ::-1]
-                return window
+                return window, used
     return None
 
 

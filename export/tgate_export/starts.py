@@ -48,7 +48,7 @@ def compile_starts(
     wanted = tuple(
         sampler
         for sampler in samplers
-        if sampler.steps in (*OWN_STEPS, own.steps) and sampler.name == own.name or sampler.steps in OTHER_STEPS
+        if (sampler.steps in (*OWN_STEPS, own.steps) and sampler.name == own.name) or sampler.steps in OTHER_STEPS
     )
     return dict(_tables(wanted, json.dumps(base_config, sort_keys=True, default=str)))
 
@@ -59,36 +59,39 @@ def _tables(samplers: tuple[Sampler, ...], config: str) -> tuple[tuple[str, NDAr
     for whole in samplers:
         with suppress(ExportError):
             starts = starts_of(make_scheduler(whole.name, json.loads(config)), whole)
-            tables.append((f"{whole.name}.{whole.steps}{STARTS}", start_rows(starts, len(whole.calls))))
+            tables.append((f"{whole.name}.{whole.steps}{STARTS}", start_rows(starts)))
     return tuple(tables)
 
 
 def starts_of(scheduler: Any, whole: Sampler) -> tuple[Start, ...]:
-    """Every start of a compiled sampler, by its ``begin``; all of them have as many calls of their own, as far as their
-    trajectories go. Raises :class:`ExportError` where one never becomes the whole trajectory."""
+    """Every start of a compiled sampler, by its ``begin``, one for each call; all of them have as many calls of their
+    own, as far as their trajectories go. Raises :class:`ExportError` where one never becomes the whole trajectory."""
     run = Run(scheduler, whole.steps)
     if hasattr(run.scheduler, "get_lms_coefficient"):  # integrates, over and over, what depends on the step alone
         run.scheduler.get_lms_coefficient = functools.cache(run.scheduler.get_lms_coefficient)
-    middle = _from(run, whole.steps // 2, _MOST, whole)
-    depth = _depth(middle, whole)
-    starts = [_from(run, begin, depth + 2, whole) for begin in range(whole.steps)]
-    if any(_depth(start, whole) > depth for start in starts):
-        raise ExportError(f"{run.kind} begins in other ways from some of {whole.steps} steps than from others. {ADVICE}")
-    return tuple(replace(start, calls=start.calls[:depth]) for start in starts)
+    levels = tuple(_level(run.begun(begin, 1)) for begin in range(len(whole.calls)))
+    _, _, free = coefficients(run.begun(0, _MOST), run.kind, whole.initial_scale)
+
+    def start(begin: int, most: int) -> Start:
+        calls, residual, own = coefficients(run.begun(begin, most), run.kind, whole.initial_scale)
+        if not residual < MAX_RESIDUAL:
+            raise ExportError(
+                f"{run.kind} is not linear from step {begin} of {whole.steps} on: {residual:.1e}. {ADVICE}"
+            )
+        return Start(begin=begin, levels=levels[begin:], calls=calls, free=free and own)
+
+    depth = _depth(start(whole.steps // 2, _MOST), whole)
+    starts = [start(begin, depth + 2) for begin in range(len(whole.calls))]
+    if any(_depth(each, whole) > depth for each in starts):
+        raise ExportError(
+            f"{run.kind} begins in other ways from some of {whole.steps} steps than from others. {ADVICE}"
+        )
+    free = all(each.free for each in starts)
+    return tuple(replace(each, calls=each.calls[:depth], free=free) for each in starts)
 
 
-def _from(run: Run, begin: int, most: int, whole: Sampler) -> Start:
-    """A start with its first calls, ``most`` of them at most."""
-    begun = run.begun(begin, most)
-    picture, noise = _added(begun)
-    calls, residual = coefficients(begun, run.kind, whole.initial_scale)
-    if not residual < MAX_RESIDUAL:
-        raise ExportError(f"{run.kind} is not linear from step {begin} of {whole.steps} on: {residual:.1e}. {ADVICE}")
-    return Start(begin=begin, picture=picture, noise=noise, calls=calls)
-
-
-def _added(run: Run) -> tuple[float, float]:
-    """What the scheduler multiplies a picture's latents and noise with, to begin from them."""
+def _level(run: Run) -> tuple[float, float]:
+    """What the scheduler multiplies a picture's latents and noise by, where a run begins."""
     picture, noise = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 1.0]]]])
     with refusing(f"diffusers cannot add noise to a picture with {run.kind}", ADVICE):
         latents = run.scheduler.add_noise(picture, noise, torch.stack(run.timesteps[:1]))

@@ -89,6 +89,18 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.asarray(upright.convert("RGB")))  # without what the old one says about itself
 
 
+def as_mask(image: Image.Image) -> Image.Image:
+    """A new mask, L of 8 bits, 255 where something is to be drawn anew and 0 where it stays: of a picture with alpha
+    what is more transparent than not, of any other what is nearer to white than to black. Raises as :func:`as_rgb`
+    does."""
+    rgb = as_rgb(image)
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in _WITH_ALPHA:
+        alpha = upright.convert(_WITH_ALPHA[upright.mode]).getchannel("A")
+        return alpha.point([255 if value < 128 else 0 for value in range(256)])
+    return rgb.convert("L").point([255 if value >= 128 else 0 for value in range(256)])
+
+
 def _from_16_bits(image: Image.Image, *, inverted: bool) -> Image.Image:
     values = np.asarray(image).astype(np.uint16)
     grey = ((~values if inverted else values) >> 8).astype(np.uint8)

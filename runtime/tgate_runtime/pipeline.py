@@ -43,7 +43,7 @@ from tgate_runtime.request import (
 )
 from tgate_runtime.runner import StepDone, run
 from tgate_runtime.session import PlanLike, Session
-from tgate_runtime.state import State, most_at_once
+from tgate_runtime.state import Mend, State, most_at_once
 
 log = logging.getLogger("tgate")
 
@@ -134,6 +134,7 @@ class Pipeline:
         *,
         image: Image.Image | None = None,
         strength: float | None = None,
+        mask: Image.Image | None = None,
         prompt_embeds: Mapping[str, NDArray[Any]] | None = None,
         seed: int | Sequence[int] | None = None,
         negative_prompt: str | Sequence[str | None] | None = None,
@@ -149,7 +150,8 @@ class Pipeline:
 
         ``image``: what conditions an image-to-video model, in place of a prompt; beside a prompt, what the request
         begins from in place of noise, with ``strength`` above 0 and at most 1, the part of the plan's steps that is
-        taken (:class:`~tgate_runtime.beginning.Beginner`; None is 0.6).
+        taken (:class:`~tgate_runtime.beginning.Beginner`; None is 0.6). ``mask``: what of it is drawn anew
+        (:func:`~tgate_runtime.picture.as_mask`); the rest of it stays.
         ``prompt_embeds``: in place of a prompt or an image, ``<name>.<half>`` to [N, ...], float32, as ``tgate embed``
         writes them for N prompts.
         ``seed``: 0 .. 2**63 - 1. Image j of the request has the seed ``seed + j``, and comes out the same when it is
@@ -181,26 +183,33 @@ class Pipeline:
         check_room(count, shape, self.session.manifest.frames)
         seeds = seeds_of(seed, count)
         scales = scales_of(guidance_scale, count, chosen, self.session.manifest)
-        strength = strength_of(strength, self.session.manifest, image)
+        strength = strength_of(strength, self.session.manifest, image, mask)
         if initial_latents is not None:
             check_latents(initial_latents, (count, *latents_shape))
         begun = image is not None and strength is not None
-        beginning = self._beginner.begin(chosen, image, strength, size) if begun else None  # type: ignore[arg-type]
+        beginning = self._beginner.begin(chosen, image, strength, size, mask) if begun else None  # type: ignore[arg-type]
         rows = self._rows(texts, None if begun else image, prompt_embeds, seeds, number, size)
 
         def drawn(image: int, draw: int) -> NDArray[np.float32]:
             return in_dtype(noise(seeds[image], latents_shape, draw=draw, generator=generator), generator, dtype)
 
-        def added(image: int, draw: int) -> NDArray[np.float32]:
-            """Where a picture's latents are sampled, that is the first draw, and all others come after it."""
-            return drawn(image, draw + begun)
-
-        start = np.stack([added(j, 0) for j in range(count)]) if initial_latents is None else initial_latents
+        start = initial_latents
+        if start is None:
+            start = np.stack([drawn(j, int(beginning is not None)) for j in range(count)])
+        mends: list[Mend | None] = [None] * count
         if beginning is not None:
-            start = np.stack([beginning.latents(drawn(j, 0), start[j]) for j in range(count)])
-        given = digests_of_given(count, image=image, prompt_embeds=prompt_embeds, initial_latents=initial_latents)
-        plan_taken = chosen if beginning is None else beginning.plan
-        latents = self._denoise(plan_taken, size, start, rows, scales, added, on_step)
+            first = [beginning.first(drawn(j, 0), start[j]) for j in range(count)]
+            start, mends = np.stack([latents for latents, _ in first]), [mend for _, mend in first]
+        skipped = 0 if beginning is None else beginning.draws
+
+        def in_steps(image: int, index: int) -> NDArray[np.float32]:
+            return drawn(image, skipped + in_step(index))
+
+        given = digests_of_given(
+            count, image=image, mask=mask, prompt_embeds=prompt_embeds, initial_latents=initial_latents
+        )
+        taken = chosen if beginning is None else beginning.plan
+        latents = self._denoise(taken, size, start, rows, scales, in_steps, mends, on_step)
         decoder = self.session.graph(DECODE, size)
         decoded = [decode(self.session, decoder, each) for each in latents] if decoder else []
         video = self.session.manifest.frames > 1
@@ -309,7 +318,8 @@ class Pipeline:
         start: NDArray[np.float32],
         rows: Sequence[Row],
         scales: Sequence[float],
-        drawn: Callable[[int, int], NDArray[np.float32]],
+        in_steps: Callable[[int, int], NDArray[np.float32]],
+        mends: Sequence[Mend | None],
         on_step: Callable[[Progress], None] | None,
     ) -> NDArray[np.float32]:
         """Final latents [N, ...] of all images, in batches of the sizes that the bundle takes."""
@@ -326,7 +336,8 @@ class Pipeline:
                     latents=start[images],
                     conditioning={name: np.concatenate([rows[j][name] for j in images]) for name in rows[first]},
                     guidance_scale=[scales[j] for j in images],
-                    step_noise=partial(_step_noise, drawn, images),
+                    step_noise=partial(_step_noise, in_steps, images),
+                    mend=[mends[j] for j in images],
                 )
                 with closing(steps):  # whatever on_step raises, the state is free again
                     for step in steps:
@@ -347,9 +358,9 @@ class Pipeline:
 
 
 def _step_noise(
-    drawn: Callable[[int, int], NDArray[np.float32]], images: Sequence[int], row: int, step: int
+    in_steps: Callable[[int, int], NDArray[np.float32]], images: Sequence[int], row: int, step: int
 ) -> NDArray[np.float32]:
-    return drawn(images[row], in_step(step))
+    return in_steps(images[row], step)
 
 
 def _batches(count: int, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:

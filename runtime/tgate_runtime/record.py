@@ -23,13 +23,13 @@ from tgate_engine.sampler import MOST_STEPS, Fact, check_facts
 from tgate_engine.step import step_row
 from tgate_runtime.engines.protocol import Engine
 from tgate_runtime.generators import SEED_LIMIT
-from tgate_runtime.picture import as_rgb
+from tgate_runtime.picture import as_mask, as_rgb
 
 FORM = 1
 """Of the JSON; another one means something else."""
 MOST_BYTES = 2**20
 """Of a record's JSON: room for two prompts as long as any that is read."""
-GIVEN = ("image", "initial_latents", "prompt_embeds")
+GIVEN = ("image", "mask", "initial_latents", "prompt_embeds")
 """What a request may be given in arrays, whose numbers no record holds."""
 
 _MOST_FACTS = 64
@@ -210,15 +210,20 @@ def digests_of_given(
     count: int,
     *,
     image: Image.Image | None = None,
+    mask: Image.Image | None = None,
     prompt_embeds: Mapping[str, NDArray[Any]] | None = None,
     initial_latents: NDArray[Any] | None = None,
 ) -> list[dict[str, str]]:
-    """Of each of ``count`` images, :attr:`Record.given`: ``image`` is all of them's, as RGB; a row of
+    """Of each of ``count`` images, :attr:`Record.given`: ``image`` is all of them's, as RGB, and ``mask`` as it is read
+    (:func:`~tgate_runtime.picture.as_mask`); a row of
     ``initial_latents`` [count, ...] is one's, and a row of ``prompt_embeds`` [N, ...] that of count / N neighbours."""
     each: list[dict[str, str]] = [{} for _ in range(count)]
     if image is not None:
         shared = digest_of_arrays({"image": np.asarray(as_rgb(image))})
         each = [{"image": shared} for _ in each]
+    if mask is not None:
+        shared = digest_of_arrays({"mask": np.asarray(as_mask(mask))})
+        each = [{**own, "mask": shared} for own in each]
     for name, tensors in (
         ("initial_latents", {} if initial_latents is None else {"": initial_latents}),
         ("prompt_embeds", prompt_embeds or {}),

@@ -76,14 +76,16 @@ def begins_from(manifest: Manifest, image: object) -> bool:
     return image is not None and not manifest.conditioned_by("image")
 
 
-def strength_of(strength: object, manifest: Manifest, image: object) -> float | None:
-    """The strength of a request that begins from ``image``; None for others, to whom it would be of no use."""
+def strength_of(strength: object, manifest: Manifest, image: object, mask: object = None) -> float | None:
+    """The strength of a request that begins from ``image``; None for others, for whom neither it nor a mask is of any
+    use."""
     if not begins_from(manifest, image):
-        if strength is not None:
-            raise RequestError(
-                f"strength {shown(strength)} would change nothing: it is for requests that begin from an image, beside "
-                "a prompt; leave it out, or give one"
-            )
+        for name, value in (("strength", strength), ("mask", mask)):
+            if value is not None:
+                raise RequestError(
+                    f"{name} would change nothing: it is for requests that begin from an image, beside a prompt; leave "
+                    "it out, or give one"
+                )
         return None
     return STRENGTH if strength is None else check_strength(strength)
 

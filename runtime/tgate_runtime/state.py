@@ -27,6 +27,8 @@ from tgate_runtime.session import Session
 
 StepNoise = Callable[[int], NDArray[np.float32]]
 """Standard normal noise [...] of one image, by the index of the step that adds it."""
+Mend = Callable[[int, NDArray[np.float32]], NDArray[np.float32]]
+"""What an image's latents [...] become after a step, by its index and what it made of them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class _Image:
     position: int
     guidance_scale: float
     step_noise: StepNoise | None
+    mend: Mend | None
     reach: int  # how far back the plan's sampler looks
     live: tuple[tuple[str, ...], ...]  # the carries that are still to be read, at each position of the plan
 
@@ -139,13 +142,15 @@ class State:
         guidance_scale: float,
         plan: Plan | None = None,
         step_noise: StepNoise | None = None,
+        mend: Mend | None = None,
     ) -> None:
         """Start an image in a row: x_0 is ``noise`` times the sampler's initial scale, its history zeros.
 
         ``noise``: standard normal, float32 [...]. ``conditioning``: ``<name>.<half>`` to [...]; float32 numbers, which
         are rounded to the graph's dtype, or that dtype's bits already. Names that no plan uses are ignored.
         ``guidance_scale``: ignored by graphs that have no guidance. ``plan``: one of the state's; None where it has one
-        alone. ``step_noise``: needed where the sampler is stochastic. All arrays are copied. Raises
+        alone. ``step_noise``: needed where the sampler is stochastic. ``mend``: what becomes of the image's latents
+        after each step, read from the device and written back; None leaves them there. All arrays are copied. Raises
         :class:`RequestError` naming what is missing, misshapen or not finite.
         """
         self._session.check_unchanged()
@@ -154,6 +159,7 @@ class State:
             raise RequestError(f"sampler {chosen.sampler.name!r} draws noise in its steps; give step_noise")
         scale = check_scale(guidance_scale)
         check_call(step_noise, "step_noise")
+        check_call(mend, "mend")
         check_mapping(conditioning, "conditioning")
         row = check_row(row, self.rows)
         missing = [name for name in self._halves if name not in conditioning]
@@ -169,7 +175,7 @@ class State:
         for name in self._halves:
             self._write(own[name], conditioning[name], f"conditioning {name}")
         live = next(live for own, live in zip(self.plans, self._live, strict=True) if own is chosen or own == chosen)
-        self._images[row] = _Image(chosen, 0, scale, step_noise, chosen.sampler.reach, live)
+        self._images[row] = _Image(chosen, 0, scale, step_noise, mend, chosen.sampler.reach, live)
 
     def end(self, row: int) -> None:
         """Let the image in a row go, through or not; what its latents were stays readable until another one begins
@@ -288,6 +294,11 @@ class State:
                 if past(name, lag) in own:
                     own[past(name, lag)].copy(own[past(name, lag - 1)])
         own[LATENTS].copy(own[NEXT_LATENTS])
+        for row in rows:
+            image = self._images[row]
+            if image is not None and image.mend is not None:
+                index = image.plan.steps[image.position - 1].index
+                self.replace_latents(row, image.mend(index, self.latents(row)))
 
     # --- buffers --------------------------------------------------------------------------------
 

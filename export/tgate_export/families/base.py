@@ -144,7 +144,10 @@ class Family(ABC):
                 )
         config = self.config(checkpoint, self.decoder)
         levels = len(config["block_out_channels"])
-        for key in ("up_block_types", *(("down_block_types",) if self.image_components or self.facts.from_pictures else ())):  # what encodes
+        for key in (
+            "up_block_types",
+            *(("down_block_types",) if self.image_components or self.facts.from_pictures else ()),
+        ):  # what encodes
             if key in config and len(config[key]) != levels:
                 raise ExportError(
                     f"{checkpoint.where}: {self.decoder}/config.json has {len(config[key])} {key} and {levels} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -37,10 +38,19 @@ def read_picture(content: bytes, name: str) -> Image.Image:
     Raises :class:`RequestError` for another format than :data:`READ`, for several pictures in one file, for more than
     :data:`MOST_PIXELS`, and for a file that is damaged or cut short.
     """
+    return _read(content, name, as_rgb)
+
+
+def read_mask(content: bytes, name: str) -> Image.Image:
+    """The mask of a file's ``content``, as :func:`as_mask` makes it. Raises as :func:`read_picture` does."""
+    return _read(content, name, as_mask)
+
+
+def _read(content: bytes, name: str, made: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=READ) as image:
             _check_file(image, content)
-            return as_rgb(image)
+            return made(image)
     except RequestError as error:
         raise RequestError(f"{name}: {error}") from None
     except UnidentifiedImageError:

@@ -152,7 +152,7 @@ class Starts:
         key = sampler.name, sampler.steps
         rows, whole = self._tables.get(key), self._samplers.get(key)
         if rows is None or whole is None:
-            there = ", ".join(f"{name} of {steps}" for name, steps in self._tables)
+            there = ", ".join(f"{name} of {steps}" for name, steps in sorted(self._tables))
             raise PlanError(
                 f"plan '{shown(plan.name)}' takes {sampler.steps} steps of sampler '{shown(sampler.name)}', for which "
                 f"the bundle has no start from a picture; make one with `tgate plan` for which it has "

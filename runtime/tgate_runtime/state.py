@@ -151,9 +151,10 @@ class State:
         ``noise``: standard normal, float32 [...]. ``conditioning``: ``<name>.<half>`` to [...]; float32 numbers, which
         are rounded to the graph's dtype, or that dtype's bits already. Names that no plan uses are ignored.
         ``guidance_scale``: ignored by graphs that have no guidance. ``plan``: one of the state's, or one that takes no
-        buffer beside theirs, such as what is left of one; None where it has one alone. ``step_noise``: needed where the sampler is stochastic. ``mend``: what becomes of the image's latents
-        after each step, read from the device and written back; None leaves them there. All arrays are copied. Raises
-        :class:`RequestError` naming what is missing, misshapen or not finite.
+        buffer beside theirs, such as what is left of one; None where it has one alone. ``step_noise``: needed where the
+        sampler is stochastic. ``mend``: what becomes of the image's latents after each step, read from the device and
+        written back; None leaves them there. All arrays are copied. Raises :class:`RequestError` naming what is
+        missing, misshapen or not finite.
         """
         self._session.check_unchanged()
         chosen = self._plan(plan)

@@ -33,9 +33,9 @@ class Wish:
     """What somebody asks of a model; None takes what the model has of its own.
 
     ``picture``: RGB, what an image-to-video model starts from, in place of a prompt; beside one, what the images begin
-    from, with ``strength`` and ``mask`` as :class:`~tgate_runtime.pipeline.Pipeline` has them. ``images``: how many, of seeds
-    that count on from ``seed``; a random one where that is None. ``size``: one of the model's. ``guidance_scale``:
-    above 1. ``generator``: of noise. ``priority``, ``within_s``: see :class:`~tgate_serve.worker.Request`.
+    from, with ``strength`` and ``mask`` as :class:`~tgate_runtime.pipeline.Pipeline` has them. ``images``: how many, of
+    seeds that count on from ``seed``; a random one where that is None. ``size``: one of the model's.
+    ``guidance_scale``: above 1. ``generator``: of noise. ``priority``, ``within_s``: see :class:`~tgate_serve.worker.Request`.
     ``partials``: how many looks at each image before it is through, evenly spread over its steps.
     """
 

@@ -8,6 +8,7 @@ for both, so that guidance changes nothing. The method counts the calls that are
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -55,11 +56,8 @@ def latents_from(
 ) -> torch.Tensor:
     """Final latents [1, 4, h, w]. ``cls``: diffusers' pipeline. ``image``: of the output's size. ``more``: what else
     the pipeline is given, such as a mask."""
-    pipe: Any = getattr(diffusers, cls).from_pretrained(checkpoint, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = make_scheduler(
-        sampler, dict(pipe.scheduler.config) | {"_class_name": type(pipe.scheduler).__name__}
-    )
+    pipe, config = _loaded(checkpoint, cls)
+    pipe.scheduler = make_scheduler(sampler, config)
     with _drawn(pipe, draws), torch.no_grad(), ExitStack() as stack:
         if gate is not None:
             extra = 1 if sampler == "pndm" else 0
@@ -77,6 +75,14 @@ def latents_from(
         )
     latents: torch.Tensor = result.images
     return latents
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(checkpoint: Path, cls: str) -> tuple[Any, dict[str, Any]]:
+    """A pipeline, and the configuration of the checkpoint's own scheduler."""
+    pipe: Any = getattr(diffusers, cls).from_pretrained(checkpoint, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
 
 
 @contextmanager

@@ -113,10 +113,16 @@ def error(
 
 @pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
 @pytest.mark.parametrize(
-    ("sampler", "strength"),
-    [("dpmpp_2m", 0.3), ("dpmpp_2m", 0.6), ("dpmpp_2m", 1.0), ("euler", 0.6), ("ddim", 0.59), ("pndm", 0.6)],
+    ("family", "sampler", "strength"),
+    [
+        ("sd", "dpmpp_2m", 0.3),
+        ("sd", "euler", 0.6),
+        ("sd", "ddim", 0.59),
+        ("sd", "pndm", 0.6),
+        ("sdxl", "dpmpp_2m", 0.6),
+        ("sdxl", "euler", 1.0),
+    ],
 )
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_from_a_picture(
     models: Callable[[str], tuple[Path, Path]], family: str, sampler: str, strength: float, gated: bool
 ) -> None:
@@ -126,13 +132,12 @@ def test_from_a_picture(
 @pytest.mark.parametrize("sampler", ["unipc", "lms", "deis", "dpmpp_3m", "dpmpp_2m_karras", "lcm", "euler_a"])
 def test_with_other_samplers(models: Callable[[str], tuple[Path, Path]], sampler: str) -> None:
     """LCM and the ancestral one draw noise in their steps, after that of the beginning."""
-    assert error(models("sdxl"), "sdxl", sampler, 0.6, gated=True) < TOLERANCE
+    assert error(models("sd"), "sd", sampler, 0.6, gated=True) < TOLERANCE
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
 @pytest.mark.parametrize(
-    ("family", "sampler", "strength"),
-    [("sd", "dpmpp_2m", 0.6), ("sd", "euler", 1.0), ("sdxl", "dpmpp_2m", 0.3), ("sdxl", "ddim", 0.6)],
+    ("family", "sampler", "strength"), [("sd", "euler", 1.0), ("sd", "lcm", 0.6), ("sdxl", "dpmpp_2m", 0.6)]
 )
 def test_through_a_mask(
     models: Callable[[str], tuple[Path, Path]], family: str, sampler: str, strength: float, gated: bool
@@ -140,13 +145,7 @@ def test_through_a_mask(
     assert error(models(family), family, sampler, strength, gated=gated, masked=True) < TOLERANCE
 
 
-@pytest.mark.parametrize("sampler", ["lcm", "euler_a"])
-def test_through_a_mask_with_noise_in_steps(models: Callable[[str], tuple[Path, Path]], sampler: str) -> None:
-    assert error(models("sd"), "sd", sampler, 0.6, gated=True, masked=True) < TOLERANCE
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize(("family", "masked"), [("sd", True), ("sdxl", False)])
 def test_on_openvino(models: Callable[[str], tuple[Path, Path]], family: str, masked: bool) -> None:
     pytest.importorskip("openvino")
     own = error(models(family), family, "dpmpp_2m", 0.6, gated=True, masked=masked, engine="openvino")

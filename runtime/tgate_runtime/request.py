@@ -48,10 +48,10 @@ def check_source(
     """What conditions a request is one thing, and one that the bundle takes; None is not given. Beside a prompt, or its
     embeddings, an image is what the request begins from, where the bundle has an encoder."""
     source = "image" if manifest.conditioned_by("image") else "prompt"
-    if begins_from(manifest, image):
-        if manifest.graph(ENCODE) is None:
-            raise RequestError(NO_ENCODER)
+    if begins_from(manifest, image) and manifest.graph(ENCODE) is not None:
         image = None
+    elif begins_from(manifest, image) and (prompt is not None or prompt_embeds is not None):
+        raise RequestError(NO_ENCODER)
     named = {"prompt": prompt, "image": image, "prompt_embeds": prompt_embeds}
     several = [name for name, value in named.items() if value is not None]
     if len(several) != 1 or several[0] not in (source, "prompt_embeds"):

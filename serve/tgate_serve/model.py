@@ -36,7 +36,8 @@ class Wish:
     from, with ``strength`` and ``mask`` as :class:`~tgate_runtime.pipeline.Pipeline` has them. ``images``: how many, of
     seeds that count on from ``seed``; a random one where that is None. ``size``: one of the model's.
     ``guidance_scale``: above 1. ``generator``: of noise. ``priority``, ``within_s``: see
-    :class:`~tgate_serve.worker.Request`. ``partials``: how many looks at each image before it is through, evenly spread over its steps.
+    :class:`~tgate_serve.worker.Request`. ``partials``: how many looks at each image before it is through, evenly spread
+    over its steps.
     """
 
     prompt: str | None = None

@@ -617,7 +617,7 @@ def test_from_a_picture_as_the_pipeline_draws(
     options = ["--image", image, "--strength", 0.75, "--seed", 4, *(["--mask", mask] if masked else [])]
     status, _, err = run("generate", begins, PROMPT, *options, "--output", tmp_path / "a.png", "--quiet")
     assert (status, err) == (0, "")
-    own = {"mask": files.load_mask(mask)} if masked else {}
+    own: dict[str, Any] = {"mask": files.load_mask(mask)} if masked else {}
     with Pipeline.open(begins, threads=1) as pipe:
         expected = pipe(PROMPT, image=files.load_picture(image), strength=0.75, seed=4, **own)
     assert pixels(tmp_path / "a.png") == expected.images[0].tobytes()

@@ -20,9 +20,9 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import EngineError, RequestError
 from tgate_engine.graph import ENCODE
 from tgate_export.methods.base import Settings
-from tgate_runtime import beginning
 from tgate_runtime.beginning import Beginner, fit_mask
 from tgate_runtime.generators import noise
+from tgate_runtime.graph_call import GraphCall
 from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.record import parse_record
 from tgate_runtime.session import Session
@@ -175,7 +175,7 @@ def test_where_less_is_reused_a_warning_says_so(
 ) -> None:
     with caplog.at_level(logging.WARNING, "tgate"):
         pipe(PROMPT, image=picture(), strength=strength, seed=1)
-    assert [says in message for message in caplog.messages] == ([True] if says else [])
+    assert [says is not None and says in message for message in caplog.messages] == ([True] if says else [])
 
 
 def test_a_plan_that_reuses_nothing_is_not_told_of(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
@@ -250,14 +250,14 @@ def test_an_encoder_that_gives_no_numbers_is_told(path: Path, monkeypatch: pytes
             return np.full((1, 2, 4, 4), np.nan, np.float32)
 
     with Session.open(Bundle.open(path), threads=1) as session:
-        borrow = beginning.GraphCall.borrow
+        borrow = GraphCall.borrow
 
         def broken(*args: Any) -> Any:
             call = borrow(*args)
             found = call.__enter__()
-            found.outputs = dict.fromkeys(found.outputs, Broken())
+            found.outputs = dict.fromkeys(found.outputs, Broken())  # type: ignore[arg-type]
             return contextlib.nullcontext(found)
 
-        monkeypatch.setattr(beginning.GraphCall, "borrow", staticmethod(broken))
+        monkeypatch.setattr(GraphCall, "borrow", staticmethod(broken))
         with pytest.raises(EngineError, match="the latents of this picture"):
             Beginner(session).begin(session.plan("default"), picture(), 0.5)

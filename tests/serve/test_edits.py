@@ -66,12 +66,12 @@ def test_openais_client_draws_what_a_pipeline_draws(server: Server, begins: Sess
         extra_body={"seed": 7, "strength": 0.5},
         **own,
     )
-    with_mask = {} if mask is None else {"mask": MASK}
+    with_mask: dict[str, Any] = {} if mask is None else {"mask": MASK}
     drawn = Pipeline(begins)(PROMPT, image=PICTURE, strength=0.5, seed=7, num_images=2, **with_mask)
     assert answer.data is not None
     for image, alone in zip(answer.data, drawn.images, strict=True):
         np.testing.assert_array_equal(pixels(str(image.b64_json)), np.asarray(alone))
-    assert sum(answer.model_extra["tgate"]["steps"].values()) == 4  # type: ignore[index]
+    assert sum(answer.model_extra["tgate"]["steps"].values()) == 4
     record = read_stamp(base64.b64decode(str(answer.data[1].b64_json)), "the answer")
     assert (record.seed, record.strength) == (8, 0.5)
     assert record.given == drawn.records[1].given

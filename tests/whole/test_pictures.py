@@ -13,8 +13,11 @@ import torch
 from PIL import Image
 
 from tests.oracle_pictures import Gate, latents_from
+from tests.tiny_models import CONSISTENCY_VARIANT, tiny_model
 from tgate_engine.bundle import Bundle
 from tgate_engine.plan import Plan
+from tgate_engine.report import Silent
+from tgate_export.build import ExportSettings, export
 from tgate_export.plans import add_plan
 from tgate_runtime.generators import noise
 from tgate_runtime.pipeline import Pipeline
@@ -22,7 +25,7 @@ from tgate_runtime.pipeline import Pipeline
 TOLERANCE = 1e-4
 PROMPT, NEGATIVE, SEED = "a red circle", "blue", 3
 GATE = Gate(m=6, k=3, f=2)
-PIPELINES = {
+PIPELINES: dict[str, tuple[str, str, float]] = {
     "sd": ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", 7.5),
     "sdxl": ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline", 5.0),
 }
@@ -89,11 +92,11 @@ def error(
     with Pipeline.open(bundle, engine=engine, plans=[plan], threads=1, **options) as pipe:
         shape = pipe.session.shapes()[0]
         size = shape.width, shape.height
-        own = {"mask": mask(size)} if masked else {}
+        own: dict[str, Any] = {"mask": mask(size)} if masked else {}
         drawn = pipe(
             PROMPT, negative_prompt=NEGATIVE, image=picture(size), strength=strength, seed=SEED, plan=plan, **own
         )
-    more = {"mask_image": mask(size), "width": size[0], "height": size[1]} if masked else {}
+    more: dict[str, Any] = {"mask_image": mask(size), "width": size[0], "height": size[1]} if masked else {}
     wanted = latents_from(
         checkpoint,
         inpaint if masked else whole,
@@ -155,11 +158,11 @@ def test_on_openvino(models: Callable[[str], tuple[Path, Path]], family: str, ma
 def test_the_oracle_sees_the_gate(models: Callable[[str], tuple[Path, Path]]) -> None:
     """What the method changes is far beyond the tolerance, so a wrong one could not hide."""
     checkpoint, bundle = models("sd")
-    ungated, gated = (error_of(checkpoint, bundle, gate) for gate in (None, GATE))
+    ungated, gated = (reference(checkpoint, bundle, gate) for gate in (None, GATE))
     assert np.abs(ungated - gated).max() / np.abs(ungated).max() > 100 * TOLERANCE
 
 
-def error_of(checkpoint: Path, bundle: Path, gate: Gate | None) -> Any:
+def reference(checkpoint: Path, bundle: Path, gate: Gate | None) -> Any:
     shape = Bundle.open(bundle, check_digests=False).manifest.shapes[0]
     return latents_from(
         checkpoint,
@@ -178,10 +181,6 @@ def error_of(checkpoint: Path, bundle: Path, gate: Gate | None) -> Any:
 
 def test_a_consistency_model(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """LCM-SDXL's kind: guidance is an input, there is one half, and every step but the last draws noise."""
-    from tests.tiny_models import CONSISTENCY_VARIANT, tiny_model
-    from tgate_engine.report import Silent
-    from tgate_export.build import ExportSettings, export
-
     checkpoint, tiny = tiny_checkpoint(CONSISTENCY_VARIANT), tiny_model(CONSISTENCY_VARIANT)
     height, width = (side * tiny.vae_factor for side in tiny.latent_size)
     bundle = export(
@@ -200,11 +199,11 @@ def test_a_consistency_model(tiny_checkpoint: Callable[[str], Path], tmp_path: P
     with Pipeline.open(bundle, threads=1) as pipe:
         for name, gate in (("ungated", None), ("default", Gate(m=2, k=2, w=0))):
             for strength, masked in ((0.7, False), (0.7, True), (1.0, False)):
-                own = {"mask": mask((width, height))} if masked else {}
+                own: dict[str, Any] = {"mask": mask((width, height))} if masked else {}
                 drawn = pipe(PROMPT, image=image, strength=strength, seed=SEED, plan=name, **own)
                 wanted = latents_from(
                     checkpoint,
-                    PIPELINES["sdxl"][masked],
+                    PIPELINES["sdxl"][1 if masked else 0],
                     sampler="lcm",
                     steps=6,
                     strength=strength,

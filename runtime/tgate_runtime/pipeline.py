@@ -209,7 +209,7 @@ class Pipeline:
             count, image=image, mask=mask, prompt_embeds=prompt_embeds, initial_latents=initial_latents
         )
         taken = chosen if beginning is None else beginning.plan
-        latents = self._denoise(taken, size, start, rows, scales, in_steps, mends, on_step)
+        latents = self._denoise(chosen, taken, size, start, rows, scales, in_steps, mends, on_step)
         decoder = self.session.graph(DECODE, size)
         decoded = [decode(self.session, decoder, each) for each in latents] if decoder else []
         video = self.session.manifest.frames > 1
@@ -313,6 +313,7 @@ class Pipeline:
 
     def _denoise(
         self,
+        chosen: Plan,
         plan: Plan,
         size: str,
         start: NDArray[np.float32],
@@ -322,20 +323,22 @@ class Pipeline:
         mends: Sequence[Mend | None],
         on_step: Callable[[Progress], None] | None,
     ) -> NDArray[np.float32]:
-        """Final latents [N, ...] of all images, in batches of the sizes that the bundle takes."""
+        """Final latents [N, ...] of all images, in batches of the sizes that the bundle takes. ``plan``: what is taken
+        of the ``chosen`` one, for which buffers are kept."""
         batches = list(_batches(len(start), [shape.batch for shape in self.session.shapes(size)]))
         done, total = 0, len(batches) * len(plan.steps)
         final = np.empty_like(start)
         for first, count, batch in batches:
             # A batch that the bundle does not take so small is filled up with its last image.
             images = [first + min(j, count - 1) for j in range(batch)]
-            new = partial(State, self.session, plan, batch, size=size)
-            with self.session.borrow((size, batch, plan), new) as state:
+            new = partial(State, self.session, chosen, batch, size=size)
+            with self.session.borrow((size, batch, chosen), new) as state:
                 steps = run(
                     state,
                     latents=start[images],
                     conditioning={name: np.concatenate([rows[j][name] for j in images]) for name in rows[first]},
                     guidance_scale=[scales[j] for j in images],
+                    plan=plan,
                     step_noise=partial(_step_noise, in_steps, images),
                     mend=[mends[j] for j in images],
                 )

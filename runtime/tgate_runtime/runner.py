@@ -65,7 +65,7 @@ def run(
 
     ``latents``: standard normal noise, float32 [rows, ...]; x_0 is this times the sampler's ``initial_scale``.
     ``conditioning``: ``<name>.<half>`` to [rows, ...], or [1, ...] for all rows alike; see :meth:`State.begin`.
-    ``guidance_scale``: one for all, or one for each row. ``plan``: one of the state's; None where it has one alone.
+    ``guidance_scale``: one for all, or one for each row. ``plan``: see :meth:`State.begin`.
     ``step_noise``: standard normal noise [...] by row and index of the step, asked for where the sampler is stochastic.
     ``mend``: each row's, see :meth:`State.begin`.
 

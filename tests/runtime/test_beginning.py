@@ -26,6 +26,7 @@ from tgate_runtime.graph_call import GraphCall
 from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.record import parse_record
 from tgate_runtime.session import Session
+from tgate_runtime.state import State
 
 PROMPT = "a large red circle"
 SETTINGS = {
@@ -81,6 +82,23 @@ def test_latents_are_those_of_the_picture_with_noise(pipe: Pipeline, strength: f
     assert len(first) == 8 - begin
     again = pipe(PROMPT, image=image, strength=strength, seed=7, initial_latents=added[np.newaxis])
     np.testing.assert_array_equal(result.latents, again.latents)
+
+
+def test_every_strength_draws_in_the_same_buffers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in those of requests that begin from noise: what is kept for the next one does not grow."""
+    made, init = list[object](), State.__init__
+
+    def counted(self: State, *args: Any, **options: Any) -> None:
+        made.append(self)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(State, "__init__", counted)
+    with Pipeline.open(path, threads=1) as pipe:
+        plain = pipe(PROMPT, seed=1).latents
+        for strength in (0.25, 0.5, 0.75, 1.0):
+            pipe(PROMPT, image=picture(), strength=strength, seed=1, mask=mask(HALF))
+        np.testing.assert_array_equal(pipe(PROMPT, seed=1).latents, plain)
+    assert len(made) == 1
 
 
 def test_each_image_of_a_request_is_the_one_that_its_seed_draws_alone(pipe: Pipeline) -> None:

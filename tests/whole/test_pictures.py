@@ -195,7 +195,7 @@ def test_a_consistency_model(tiny_checkpoint: Callable[[str], Path], tmp_path: P
         ),
         Silent(),
     )
-    image = picture((width, height))
+    image, (whole, inpaint, _) = picture((width, height)), PIPELINES["sdxl"]
     with Pipeline.open(bundle, threads=1) as pipe:
         for name, gate in (("ungated", None), ("default", Gate(m=2, k=2, w=0))):
             for strength, masked in ((0.7, False), (0.7, True), (1.0, False)):
@@ -203,7 +203,7 @@ def test_a_consistency_model(tiny_checkpoint: Callable[[str], Path], tmp_path: P
                 drawn = pipe(PROMPT, image=image, strength=strength, seed=SEED, plan=name, **own)
                 wanted = latents_from(
                     checkpoint,
-                    PIPELINES["sdxl"][1 if masked else 0],
+                    inpaint if masked else whole,
                     sampler="lcm",
                     steps=6,
                     strength=strength,

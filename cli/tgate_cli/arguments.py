@@ -113,7 +113,12 @@ def tgate_parser() -> Parser:
     p = command("generate", "Draw pictures, or a video, from a prompt or an image.", bundle=False)
     which = "the bundle's directory; mini is the one that ships, and is meant with --from if this is left out"
     p.add_argument("bundle", metavar="BUNDLE", nargs="?", help=which)
-    p.add_argument("prompt", metavar="PROMPT", nargs="?", help="left out with --image, --prompt-embeds or --from")
+    p.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="left out with --prompt-embeds or --from, or where the model takes none",
+    )
     p.add_argument("--prompt", dest="prompts", action="append", default=[], metavar="TEXT", help="one more; repeatable")
     lines = "more of them, one a line; empty lines and those that begin with # are none; - is standard input"
     p.add_argument("--prompts-file", type=Path, metavar="FILE", help=lines)
@@ -121,7 +126,12 @@ def tgate_parser() -> Parser:
     p.add_argument("--from", dest="source", type=Path, metavar="PICTURE", help=again)
     several = "several become OUT-0.png, …; videos: .mp4, .gif; BUNDLE-0001.png, the next that is free, if left out; "
     p.add_argument("--output", type=Path, metavar="OUT.png", help=f"{several}- is standard output")
-    p.add_argument("--image", type=Path, metavar="IN.png", help="what an image-to-video model starts from")
+    begins = "what to begin from in place of noise, beside a prompt; or what an image-to-video model starts from"
+    p.add_argument("--image", type=Path, metavar="IN.png", help=begins)
+    part = "the part of the plan's steps that is taken from --image on, above 0 and at most 1; 0.6 if left out"
+    p.add_argument("--strength", type=number, metavar="S", help=part)
+    anew = "what of --image is drawn anew: what is white, or transparent where it has alpha; the rest stays"
+    p.add_argument("--mask", type=Path, metavar="M.png", help=anew)
     p.add_argument("--prompt-embeds", type=Path, metavar="E.safetensors", help="from `tgate embed`, for a prompt")
     p.add_argument("--seed", type=seed, metavar="S", help="image j has seed S + j; drawn, and told, if left out")
     p.add_argument("--generator", metavar="NAME", help="of noise: numpy, if left out, or, as diffusers, torch-cuda")
@@ -252,7 +262,11 @@ def export_parser(list_models: Callable[[], int] = lambda: 0) -> Parser:
         default="checkpoint",
         help="random: the published structure, to measure; none: graphs, plans and MACs only",
     )
-    add("--components", metavar="A,B", help="of text, image, denoiser, decoder; all, or without weights the denoiser")
+    add(
+        "--components",
+        metavar="A,B",
+        help="of text, image, denoiser, decoder, encoder; all, or without weights the denoiser",
+    )
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="fuse a LoRA into the weights; repeatable")
     add(
         "--clip-skip",

@@ -156,6 +156,7 @@ def directories(family: Family, components: Sequence[str]) -> tuple[str, ...]:
         "image": family.image_components,
         "denoiser": (family.denoiser,),
         "decoder": (family.decoder,),
+        "encoder": (family.decoder,),
     }
     return tuple(dict.fromkeys(name for component in components for name in folders[component]))
 

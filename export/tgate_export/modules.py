@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import accelerate
 import torch
@@ -111,3 +112,28 @@ class Decoder(nn.Module):
     @staticmethod
     def _by_channel(numbers: Sequence[float], latents: Tensor) -> Tensor:
         return torch.tensor(numbers).view(1, -1, *[1] * (latents.dim() - 2))
+
+
+class Encoder(nn.Module):
+    """A picture, uint8 [1, H, W, 3], to the mean and the standard deviation of its latents in the denoiser's scale,
+    both float32 [1, C, h, w]: a trajectory begins from a sample of them."""
+
+    def __init__(self, vae: nn.Module, scaling: Scaling, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vae = vae
+        self._scaling = scaling
+        self._dtype = dtype
+
+    def forward(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = picture.permute(0, 3, 1, 2).float() / 255 * 2 - 1
+        encode = self.vae.encode
+        assert callable(encode)
+        posterior: Any = encode(pixels.to(self._dtype)).latent_dist
+        mean, deviation = posterior.mean.float(), posterior.std.float()
+        if self._scaling.mean != (0.0,):
+            mean = mean - torch.tensor(self._scaling.mean).view(1, -1, 1, 1)
+        mean, deviation = mean * self._scaling.scale, deviation * self._scaling.scale
+        if self._scaling.std != (1.0,):
+            std = torch.tensor(self._scaling.std).view(1, -1, 1, 1)
+            mean, deviation = mean / std, deviation / std
+        return mean, deviation

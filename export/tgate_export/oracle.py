@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import PIL.Image
 import torch
 import transformers
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
@@ -36,6 +38,9 @@ from tgate_export.schedulers import sampler_class
 
 SPARE = 1.1
 """Memory that a network takes in use, over that of its weights: what is not enough for sure."""
+
+_FAR = 1000.0
+"""Standard deviations, by which a small one is read off a sample without losing its digits."""
 
 log = logging.getLogger("tgate")
 
@@ -136,6 +141,30 @@ class Oracle:
         with torch.no_grad(), quiet():
             conditioning: Texts = self._run(job.family.encode_image_with, pipe, picture, noise)
         return conditioning
+
+    def encoded(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, in the denoiser's scale, of the latents that diffusers' pipeline begins from
+        with a picture, uint8 [1, H, W, 3]: [1, C, h, w] each."""
+        job = self._job
+        cls: Any = getattr(diffusers, job.family.picture_pipeline)
+        pipe = self._pipeline(cls, **{job.family.decoder: self.module(job.family.decoder)})
+        pipe.scheduler = _Clean()
+
+        def sample(noise: float) -> Tensor:
+            pixels = pipe.image_processor.preprocess(PIL.Image.fromarray(picture[0].numpy()))
+            posterior = pipe.vae.encode(pixels).latent_dist
+            pipe.vae.encode = lambda _pixels: AutoencoderKLOutput(latent_dist=posterior)
+            try:
+                with drawing(posterior, torch.full_like(posterior.mean, noise)):
+                    latents: Tensor = pipe.prepare_latents(pixels, None, 1, 1, torch.float32, torch.device("cpu"))
+            finally:
+                del pipe.vae.encode
+            return latents
+
+        with torch.no_grad(), quiet():
+            mean = self._run(sample, 0.0)
+            far = self._run(sample, _FAR)
+        return mean, (far - mean) / _FAR
 
     def trajectory(
         self,
@@ -243,8 +272,9 @@ class Oracle:
             config = {k: v for k, v in own.config.items() if k != "_use_default_values" or not same}
             return getattr(diffusers, kind).from_config(config, **options, **silent)
 
-    def _pipeline(self, **parts: Any) -> Any:
-        return bare_pipeline(self._class, self._job.checkpoint, **parts)
+    def _pipeline(self, cls: Any = None, /, **parts: Any) -> Any:
+        """``cls``: another pipeline than the checkpoint's own."""
+        return bare_pipeline(cls or self._class, self._job.checkpoint, **parts)
 
     def _run(self, function: Any, *args: Any, **options: Any) -> Any:
         try:
@@ -272,6 +302,15 @@ def bare_pipeline(cls: Any, checkpoint: Checkpoint, **parts: Any) -> Any:
         pipe = cls(**{**required, **{k: v for k, v in options.items() if k in known}, **parts})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class _Clean:
+    """In the place of a scheduler, one that adds no noise to a picture."""
+
+    order = 1
+
+    def add_noise(self, latents: Tensor, _noise: Tensor, _timestep: Tensor) -> Tensor:
+        return latents
 
 
 def available_bytes() -> int:

@@ -21,7 +21,7 @@ WEIGHTS = ("checkpoint", "random", "none")
 """Values of ``--weights``: the checkpoint's, random ones of its published structure, or none at all."""
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-COMPONENTS = ("text", "image", "denoiser", "decoder")
+COMPONENTS = ("text", "image", "denoiser", "decoder", "encoder")
 """Values of ``--components``. A model is conditioned by text or by an image."""
 
 MOST_BATCH = 1024
@@ -266,7 +266,8 @@ def _batches(settings: ExportSettings, model: Model) -> tuple[tuple[int, int], .
 def _components(settings: ExportSettings, model: Model) -> tuple[str, ...]:
     """The components to export, in their order."""
     source = model.facts.source if model.facts.text_graph else None
-    possible = tuple(c for c in COMPONENTS if c in (source, "denoiser", "decoder"))
+    from_pictures = ("encoder",) if model.facts.from_pictures else ()
+    possible = tuple(c for c in COMPONENTS if c in (source, "denoiser", "decoder", *from_pictures))
     if source is None and "text" in (settings.components or ()):
         raise ExportError(
             f"the text encoder of {settings.model} is not exported; leave out text, and encode prompts with tgate embed"

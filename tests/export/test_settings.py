@@ -19,7 +19,8 @@ def test_what_is_left_out_is_the_models_own(name: str) -> None:
     assert (settings.steps, settings.gate, settings.self_interval) == (model.steps, model.gate, model.self_interval)
     assert (asked.sampler, asked.guidance_scale, asked.batches) == (model.sampler, model.guidance_scale, (model.batch,))
     source = (model.facts.source,) if model.facts.text_graph else ()
-    assert asked.components == (*source, "denoiser", "decoder")
+    encoder = ("encoder",) if model.facts.from_pictures else ()
+    assert asked.components == (*source, "denoiser", "decoder", *encoder)
     assert asked.method.name == model.method
     assert ExportSettings(model=name).target == Path("bundles") / name
 

@@ -207,7 +207,8 @@ def subject_of(
 @pytest.mark.parametrize(("model", "method"), CASES)
 def test_every_component_is_exported(subject_of: Callable[[str, str], Subject], model: str, method: str) -> None:
     manifest, family = subject_of(model, method).bundle.manifest, find_model(model).family
-    assert _roles(manifest) == ({"image"} if model == "svd" else {"text"}) | {"denoise", "decode"}
+    encodes = {"encode"} if find_model(model).facts.from_pictures else set()
+    assert _roles(manifest) == ({"image"} if model == "svd" else {"text"}) | {"denoise", "decode"} | encodes
     assert len(manifest.tokenizers) == len(family.tokenizers)
     assert manifest.guidance == {"lcm-sdxl": "embedded", "lcm-pixart": "none"}.get(model, "classifier-free")
     assert {"ungated", "default"} <= manifest.plans.keys()

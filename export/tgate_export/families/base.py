@@ -59,7 +59,8 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """What a pipeline does to final latents before it decodes them: ``latents * std / scale + mean``.
+    """What a pipeline does to final latents before it decodes them: ``latents * std / scale + mean``; and the reverse
+    to those of a picture.
 
     ``mean`` and ``std``: one number for each channel, or one for all.
     """
@@ -103,6 +104,8 @@ class Family(ABC):
     """What diffusers' pipeline calls the number of frames; empty for pictures."""
     decodes_frames_together: bool = False
     """Whether the decoder takes a video's latents as they are, [1, C, F, h, w], instead of frame by frame."""
+    picture_pipeline: str = ""
+    """diffusers' pipeline that begins from a picture; empty where there is none."""
     fps: int = 8
     """Frames a second of a video."""
     textual_inversions: bool = False
@@ -144,7 +147,10 @@ class Family(ABC):
                 )
         config = self.config(checkpoint, self.decoder)
         levels = len(config["block_out_channels"])
-        for key in ("up_block_types", *(("down_block_types",) if self.image_components else ())):  # what encodes
+        for key in (
+            "up_block_types",
+            *(("down_block_types",) if self.image_components or self.facts.from_pictures else ()),
+        ):  # what encodes
             if key in config and len(config[key]) != levels:
                 raise ExportError(
                     f"{checkpoint.where}: {self.decoder}/config.json has {len(config[key])} {key} and {levels} "

@@ -16,6 +16,8 @@ class Facts:
     2305.08891, section 3.4). ``text_graph``: whether its text encoders are exported as a graph; where they are not,
     requests bring what ``tgate embed`` made of their prompts. ``cross_attention``: whether cross-attention is a layer
     of its own; where text and picture attend to each other in one (joint attention), it cannot be reused by itself.
+    ``from_pictures``: whether diffusers has a pipeline that begins from a picture in place of noise, and so export an
+    encoder.
     """
 
     name: str
@@ -26,10 +28,11 @@ class Facts:
     rescales_guidance: bool = False
     text_graph: bool = True
     cross_attention: bool = True
+    from_pictures: bool = False
 
 
-SD = Facts(name="sd", cls="StableDiffusion", clip_skips=True, rescales_guidance=True)
-SDXL = Facts(name="sdxl", cls="Sdxl", clip_skips=True, rescales_guidance=True)
+SD = Facts(name="sd", cls="StableDiffusion", clip_skips=True, rescales_guidance=True, from_pictures=True)
+SDXL = Facts(name="sdxl", cls="Sdxl", clip_skips=True, rescales_guidance=True, from_pictures=True)
 PIXART = Facts(name="pixart", cls="PixArt")
 SVD = Facts(name="svd", cls="StableVideo", source="image", video=True)
 LATTE = Facts(name="latte", cls="Latte", video=True)

@@ -26,6 +26,7 @@ class StableDiffusion(TextUNet):
 
     facts = SD
     pipeline_classes = ("StableDiffusionPipeline",)
+    picture_pipeline = "StableDiffusionImg2ImgPipeline"
     classes: Mapping[str, type[nn.Module]] = {
         "unet": diffusers.UNet2DConditionModel,
         "vae": diffusers.AutoencoderKL,

@@ -28,7 +28,7 @@ FACTS = (
     *("solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final"),
     *("final_sigmas_type", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
     *("use_lu_lambdas", "use_flow_sigmas", "flow_shift", "rescale_betas_zero_snr", "interpolation_type"),
-    *("shift", "shift_terminal", "use_dynamic_shifting", "time_shift_type"),
+    *("shift", "shift_terminal"),
     *("set_alpha_to_one", "clip_sample", "skip_prk_steps", "sigma_min", "sigma_max"),
 )
 """Options worth recording beside the coefficients, where a scheduler has them."""

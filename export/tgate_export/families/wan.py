@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
 from diffusers.models.transformers.transformer_wan import WanAttention
 from diffusers.utils import is_ftfy_available
 from torch import Tensor, nn
@@ -50,11 +51,15 @@ class Wan(Family):
     fps = 16
 
     def build(self, checkpoint: Checkpoint, component: str) -> nn.Module:
-        """With attention that rotates queries and keys without writing into tensors, which graphs have no node for."""
+        """With attention that rotates queries and keys without writing into tensors, which graphs have no node for, and
+        a decoder that doubles pictures by "nearest": the same as "nearest-exact", whose graph holds tables of places.
+        """
         module = super().build(checkpoint, component)
-        for part in module.modules() if component == "transformer" else ():
+        for part in module.modules():
             if isinstance(part, WanAttention):
                 part.processor = _Attention()
+            if isinstance(part, WanUpsample) and part.scale_factor == (2.0, 2.0):
+                part.mode = "nearest"
         return module
 
     def check_pipeline(self, checkpoint: Checkpoint) -> None:

@@ -43,7 +43,8 @@ def simplify(model: ir.Model) -> None:
     widen_masks(model.graph)
     IdentityEliminationPass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    DeduplicateInitializersPass(size_limit=_FOLDED_ELEMENTS)(model)  # folding makes one for each use
+    DeduplicateInitializersPass()(model)
     CommonSubexpressionEliminationPass()(model)  # nodes are doubles if they read the same constants
     RemoveUnusedNodesPass()(model)
+    DeduplicateInitializersPass(size_limit=_FOLDED_ELEMENTS)(model)  # large ones, which folding made for each use
     RemoveUnusedOpsetsPass()(model)

@@ -15,11 +15,13 @@ from tgate_cli.tune_data import PAIRS, data_of
 from tgate_cli.values import MOST
 from tgate_engine.atomic import check_place, write_atomically
 from tgate_engine.bundle import DEFAULT, Bundle
-from tgate_engine.errors import PlanError, RequestError
+from tgate_engine.errors import EngineError, PlanError, RequestError
+from tgate_engine.manifest import MANIFEST_FILE
 from tgate_engine.plan_report import save_report
 from tgate_engine.report import Reporter
 
 if TYPE_CHECKING:
+    from tgate_runtime.engines.protocol import Engine
     from tgate_runtime.tuning.quality import Metric
 
 IMAGES = 32
@@ -33,7 +35,6 @@ def tune(args: argparse.Namespace, report: Reporter) -> Show:
     bundle = bundle_asked(args)
     manifest = bundle.manifest
     with needs("tuning", engine_advice(args)):
-        from tgate_runtime.engines import open_engine
         from tgate_runtime.session import graphs_of
         from tgate_runtime.tuning.measure import check_drawable
         from tgate_runtime.tuning.run import Asked, begin
@@ -63,7 +64,7 @@ def tune(args: argparse.Namespace, report: Reporter) -> Show:
         report.note(f"of {len(prompts)} prompts the first {asked.images} are drawn; --images {len(prompts)} takes all")
     report.stage(f"loading {args.engine}")
     engine = asked_engine(args)
-    floor_engine = None if args.floor_engine is None else open_engine(args.floor_engine, threads=args.threads)
+    floor_engine = None if args.floor_engine is None else _floor_engine(args)
     kept = begin(args.state, bundle, choices.ungated, asked, engine)
     report.stage(f"opening {args.bundle}")
     bundle = bundle.checked()
@@ -89,6 +90,16 @@ def tune(args: argparse.Namespace, report: Reporter) -> Show:
     first = {"bundle": args.bundle, "plan": args.name, "added": [name for name in plans if name != args.name]}
     data = {**first, "report_file": written, **data}
     return lambda: print_json(data) if args.json else views.tuning(data)
+
+
+def _floor_engine(args: argparse.Namespace) -> Engine:
+    """The other engine, in float32 where it may choose: what is told of it is then the engine's and no precision's."""
+    from tgate_runtime.engines import open_engine
+
+    try:
+        return open_engine(args.floor_engine, threads=args.threads, precision="f32")
+    except EngineError:
+        return open_engine(args.floor_engine, threads=args.threads)
 
 
 def _told(args: argparse.Namespace, data: dict[str, Any], pairs: Sequence[Any]) -> dict[Path, str]:
@@ -161,6 +172,11 @@ def _check_files(args: argparse.Namespace) -> None:
         if path is None:
             continue
         check_place(path, RequestError)
+        if any((folder / MANIFEST_FILE).exists() for folder in path.resolve().parents):
+            raise RequestError(f"{path} lies in a bundle, whose files are its own; name another place")
+        for other in (args.prompts, args.state, args.clip_model):
+            if other is not None and other.exists() and path.exists() and other.samefile(path):
+                raise RequestError(f"{option} {path} is a file that is read or kept too; choose another")
         if os.path.lexists(path) and not args.force:
             raise RequestError(f"{path} exists already; choose another {option}, or --force to replace it")
     if args.html is not None:

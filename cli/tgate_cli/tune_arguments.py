@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tgate_cli.values import MOST, number, whole
+from tgate_cli.values import MOST, html_file, markdown_file, number, whole
 from tgate_engine.errors import shown
 
 LEAST_IMAGES = 4
@@ -41,8 +41,10 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     floor = "draw the ungated pictures on that engine too, and say how far they are from these"
     parser.add_argument("--floor-engine", metavar="NAME", help=floor)
     page = "tell it on a page of one file, with pictures; needs [tune]"
-    parser.add_argument("--html", type=Path, metavar="FILE.html", help=page)
-    parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="tell it in Markdown, for a pull request")
+    parser.add_argument("--html", type=html_file, metavar="FILE.html", help=page)
+    parser.add_argument(
+        "--markdown", type=markdown_file, metavar="FILE.md", help="tell it in Markdown, for a pull request"
+    )
 
 
 def check_tune(args: argparse.Namespace) -> None:

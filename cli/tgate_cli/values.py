@@ -112,6 +112,22 @@ def plan_file(text: str) -> Path:
     return Path(text)
 
 
+def html_file(text: str) -> Path:
+    """Where a page is written."""
+    return _named(text, ".html", "a page's")
+
+
+def markdown_file(text: str) -> Path:
+    """Where a report in Markdown is written."""
+    return _named(text, ".md", "a report's")
+
+
+def _named(text: str, ending: str, whose: str) -> Path:
+    if not text.endswith(ending):
+        raise argparse.ArgumentTypeError(f"{whose} name ends in {ending}, got '{shown(text)}'")
+    return Path(text)
+
+
 def batch(text: str) -> tuple[int, int]:
     """(least, most) of N or LEAST:MOST."""
     least, colon, most = text.partition(":")

@@ -222,7 +222,7 @@ def test_a_state_of_another_bundle_is_refused(run: Run, toy: Path, prompts: Path
     asked = ("--budget", "psnr=22", "--prompts", prompts, *QUICK, "--state", state)
     assert run("tune", toy, *asked)[0] == 0
     edit_manifest(toy, lambda data: data.update(licence="another"))
-    fails(run("tune", toy, *asked, "--force"), "holds measurements of another bundle")
+    fails(run("tune", toy, *asked, "--force"), "holds other measurements, whose bundle is")
 
 
 def test_a_bundle_that_draws_no_pictures_from_prompts(run: Run, prompts: Path, tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ def test_the_metric_is_the_budgets_or_the_one_that_is_named() -> None:
         (("--speedup", "2", "--metric", "clip"), "clip needs a CLIP model of yours: --clip-model DIR"),
         (("--speedup", "2", "--clip-model", "d"), "--clip-model is for clip, and psnr is asked for"),
         (("--speedup", "2", "--floor-engine", "ort-cpu"), "is to be another engine, and ort-cpu draws already"),
-        (("--speedup", "2", "--html", "a", "--markdown", "a"), "give them files that differ"),
+        (("--speedup", "2", "--html", "a.md"), "a page's name ends in .html, got 'a.md'"),
+        (("--speedup", "2", "--markdown", "-"), "a report's name ends in .md, got '-'"),
+        (("--speedup", "2", "--html", "a.html", "--state", "a.html"), "give them files that differ"),
     ],
 )
 def test_options_that_do_not_go_together(run: Run, words: tuple[str, ...], says: str) -> None:

@@ -142,6 +142,11 @@ def test_the_files_are_written_and_not_over_others(run: Run, toy: Path, tmp_path
     files = ("--html", html, "--markdown", told, "--state", state)
     fails(run(*asked, "--html", tmp_path / "none" / "told.html"), "there is no directory")
     html.write_text("mine")
+    prompts = tmp_path / "prompts.md"
+    prompts.write_text("a\n")
+    fails(run(*asked, "--prompts", prompts, "--markdown", prompts, "--force"), "is a file that is read or kept too")
+    assert prompts.read_text() == "a\n"
+    fails(run(*asked, "--html", toy / "x.html"), "lies in a bundle, whose files are its own")
     fails(run(*asked, *files), "told.html exists already; choose another --html, or --force to replace it")
     assert (html.read_text(), told.exists(), state.exists()) == ("mine", False, False)
     assert run(*asked, *files, "--force")[0] == 0

@@ -56,7 +56,7 @@ class Case:
 CASES = (
     Case(n=8, c=3),
     Case(n=7, c=2, sampler="euler", scale=2.0),
-    Case(n=5, c=9, sampler="ddim"),
+    Case(n=5, c=5, sampler="ddim"),
     Case(n=6, c=2, sampler="euler_a"),
     Case(n=10, m=4, c=3),
     Case(n=9, m=5, c=2, sampler="euler", scale=7.5),

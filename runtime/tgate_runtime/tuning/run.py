@@ -137,7 +137,7 @@ def tune(
         if floor_engine is not None:
             report.stage(f"drawing the same pictures on {floor_engine.name}")
             with Pipeline.open(bundle, engine=floor_engine, plans=[ungated], sizes=[size]) as other:
-                told = f"{floor_engine.name} {floor_engine.version}"
+                told = " ".join(filter(None, (floor_engine.name, floor_engine.version, floor_engine.options.precision)))
                 elsewhere[told] = _estimate(judge.elsewhere(other, asked.images))
         plan = plans[best.name]
         beside = {name: _estimate(judge.scores(plan, asked.images, name)) for name in metric.beside}

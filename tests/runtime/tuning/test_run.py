@@ -103,9 +103,9 @@ def test_the_measurements_of_a_file_serve_another_question(
 ) -> None:
     file = tmp_path / "state.json"
     first = tuned(bundle, choices, file=file)
-    with pytest.raises(RequestError, match="another seed"):
+    with pytest.raises(RequestError, match="whose seed is"):
         tuned(bundle, choices, replace(ASKED, seed=2), file)
-    with pytest.raises(RequestError, match="another prompts"):
+    with pytest.raises(RequestError, match="whose prompts is"):
         tuned(bundle, choices, replace(ASKED, prompts=("a star",)), file)
     looser = tuned(bundle, choices, replace(ASKED, least=first.report.quality.low - 2), file)
     assert looser.report.predicted_ms <= first.report.predicted_ms

@@ -36,11 +36,21 @@ class _Cached(Method):
                 "be among those that are left out; give another --method, or leave it out"
             )
         settings = super().settings(steps=steps, gate=gate, defaults=defaults, **named)
+        at = f"n = {steps}" + (f", m = {settings.gate}" if self.gated else "")
         if self.program(settings) == self.program(replace(settings, cache_interval=1)):
-            at = f"n = {steps}" + (f", m = {settings.gate}" if self.gated else "")
             raise MethodError(
                 f"method {self.name} with c = {settings.cache_interval} caches nothing at {at}: every network call is "
                 "full; take a --cache-interval of 2 or more, and enough --steps"
+            )
+        c = settings.cache_interval
+        if (
+            named.get("c") is not None
+            and c > 2
+            and self.program(settings) == self.program(replace(settings, cache_interval=c - 1))
+        ):
+            raise MethodError(
+                f"--cache-interval {c} of method {self.name} makes the same calls as {c - 1} at {at}; take a smaller "
+                "one"
             )
         return settings
 

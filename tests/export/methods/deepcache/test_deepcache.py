@@ -129,6 +129,12 @@ def test_a_network_without_skip_connections_is_refused(method: Any) -> None:
         (ALONE, {"steps": 1, "gate": None}, "caches nothing at n = 1:"),
         (GATED, {"steps": 3, "gate": 2}, "caches nothing at n = 3, m = 2:"),
         (GATED, {"steps": 25, "gate": 10, "c": 1}, "take a --cache-interval of 2 or more, and enough --steps"),
+        (
+            ALONE,
+            {"steps": 25, "gate": None, "c": 26},
+            "--cache-interval 26 of method deepcache makes the same calls as 25",
+        ),
+        (GATED, {"steps": 6, "gate": 3, "c": 1000}, "makes the same calls as 999 at n = 6, m = 3; take a smaller one"),
         (ALONE, {"steps": 25, "gate": None, "r": 2}, "--forecast 2 and method deepcache don't go together"),
         (GATED, {"steps": 25, "gate": 10, "r": 2}, "--forecast 2 and method tgate+deepcache don't go together"),
         (ALONE, {"steps": 25, "gate": None, "k": 2}, "--k 2 would change nothing"),

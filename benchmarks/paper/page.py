@@ -22,12 +22,25 @@ Made from saved results (`benchmarks/results/paper-*.json`) by `python -m benchm
 benchmarks.paper.run` measures. The paper looks at Stable Diffusion, SDXL and PixArt-α on photographs. These are the
 two embedded models, which draw coloured shapes, looked at in the same way: its figures 2, 3, A1 and A4, its tables 1,
 2, 6 and A1 to A5. {captions} captions that training never saw, {steps} steps of DPM-Solver++ 2M unless a row says
-otherwise, the same noise in every row.
+otherwise, the same noise in every row. A table that a model lacks was not drawn yet: the first command goes on.
 
 *All objects right*: the judge sees every object that the caption names. *Relations right*: of the captions that say
 how objects lie, those whose picture shows them so. *Fréchet distance*: to {renders} true renders, over the judge's
 features in place of Inception's; smaller is nearer, and only rows of one model compare. *PSNR*: to the first row's
-picture of the same seed. Wilson's interval of a share is some ±{wide} points wide.
+picture of the same seed. The 95 % interval of a share of 90 % is ±{wide} points wide: shares within it of one another
+are not known to differ.
+"""
+FOUND = """## What holds, and what does not
+
+- The prompt matters first. Without it before step 10, a third of `mini-sdxl`'s pictures and a fifth of
+  `mini-pixart`'s lose an object; without it from step 10 on none of `mini-sdxl`'s do, and one in eight of
+  `mini-pixart`'s, whose gate is at 15.
+- Cross-attention settles, but to no fixed point: at the end its outputs still change by 2 % a step. The early
+  layers of the way down settle last.
+- Self-attention computed every third step costs little on either side of the gate: by these pictures it does not
+  matter less early than late, as the paper finds on photographs. Every fifth step costs a little more late.
+- Guidance that is dropped at the gate is most of what gating changes: see the last difference kept, and refreshed,
+  below.
 """
 HEAD = "| {first} | all objects right | relations right | Fréchet distance | PSNR, dB |\n|---|---|---|---|---|"
 
@@ -45,10 +58,11 @@ def main() -> None:
 def page(found: Mapping[str, Any]) -> str:
     """The whole page as Markdown."""
     settings = found[MODELS[0]]["settings"]
-    count = settings["captions"]
-    wide = round(100 * 1.96 * (0.9 * 0.1 / count) ** 0.5)
-    words = INTRODUCTION.format(captions=count, steps=settings["steps"], renders=settings["renders"], wide=wide)
-    lines = [words, "## How fast cross-attention settles (figures 2 and A4)\n"]
+    counts = [found[model]["settings"]["captions"] for model in MODELS]
+    captions = " and ".join(f"{count} (`{model}`)" for count, model in zip(counts, MODELS, strict=True))
+    wide = " and ".join(f"{100 * 1.96 * (0.9 * 0.1 / count) ** 0.5:.0f}" for count in counts)
+    words = INTRODUCTION.format(captions=captions, steps=settings["steps"], renders=settings["renders"], wide=wide)
+    lines = [words, FOUND, "## How fast cross-attention settles (figures 2 and A4)\n"]
     lines += ["![how much cross-attention changes from step to step](images/paper-convergence.png)\n"]
     for model in MODELS:
         lines.append(_settling(model, found[model]["convergence"]))
@@ -92,8 +106,10 @@ def _settling(model: str, found: Mapping[str, Any]) -> str:
 def _tables(found: Mapping[str, Any], section: str, first: str, takes: Any) -> list[str]:
     lines = []
     for model in MODELS:
-        lines += [f"`{model}`:\n", HEAD.format(first=first)]
-        lines += [_row(name, row) for name, row in found[model][section].items() if takes(name)]
+        rows = [_row(name, row) for name, row in found[model].get(section, {}).items() if takes(name)]
+        if not rows:
+            continue
+        lines += [f"`{model}`:\n", HEAD.format(first=first), *rows]
         lines.append("")
     return lines
 

@@ -35,8 +35,7 @@ FOUND = """## What holds, and what does not
 - The prompt matters first. Without it before step 10, a third of `mini-sdxl`'s pictures and a fifth of
   `mini-pixart`'s lose an object; without it from step 10 on none of `mini-sdxl`'s do, and one in eight of
   `mini-pixart`'s, whose gate is at 15.
-- Cross-attention settles, but to no fixed point: at the end its outputs still change by 2 % a step. The early
-  layers of the way down settle last.
+- Cross-attention settles, but to no fixed point: at the end its outputs still change by 2 % a step.
 - Self-attention computed every third step costs little on either side of the gate: by these pictures it does not
   matter less early than late, as the paper finds on photographs. Every fifth step costs a little more late.
 - Guidance that is dropped at the gate is most of what gating changes: see the last difference kept, and refreshed,

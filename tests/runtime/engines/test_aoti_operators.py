@@ -58,6 +58,7 @@ CASES: dict[str, Case] = {
     "Div whole": ("Div", [whole(7, -7, 9)], [whole(2, 2, -4)], {}),
     "Einsum": ("Einsum", [X, floats(6, 3)], [], {"equation": "bij,jk->bik"}),
     "Equal": ("Equal", [whole(1, 2, 3)], [whole(1, 0, 3)], {}),
+    "Exp": ("Exp", [X], [], {}),
     "Expand": ("Expand", [floats(2, 1, 6)], [whole(3, 1, 4, 1)], {}),
     "Flatten": ("Flatten", [X], [], {"axis": 1}),
     "Flatten all": ("Flatten", [X], [], {"axis": 0}),

@@ -32,6 +32,7 @@ TORCH_DTYPE = {
 HOST: Mapping[str, tuple[int, ...]] = {
     "Expand": (1,),
     "Pad": (1, 2, 3),
+    "ReduceL2": (1,),
     "ReduceMax": (1,),
     "ReduceMean": (1,),
     "ReduceSum": (1,),
@@ -207,6 +208,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Div": _plain(_divide),
     "Einsum": lambda a, *inputs: torch.einsum(a["equation"].decode(), *inputs),
     "Equal": _plain(torch.eq),
+    "Exp": _plain(torch.exp),
     "Expand": _expand,
     "Flatten": lambda a, x: x.flatten(a.get("axis", 1)) if a.get("axis", 1) == 1 else x.reshape(1, -1),
     "Gather": _gather,

@@ -111,7 +111,9 @@ def _variation(bundle: Bundle, sampler: str, **changes: int) -> Plan:
 def _label(plan: Plan) -> str:
     """``tgate m=10 k=5``: the method and what it was told."""
     facts = plan.settings
-    numbers = [f"{name}={facts[name]}" for name in ("m", "k", "r") if name in facts and (name, facts[name]) != ("k", 1)]
+    numbers = [
+        f"{name}={facts[name]}" for name in ("m", "k", "c", "r") if name in facts and (name, facts[name]) != ("k", 1)
+    ]
     return " ".join([str(facts["method"]), *numbers])
 
 

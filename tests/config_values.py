@@ -375,10 +375,9 @@ TABLES: Mapping[str, Table] = {
             "in_channels": refused(4) + no_effect(LEFT_OUT),
             "out_channels": refused(1, 4) + no_effect(LEFT_OUT),
             "down_block_types": no_effect(
-                ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
-                ["DownEncoderBlock2D"],
-                LEFT_OUT,
-            ),
+                ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
+            )
+            + refused(["DownEncoderBlock2D"], LEFT_OUT, but={"pixart_alpha_a": "no effect", "latte_a": "no effect"}),
             "up_block_types": honoured(
                 ["AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]
             )

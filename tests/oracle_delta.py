@@ -9,6 +9,9 @@ i < m      e = e_neg + s (e_pos - e_neg), both halves computed; d = e_pos - e_ne
 i >= m     e = e_pos + (s - 1) d, the prompt's half computed alone; d is step m - 1's
 =========  ==================================================================================================
 
+``g`` above 0 refreshes: of the steps i >= m, every g-th (i - m = g - 1, 2 g - 1, ...) is as those before m, notes its
+d, and every attention module computes and is kept anew.
+
 ``attention``, with (k, f, w), adds TGATE: before the gate self-attention is reused as the paper has it, and from the
 gate on every cross-attention module returns what it gave at step m - 1 for the *prompt's half*, not the mean of both;
 self-attention after the gate is that of the prompt's half as well, computed again where i mod f = 0.
@@ -42,6 +45,7 @@ def delta_latents(
     *,
     attention: Attention | None = None,
     rescale: float = 0.0,
+    g: int = 0,
 ) -> Tensor:
     """Final latents [B, ...] where guidance goes on with the difference of step ``m`` - 1.
 
@@ -52,9 +56,15 @@ def delta_latents(
     now: list[int] = []
     differences: list[Tensor] = []
 
+    def both_at(step: int) -> bool:
+        return step < m or (g > 0 and (step - m) % g == g - 1)
+
     def hook_for(name: str, kind: str) -> Callable[..., Tensor]:
         def hook(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
             k, f, w = attention or (1, 1, 0)
+            if now[-1] >= m and both_at(now[-1]):
+                kept[name] = output.chunk(2)[1]
+                return output
             match _use(kind, now[-1], m=m, k=k, f=f, w=w):
                 case "keep":
                     kept[name] = output
@@ -79,7 +89,7 @@ def delta_latents(
 
         def predict(step: int, sample: Tensor, timestep: Tensor) -> Tensor:
             now.append(step)
-            if step < m:
+            if both_at(step):
                 both = {n: torch.cat([negative_half[n], model.positive[n]]) for n in model.positive}
                 negative, positive = model.network(torch.cat([sample, sample]), timestep, both).chunk(2)
                 differences.append(positive - negative)

@@ -214,7 +214,7 @@ def _kind(pipe: Pipeline) -> str:
 
 
 def _network(pipe: Pipeline) -> torch.nn.Module:
-    return pipe.transformer if _kind(pipe) in (_ALPHA, _SIGMA, _LATTE) else pipe.unet
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
 def _remove_patches(pipe: Pipeline) -> None:

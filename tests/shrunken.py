@@ -22,7 +22,8 @@ import sentencepiece
 import torch
 import transformers
 
-from tests.tiny_encoders import T5_WORDS
+from tests.draw import draw
+from tests.tiny_encoders import T5_WORDS, bert_tokenizer, gemma_tokenizer
 from tests.tiny_models import END_TOKEN, _save_vocabulary, _vocabulary
 from tgate_export.checkpoints import published
 
@@ -52,7 +53,7 @@ def write_shrunken(directory: Path, model: str) -> Path:
             _write_json(folder / file, config)
             continue
         small = shrink(config, vocabulary)
-        _draw(_module(small), f"{model}/{name}").save_pretrained(folder, safe_serialization=True)
+        draw(_module(small), f"{model}/{name}").save_pretrained(folder, safe_serialization=True)
         _write_json(folder / "config.json", small)
     _write_json(directory / "model_index.json", facts["model_index"])
     return directory
@@ -141,6 +142,52 @@ _CLIP = {
     "num_attention_heads": _over(4),
     "num_hidden_layers": _layers,
 }
+_SANA = {
+    "num_attention_heads": _over(10),
+    "attention_head_dim": _over(4),
+    "num_cross_attention_heads": _over(10),
+    "cross_attention_head_dim": _over(4),
+    "cross_attention_dim": _over(40),  # heads times their width
+    "caption_channels": _TEXT,
+    "num_layers": _layers,
+}
+_SD3 = {
+    "num_attention_heads": _over(4),
+    "attention_head_dim": _over(8),
+    "caption_projection_dim": _TEXT,  # heads times their width
+    "joint_attention_dim": _TEXT,
+    "pooled_projection_dim": _TEXT,
+    "num_layers": _layers,
+}
+_WAN = {
+    "num_attention_heads": _over(6),
+    "attention_head_dim": _over(8),
+    "ffn_dim": _TEXT,
+    "freq_dim": _over(8),
+    "text_dim": _TEXT,
+    "num_layers": _layers,
+}
+_HUNYUAN = {
+    "num_attention_heads": _over(4),
+    "attention_head_dim": _over(11),
+    "hidden_size": _over(44),  # heads times their width
+    "cross_attention_dim": _TEXT,
+    "cross_attention_dim_t5": _TEXT,
+    "pooled_projection_dim": _TEXT,
+    "num_layers": _layers,
+}
+_T5 = {
+    "d_model": _TEXT,
+    "d_ff": _TEXT,
+    "d_kv": _over(2),  # heads times this is d_model, as in the published encoder
+    "num_heads": _over(16),
+    "num_layers": _layers,
+    "num_decoder_layers": _layers,
+}
+_DC_AE = {
+    **dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), _over(16)),
+    **dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block"), _over(3)),
+}
 _SMALLER: Mapping[str, Mapping[str, Any]] = {
     "UNet2DConditionModel": _UNET,
     "UNetSpatioTemporalConditionModel": _UNET,
@@ -148,16 +195,26 @@ _SMALLER: Mapping[str, Mapping[str, Any]] = {
     "AutoencoderKLTemporalDecoder": _VAE,
     "Transformer2DModel": _DIT,
     "LatteTransformer3DModel": _DIT,
+    "SanaTransformer2DModel": _SANA,
+    "SD3Transformer2DModel": _SD3,
+    "WanTransformer3DModel": _WAN,
+    "HunyuanDiT2DModel": _HUNYUAN,
+    "AutoencoderDC": _DC_AE,
+    "AutoencoderKLWan": {"base_dim": _over(12), "num_res_blocks": _over(2)},
+    "bert": _CLIP,
     "clip_text_model": _CLIP,
     "clip_vision_model": _CLIP,
-    "t5": {
-        "d_model": _TEXT,
-        "d_ff": _TEXT,
-        "d_kv": _over(2),  # heads times this is d_model, as in the published encoder
-        "num_heads": _over(16),
-        "num_layers": _layers,
-        "num_decoder_layers": _layers,
+    "gemma2": {
+        "hidden_size": _TEXT,
+        "intermediate_size": _TEXT,
+        "head_dim": _over(16),
+        "query_pre_attn_scalar": _over(16),
+        "num_attention_heads": _over(4),
+        "num_key_value_heads": _over(4),
+        "num_hidden_layers": _layers,
     },
+    "t5": _T5,
+    "umt5": _T5,
 }
 
 
@@ -170,41 +227,27 @@ def _module(config: Mapping[str, Any]) -> Any:
     return cls(cls.config_class.from_dict(dict(config))).eval()
 
 
-@torch.no_grad()
-def _draw(module: Any, seed: str) -> Any:
-    """Random weights of unit gain in place of the class's own, and norms and biases a little off ones and zeros."""
-    generator = torch.Generator().manual_seed(int.from_bytes(seed.encode()[-7:], "big"))
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-            if name.endswith("SelfAttention.q.weight"):  # T5 does not scale its scores
-                parameter.mul_((parameter.shape[1] // 4) ** -0.5)
-            if name.endswith("scale_shift_table") and len(parameter) == 6:
-                parameter[[2, 5]] += 1.0  # the gates of attention and feed-forward
-        else:
-            parameter.normal_(std=0.05, generator=generator)
-            if name.endswith("weight"):
-                parameter.add_(1.0)
-    return module
-
-
 def _tokenizers(directory: Path, facts: Mapping[str, Any]) -> int:
-    """Write every tokenizer that the model has, and give the size of the vocabulary; 0 where it has none."""
-    components, size = facts["components"], 0
+    """Write every tokenizer that the model has, and give the size of the largest vocabulary; 0 where it has none."""
+    components, sizes = facts["components"], list[int]()
     for name in components:
         if not name.startswith("tokenizer"):
             continue
-        folder, limit = directory / name, int(components[name]["model_max_length"])
+        folder, limit = directory / name, int(components[name].get("model_max_length", 0))
         folder.mkdir()
         cls = facts["model_index"][name][1]
         if cls == "CLIPTokenizer":
             second = name == "tokenizer_2" or components["text_encoder"]["hidden_act"] == "gelu"
-            size = _write_clip(folder, limit, "!" if second else END_TOKEN)
-        elif cls == "T5Tokenizer":
-            size = _write_t5(folder, limit)
+            sizes.append(_write_clip(folder, limit, "!" if second else END_TOKEN))
+        elif cls in ("T5Tokenizer", "T5TokenizerFast"):
+            sizes.append(_write_t5(folder, limit))
+        elif cls in ("GemmaTokenizerFast", "BertTokenizer"):
+            tokenizer = gemma_tokenizer() if cls == "GemmaTokenizerFast" else bert_tokenizer()
+            tokenizer.save_pretrained(folder)
+            sizes.append(len(tokenizer.get_vocab()))
         else:
             raise ValueError(f"no small {cls} here")
-    return size
+    return max(sizes, default=0)
 
 
 def _write_clip(folder: Path, limit: int, pad: str) -> int:

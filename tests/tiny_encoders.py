@@ -7,16 +7,26 @@ from typing import Any
 
 import torch
 from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
+from tests.draw import draw
 from tests.tiny_models import BEGIN_TOKEN, END_TOKEN, _spread_text, _vocabulary
 
 # Words with a token of their own; all else goes letter by letter.
@@ -45,6 +55,13 @@ def clip(width: int, length: int, second: bool) -> dict[str, Any]:
     return {"text_encoder": encoder, "tokenizer": tokenizer}
 
 
+def clip_with_projection(width: int, pooled: int, seed: str) -> dict[str, Any]:
+    """CLIP as in Stable Diffusion 3: its pooled text is projected."""
+    parts = clip(width, length=24, second=pooled != 8)
+    config = CLIPTextConfig(**{**parts["text_encoder"].config.to_dict(), "projection_dim": pooled})
+    return {**parts, "text_encoder": draw(CLIPTextModelWithProjection(config).eval(), seed)}
+
+
 def t5(width: int) -> dict[str, Any]:
     """T5 v1.1 in small. Its own initialisation already tells prompts apart."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in T5_WORDS)]
@@ -61,6 +78,37 @@ def t5(width: int) -> dict[str, Any]:
         tie_word_embeddings=False,
     )
     return {"text_encoder": T5EncoderModel(config), "tokenizer": tokenizer}
+
+
+def bert(width: int, seed: str) -> dict[str, Any]:
+    """BERT in small."""
+    tokenizer = bert_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer.get_vocab()),
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=80,
+    )
+    return {"text_encoder": draw(BertModel(config).eval(), seed), "tokenizer": tokenizer}
+
+
+def bert_tokenizer() -> Any:
+    """BERT's kind of tokenizer: letters, whole and within words, and the words of T5's."""
+    letters = [chr(code) for code in range(97, 123)]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    tokens += [word for word in T5_WORDS if word not in tokens]
+    return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=77)
+
+
+def umt5(width: int, seed: str) -> dict[str, Any]:
+    """UMT5 in small, which has a table of places in every layer; its tokenizer is T5's."""
+    parts = t5(width)
+    known = parts["text_encoder"].config.to_dict()
+    names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj")
+    config = UMT5Config(**{name: known[name] for name in names})
+    return {**parts, "text_encoder": draw(UMT5EncoderModel(config).eval(), seed)}
 
 
 def image_encoder(width: int) -> Any:
@@ -81,3 +129,34 @@ def image_encoder(width: int) -> Any:
             if name.endswith(("patch_embedding.weight", "visual_projection.weight")):
                 parameter.normal_(std=1.5 / math.sqrt(parameter[0].numel()))
     return encoder
+
+
+def gemma(width: int, seed: str) -> dict[str, Any]:
+    """Gemma 2 in small."""
+    tokenizer = gemma_tokenizer()
+    config = Gemma2Config(
+        vocab_size=len(tokenizer.get_vocab()),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+    )
+    return {"text_encoder": draw(Gemma2Model(config).eval(), seed), "tokenizer": tokenizer}
+
+
+def gemma_tokenizer() -> Any:
+    """Gemma's kind of tokenizer, with the words of T5's: bytes where it has no letter, and no space before a text."""
+    letters = ["▁", "\n", *(chr(code) for code in range(33, 127))]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    merges = []
+    for word in T5_WORDS:
+        whole = "▁"
+        for letter in word:
+            if whole + letter not in tokens:
+                merges.append((whole, letter))
+                tokens.append(whole + letter)
+            whole += letter
+    return GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, padding_side="right")

@@ -22,13 +22,14 @@ from tests.toy_model import BLOCKS, FEATURES, LATENTS, LENGTH, WIDTH, WORDS
 from tgate_engine.atomic import staging
 from tgate_engine.bundle import digests_of
 from tgate_engine.dtypes import DTYPES
-from tgate_engine.graph import BATCH, DECODE, DENOISE, IMAGE, TEXT, Dim, GraphSpec, Macs, Role, TensorSpec
+from tgate_engine.graph import BATCH, DECODE, DENOISE, ENCODE, IMAGE, TEXT, Dim, GraphSpec, Macs, Role, TensorSpec
 from tgate_engine.manifest import MANIFEST_FILE, Conditioning, Golden, Manifest, Shape, Tokenizer
 from tgate_engine.manifest_json import content_digest, dump_manifest
 from tgate_engine.plan import Plan
 from tgate_engine.plan_build import build_plan
-from tgate_engine.sampler import Fact, Sampler, SamplerStep
+from tgate_engine.sampler import HISTORY, Fact, Sampler, SamplerStep
 from tgate_engine.sampler_tables import dump_tables
+from tgate_engine.starts import STARTS, Start, start_rows
 from tgate_engine.step import (
     GUIDANCE,
     INPUT_SCALE,
@@ -66,11 +67,13 @@ class Toy:
 
     ``batches``: ranges of images in a call, each with graphs of its own. ``sizes``: (width, height) of each, 16 pixels,
     the default first. ``carry_dtype``: of carries; the arithmetic stays float32. ``settings``: of each plan by its
-    name; their baselines are stored beside them. ``pictured``: conditioned by a picture instead of a text.
+    name; their baselines are stored beside them. ``pictured``: conditioned by a picture instead of a text. ``begins``:
+    with an encoder, and starts for its samplers, of which those of 4 steps take no mask.
     """
 
     guided: bool = True
     pictured: bool = False
+    begins: bool = False
     batches: Sequence[tuple[int, int]] = ((1, 4),)
     sizes: Sequence[tuple[int, int]] = ((4, 4),)
     zero_negative: bool = True
@@ -108,6 +111,21 @@ def sampler(steps: int, *, lead_in: int = 0, lag: int = 3, seed: int = 0, noise:
     )
 
 
+def starts(whole: Sampler) -> tuple[Start, ...]:
+    """Where a toy sampler begins: its first three calls look back no further than there is something."""
+    count = len(whole.calls)
+    levels = tuple((0.9 - 0.05 * (count - i), 0.1 * (count - i)) for i in range(count))
+    found = []
+    for begin in range(count):
+        calls = []
+        for own, call in enumerate(whole.calls[begin : begin + HISTORY]):
+            there = np.arange(HISTORY + 1) <= own
+            latents, outputs = (tuple(np.where(there, each, 0.0).tolist()) for each in (call.latents, call.outputs))
+            calls.append(replace(call, latents=latents, outputs=outputs))
+        found.append(Start(begin=begin, levels=levels[begin:], calls=tuple(calls), free=whole.steps != 4))
+    return tuple(found)
+
+
 def build(path: Path, toy: Toy | None = None, *, goldens: bool = True) -> Path:
     """Write the bundle at ``path``, which must not exist. Returns ``path``."""
     toy = toy or Toy()
@@ -115,7 +133,9 @@ def build(path: Path, toy: Toy | None = None, *, goldens: bool = True) -> Path:
         offsets = _save_weights(stage / WEIGHTS)
         shapes = tuple(_shape(stage, offsets, toy, size, batch) for size in toy.sizes for batch in toy.batches)
         source, negative = ("image", "zeros") if toy.pictured else ("text", "own")
-        (stage / SAMPLERS).write_bytes(dump_tables(sampler(steps) for steps in TABLE_STEPS))
+        tables = [sampler(steps) for steps in TABLE_STEPS]
+        rows = {f"toy.{each.steps}{STARTS}": start_rows(starts(each)) for each in tables if toy.begins}
+        (stage / SAMPLERS).write_bytes(dump_tables(tables, rows))
         manifest = Manifest(
             model="toy",
             family="toy",
@@ -242,6 +262,8 @@ def _shape(stage: Path, offsets: Mapping[str, Any], toy: Toy, size: tuple[int, i
     else:
         graphs["text"] = _text(stage / "text.onnx", offsets)
     graphs["decoder"] = _decoder(stage / f"decoder{of_size}.onnx", offsets, latents)
+    if toy.begins:
+        graphs["encoder"] = _encoder(stage / f"encoder{of_size}.onnx", offsets, latents)
     return Shape(
         width=size[0],
         height=size[1],
@@ -454,6 +476,19 @@ def _decoder(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...]) -
     clipped = g.add("Clip", scaled, g.constant(0, np.float32), g.constant(255, np.float32))
     g.add("Cast", clipped, output="image", to=TensorProto.UINT8)
     return g.save(path, DECODE, (1, 1), inputs, outputs, Macs(paper=96, all=96))
+
+
+def _encoder(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...]) -> GraphSpec:
+    """The mean is a picture's first colour from 0 to 1 in every channel, the deviation a tenth of it."""
+    g = _Graph(offsets)
+    inputs = [TensorSpec(name="picture", dtype="uint8", shape=(1, *latents[1:], 3))]
+    outputs = [TensorSpec(name=name, dtype="float32", shape=(1, *latents)) for name in ("latents", "deviation")]
+    planes = g.add("Transpose", g.add("Cast", "picture", to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
+    first = g.add("Slice", planes, g.constant([0]), g.constant([1]), g.constant([1]))
+    scaled = g.add("Div", first, g.constant(255, np.float32))
+    g.add("Concat", *[scaled] * latents[0], output="latents", axis=1)
+    g.add("Mul", "latents", g.constant(0.1, np.float32), output="deviation")
+    return g.save(path, ENCODE, (1, 1), inputs, outputs, Macs(paper=0, all=0))
 
 
 def _save_weights(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:

@@ -15,11 +15,12 @@ BATCH = "batch"
 Dim = int | str
 """A fixed size, or :data:`BATCH`."""
 
-Role = Literal["denoise", "text", "image", "decode"]
+Role = Literal["denoise", "text", "image", "decode", "encode"]
 DENOISE: Role = "denoise"
 TEXT: Role = "text"
 IMAGE: Role = "image"
 DECODE: Role = "decode"
+ENCODE: Role = "encode"
 ROLES: tuple[Role, ...] = get_args(Role)
 
 

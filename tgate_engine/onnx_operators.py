@@ -17,8 +17,9 @@ MOST_TENSORS = 1 << 10
 """That one operator reads or makes; a concatenation of SDXL's has a few dozen."""
 _MOST_SIDE = 1 << 16  # pixels, channels, heads
 
-_OF_ONE = """Abs ArgMax AveragePool Cast Ceil Cos Erf Exp Flatten Floor Gelu GlobalAveragePool Identity IsInf IsNaN
-    LeakyRelu Log MaxPool Neg Not Reciprocal Relu Round Shape Sigmoid Sign Sin Softmax Softplus Sqrt Tanh Transpose"""
+_OF_ONE = """Abs ArgMax AveragePool Cast Ceil Cos DepthToSpace Erf Exp Flatten Floor Gelu GlobalAveragePool Identity
+    IsInf IsNaN LeakyRelu Log MaxPool Neg Not Reciprocal Relu Round Shape Sigmoid Sign Sin Softmax Softplus Sqrt Tanh
+    Transpose"""
 _OF_TWO = """Add And Div Equal Expand Gather GatherND Greater GreaterOrEqual Less LessOrEqual MatMul Mod Mul Or PRelu
     Pow RMSNormalization Reshape Sub Tile Unsqueeze"""
 INPUTS: Mapping[str, str] = {
@@ -26,7 +27,7 @@ INPUTS: Mapping[str, str] = {
     **dict.fromkeys(_OF_TWO.split(), "11"),
     **dict.fromkeys(("Concat", "Einsum", "Max", "Min", "Sum"), "1*"),
     **dict.fromkeys(("GroupNormalization", "InstanceNormalization", "Where"), "111"),
-    **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), "1?"),
+    **dict.fromkeys(("ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), "1?"),
     **dict.fromkeys(("Split", "Squeeze", "Trilu"), "1?"),
     **dict.fromkeys(("Conv", "Gemm", "LayerNormalization"), "11?"),
     "Attention": "111???",
@@ -75,7 +76,7 @@ NAMES: Mapping[str, str] = {
     **dict.fromkeys(("Concat", "Flatten", "Gather", "Softmax"), "axis"),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization"), "axis epsilon stash_type"),
     **dict.fromkeys(
-        ("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), "keepdims noop_with_empty_axes"
+        ("ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), "keepdims noop_with_empty_axes"
     ),
     "ArgMax": "axis keepdims select_last_index",
     "Attention": "is_causal kv_num_heads q_num_heads qk_matmul_output_mode scale softcap softmax_precision",
@@ -86,6 +87,7 @@ NAMES: Mapping[str, str] = {
     "AveragePool": "auto_pad ceil_mode count_include_pad dilations kernel_shape pads strides",
     "Cast": "saturate to",
     "Conv": "auto_pad dilations group kernel_shape pads strides",
+    "DepthToSpace": "blocksize mode",
     "Einsum": "equation",
     "GatherND": "batch_dims",
     "Gelu": "approximate",
@@ -139,7 +141,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("transA", "transB", "upper"), _FLAG),
     **dict.fromkeys(("softmax_precision", "stash_type", "to"), _TYPE),
     **dict.fromkeys(("axis", "start", "end"), _whole(_DIMENSION)),
-    **dict.fromkeys(("group", "groups", "num_groups", "num_outputs"), _whole(range(1, _MOST_SIDE))),
+    **dict.fromkeys(("blocksize", "group", "groups", "num_groups", "num_outputs"), _whole(range(1, _MOST_SIDE))),
     **dict.fromkeys(("kv_num_heads", "num_heads", "q_num_heads"), _whole(range(1, _MOST_SIDE))),
     "batch_dims": _whole(range(MOST_DIMENSIONS)),
     "qk_matmul_output_mode": _whole(range(4)),
@@ -154,7 +156,7 @@ RULES: Mapping[str, Rule] = {
     ),
     "equation": (3, lambda value: _EQUATION.fullmatch(value) is not None),
     "keep_aspect_ratio_policy": _text("stretch not_larger not_smaller"),
-    "mode": _text("constant reflect edge wrap nearest linear cubic"),
+    "mode": _text("constant reflect edge wrap nearest linear cubic DCR CRD"),
     "nearest_mode": _text("round_prefer_floor round_prefer_ceil floor ceil"),
 }
 """What an attribute of a name is, whatever operator has it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tgate_engine.atomic import write_atomically
@@ -25,8 +25,23 @@ FORM = 1
 """Of the JSON; another one means something else."""
 FOLDER = "reports"
 MOST_BYTES = 1 << 20
+NEARNESS, DIFFERENCES = ("psnr", "ssim"), ("accuracy", "clip")
+"""The metrics: how near a plan's pictures are to the ungated ones, and a judge's verdict on them less that on those."""
+_FORMS = {
+    "psnr": (".2f", " dB"),
+    "ssim": (".4f", ""),
+    "accuracy": ("+.1f", " points"),
+    "first_object": ("+.1f", " points"),
+    "right": (".1f", " %"),
+    "ungated_right": (".1f", " %"),
+    "clip": ("+.2f", " points"),
+    "consistency": ("+.2f", " dB"),
+}
+"""How a value is written, and its unit; a difference has a sign."""
+_PLAIN = (".4f", "")
 _SHA256 = re.compile("[0-9a-f]{64}")
 _MOST_GRAPHS = 1024
+_MOST_ESTIMATES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +53,10 @@ class Estimate:
     high: float
 
     def told(self, metric: str) -> str:
-        """For a reader: ``31.20 dB (30.11 to 32.30)`` of "psnr", ``0.9512 (0.9401 to 0.9600)`` of "ssim"."""
-        digits, unit = (2, " dB") if metric == "psnr" else (4, "")
-        return f"{self.mean:.{digits}f}{unit} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+        """For a reader: ``31.20 dB (30.11 to 32.30)`` of "psnr", ``0.9512 (0.9401 to 0.9600)`` of "ssim",
+        ``-0.8 points (-2.1 to +0.4)`` of "accuracy"."""
+        form = _FORMS.get(metric, _PLAIN)[0]
+        return f"{told(metric, self.mean)} ({self.low:{form}} to {self.high:{form}})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +64,12 @@ class PlanReport:
     """``bundle``: its :func:`~tgate_engine.manifest_json.bundle_digest`. ``program``: :func:`program_digest` of the
     plan; ``settings``: its. ``files``: SHA-256 of the weights' file and of the graphs that it runs, by name.
 
-    ``metric``: "psnr" (dB) or "ssim", more being nearer; ``quality``: of the plan's pictures to the ungated ones of
-    the same seeds; ``unrelated``: of ungated pictures to ungated ones of other seeds. ``images``, ``prompts``: how many
-    of each; ``prompts_sha256``: of the prompts, a line each; ``seed``: the first picture's; ``size``: WIDTHxHEIGHT.
+    ``metric``: one of :data:`NEARNESS` ("psnr" in dB) or of :data:`DIFFERENCES` (in points), more being better;
+    ``quality``: of the plan's pictures to the ungated ones of the same seeds; ``beside``: what else was found of them,
+    by its name; ``judge``: the SHA-256 of the model that judged, or nothing. ``unrelated``: of ungated pictures to
+    ungated ones of other seeds; ``elsewhere``: of ungated pictures of the same seeds on another engine, by that
+    engine's name and version. ``images``, ``prompts``: how many of each; ``prompts_sha256``: of the prompts, a line
+    each; ``seed``: the first picture's; ``size``: WIDTHxHEIGHT.
 
     ``predicted_ms``, ``measured_ms``, ``ungated_ms``: of one picture, text and decoder included, the last two measured
     in turns. ``macs``, ``ungated_macs``: all multiply-accumulates of a picture. ``engine``, ``engine_version``,
@@ -64,6 +83,9 @@ class PlanReport:
     metric: str
     quality: Estimate
     unrelated: Estimate
+    beside: Mapping[str, Estimate] = field(default_factory=dict)
+    judge: str = ""
+    elsewhere: Mapping[str, Estimate] = field(default_factory=dict)
     images: int
     prompts: int
     prompts_sha256: str
@@ -84,6 +106,12 @@ class PlanReport:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return {"form": FORM, **asdict(self)}
+
+
+def told(metric: str, value: float) -> str:
+    """A value for a reader, with its unit: ``31.20 dB`` of "psnr"."""
+    form, unit = _FORMS.get(metric, _PLAIN)
+    return f"{value:{form}}{unit}"
 
 
 def program_digest(plan: Plan) -> str:
@@ -146,9 +174,12 @@ def _report(r: Reader) -> PlanReport:
         program=_digest(r, "program"),
         settings=check_facts(r.get("settings", dict)),
         files=named,
-        metric=r.choice("metric", ("psnr", "ssim")),
+        metric=r.choice("metric", (*NEARNESS, *DIFFERENCES)),
         quality=r.inner("quality").all_of(_estimate),
         unrelated=r.inner("unrelated").all_of(_estimate),
+        beside=r.table("beside", _estimate, _MOST_ESTIMATES),
+        judge=_digest(r, "judge") if r.text("judge") else "",
+        elsewhere=r.table("elsewhere", _estimate, _MOST_ESTIMATES),
         images=r.whole("images", 1),
         prompts=r.whole("prompts", 1),
         prompts_sha256=_digest(r, "prompts_sha256"),

@@ -141,8 +141,8 @@ class Sampler:
     ``initial_scale``: standard normal noise times this is x_0 (diffusers calls it init_noise_sigma).
     ``calls``: one entry per network call, n of them or, for PNDM, n + 1.
     ``lead_in``: calls before the method's rules begin, ``len(calls) - steps``.
-    ``prediction_type``: what the network predicts: ``epsilon``, ``v_prediction``, ``sample``, or ``unstated``
-    where the scheduler does not say. The coefficients already allow for it; it is kept for the reader.
+    ``prediction_type``: what the network predicts: ``epsilon``, ``v_prediction``, ``sample``, ``flow_prediction``, or
+    ``unstated`` where the scheduler does not say. The coefficients already allow for it; it is kept for the reader.
     ``options``: where the numbers came from (scheduler class, noise schedule, measured residual).
 
     Raises :class:`SamplerError` when counts disagree or a step reads a pair that does not exist yet.

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -28,8 +29,9 @@ MOST_BYTES = 64 << 20
 _METADATA = "samplers"
 
 
-def dump_tables(samplers: Iterable[Sampler]) -> bytes:
-    """The file's content for those samplers."""
+def dump_tables(samplers: Iterable[Sampler], further: Mapping[str, NDArray[np.float32]] | None = None) -> bytes:
+    """The file's content for those samplers, and ``further`` tensors by their names
+    (:data:`tgate_engine.starts.STARTS`)."""
     rows: dict[str, list[Any]] = {}
     entries: list[dict[str, Any]] = []
     for sampler in samplers:
@@ -38,7 +40,8 @@ def dump_tables(samplers: Iterable[Sampler]) -> bytes:
         del entry["calls"]
         entries.append({**entry, "first": len(own), "count": len(sampler.calls)})
         own += [step_row(call, 0.0) for call in sampler.calls]
-    return save({name: np.stack(own) for name, own in rows.items()}, {_METADATA: json.dumps(entries)})
+    tensors = {name: np.stack(own) for name, own in rows.items()}
+    return save({**tensors, **(further or {})}, {_METADATA: json.dumps(entries)})
 
 
 def load_tables(path: Path) -> dict[tuple[str, int], Sampler]:
@@ -65,15 +68,16 @@ def _sampler(entry: Mapping[str, Any], rows: Mapping[str, Any]) -> Sampler:
     if not (type(first) is type(count) is int and first >= 0 and 0 < count <= MOST_CALLS):
         raise ValueError(f"rows {first!r:.20} and on, {count!r:.20} of them, are not there")
     own = rows[entry["name"]][first : first + count].astype(np.float64).tolist()
-    calls = [
-        SamplerStep(
-            timestep=row[TIMESTEP],
-            input_scale=row[INPUT_SCALE],
-            latents=tuple(row[LATENTS_COLUMNS]),
-            outputs=tuple(row[OUTPUT_COLUMNS]),
-            noise=row[NOISE_COLUMN],
-        )
-        for row in own
-    ]
     fields = {key: value for key, value in entry.items() if key not in ("first", "count")}
-    return Sampler(**{**fields, "calls": tuple(calls)})
+    return Sampler(**{**fields, "calls": tuple(map(call_of, own))})
+
+
+def call_of(row: Sequence[float]) -> SamplerStep:
+    """The call of a step row's 12 numbers; its guidance is not read."""
+    return SamplerStep(
+        timestep=row[TIMESTEP],
+        input_scale=row[INPUT_SCALE],
+        latents=tuple(row[LATENTS_COLUMNS]),
+        outputs=tuple(row[OUTPUT_COLUMNS]),
+        noise=row[NOISE_COLUMN],
+    )

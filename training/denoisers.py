@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from training import pixart
 from training.grammar import Scene
 from training.models import build_text_encoders, build_unet, time_ids, training_noise
-from training.reading import TokenReader, token_targets
+from training.reading import PlaceReader, TokenReader, token_targets
 from training.settings import LATENT_PX, PixArtSettings, Settings
 from training.text import encode, t5_encode, token_ids
 from training.tokenizer import build_tokenizer
@@ -45,11 +45,18 @@ class SdxlDenoiser:
     """`mini-sdxl`: a UNet, which needs not know where a window lies, and two CLIP encoders."""
 
     def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self.tokenizer = build_tokenizer()
         text_1, text_2 = build_text_encoders(settings, self.tokenizer)
-        self.parts = nn.ModuleDict({"unet": build_unet(settings), "text_1": text_1, "text_2": text_2})
-        _start_transparent(self.parts["unet"])
-        self.parts["unet"].to(memory_format=torch.channels_last)
+        unet = build_unet(settings)
+        _start_transparent(unet)
+        unet.to(memory_format=torch.channels_last)
+        readers = {
+            "reader": TokenReader(settings.unet_channels[-1]),
+            "places": PlaceReader(settings.cross_attention_dim),
+        }
+        self.parts = nn.ModuleDict({"unet": unet, "text_1": text_1, "text_2": text_2, **readers})
+        unet.mid_block.register_forward_hook(self._keep)
 
     def errors(
         self,
@@ -60,13 +67,23 @@ class SdxlDenoiser:
         scenes: list[Scene],
         corners: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Denoiser.errors`; nothing else is minimised."""
+        """As `Denoiser.errors`; the reading of tokens, and of whole pictures' places off the text, is minimised too."""
         states, pooled = encode(self.parts["text_1"], self.parts["text_2"], token_ids(self.tokenizer, captions))
         conditions = {"text_embeds": pooled, "time_ids": time_ids(len(noisy))}
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-        predicted = self.parts["unet"](noisy, timesteps, states, added_cond_kwargs=conditions).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = self.parts["unet"](noisy, timesteps, states, added_cond_kwargs=conditions).sample.float()
         errors = (predicted - noise).square().mean(dim=(1, 2, 3))
-        return errors, torch.zeros_like(errors)
+        deep = LATENT_PX // self._states.shape[-1] if corners is None else noisy.shape[-1] // self._states.shape[-1]
+        targets = token_targets(scenes, corners, self._states.shape[-1], deep)
+        beside = self.parts["reader"](self._states.flatten(2).transpose(1, 2), targets)
+        if corners is None:
+            said = torch.tensor([bool(caption) for caption in captions])
+            beside = beside + self.parts["places"](states, targets["pair"]) * said
+        return errors, self.settings.reading_weight * beside
+
+    def _keep(self, _module: nn.Module, _args: object, output: torch.Tensor) -> None:
+        self._states = output.float()
 
 
 class PixArtDenoiser:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,11 +20,11 @@ import numpy.typing as npt
 import torch
 
 from training.classifier import PairClassifier, load_classifier, presence
-from training.grammar import COLOURS, PAIR_INDEX, PAIRS, SHAPES, held_out_scenes
+from training.grammar import PAIR_INDEX, PAIRS, held_out_scenes, named_pairs
+from training.relations import item_places, relation_shown
 from training.settings import IMAGE_PX
 
 EVALUATION_SEED = 1
-_OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 
 Pictures = npt.NDArray[np.uint8]
 Generate = Callable[[list[str]], Pictures]
@@ -33,7 +32,10 @@ Generate = Callable[[list[str]], Pictures]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Shares of pictures, 0 to 1; `low` and `high` bound `first_object` at 95 % (Wilson's interval)."""
+    """Shares of pictures, 0 to 1; `low` and `high` bound `first_object` at 95 % (Wilson's interval).
+
+    `relations`: of the captions that say how their items lie, the share whose picture shows all of them and so.
+    """
 
     captions: int
     first_object: float
@@ -44,19 +46,12 @@ class Score:
     all_objects: float
     one_object: float
     several_objects: float
+    relations: float
 
 
 def evaluation_captions(count: int = 500) -> list[str]:
     """The first `count` held-out captions; always the same ones."""
     return [caption for caption, _ in held_out_scenes(count, EVALUATION_SEED)]
-
-
-def named_pairs(caption: str) -> list[tuple[str, str]]:
-    """The (colour, shape) pairs of a caption in the order in which it names them."""
-    pairs = [(match[1], match[2]) for match in _OBJECT.finditer(caption)]
-    if not pairs:
-        raise ValueError(f"no coloured shape in the caption {caption!r}; write it as in training/grammar.py")
-    return pairs
 
 
 def _wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -77,7 +72,10 @@ def score_pictures(captions: list[str], pictures: Pictures, classifier: PairClas
             f"got pictures {pictures.dtype} {pictures.shape}, wanted uint8 "
             f"{(len(captions), IMAGE_PX, IMAGE_PX, 3)}: one per caption, channels last"
         )
-    shown = (presence(classifier or load_classifier(), pictures) > 0.5).numpy()
+    judge = classifier or load_classifier()
+    shown = (presence(judge, pictures) > 0.5).numpy()
+    places = item_places(judge, pictures, captions)
+    related = [relation_shown(*pair) for pair in zip(places, captions, strict=True)]
     first: list[bool] = []
     colour: list[bool] = []
     shape: list[bool] = []
@@ -107,6 +105,7 @@ def score_pictures(captions: list[str], pictures: Pictures, classifier: PairClas
         all_objects=share(every),
         one_object=share(single),
         several_objects=share(several),
+        relations=share([right for right in related if right is not None]),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from dataclasses import dataclass
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -33,6 +34,7 @@ PAIRS: tuple[tuple[str, str], ...] = tuple((colour, shape) for colour in COLOURS
 PAIR_INDEX: dict[tuple[str, str], int] = {pair: index for index, pair in enumerate(PAIRS)}
 
 HELD_OUT_MODULUS = 16
+_OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 _PREFIXES = ("", "", "", "a picture of ", "an image of ", "a drawing of ")
 _RELATIONS = {
     "above": ("above", "over"),
@@ -158,6 +160,14 @@ def write_caption(scene: Scene, rng: random.Random) -> str:
     else:
         body = f"{nouns[0]}, {nouns[1]} and {nouns[2]}" + (f" in a {scene.layout}" if rng.random() < 0.7 else "")
     return f"{rng.choice(_PREFIXES)}{body}{_backdrop(scene, rng)}"
+
+
+def named_pairs(caption: str) -> list[tuple[str, str]]:
+    """The (colour, shape) pairs of a caption in the order in which it names them."""
+    pairs = [(match[1], match[2]) for match in _OBJECT.finditer(caption)]
+    if not pairs:
+        raise ValueError(f"no coloured shape in the caption {caption!r}; write it as in training/grammar.py")
+    return pairs
 
 
 def is_held_out(caption: str) -> bool:

@@ -40,6 +40,27 @@ class TokenReader(nn.Module):
         return (item + where + 0.3 * behind + 0.3 * pattern).mean(dim=1)
 
 
+class PlaceReader(nn.Module):
+    """States [B, S, width] of captions to the loss of telling what lies at each place, float [B].
+
+    What a picture shows where must be in the text's states before a denoiser can attend to it, and is learnt far more
+    slowly from noise than from being asked.
+    """
+
+    def __init__(self, width: int, places: int = 64) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(places, width) * 0.1)
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.pair = nn.Linear(width, NOTHING + 1)
+
+    def forward(self, states: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+        """`pairs`: int64 [B, places], as `token_targets` gives them; places of the background do not count."""
+        read, _ = self.attention(self.places.expand(len(states), -1, -1), states, states, need_weights=False)
+        lost = functional.cross_entropy(self.pair(read).flatten(0, 1), pairs.flatten(), reduction="none")
+        shown = (pairs != NOTHING).float()
+        return (lost.view(pairs.shape) * shown).sum(1) / shown.sum(1).clamp(min=1)
+
+
 def token_targets(scenes: list[Scene], corners: torch.Tensor | None, side: int, patch: int) -> dict[str, torch.Tensor]:
     """What the tokens of [B, side * side] windows show, by row and column.
 

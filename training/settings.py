@@ -44,14 +44,15 @@ class Settings:
 
     # denoiser
     pool_scenes: int = 8_000
-    batch: int = 16  # over all workers
-    crowded_share: float = 0.0  # of the whole pictures drawn on purpose from scenes of several items
+    batch: int = 32  # over all workers
+    crowded_share: float = 0.5  # of the whole pictures drawn on purpose from scenes of several items
     close_up_share: float = 0.3  # share of the seconds spent on 8x8 windows, three times as many per batch
     lr: float = 1e-3
     warmup_steps: int = 150
     weight_decay: float = 0.01
-    ema_decay: float = 0.998
+    ema_decay: float = 0.9995
     caption_dropout: float = 0.10
+    reading_weight: float = 0.1  # of what throw-away heads must read, in nats
     text_warmup_steps: int = 400
 
     def __post_init__(self) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tgate_cli.arguments import MOST
 from tgate_cli.command import (
     RUN_ADVICE,
     Show,
@@ -24,6 +23,7 @@ from tgate_cli.command import (
     print_json,
     print_lines,
 )
+from tgate_cli.values import MOST
 from tgate_engine.atomic import write_atomically
 from tgate_engine.errors import RequestError, shown
 from tgate_engine.graph import DECODE
@@ -69,7 +69,7 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
             f"{args.source} was drawn by another bundle than mini, of {shown(record.model)}: tgate generate --from "
             f"{args.source} BUNDLE names its directory"
         )
-    request = _request(args, texts, record or noted)
+    request = _request(args, texts, record or noted, manifest)
     plan, shapes = _plan(args, record, manifest), manifest.shapes_of(request["size"])
     graphs_of(bundle, [plan], [shapes[0].size])
     _check_files(args, record, replaced=bool(texts))
@@ -219,14 +219,19 @@ def _notes(path: Path) -> tuple[Record | None, Parameters | None]:
     return (None, found) if isinstance(found, Parameters) else (found, None)
 
 
-def _request(args: argparse.Namespace, texts: Sequence[str], record: Record | Parameters | None) -> dict[str, Any]:
+def _request(
+    args: argparse.Namespace, texts: Sequence[str], record: Record | Parameters | None, manifest: Manifest
+) -> dict[str, Any]:
     """The arguments of a Pipeline that the record has, and in their place those of the command line."""
-    request: dict[str, Any] = {"prompt": None, "negative_prompt": None, "seed": None, "size": None}
+    from tgate_runtime.request import begins_from
+
+    request: dict[str, Any] = {"prompt": None, "negative_prompt": None, "seed": None, "size": None, "strength": None}
     request |= {"generator": "numpy", "guidance_scale": None}
     if record is not None:
         request |= record.request()
         request["prompt"] = None if record.prompt is None else [record.prompt]
-    if args.image is not None or args.prompt_embeds is not None:
+    conditions = args.image is not None and not begins_from(manifest, args.image)
+    if conditions or args.prompt_embeds is not None:
         request |= {"prompt": None, "negative_prompt": None}
     asked = {name: getattr(args, name) for name in request if name != "prompt"} | {"prompt": list(texts) or None}
     return request | {name: value for name, value in asked.items() if value is not None}
@@ -234,10 +239,12 @@ def _request(args: argparse.Namespace, texts: Sequence[str], record: Record | Pa
 
 def _check_files(args: argparse.Namespace, record: Record | None, *, replaced: bool) -> None:
     """Raises :class:`RequestError` where the record needs a file that is not named. ``replaced``: a prompt comes in
-    place of what conditioned the record's image."""
-    named = {name for name in ("image", "initial_latents", "prompt_embeds") if getattr(args, name) is not None}
+    place of what conditioned the record's image; one that it began from has none."""
+    named = {name for name in ("image", "mask", "initial_latents", "prompt_embeds") if getattr(args, name) is not None}
     for name, digest in ({} if record is None else record.given).items():
         replacement = args.seed is not None if name == "initial_latents" else replaced or named
+        if record is not None and record.strength is not None and name in ("image", "mask"):
+            replacement = False
         if name not in named and not replacement:
             raise RequestError(
                 f"{args.source} was drawn from --{name.replace('_', '-')}, of which its record holds the SHA-256 alone "
@@ -254,6 +261,8 @@ def _given(args: argparse.Namespace, record: Record | None) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if args.image is not None:
         given["image"] = files.load_picture(args.image)
+    if args.mask is not None:
+        given["mask"] = files.load_mask(args.mask)
     if args.initial_latents is not None:
         given["initial_latents"] = files.load_array(args.initial_latents)
     if args.prompt_embeds is not None:
@@ -268,10 +277,11 @@ def _given(args: argparse.Namespace, record: Record | None) -> dict[str, Any]:
 
 def _check_source(args: argparse.Namespace, request: Mapping[str, Any], manifest: Manifest) -> None:
     """What conditions the images, before a file of it is read. Raises :class:`RequestError`."""
-    from tgate_runtime.request import check_prompts, check_source
+    from tgate_runtime.request import check_prompts, check_source, strength_of
 
     texts = {"prompt": request["prompt"], "negative_prompt": request["negative_prompt"]}
     check_source(manifest, **texts, image=args.image, prompt_embeds=args.prompt_embeds)
+    strength_of(request["strength"], manifest, args.image, args.mask)
     if request["prompt"] is not None:
         check_prompts(request["prompt"], request["negative_prompt"])
 

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from tgate_cli.command import LONGEST
 from tgate_cli.inspect import shortened
 from tgate_engine.errors import shown
-from tgate_engine.plan_report import Estimate
+from tgate_engine.plan_report import DIFFERENCES, Estimate
 
 Row = Sequence[str]
 
@@ -81,10 +81,13 @@ def quality(report: Mapping[str, Any] | None) -> list[str]:
     metric, precision = report["metric"], f" in {report['precision']}" if report["precision"] else ""
     several = "prompt" if report["prompts"] == 1 else "prompts"
     threads = f"{report['threads']} thread{'s' * (report['threads'] > 1)}, " if report["threads"] else ""
+    link = "beside" if metric in DIFFERENCES else "to"
+    beside = ", ".join(f"{name.replace('_', ' ')} {_quality(name, of)}" for name, of in report["beside"].items())
+    elsewhere = "".join(f", and those of {engine} {_quality(metric, of)}" for engine, of in report["elsewhere"].items())
     return [
-        f"quality: {metric} {_quality(metric, report['quality'])} to the ungated pictures of the same seeds, where "
-        f"those of other seeds have {_quality(metric, report['unrelated'])}; {report['images']} pictures of "
-        f"{report['prompts']} {several}",
+        f"quality: {metric} {_quality(metric, report['quality'])}{f' ({beside})' if beside else ''} {link} the "
+        f"ungated pictures of the same seeds, where those of other seeds have {_quality(metric, report['unrelated'])}"
+        f"{elsewhere}; {report['images']} pictures of {report['prompts']} {several}",
         f"time of a picture: {report['measured_ms']:.1f} ms, {_ratio(report['ungated_ms'], report['measured_ms'])} as "
         f"fast as ungated (predicted {report['predicted_ms']:.1f} ms); {report['engine']} {report['engine_version']}"
         f"{precision}, {threads}{report['machine']}",
@@ -109,8 +112,9 @@ def tuning(data: Mapping[str, Any], out: TextIO | None = None) -> None:
         )
         for point in data["front"]
     ]
+    more = "better" if report["metric"] in DIFFERENCES else "nearer"
     title = (
-        f"plans that none is both faster and nearer than; {data['tried']} of {data['plans']} were drawn to the end, "
+        f"plans that none is both faster and {more} than; {data['tried']} of {data['plans']} were drawn to the end, "
         f"{report['images']} pictures each"
     )
     headers = ("", "plan", "picture ms", "faster", f"{report['metric']} (95 %)")

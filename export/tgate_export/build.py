@@ -31,8 +31,9 @@ from tgate_export.job import ExportSettings, Job, prepare
 from tgate_export.modules import fake_module
 from tgate_export.plans import make_plans
 from tgate_export.sampling import compile_tables
+from tgate_export.starts import compile_starts
 from tgate_export.tokenizers import export_tokenizers
-from tgate_export.tracing import trace_decoder, trace_image, trace_step, trace_text
+from tgate_export.tracing import trace_decoder, trace_encoder, trace_image, trace_step, trace_text
 from tgate_export.weights import WEIGHTS_FILE, attach, collect, place_weights, save_graph, write_weights
 
 __all__ = ["ExportSettings", "export"]
@@ -119,7 +120,9 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
         graphs=shapes[0].graphs,
         carries=carries,
     )
-    (stage / SAMPLERS_FILE).write_bytes(dump_tables(compile_tables(job.sampler.name, job.scheduler)))
+    samplers = compile_tables(job.sampler.name, job.scheduler)
+    starts = compile_starts(samplers, job.sampler, job.scheduler) if "encoder" in job.components else {}
+    (stage / SAMPLERS_FILE).write_bytes(dump_tables(samplers, starts))
     recorded: dict[str, Golden] = {}
     if job.settings.verify and job.settings.weights == "checkpoint":
         recorded = goldens.record(
@@ -185,14 +188,16 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
         return traced
 
     text = trace(lambda: trace_text(job, mode, tokenizers), "the text encoder") if "text" in around else None
-    image_or_decoder: dict[Size, list[TracedGraph]] = {}
+    beside: dict[Size, list[TracedGraph]] = {}
     for size in job.sizes:
         sized = job.at(size)
-        image_or_decoder[size] = []
+        beside[size] = []
         if "image" in around:
-            image_or_decoder[size].append(trace(partial(trace_image, sized, mode), f"the image encoder, {size}"))
+            beside[size].append(trace(partial(trace_image, sized, mode), f"the image encoder, {size}"))
         if "decoder" in around:
-            image_or_decoder[size].append(trace(partial(trace_decoder, sized, mode), f"the decoder, {size}"))
+            beside[size].append(trace(partial(trace_decoder, sized, mode), f"the decoder, {size}"))
+        if "encoder" in around:
+            beside[size].append(trace(partial(trace_encoder, sized, mode), f"the encoder, {size}"))
     denoiser = fake_module(mode, job.family, job.checkpoint, job.family.denoiser, getattr(torch, job.dtype))
     transposed = store_linears_transposed(denoiser)
     shapes: list[_Traced] = []
@@ -207,7 +212,7 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
                 stored = {name for part in variant.parts for name in part.writes}
                 carries |= {tensor.name: tensor for tensor in graph.outputs if tensor.name in stored}
                 graphs.append(graph)
-            everything = [*([text] if text else []), *image_or_decoder[size], *graphs]
+            everything = [*([text] if text else []), *beside[size], *graphs]
             files = {g.name: _file(job, g, size, batch) for g in everything}
             shapes.append(_Traced(size, batch, {g.name: g for g in everything}, files))
     report.progress(total, total)

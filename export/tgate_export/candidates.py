@@ -13,19 +13,25 @@ from tgate_engine.plan import Call, Plan
 from tgate_engine.plan_build import build_plan
 from tgate_engine.sampler import Fact, Sampler
 from tgate_export.methods.base import Method, Settings, guidance_stopped, settings_of, ungated
+from tgate_export.methods.forecast import Forecast
 from tgate_export.methods.forecast.fold import FORECAST_OF, forecast
 from tgate_export.plans import make_plans, method_of, sampler_of
 
 INTERVALS = (1, 2, 3, 5, 8)
-"""Of k and f: a longer one reuses more, and hardly more than the one before it."""
+"""Of k, f and c: a longer one reuses more, and hardly more than the one before it."""
 FORECASTS = (1, 2, 3)
 """Of r, where the sampler draws no noise in its steps."""
+ALONE = (2, 3, 4, 5)
+"""Of r, where forecasts are all that there is: guidance and attention stay, and a longer interval costs less."""
+REFRESHES = (0, 8, 5, 3)
+"""Of g, from none to many."""
 STARTS = 12
 """Gate steps that are looked at first, at most; those between them come in where it pays."""
 STOPPED = "guidance_stopped"
+_FORECAST = Forecast()
 
 Place = tuple[int, ...]
-"""Where a plan stands among the others: its method's number, then those of m, k, w, f and r among what is tried."""
+"""Where a plan stands: its method's number, m, then those of f, k, w, c, g and r among what is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,7 @@ class Candidates:
         plan, manifest = self.plans[label], bundle.manifest
         made = make_plans(
             name,
-            self.method,
+            _FORECAST if plan.settings["method"] == _FORECAST.name else self.method,
             settings_of(plan.settings),
             sampler=self.sampler,
             guidance_scale=plan.guidance_scale,
@@ -74,9 +80,10 @@ class Candidates:
         return {name: replace(plan, name=name, baselines=(plain,)), **{n: p for n, p in made.items() if n == plain}}
 
 
-def candidates(bundle: Bundle, *, steps: int | None = None, stopped: bool = True) -> Candidates:
-    """The plans of the bundle's own method for every m, several k, w, f and r, and if ``stopped`` those that stop
-    guidance at m and reuse nothing; of the default plan's sampler, and of as many steps where ``steps`` is None.
+def candidates(bundle: Bundle, *, steps: int | None = None, others: bool = True) -> Candidates:
+    """The plans of the bundle's own method for every m, several k, w, f, c, g and r, and if ``others`` those that any
+    bundle can run: guidance stopped at m and nothing reused, and forecasts from m on and nothing else; of the default
+    plan's sampler, and of as many steps where ``steps`` is None.
 
     Raises as :func:`~tgate_export.plans.sampler_of` does, and :class:`PlanError` where nothing can be reused.
     """
@@ -109,17 +116,16 @@ def candidates(bundle: Bundle, *, steps: int | None = None, stopped: bool = True
     places: dict[str, Place] = {}
     plain = ungated(n, sampler.lead_in)
     seen: set[tuple[tuple[Call, ...], tuple[int, ...]]] = {(plain, ())}
-    for place, settings, whole in _programs(method, default, n, sampler, stopped=stopped and manifest.guided):
+    for place, settings, whole in _programs(method, default, n, sampler, others=others, guided=manifest.guided):
         left_out = settings.left_out(sampler.lead_in)
         program, own_sampler = tuple(call for i, call in enumerate(whole) if i not in left_out), folded(left_out)
         there = {call.graph for call in program} <= graphs.keys()
         if own_sampler is None or not there or (program, left_out) in seen:
             continue
         seen.add((program, left_out))
-        is_stopped = place[0] > 0
         own: dict[str, Fact] = {"method": STOPPED, "n": n, "m": settings.gate}
-        facts = own if is_stopped else method.facts(settings)
-        label = _label(settings, stopped=is_stopped)
+        facts = (method.facts(settings), own, _FORECAST.facts(settings))[place[0]]
+        label = _label(settings, gated=method.gated or place[0] > 0) + ("", " guidance stopped", " alone")[place[0]]
         plans[label], places[label] = build(label, program, facts, own_sampler), place
     if not plans:
         raise PlanError(f"no plan of {n} steps reuses anything over the graphs of {bundle.path}; take more --steps")
@@ -137,16 +143,19 @@ def candidates(bundle: Bundle, *, steps: int | None = None, stopped: bool = True
 
 
 def _programs(
-    method: Method, default: Plan, n: int, sampler: Sampler, *, stopped: bool
+    method: Method, default: Plan, n: int, sampler: Sampler, *, others: bool, guided: bool
 ) -> Iterator[tuple[Place, Settings, tuple[Call, ...]]]:
     """Every program to look at, by its place; plainer settings come before others of the same program."""
     warm_up = int(default.settings.get("w") or 0)
-    own = {name: int(default.settings.get(name) or 1) for name in ("k", "f")}
-    k, f = (sorted({*INTERVALS, own[name]}) if name in method.takes else [1] for name in ("k", "f"))
+    own = {name: int(default.settings.get(name) or 1) for name in ("k", "f", "c")}
+    k, f, c = (sorted({*INTERVALS, own[name]}) if name in method.takes else [1] for name in ("k", "f", "c"))
     w = sorted({0, warm_up}) if "w" in method.takes else [0]
-    r = FORECASTS[:1] if sampler.stochastic else FORECASTS
-    for m in range(1, n + 1):
-        for (a, each_f), (b, each_k), (c, each_w), (d, each_r) in itertools.product(*map(enumerate, (f, k, w, r))):
+    r = FORECASTS[:1] if sampler.stochastic or "c" in method.takes else FORECASTS
+    g = REFRESHES if "g" in method.takes else REFRESHES[:1]
+    for m in range(1, n + 1) if method.gated else (n,):
+        for place in itertools.product(*(range(len(each)) for each in (f, k, w, c, g, r))):
+            each = (of[i] for of, i in zip((f, k, w, c, g, r), place, strict=True))
+            each_f, each_k, each_w, each_c, each_g, each_r = each
             settings = Settings(
                 steps=n,
                 gate=m,
@@ -154,25 +163,39 @@ def _programs(
                 warm_up=each_w,
                 fidelity_interval=each_f,
                 forecast_interval=each_r,
+                cache_interval=each_c,
+                refresh_interval=each_g,
             )
-            if each_r > 1 and (each_f > 1 or not settings.left_out()):
+            if each_g and not any(map(settings.refreshes, range(n))):
+                continue
+            if each_r > 1 and (each_f > 1 or each_g or not settings.left_out()):
                 continue  # see Method.settings
+            program = method.program(settings, sampler.lead_in)
+            if "c" in method.takes and program == method.program(replace(settings, cache_interval=1), sampler.lead_in):
+                continue  # it refuses a cache that nothing reads, too
             # Warm-up means something beside k alone; the default plan's is what a plan with k = 1 says it has.
             if (each_k > 1 or each_w == w[-1]) and not method.idle(settings, sampler.lead_in):
-                yield (0, m, b, c, a, d), settings, method.program(settings, sampler.lead_in)
-        if stopped:
-            settings = Settings(steps=n, gate=m, warm_up=0)
-            yield (1, m, 0, 0, 0, 0), settings, guidance_stopped(settings, sampler.lead_in)
+                yield (0, m, *place), settings, program
+    for m in range(1, n + 1) if others else ():
+        settings = Settings(steps=n, gate=m, warm_up=0)
+        if guided:
+            yield (1, m, 0, 0, 0, 0, 0, 0), settings, guidance_stopped(settings, sampler.lead_in)
+        for i, each_r in enumerate(() if sampler.stochastic or method.name == _FORECAST.name else ALONE):
+            settings = Settings(steps=n, gate=m, warm_up=0, forecast_interval=each_r)
+            if settings.left_out():
+                yield (2, m, 0, 0, 0, 0, 0, i), settings, _FORECAST.program(settings, sampler.lead_in)
 
 
-def _label(settings: Settings, *, stopped: bool) -> str:
-    if stopped:
-        return f"m={settings.gate} guidance stopped"
-    words = [f"m={settings.gate}"]
+def _label(settings: Settings, *, gated: bool) -> str:
+    words = [f"m={settings.gate}"] if gated else []
     if settings.self_interval > 1:
         words += [f"k={settings.self_interval}", f"w={settings.warm_up}"]
     if settings.fidelity_interval > 1:
         words.append(f"f={settings.fidelity_interval}")
     if settings.forecast_interval > 1:
         words.append(f"r={settings.forecast_interval}")
+    if settings.refresh_interval:
+        words.append(f"g={settings.refresh_interval}")
+    if settings.cache_interval > 1:
+        words.append(f"c={settings.cache_interval}")
     return " ".join(words)

@@ -27,7 +27,7 @@ from tgate_export.methods.base import Settings, Variant, ungated
 from tgate_export.oracle import Oracle
 from tgate_export.sampling import compile_sampler
 from tgate_export.step import DenoisingStep
-from tgate_export.tracing import DECODER_GRAPH, IMAGE_GRAPH, TEXT_GRAPH
+from tgate_export.tracing import DECODER_GRAPH, ENCODER_GRAPH, IMAGE_GRAPH, TEXT_GRAPH
 
 GOLDEN_PROMPT = "a large red circle above a small blue square"
 GOLDEN_NEGATIVE = "a photo"
@@ -44,7 +44,7 @@ SHAKE = 1e-6
 four times what PyTorch itself was moved: now and then a trained network sits on an edge."""
 
 IMAGE_TOLERANCES = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1.25e-1}
-"""As above, for what the decoder's pixels are rounded from."""
+"""As above, for what the decoder's pixels are rounded from, and for the latents that the encoder makes of a picture."""
 
 
 def record(
@@ -82,6 +82,18 @@ def _record_size(
     generator = torch.Generator().manual_seed(GOLDEN_SEED)
     on_golden(f"conditioning, {job.size}")
     conditioning = _conditioning(job, oracle, tokenizers, generator, directory, recorded)
+    if "encoder" in job.components and oracle.fits(family.decoder):
+        picture = _picture(job.size.height, job.size.width)
+        latents, deviation = oracle.encoded(picture)
+        recorded["latents"] = _record_graph(
+            job,
+            directory / f"latents{suffix}.safetensors",
+            ENCODER_GRAPH,
+            {"picture": picture},
+            {"latents": latents, "deviation": deviation},
+            IMAGE_TOLERANCES[job.decoder_dtype],
+            oracle.name,
+        )
 
     if not oracle.fits(family.denoiser, *([family.decoder] if "decoder" in job.components else [])):
         return recorded

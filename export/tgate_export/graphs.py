@@ -101,7 +101,9 @@ def trace(
     whose values are transposed on their way into the weight file. Raises :class:`ExportError` where PyTorch cannot.
     """
     example_batch = batch[0] if batch[0] == batch[1] else max(2, batch[0])
-    symbol = torch.export.Dim("batch", min=batch[0], max=batch[1]) if batch[0] != batch[1] else None
+    # For a range up to 2 PyTorch 2.13 leaves nodes whose translation is a sequence, which no engine takes.
+    largest = max(batch[1], 3)
+    symbol = torch.export.Dim("batch", min=batch[0], max=largest) if batch[0] != batch[1] else None
     dynamic = tuple(_dynamic(spec, symbol) for spec in inputs) if symbol is not None else None
     with mode, torch.no_grad(), _quiet(), quick(symbolic=symbol is not None):
         args = tuple(_example(spec, example_batch) for spec in inputs)
@@ -119,7 +121,8 @@ def trace(
     _restore_constants(graph, dict(module.named_buffers()))
     weights = _detach_weights(graph, frozenset(n for n, _ in module.named_parameters()), components, transposed)
     _name_values(graph, [spec.name for spec in inputs], tuple(outputs))
-    simplify(model)
+    with _quiet():
+        simplify(model)
     kept = _drop_unused_inputs(graph, {spec.name: spec for spec in inputs}, weights)
     return TracedGraph(
         name=name,

@@ -92,7 +92,12 @@ def prepare(settings: ExportSettings) -> Job:
     latents, conditioning = family.latents(checkpoint, sizes[0]), tuple(family.conditioning(checkpoint, sizes[0]))
     sites = _observe(family, checkpoint, latents, conditioning)
     family.scaling(checkpoint)
-    scheduler = family.scheduler_config(checkpoint)
+    scheduler = family.scheduler_config(checkpoint, sizes[0])
+    if any(family.scheduler_config(checkpoint, size) != scheduler for size in sizes):
+        raise ExportError(
+            f"{checkpoint.where}: its noise levels depend on the size (use_dynamic_shifting), and a bundle has one set "
+            "of them; export one --size a bundle"
+        )
     compiled = compile_sampler(asked.sampler, scheduler, asked.method_settings.steps)
     forecast(compiled, asked.method_settings.left_out(compiled.lead_in))  # what it refuses is refused before the work
     dtype = DTYPES[settings.dtype]
@@ -116,9 +121,15 @@ def prepare(settings: ExportSettings) -> Job:
         scheduler=scheduler,
         dtype=dtype,
         # Some decoders overflow in half precision and say so.
-        decoder_dtype="float32" if family.config(checkpoint, family.decoder)["force_upcast"] else dtype,
+        decoder_dtype="float32" if family.config(checkpoint, family.decoder).get("force_upcast") else dtype,
         variants=method.variants(
-            Network(sites=sites, guided=guidance == "classifier-free", after_gate=family.after_gate),
+            Network(
+                sites=sites,
+                guided=guidance == "classifier-free",
+                after_gate=family.after_gate,
+                deep=family.deep(checkpoint, settings.cache_branch),
+                rows=latents[0] if family.frames_axis == 1 else 1,
+            ),
             asked.method_settings,
         ),
     )
@@ -145,6 +156,7 @@ def directories(family: Family, components: Sequence[str]) -> tuple[str, ...]:
         "image": family.image_components,
         "denoiser": (family.denoiser,),
         "decoder": (family.decoder,),
+        "encoder": (family.decoder,),
     }
     return tuple(dict.fromkeys(name for component in components for name in folders[component]))
 
@@ -214,7 +226,12 @@ def _observe(
         log = logging.getLogger("torch._subclasses.fake_tensor")  # tells of errors before it raises them
         log.disabled = True
         try:
-            return observe(denoiser, lambda: family.denoise(denoiser, noised, numbers, numbers, inputs), images=rows)
+            return observe(
+                denoiser,
+                lambda: family.denoise(denoiser, noised, numbers, numbers, inputs),
+                images=rows,
+                joint=not family.facts.cross_attention,
+            )
         except ExportError as error:
             raise ExportError(f"{checkpoint.where}: the {family.denoiser}'s {error}") from None
         except Exception as error:  # PyTorch and diffusers raise many kinds for shapes that do not fit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import accelerate
 import torch
@@ -27,9 +28,9 @@ def fake_module(
     fakes: dict[int, nn.Parameter] = {}  # by the parameter replaced, so that what was shared stays shared
     with mode:
         for path, child in module.named_modules():
-            own = torch.float32 if any(part in kept for part in path.split(".")) else dtype
             for name, parameter in list(child._parameters.items()):
                 if parameter is not None:
+                    own = torch.float32 if any(part in kept for part in (*path.split("."), name)) else dtype
                     if id(parameter) not in fakes:
                         fakes[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=own), False)
                     child._parameters[name] = fakes[id(parameter)]
@@ -67,32 +68,72 @@ class Decoder(nn.Module):
     """Final latents [1, ...] in the denoiser's scale, float32, to pixels, uint8: [1, H, W, 3], or [1, F, H, W, 3].
 
     Beside them it gives what they were rounded from, as the autoencoder decodes it: float32, [1, 3, H, W] or, for a
-    video, [F, 3, H, W], from -1 to 1 where nothing is clipped. ``frames_axis``: see
-    :class:`~tgate_export.families.base.Family`.
+    video, [F, 3, H, W], from -1 to 1 where nothing is clipped. ``frames_axis``, ``together`` (its
+    ``decodes_frames_together``): see :class:`~tgate_export.families.base.Family`.
     """
 
-    def __init__(self, vae: nn.Module, scaling: Scaling, dtype: torch.dtype, frames_axis: int | None = None) -> None:
+    def __init__(
+        self,
+        vae: nn.Module,
+        scaling: Scaling,
+        dtype: torch.dtype,
+        frames_axis: int | None = None,
+        *,
+        together: bool = False,
+    ) -> None:
         super().__init__()
         self.vae = vae
         self._scaling = scaling
         self._dtype = dtype
         self._frames_axis = frames_axis
+        self._together = together
         self._temporal = "Temporal" in type(vae).__name__
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         frames = 1
-        if self._frames_axis is not None:
+        if self._frames_axis is not None and not self._together:
             frames = latents.shape[self._frames_axis]
             latents = latents.movedim(self._frames_axis, 1).flatten(0, 1)
         if self._scaling.std != (1.0,):
-            latents = latents * torch.tensor(self._scaling.std).view(1, -1, 1, 1)
+            latents = latents * self._by_channel(self._scaling.std, latents)
         latents = latents / self._scaling.scale
         if self._scaling.mean != (0.0,):
-            latents = latents + torch.tensor(self._scaling.mean).view(1, -1, 1, 1)
+            latents = latents + self._by_channel(self._scaling.mean, latents)
         decode = self.vae.decode
         assert callable(decode)
         further = {"num_frames": frames} if self._temporal else {}
         decoded: Tensor = decode(latents.to(self._dtype), return_dict=False, **further)[0].float()
+        if self._together:
+            decoded = decoded.squeeze(0).movedim(1, 0)
         pixels = (decoded / 2 + 0.5).clamp(0, 1)
         pictures = (pixels * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
         return pictures if self._frames_axis is None else pictures.unsqueeze(0), decoded
+
+    @staticmethod
+    def _by_channel(numbers: Sequence[float], latents: Tensor) -> Tensor:
+        return torch.tensor(numbers).view(1, -1, *[1] * (latents.dim() - 2))
+
+
+class Encoder(nn.Module):
+    """A picture, uint8 [1, H, W, 3], to the mean and the standard deviation of its latents in the denoiser's scale,
+    both float32 [1, C, h, w]: a trajectory begins from a sample of them."""
+
+    def __init__(self, vae: nn.Module, scaling: Scaling, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vae = vae
+        self._scaling = scaling
+        self._dtype = dtype
+
+    def forward(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = picture.permute(0, 3, 1, 2).float() / 255 * 2 - 1
+        encode = self.vae.encode
+        assert callable(encode)
+        posterior: Any = encode(pixels.to(self._dtype)).latent_dist
+        mean, deviation = posterior.mean.float(), posterior.std.float()
+        if self._scaling.mean != (0.0,):
+            mean = mean - torch.tensor(self._scaling.mean).view(1, -1, 1, 1)
+        mean, deviation = mean * self._scaling.scale, deviation * self._scaling.scale
+        if self._scaling.std != (1.0,):
+            std = torch.tensor(self._scaling.std).view(1, -1, 1, 1)
+            mean, deviation = mean / std, deviation / std
+        return mean, deviation

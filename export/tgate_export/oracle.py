@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import PIL.Image
 import torch
 import transformers
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
@@ -32,10 +34,13 @@ from tgate_export.modules import real_module
 from tgate_export.quiet import quiet
 from tgate_export.recipes import SAMPLERS
 from tgate_export.sampling import drawing
-from tgate_export.schedulers import TRAINED_UNDER_EDM
+from tgate_export.schedulers import sampler_class
 
 SPARE = 1.1
 """Memory that a network takes in use, over that of its weights: what is not enough for sure."""
+
+_FAR = 1000.0
+"""Standard deviations, by which a small one is read off a sample without losing its digits."""
 
 log = logging.getLogger("tgate")
 
@@ -137,6 +142,30 @@ class Oracle:
             conditioning: Texts = self._run(job.family.encode_image_with, pipe, picture, noise)
         return conditioning
 
+    def encoded(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, in the denoiser's scale, of the latents that diffusers' pipeline begins from
+        with a picture, uint8 [1, H, W, 3]: [1, C, h, w] each."""
+        job = self._job
+        cls: Any = getattr(diffusers, job.family.picture_pipeline)
+        pipe = self._pipeline(cls, **{job.family.decoder: self.module(job.family.decoder)})
+        pipe.scheduler = _Clean()
+
+        def sample(noise: float) -> Tensor:
+            pixels = pipe.image_processor.preprocess(PIL.Image.fromarray(picture[0].numpy()))
+            posterior = pipe.vae.encode(pixels).latent_dist
+            pipe.vae.encode = lambda _pixels: AutoencoderKLOutput(latent_dist=posterior)
+            try:
+                with drawing(posterior, torch.full_like(posterior.mean, noise)):
+                    latents: Tensor = pipe.prepare_latents(pixels, None, 1, 1, torch.float32, torch.device("cpu"))
+            finally:
+                del pipe.vae.encode
+            return latents
+
+        with torch.no_grad(), quiet():
+            mean = self._run(sample, 0.0)
+            far = self._run(sample, _FAR)
+        return mean, (far - mean) / _FAR
+
     def trajectory(
         self,
         denoiser: nn.Module,
@@ -189,6 +218,8 @@ class Oracle:
                     f"{job.checkpoint.where}: {self._class.__name__} itself makes numbers of it that are not "
                     "finite, in float32; the checkpoint is damaged, or its configuration is another's"
                 )
+        if job.family.decodes_frames_together:  # [1, 3, F, H, W]
+            decoded = [frames.movedim(2, 1).flatten(0, 1) for frames in decoded]
         return Trajectory(latents=latents, decoded=torch.cat(decoded)[: job.size.frames] if decoded else None)
 
     @contextlib.contextmanager
@@ -235,28 +266,15 @@ class Oracle:
         with quiet():
             own = getattr(diffusers, name).from_config(dict(job.checkpoint.scheduler_config()))
             own = self._pipeline(scheduler=own).scheduler  # pipelines change some options
-            kind, options = (
-                recipe.edm if name in TRAINED_UNDER_EDM and recipe.edm else (recipe.scheduler, recipe.overrides)
-            )
+            kind, options = sampler_class(job.sampler.name, job.scheduler)
             silent = {k: v for k, v in recipe.unless_stated.items() if k not in job.scheduler}
             same = type(own).__name__ == kind  # then what the pipeline changed holds, though no file states it
             config = {k: v for k, v in own.config.items() if k != "_use_default_values" or not same}
             return getattr(diffusers, kind).from_config(config, **options, **silent)
 
-    def _pipeline(self, **parts: Any) -> Any:
-        """The pipeline with these parts alone, and the options of model_index.json."""
-        known = inspect.signature(self._class.__init__).parameters
-        options = {
-            name: value
-            for name, value in self._job.checkpoint.model_index.items()
-            if name in known and not isinstance(value, (list, tuple))
-        }
-        options |= {"requires_safety_checker": False, "add_watermarker": False}
-        required = {name: None for name, p in known.items() if p.default is inspect.Parameter.empty and name != "self"}
-        with quiet():
-            pipe = self._class(**{**required, **{k: v for k, v in options.items() if k in known}, **parts})
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+    def _pipeline(self, cls: Any = None, /, **parts: Any) -> Any:
+        """``cls``: another pipeline than the checkpoint's own."""
+        return bare_pipeline(cls or self._class, self._job.checkpoint, **parts)
 
     def _run(self, function: Any, *args: Any, **options: Any) -> Any:
         try:
@@ -268,6 +286,31 @@ class Oracle:
                 f"{self._job.checkpoint.where}: {self._class.__name__} itself cannot run it ({one_line(error)}), so "
                 "nothing tells what would be right; mend the checkpoint, or export without a check (--no-verify)"
             ) from error
+
+
+def bare_pipeline(cls: Any, checkpoint: Checkpoint, **parts: Any) -> Any:
+    """diffusers' pipeline with these parts alone, and the options of model_index.json."""
+    known = inspect.signature(cls.__init__).parameters
+    options = {
+        name: value
+        for name, value in checkpoint.model_index.items()
+        if name in known and not isinstance(value, (list, tuple))
+    }
+    options |= {"requires_safety_checker": False, "add_watermarker": False}
+    required = {name: None for name, p in known.items() if p.default is inspect.Parameter.empty and name != "self"}
+    with quiet():
+        pipe = cls(**{**required, **{k: v for k, v in options.items() if k in known}, **parts})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class _Clean:
+    """In the place of a scheduler, one that adds no noise to a picture."""
+
+    order = 1
+
+    def add_noise(self, latents: Tensor, _noise: Tensor, _timestep: Tensor) -> Tensor:
+        return latents
 
 
 def available_bytes() -> int:

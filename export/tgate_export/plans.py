@@ -81,13 +81,15 @@ def add_plan(
     path: Path,
     *,
     name: str,
-    m: int,
+    m: int | None = None,
     k: int | None = None,
     steps: int | None = None,
     sampler: str | None = None,
     warm_up: int | None = None,
     fidelity_interval: int | None = None,
     forecast_interval: int | None = None,
+    cache_interval: int | None = None,
+    refresh_interval: int | None = None,
     guidance_scale: float | None = None,
     force: bool = False,
     save: bool = True,
@@ -95,10 +97,10 @@ def add_plan(
     """Make one more plan over the graphs of a bundle, of the bundle's own method; the plan and its baselines, by name.
 
     ``steps``, ``sampler``, ``warm_up`` and ``guidance_scale``: None takes those of the default plan; ``k`` and
-    ``fidelity_interval`` are 1 where left out, ``forecast_interval`` is the method's own. The bundle's manifest is
-    replaced atomically, unless ``save`` is false.
-    Raises a :class:`~tgate_engine.errors.TgateError`; what the settings and the manifest tell comes before any file's
-    digest.
+    ``fidelity_interval`` are 1 where left out, ``refresh_interval`` 0; ``forecast_interval`` and ``cache_interval`` are
+    the method's own; ``m`` is for methods with a gate. The bundle's manifest is replaced atomically, unless ``save``
+    is false. Raises a :class:`~tgate_engine.errors.TgateError`; what the settings and the manifest tell comes before
+    any file's digest.
     """
     bundle = Bundle.open(path, check_digests=False)
     manifest = bundle.manifest
@@ -116,6 +118,8 @@ def add_plan(
         k=k,
         w=warm_up,
         f=fidelity_interval,
+        c=cache_interval,
+        g=refresh_interval,
         r=forecast_interval,
         defaults={"w": int(default.settings.get("w") or 0)},
     )

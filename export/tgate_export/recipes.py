@@ -19,6 +19,7 @@ class Recipe:
     ``overrides``: options that the name itself fixes, whatever the checkpoint says.
     ``unless_stated``: options set only where the checkpoint's configuration does not mention them.
     ``edm``: class and options for networks trained under EDM's preconditioning; None where diffusers has none.
+    ``flow``: the same for networks trained by flow matching (arXiv 2210.02747, 2403.03206).
     """
 
     scheduler: str
@@ -26,6 +27,7 @@ class Recipe:
     overrides: Mapping[str, Fact] = field(default_factory=dict)
     unless_stated: Mapping[str, Fact] = field(default_factory=dict)
     edm: tuple[str, Mapping[str, Fact]] | None = None
+    flow: tuple[str, Mapping[str, Fact]] | None = None
 
 
 def _dpmpp(order: int, *, karras: bool) -> dict[str, Fact]:
@@ -36,6 +38,15 @@ def _edm_dpmpp(order: int, **further: Fact) -> tuple[str, Mapping[str, Fact]]:
     """EDM's own noise levels are Karras's unless the checkpoint has others (sigma_schedule)."""
     return "EDMDPMSolverMultistepScheduler", {"solver_order": order, "algorithm_type": "dpmsolver++", **further}
 
+
+def _flow(scheduler: str, **options: Fact) -> tuple[str, Mapping[str, Fact]]:
+    """A class that has noise levels of its own, told to take those of flow matching, and what such networks predict."""
+    levels: dict[str, Fact] = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
+    return scheduler, {**levels, "use_flow_sigmas": True, "prediction_type": "flow_prediction", **options}
+
+
+FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
+"""diffusers' Euler for flow matching, whose configuration most such checkpoints bring."""
 
 SAMPLERS: Mapping[str, Recipe] = {
     # DDIM clips to [-1, 1] by default, which suits pixels. Latents are not bounded, and the DDIM
@@ -49,12 +60,14 @@ SAMPLERS: Mapping[str, Recipe] = {
         scheduler="EulerDiscreteScheduler",
         paper="Karras et al., arXiv 2206.00364, algorithm 2",
         edm=("EDMEulerScheduler", {}),
+        flow=(FLOW_EULER, {}),
     ),
     "dpmpp_2m": Recipe(
         scheduler="DPMSolverMultistepScheduler",
         paper="Lu et al., arXiv 2211.01095, algorithm 2",
         overrides=_dpmpp(2, karras=False),
         edm=_edm_dpmpp(2),
+        flow=_flow("DPMSolverMultistepScheduler", solver_order=2, algorithm_type="dpmsolver++"),
     ),
     "dpmpp_2m_karras": Recipe(
         scheduler="DPMSolverMultistepScheduler",
@@ -67,8 +80,13 @@ SAMPLERS: Mapping[str, Recipe] = {
         paper="Lu et al., arXiv 2211.01095, appendix",
         overrides=_dpmpp(3, karras=False),
         edm=_edm_dpmpp(3),
+        flow=_flow("DPMSolverMultistepScheduler", solver_order=3, algorithm_type="dpmsolver++"),
     ),
-    "unipc": Recipe(scheduler="UniPCMultistepScheduler", paper="Zhao et al., arXiv 2302.04867"),
+    "unipc": Recipe(
+        scheduler="UniPCMultistepScheduler",
+        paper="Zhao et al., arXiv 2302.04867",
+        flow=_flow("UniPCMultistepScheduler"),
+    ),
     # Stable Diffusion leaves the Runge-Kutta start out, and calls the network n + 1 times.
     "pndm": Recipe(
         scheduler="PNDMScheduler",

@@ -14,6 +14,7 @@ The result is checked against the scheduler at the same time, on random latents 
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import sys
@@ -29,7 +30,7 @@ from tgate_engine.errors import ExportError
 from tgate_engine.sampler import HISTORY, MOST_LEAD_IN, MOST_STEPS, Sampler, SamplerStep
 from tgate_export.checkpoints.files import quoted
 from tgate_export.libraries import one_line, refusing
-from tgate_export.recipes import SAMPLERS
+from tgate_export.recipes import FLOW_EULER, SAMPLERS
 from tgate_export.schedulers import (
     ADVICE,
     declared,
@@ -37,6 +38,7 @@ from tgate_export.schedulers import (
     from_config,
     make_scheduler,
     refuse_options,
+    set_timesteps,
 )
 
 __all__ = ["SAMPLERS", "compile_sampler", "compile_scheduler", "drawing", "make_scheduler"]
@@ -57,6 +59,9 @@ MAGNITUDES = (0.1, 1.0, 30.0)
 
 LEAST_NUMBERS = 64
 """Of each random latents."""
+
+_PREDICTIONS = {FLOW_EULER: "flow_prediction"}
+"""What networks predict by classes that have no option for it."""
 
 OWN_STEPS = (*range(1, 31), 35, 40, 45, 50)
 OTHER_STEPS = (10, 20, 25, 30, 50)
@@ -111,7 +116,7 @@ def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
     kind = type(scheduler).__name__
     check_steps(steps)
     refuse_options(scheduler)
-    run = _Run(scheduler, steps)
+    run = Run(scheduler, steps)
     lead_in = len(run.timesteps) - steps
     # PNDM starts with two calls for its first step. Anything else that is not n calls (Heun takes two per
     # step; a rounding error in a scheduler's spacing adds one) would put the gate at the wrong place.
@@ -123,7 +128,7 @@ def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
         )
     with refusing(f"diffusers cannot run {kind} with {steps} steps", ADVICE):
         initial_scale = float(getattr(run.scheduler, "init_noise_sigma", 1.0))
-    calls, residual = _coefficients(run, kind, initial_scale)
+    calls, residual, _ = coefficients(run, kind, initial_scale)
     # A comparison with nan is false, so this also refuses a residual that is not a number.
     if not residual < MAX_RESIDUAL:
         raise ExportError(
@@ -136,12 +141,12 @@ def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
         initial_scale=initial_scale,
         calls=calls,
         lead_in=lead_in,
-        prediction_type=str(declared(scheduler).get("prediction_type") or "unstated"),
+        prediction_type=str(declared(scheduler).get("prediction_type") or _PREDICTIONS.get(kind, "unstated")),
         options={**facts(scheduler), "residual": float(f"{residual:.2g}")},
     )
 
 
-class _Run:
+class Run:
     """One trajectory of a new scheduler. Schedulers count their steps, so none is used twice.
 
     Vectors travel as [batch, 1, 1, size] because some schedulers name the first dimensions.
@@ -152,10 +157,20 @@ class _Run:
         self.steps = steps
         self.scheduler = from_config(type(scheduler), scheduler.config)
         try:
-            self.scheduler.set_timesteps(steps)
+            set_timesteps(self.scheduler, steps)
             self.timesteps = list(self.scheduler.timesteps)
         except Exception as error:
             raise self._failed(error) from error
+
+    def begun(self, begin: int, most: int) -> Run:
+        """A run of the same that has taken no step yet, and leaves out the first ``begin`` of them as diffusers'
+        pipelines do that start from a picture; ``most``: how many calls are of interest."""
+        other = copy.copy(self)
+        other.scheduler = copy.deepcopy(self.scheduler)
+        other.timesteps = self.timesteps[begin:][:most]
+        if hasattr(other.scheduler, "set_begin_index"):
+            other.scheduler.set_begin_index(begin)
+        return other
 
     def step(self, call: int, latents: Array, output: Array, drawn: Array) -> tuple[Array, Array]:
         """What the network would see of ``latents``, and the next latents. All [batch, size].
@@ -211,8 +226,9 @@ def _array(tensor: Any) -> Array:
     return array
 
 
-def _coefficients(run: _Run, kind: str, initial_scale: float) -> tuple[tuple[SamplerStep, ...], float]:
-    """Every call's formula, read off unit vectors, and how far the scheduler's own steps on random latents are from it.
+def coefficients(run: Run, kind: str, initial_scale: float) -> tuple[tuple[SamplerStep, ...], float, bool]:
+    """Every call's formula, read off unit vectors; how far the scheduler's own steps on random latents are from it; and
+    whether all of them hold for latents that somebody else made, which no identity tells of.
 
     Both are rows of one trajectory, since a scheduler's steps take the time. Row 0 holds the unit vectors: coordinate j
     is X_j, calls + j is E_j, 2 calls + j is Z_j. The others are :class:`_Random`.
@@ -220,7 +236,7 @@ def _coefficients(run: _Run, kind: str, initial_scale: float) -> tuple[tuple[Sam
     calls = len(run.timesteps)
     random = _Random(max(3 * calls, LEAST_NUMBERS), initial_scale)
     formulas: Array = np.zeros((calls, 2, calls))  # [call, X or E, index]
-    steps = []
+    steps, free = [], True
     for i in range(calls):
         latents, output, drawn = random.begin()
         latents[0, i] = output[0, calls + i] = drawn[0, 2 * calls + i] = 1.0
@@ -234,12 +250,14 @@ def _coefficients(run: _Run, kind: str, initial_scale: float) -> tuple[tuple[Sam
             )
         if np.delete(noises, i).any():
             raise ExportError(f"call {i} of {kind} reuses an earlier step's noise, and is not compiled. {ADVICE}")
-        window = _window(formulas, i)
-        if window is None:
+        found = _window(formulas, i)
+        if found is None:
             raise ExportError(
                 f"call {i} of {kind} with {run.steps} steps needs more than the current and {HISTORY} "
                 f"previous pairs of latents and outputs, and is not compiled. {ADVICE}"
             )
+        window, used = found
+        free = free and not used
         steps.append(
             SamplerStep(
                 timestep=float(run.timesteps[i]),
@@ -250,11 +268,12 @@ def _coefficients(run: _Run, kind: str, initial_scale: float) -> tuple[tuple[Sam
             )
         )
         random.end(steps[i], seen[1:], following[1:])
-    return tuple(steps), random.worst
+    return tuple(steps), random.worst, free
 
 
-def _window(formulas: Array, i: int) -> Array | None:
-    """Call i's coefficients [X or E, lag], over the current and at most HISTORY previous pairs.
+def _window(formulas: Array, i: int) -> tuple[Array, int] | None:
+    """Call i's coefficients [X or E, lag], over the current and at most HISTORY previous pairs, and how many identities
+    they rest on.
 
     Tried first: the formula as it stands. Then the formula less multiples of the identities
     X_j - formula_{j-1} = 0, for j = i and if need be i-1 and i-2, the fewest that clear everything older
@@ -279,7 +298,7 @@ def _window(formulas: Array, i: int) -> Array | None:
             if left <= TAIL * scale and np.abs(weights).max(initial=0.0) <= MAX_WEIGHT:
                 window = np.zeros((2, HISTORY + 1))
                 window[:, : i - first + 1] = cleared[:, first : i + 1][:, ::-1]
-                return window
+                return window, used
     return None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 
 from tgate_engine.errors import ExportError
@@ -17,7 +18,7 @@ from tgate_export.checkpoints.configs import Wanted, check_code, check_value
 from tgate_export.checkpoints.configs import declared as declared_values
 from tgate_export.checkpoints.files import plain
 from tgate_export.libraries import refusing
-from tgate_export.recipes import SAMPLERS, check_sampler
+from tgate_export.recipes import FLOW_EULER, SAMPLERS, check_sampler
 
 STOCHASTIC = ("DDPM", "KDPM2Ancestral", "TCD", "SDE", "Sde", "SASolver", "Stochastic", "UnCLIP", "RePaint")
 """Parts of class names that tell a scheduler which draws noise in a way that is not compiled."""
@@ -27,6 +28,7 @@ FACTS = (
     *("solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final"),
     *("final_sigmas_type", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
     *("use_lu_lambdas", "use_flow_sigmas", "flow_shift", "rescale_betas_zero_snr", "interpolation_type"),
+    *("shift", "shift_terminal"),
     *("set_alpha_to_one", "clip_sample", "skip_prk_steps", "sigma_min", "sigma_max"),
 )
 """Options worth recording beside the coefficients, where a scheduler has them."""
@@ -62,6 +64,15 @@ TRAINED_UNDER = (
 TRAINED_UNDER_EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 """Schedulers of checkpoints trained under EDM's preconditioning (arXiv 2206.00364, section 5), which has no betas."""
 
+TRAINED_UNDER_FLOW = (FLOW_EULER,)
+"""Schedulers of checkpoints trained by flow matching. Some such checkpoints bring one of :data:`TRAINED_UNDER`, told to
+take flow matching's noise levels (``use_flow_sigmas``)."""
+
+MU, PIPELINE_SIGMAS = "mu", "pipeline_sigmas"
+"""What a pipeline hands to its scheduler beside the number of steps, kept in the configuration, where no class of
+diffusers has such options: the shift of noise levels that it computes from the size (a number; with
+``use_dynamic_shifting``), and whether it spaces noise levels itself, from 1 to 1/n (true)."""
+
 TRAINING = (
     "num_train_timesteps",
     "beta_start",
@@ -78,6 +89,7 @@ TRAINING = (
     "flow_shift",
     "use_dynamic_shifting",
     "shift_terminal",
+    "invert_sigmas",
 )
 """Options that tell how a network was trained. All others choose among ways to sample from it."""
 
@@ -87,7 +99,7 @@ _LADDERS_OWN = ("sigma_min", "sigma_max")
 
 def options_of(class_name: object) -> Collection[str]:
     """The options that a scheduler of that name lists; none for a name that is not known."""
-    if class_name not in (*TRAINED_UNDER, *TRAINED_UNDER_EDM):
+    if class_name not in (*TRAINED_UNDER, *TRAINED_UNDER_EDM, *TRAINED_UNDER_FLOW):
         return ()
     return declared_values(getattr(diffusers, str(class_name)))
 
@@ -96,7 +108,7 @@ def options_of(class_name: object) -> Collection[str]:
 def _options() -> Mapping[str, Wanted]:
     """What some scheduler takes, by option. Samplers read what a checkpoint's own scheduler does not list, too."""
     known: dict[str, Wanted] = {}
-    for name in (*TRAINED_UNDER, *TRAINED_UNDER_EDM):
+    for name in (*TRAINED_UNDER, *TRAINED_UNDER_EDM, *TRAINED_UNDER_FLOW):
         for key, wanted in declared_values(getattr(diffusers, name)).items():
             known[key] = known[key] | wanted if key in known else wanted
     return known
@@ -129,8 +141,21 @@ def _make(name: str, base_config: Mapping[str, Any]) -> Any:
         if key in _options():
             check_value(_WHERE, key, value, _options()[key])
     recipe = SAMPLERS[name]
+    kind, options = sampler_class(name, base_config)
     owner = base_config.get("_class_name", recipe.scheduler)
-    kind, options = recipe.scheduler, dict(recipe.overrides)
+    if "_class_name" in base_config:
+        from_config(getattr(diffusers, owner), base_config)  # diffusers loads it before anything else
+    silent = {key: value for key, value in recipe.unless_stated.items() if key not in base_config}
+    # Defaults that a pipeline has changed hold for its own scheduler; another class has its own (from_config).
+    config = {k: v for k, v in base_config.items() if k != "_use_default_values" or kind != owner}
+    return from_config(getattr(diffusers, kind), config, **options, **silent)
+
+
+def sampler_class(name: str, base_config: Mapping[str, Any]) -> tuple[str, dict[str, Fact]]:
+    """The class of diffusers that a sampler is for a checkpoint of that scheduler configuration, and the options that
+    it is given over it. Raises :class:`ExportError` where the sampler does not know how the network was trained."""
+    recipe = SAMPLERS[name]
+    owner = base_config.get("_class_name", recipe.scheduler)
     if owner in TRAINED_UNDER_EDM:
         if recipe.edm is None:
             fit = ", ".join(other for other, known in SAMPLERS.items() if known.edm is not None)
@@ -138,19 +163,52 @@ def _make(name: str, base_config: Mapping[str, Any]) -> Any:
                 f"the checkpoint's scheduler is {owner}: its network was trained under EDM's preconditioning, which "
                 f"sampler {name!r} does not know. Choose one of {fit}"
             )
-        kind, options = recipe.edm[0], dict(recipe.edm[1])
-    elif owner not in TRAINED_UNDER:
+        return recipe.edm[0], dict(recipe.edm[1])
+    if owner in TRAINED_UNDER_FLOW:
+        return _flow_class(name, base_config)
+    if owner not in TRAINED_UNDER:
         raise ExportError(
             f"the checkpoint's scheduler is {plain(owner)}; sampler {name!r} would read a noise schedule that such a "
             "model does not have. Models are exported whose noise is a table of betas (DDIM's, Euler's, DPM-Solver's "
-            "and others' schedulers), or EDM's"
+            "and others' schedulers), EDM's, or flow matching's"
         )
-    if "_class_name" in base_config:
-        from_config(getattr(diffusers, owner), base_config)  # diffusers loads it before anything else
-    silent = {key: value for key, value in recipe.unless_stated.items() if key not in base_config}
-    # Defaults that a pipeline has changed hold for its own scheduler; another class has its own (from_config).
-    config = {k: v for k, v in base_config.items() if k != "_use_default_values" or kind != owner}
-    return from_config(getattr(diffusers, kind), config, **options, **silent)
+    if _flows(base_config) and recipe.flow is not None and recipe.flow[0] == FLOW_EULER:
+        return FLOW_EULER, {"shift": base_config.get("flow_shift", 1.0)}
+    return recipe.scheduler, dict(recipe.overrides)
+
+
+def _flows(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration of :data:`TRAINED_UNDER` is of a network trained by flow matching."""
+    return config.get("use_flow_sigmas") is True and config.get("prediction_type") == "flow_prediction"
+
+
+def _flow_class(name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Fact]]:
+    recipe, owner = SAMPLERS[name], config["_class_name"]
+    if recipe.flow is None:
+        fit = ", ".join(other for other, known in SAMPLERS.items() if known.flow is not None)
+        raise ExportError(
+            f"the checkpoint's scheduler is {owner}: its network was trained by flow matching, which sampler {name!r} "
+            f"does not know. Choose one of {fit}"
+        )
+    kind, options = recipe.flow[0], dict(recipe.flow[1])
+    if kind == owner:
+        return kind, options
+    if config.get("use_dynamic_shifting") or config.get(PIPELINE_SIGMAS):
+        raise ExportError(
+            f"the pipeline of the checkpoint shifts or spaces noise levels itself, and hands them to {owner} alone; "
+            f"sampler {name!r} would take others. Choose euler"
+        )
+    return kind, {**options, "flow_shift": config.get("shift", 1.0)}
+
+
+def set_timesteps(scheduler: Any, steps: int) -> None:
+    """Set a scheduler's timesteps as the checkpoint's pipeline does (:data:`MU`, :data:`PIPELINE_SIGMAS`)."""
+    mu = scheduler.config.get(MU) if scheduler.config.get("use_dynamic_shifting") else None
+    shift = {} if mu is None else {"mu": mu}
+    if scheduler.config.get(PIPELINE_SIGMAS):
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **shift)
+    else:
+        scheduler.set_timesteps(steps, **shift)
 
 
 def from_config(cls: Any, config: Mapping[str, Any], **options: Fact) -> Any:
@@ -169,6 +227,8 @@ def from_config(cls: Any, config: Mapping[str, Any], **options: Fact) -> Any:
 def _dropped(scheduler: Any, config: Mapping[str, Any]) -> str | None:
     """The first of :data:`TRAINING` that the checkpoint's own scheduler goes by and this one does not."""
     owner: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    if type(scheduler).__name__ == FLOW_EULER and _flows(config):
+        return None  # its betas mean nothing, and its shift has another name there
     listed = inspect.signature(type(scheduler).__init__).parameters
     for key in TRAINING:
         if config.get(key) is None or (key in listed and key not in _LADDERS_OWN):
@@ -199,10 +259,10 @@ def _ladder(scheduler: Any) -> tuple[object, ...]:
     """What the noise levels, timesteps and targets of a scheduler come to, to compare."""
     try:
         with refusing("diffusers cannot run it", ADVICE):
-            scheduler.set_timesteps(_LADDER_STEPS)
+            set_timesteps(scheduler, _LADDER_STEPS)
             parts = (getattr(scheduler, part, None) for part in ("timesteps", "sigmas", "alphas_cumprod"))
             numbers = [tuple(torch.as_tensor(part).tolist()) if part is not None else None for part in parts]
-            first = float(scheduler.init_noise_sigma), _scale(scheduler)
+            first = float(getattr(scheduler, "init_noise_sigma", 1.0)), _scale(scheduler)
     except ExportError as error:  # the compiler of the sampler says so, with the steps that the user wants
         return (str(error),)
     return (*numbers, *first, scheduler.config.get("prediction_type"))
@@ -252,12 +312,12 @@ def refuse_options(scheduler: Any) -> None:
 
 def facts(scheduler: Any) -> dict[str, Fact]:
     """Where the coefficients come from: class, version of diffusers, and the options that matter."""
-    options = declared(scheduler)
+    options = {**declared(scheduler), **{key: scheduler.config.get(key) for key in (MU, PIPELINE_SIGMAS)}}
     kept: dict[str, Fact] = {
         "scheduler": type(scheduler).__name__,
         "diffusers": str(diffusers.__version__),
     }
-    for key in FACTS:
+    for key in (*FACTS, MU, PIPELINE_SIGMAS):
         value = options.get(key)
         if isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
             kept[key] = value

@@ -21,7 +21,7 @@ WEIGHTS = ("checkpoint", "random", "none")
 """Values of ``--weights``: the checkpoint's, random ones of its published structure, or none at all."""
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-COMPONENTS = ("text", "image", "denoiser", "decoder")
+COMPONENTS = ("text", "image", "denoiser", "decoder", "encoder")
 """Values of ``--components``. A model is conditioned by text or by an image."""
 
 MOST_BATCH = 1024
@@ -30,6 +30,7 @@ MOST_PIXELS = 1 << 14
 
 MOST_FRAMES = 1024
 MOST_CLIP_SKIP = 256
+MOST_BRANCH = 256
 _PATH = 1024
 """Characters of a path in a message."""
 
@@ -79,19 +80,22 @@ class ExportSettings:
     ``weights``: one of :data:`WEIGHTS`. ``components``: some of :data:`COMPONENTS`; None is
     everything for a checkpoint, and the denoiser alone without one. ``clip_skip``: last layers of CLIP's text encoders
     to leave out of a prompt's text. ``guidance_rescale``: from 0 to 1, see :class:`~tgate_export.step.DenoisingStep`.
-    ``method``: one of :data:`~tgate_export.methods.METHODS`. ``sizes``: (width, height) of each, the default first, or
+    ``method``: one of :data:`~tgate_export.methods.METHODS`. ``cache_branch``: how many layers beside the last one the
+    shallow calls of such a method compute. ``sizes``: (width, height) of each, the default first, or
     ``height`` and ``width`` of the only one. ``batches``: least and largest number of images in a call, one for each
     set of graphs.
     """
 
     model: str
-    method: str = "tgate"
+    method: str | None = None
     m: int | None = None
     k: int | None = None
     steps: int | None = None
     warm_up: int | None = None
     fidelity_interval: int | None = None
     forecast_interval: int | None = None
+    cache_interval: int | None = None
+    refresh_interval: int | None = None
     sampler: str | None = None
     guidance_scale: float | None = None
     checkpoint: str | None = None
@@ -100,6 +104,7 @@ class ExportSettings:
     loras: Sequence[Lora] = ()
     clip_skip: int = 0
     guidance_rescale: float = 0.0
+    cache_branch: int = 0
     sizes: Sequence[tuple[int, int]] = ()
     height: int | None = None
     width: int | None = None
@@ -136,17 +141,29 @@ def check_settings(settings: ExportSettings) -> Asked:
         raise ExportError(f"unknown dtype '{shown(settings.dtype)}'; choose one of {', '.join(DTYPES)}")
     if settings.weights not in WEIGHTS:
         raise ExportError(f"unknown weights '{shown(settings.weights)}'; choose one of {', '.join(WEIGHTS)}")
-    method = find_method(settings.method)
+    method = find_method(model.method if settings.method is None else settings.method)
+    if "k" in method.takes and not model.facts.cross_attention:
+        raise ExportError(
+            f"method {method.name} reuses cross-attention, and {settings.model} has none of its own: its text and its "
+            "picture attend to each other in one (joint attention); take --method guidance_delta or forecast"
+        )
     steps = model.steps if settings.steps is None else settings.steps
     method_settings = method.settings(
         steps=steps,
-        gate=min(model.gate, steps) if settings.m is None else settings.m,
+        gate=min(model.gate, steps) if settings.m is None and method.gated else settings.m,
         k=settings.k,
         w=settings.warm_up,
         f=settings.fidelity_interval,
+        c=settings.cache_interval,
+        g=settings.refresh_interval,
         r=settings.forecast_interval,
         defaults={"k": model.self_interval, "w": model.warm_up},
     )
+    if settings.cache_branch and "c" not in method.takes:
+        raise ExportError(
+            f"--cache-branch {settings.cache_branch} would change nothing: method {method.name} makes no shallow call; "
+            "leave it out"
+        )
     sampler = model.sampler if settings.sampler is None else settings.sampler
     check_sampler(sampler)
     scale = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
@@ -221,6 +238,7 @@ def _check_numbers(settings: ExportSettings) -> None:
     _check_most("--size", [*sides, settings.height, settings.width], MOST_PIXELS)
     _check_most("--frames", [settings.frames], MOST_FRAMES)
     _check_most("--clip-skip", [settings.clip_skip], MOST_CLIP_SKIP)
+    _check_most("--cache-branch", [settings.cache_branch], MOST_BRANCH)
 
 
 def _check_most(name: str, values: Sequence[int | None], most: int) -> None:
@@ -247,7 +265,13 @@ def _batches(settings: ExportSettings, model: Model) -> tuple[tuple[int, int], .
 
 def _components(settings: ExportSettings, model: Model) -> tuple[str, ...]:
     """The components to export, in their order."""
-    possible = tuple(c for c in COMPONENTS if c in (model.facts.source, "denoiser", "decoder"))
+    source = model.facts.source if model.facts.text_graph else None
+    from_pictures = ("encoder",) if model.facts.from_pictures else ()
+    possible = tuple(c for c in COMPONENTS if c in (source, "denoiser", "decoder", *from_pictures))
+    if source is None and "text" in (settings.components or ()):
+        raise ExportError(
+            f"the text encoder of {settings.model} is not exported; leave out text, and encode prompts with tgate embed"
+        )
     if settings.components is None:
         return possible if settings.weights == "checkpoint" else ("denoiser",)
     odd = [c for c in settings.components if c not in possible]

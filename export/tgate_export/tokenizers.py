@@ -55,12 +55,15 @@ def export_tokenizers(family: Family, checkpoint: Checkpoint, root: Path) -> lis
 
 
 def load(family: Family, checkpoint: Checkpoint, index: int) -> Any:
-    """Tokenizer ``index`` of a family as transformers loads it. Raises :class:`ExportError`."""
+    """Tokenizer ``index`` of a family as transformers loads it. Raises :class:`ExportError`.
+
+    Which end of a prompt is filled up and cut is checked where run time does it; elsewhere the pipeline sees to it.
+    """
     name = family.tokenizers[index]
     directory = checkpoint.tokenizer(name)
-    kind = family.tokenizer_class
+    kind = family.tokenizer_kind(index)
     with checked_vocabulary(directory) as checked:
-        _check_class(family, checkpoint, name)
+        _check_class(family, checkpoint, index)
         with quiet(), refusing(f"{directory} does not load as a {kind.__name__}", _DAMAGED):
             loaded: Any = kind.from_pretrained(checked, local_files_only=True)
     encoder, largest = family.text_components[index], max(loaded.get_vocab().values())
@@ -72,7 +75,7 @@ def load(family: Family, checkpoint: Checkpoint, index: int) -> Any:
         )
     if not isinstance(loaded.pad_token_id, int):
         raise ExportError(f"{directory} names no padding token")
-    for side in ("padding_side", "truncation_side"):
+    for side in ("padding_side", "truncation_side") if family.facts.text_graph else ():
         if getattr(loaded, side) != "right":
             raise ExportError(
                 f"{directory}: tokenizer_config.json has {side} = {getattr(loaded, side)!r}; prompts are filled up and "
@@ -147,9 +150,9 @@ def _ids(tokenizer: tokenizers.Tokenizer, spec: Tokenizer, prompt: str) -> tuple
     return ids + [spec.pad_id] * (spec.length - len(ids)), whole
 
 
-def _check_class(family: Family, checkpoint: Checkpoint, name: str) -> None:
+def _check_class(family: Family, checkpoint: Checkpoint, index: int) -> None:
     """Transformers loads any vocabulary under any class, with a warning at most."""
-    expected = family.tokenizer_class.__name__
+    name, expected = family.tokenizers[index], family.tokenizer_kind(index).__name__
     named = {"model_index.json": checkpoint.named_class(name)}
     named[f"{name}/tokenizer_config.json"] = (checkpoint.further(f"{name}/tokenizer_config.json") or {}).get(
         "tokenizer_class"

@@ -12,18 +12,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tgate_engine.errors import ExportError
-from tgate_engine.graph import BATCH, DECODE, DENOISE, IMAGE, TEXT, TensorSpec
+from tgate_engine.graph import BATCH, DECODE, DENOISE, ENCODE, IMAGE, TEXT, TensorSpec
 from tgate_engine.manifest import Tokenizer
 from tgate_engine.step import STEP, STEP_ROW
 from tgate_export.graphs import TracedGraph, store_linears_transposed, trace
 from tgate_export.job import Job
 from tgate_export.methods.base import Variant
-from tgate_export.modules import Decoder, fake_module
+from tgate_export.modules import Decoder, Encoder, fake_module
 from tgate_export.step import DenoisingStep
 
 TEXT_GRAPH = "text_encoder"
 IMAGE_GRAPH = "image_encoder"
 DECODER_GRAPH = "vae_decoder"
+ENCODER_GRAPH = "vae_encoder"
 
 
 def trace_text(job: Job, mode: FakeTensorMode, tokenizers: Sequence[Tokenizer]) -> TracedGraph:
@@ -49,7 +50,13 @@ def trace_decoder(job: Job, mode: FakeTensorMode) -> TracedGraph:
     """One result's latents to its pixels, and beside them to what they were rounded from."""
     family = job.family
     vae, scaling = _fake(job, mode, family.decoder), family.scaling(job.checkpoint)
-    module = Decoder(vae, scaling, getattr(torch, job.decoder_dtype), family.frames_axis)
+    module = Decoder(
+        vae,
+        scaling,
+        getattr(torch, job.decoder_dtype),
+        family.frames_axis,
+        together=family.decodes_frames_together,
+    )
     return trace(
         DECODER_GRAPH,
         DECODE,
@@ -57,6 +64,24 @@ def trace_decoder(job: Job, mode: FakeTensorMode) -> TracedGraph:
         mode=mode,
         inputs=[TensorSpec(name="latents", dtype="float32", shape=(1, *job.latents))],
         outputs=["image", "decoded"],
+        batch=(1, 1),
+        components={"vae.": family.decoder},
+        transposed=store_linears_transposed(module),
+    )
+
+
+def trace_encoder(job: Job, mode: FakeTensorMode) -> TracedGraph:
+    """A picture that requests begin from, to the mean and the standard deviation of its latents."""
+    family = job.family
+    vae, scaling = _fake(job, mode, family.decoder), family.scaling(job.checkpoint)
+    module = Encoder(vae, scaling, getattr(torch, job.decoder_dtype))
+    return trace(
+        ENCODER_GRAPH,
+        ENCODE,
+        module,
+        mode=mode,
+        inputs=[TensorSpec(name="picture", dtype="uint8", shape=(1, job.size.height, job.size.width, 3))],
+        outputs=["latents", "deviation"],
         batch=(1, 1),
         components={"vae.": family.decoder},
         transposed=store_linears_transposed(module),

@@ -25,7 +25,7 @@ from tgate_engine.plain_files import read_plain
 from tgate_engine.underway import unfinished
 from tgate_runtime.parameters import Parameters
 from tgate_runtime.picture import MOST_BYTES as PICTURE_BYTES
-from tgate_runtime.picture import read_picture
+from tgate_runtime.picture import read_mask, read_picture
 from tgate_runtime.record import Record
 from tgate_runtime.stamps import HOLD, ffmetadata, read_notes, read_stamp, save_options
 
@@ -206,6 +206,11 @@ def load_picture(path: Path) -> Image.Image:
     """The picture of a file, as :func:`~tgate_runtime.picture.as_rgb` makes it. Raises :class:`RequestError` for a file
     that holds none, see :func:`~tgate_runtime.picture.read_picture`."""
     return read_picture(read_plain(path, PICTURE_BYTES, RequestError), str(path))
+
+
+def load_mask(path: Path) -> Image.Image:
+    """The mask of a file, as :func:`~tgate_runtime.picture.as_mask` makes it. Raises as :func:`load_picture` does."""
+    return read_mask(read_plain(path, PICTURE_BYTES, RequestError), str(path))
 
 
 def load_record(path: Path) -> Record:

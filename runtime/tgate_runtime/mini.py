@@ -39,6 +39,11 @@ _HELD_AS = {"text_encoder.encoder.embed_tokens.weight": "text_encoder.shared.wei
 """T5's embedding has two names, and the checkpoint holds it by the other one."""
 
 
+def is_embedded(model: str) -> bool:
+    """Whether a manifest's ``model`` is one of those that ship with the package."""
+    return any(path.is_dir() and path.name == model for path in MODELS.iterdir())
+
+
 def place_of(source: str | os.PathLike[str]) -> Path:
     """The directory of a bundle: ``source`` itself, or where ``mini`` is, which is made if nobody has yet.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -37,10 +38,19 @@ def read_picture(content: bytes, name: str) -> Image.Image:
     Raises :class:`RequestError` for another format than :data:`READ`, for several pictures in one file, for more than
     :data:`MOST_PIXELS`, and for a file that is damaged or cut short.
     """
+    return _read(content, name, as_rgb)
+
+
+def read_mask(content: bytes, name: str) -> Image.Image:
+    """The mask of a file's ``content``, as :func:`as_mask` makes it. Raises as :func:`read_picture` does."""
+    return _read(content, name, as_mask)
+
+
+def _read(content: bytes, name: str, made: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=READ) as image:
             _check_file(image, content)
-            return as_rgb(image)
+            return made(image)
     except RequestError as error:
         raise RequestError(f"{name}: {error}") from None
     except UnidentifiedImageError:
@@ -87,6 +97,18 @@ def as_rgb(image: Image.Image) -> Image.Image:
             f"a picture of mode {shown(upright.mode)} is not read, since its range is not known; convert it to RGB"
         )
     return Image.fromarray(np.asarray(upright.convert("RGB")))  # without what the old one says about itself
+
+
+def as_mask(image: Image.Image) -> Image.Image:
+    """A new mask, L of 8 bits, 255 where something is to be drawn anew and 0 where it stays: of a picture with alpha
+    what is more transparent than not, of any other what is nearer to white than to black. Raises as :func:`as_rgb`
+    does."""
+    rgb = as_rgb(image)
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in _WITH_ALPHA:
+        alpha = upright.convert(_WITH_ALPHA[upright.mode]).getchannel("A")
+        return alpha.point([255 if value < 128 else 0 for value in range(256)])
+    return rgb.convert("L").point([255 if value >= 128 else 0 for value in range(256)])
 
 
 def _from_16_bits(image: Image.Image, *, inverted: bool) -> Image.Image:

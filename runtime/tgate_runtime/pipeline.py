@@ -20,6 +20,7 @@ from tgate_engine.errors import shown
 from tgate_engine.graph import DECODE
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
+from tgate_runtime.beginning import Beginner
 from tgate_runtime.conditioning import from_embeddings, rows_of
 from tgate_runtime.decoder import decode
 from tgate_runtime.encoder import Encoder, Row
@@ -38,10 +39,11 @@ from tgate_runtime.request import (
     check_source,
     scales_of,
     seeds_of,
+    strength_of,
 )
 from tgate_runtime.runner import StepDone, run
 from tgate_runtime.session import PlanLike, Session
-from tgate_runtime.state import State, most_at_once
+from tgate_runtime.state import Mend, State, most_at_once
 
 log = logging.getLogger("tgate")
 
@@ -99,6 +101,7 @@ class Pipeline:
         """Draw with an open session, which stays the caller's to close."""
         self.session = session
         self._encoder = Encoder(session)
+        self._beginner = Beginner(session)
         self._colours = Colours(session)
 
     @staticmethod
@@ -130,6 +133,8 @@ class Pipeline:
         prompt: str | Sequence[str] | None = None,
         *,
         image: Image.Image | None = None,
+        strength: float | None = None,
+        mask: Image.Image | None = None,
         prompt_embeds: Mapping[str, NDArray[Any]] | None = None,
         seed: int | Sequence[int] | None = None,
         negative_prompt: str | Sequence[str | None] | None = None,
@@ -143,6 +148,10 @@ class Pipeline:
     ) -> Result:
         """Draw ``num_images`` pictures (or videos) of each prompt, or from ``image``.
 
+        ``image``: what conditions an image-to-video model, in place of a prompt; beside a prompt, what the request
+        begins from in place of noise, with ``strength`` above 0 and at most 1, the part of the plan's steps that is
+        taken (:class:`~tgate_runtime.beginning.Beginner`; None is 0.6). ``mask``: what of it is drawn anew
+        (:func:`~tgate_runtime.picture.as_mask`); the rest of it stays.
         ``prompt_embeds``: in place of a prompt or an image, ``<name>.<half>`` to [N, ...], float32, as ``tgate embed``
         writes them for N prompts.
         ``seed``: 0 .. 2**63 - 1. Image j of the request has the seed ``seed + j``, and comes out the same when it is
@@ -174,17 +183,33 @@ class Pipeline:
         check_room(count, shape, self.session.manifest.frames)
         seeds = seeds_of(seed, count)
         scales = scales_of(guidance_scale, count, chosen, self.session.manifest)
-        rows = self._rows(texts, image, prompt_embeds, seeds, number, size)
+        strength = strength_of(strength, self.session.manifest, image, mask)
+        if initial_latents is not None:
+            check_latents(initial_latents, (count, *latents_shape))
+        begun = image is not None and strength is not None
+        beginning = self._beginner.begin(chosen, image, strength, size, mask) if begun else None  # type: ignore[arg-type]
+        rows = self._rows(texts, None if begun else image, prompt_embeds, seeds, number, size)
 
         def drawn(image: int, draw: int) -> NDArray[np.float32]:
             return in_dtype(noise(seeds[image], latents_shape, draw=draw, generator=generator), generator, dtype)
 
-        if initial_latents is None:
-            start = np.stack([drawn(j, 0) for j in range(count)])
-        else:
-            start = check_latents(initial_latents, (count, *latents_shape))
-        given = digests_of_given(count, image=image, prompt_embeds=prompt_embeds, initial_latents=initial_latents)
-        latents = self._denoise(chosen, size, start, rows, scales, drawn, on_step)
+        start = initial_latents
+        if start is None:
+            start = np.stack([drawn(j, int(beginning is not None)) for j in range(count)])
+        mends: list[Mend | None] = [None] * count
+        if beginning is not None:
+            first = [beginning.first(drawn(j, 0), start[j]) for j in range(count)]
+            start, mends = np.stack([latents for latents, _ in first]), [mend for _, mend in first]
+        skipped = 0 if beginning is None else beginning.draws
+
+        def in_steps(image: int, index: int) -> NDArray[np.float32]:
+            return drawn(image, skipped + in_step(index))
+
+        given = digests_of_given(
+            count, image=image, mask=mask, prompt_embeds=prompt_embeds, initial_latents=initial_latents
+        )
+        taken = chosen if beginning is None else beginning.plan
+        latents = self._denoise(chosen, taken, size, start, rows, scales, in_steps, mends, on_step)
         decoder = self.session.graph(DECODE, size)
         decoded = [decode(self.session, decoder, each) for each in latents] if decoder else []
         video = self.session.manifest.frames > 1
@@ -193,7 +218,7 @@ class Pipeline:
             videos=decoded if video else [],
             latents=latents,
             seeds=seeds,
-            records=self._records(chosen, size, texts, scales, seeds, generator, given),
+            records=self._records(chosen, size, texts, scales, seeds, generator, strength, given),
         )
 
     def close(self) -> None:
@@ -256,6 +281,7 @@ class Pipeline:
         scales: Sequence[float],
         seeds: Sequence[int],
         generator: str,
+        strength: float | None,
         given: Sequence[Mapping[str, str]],
     ) -> tuple[Record, ...]:
         """What each image was drawn from."""
@@ -270,6 +296,7 @@ class Pipeline:
                 seed=seed,
                 generator=generator,
                 guidance_scale=scale,
+                strength=strength,
                 size=size,
                 plan=made,
                 model=manifest.model,
@@ -286,29 +313,34 @@ class Pipeline:
 
     def _denoise(
         self,
+        chosen: Plan,
         plan: Plan,
         size: str,
         start: NDArray[np.float32],
         rows: Sequence[Row],
         scales: Sequence[float],
-        drawn: Callable[[int, int], NDArray[np.float32]],
+        in_steps: Callable[[int, int], NDArray[np.float32]],
+        mends: Sequence[Mend | None],
         on_step: Callable[[Progress], None] | None,
     ) -> NDArray[np.float32]:
-        """Final latents [N, ...] of all images, in batches of the sizes that the bundle takes."""
+        """Final latents [N, ...] of all images, in batches of the sizes that the bundle takes. ``plan``: what is taken
+        of the ``chosen`` one, for which buffers are kept."""
         batches = list(_batches(len(start), [shape.batch for shape in self.session.shapes(size)]))
         done, total = 0, len(batches) * len(plan.steps)
         final = np.empty_like(start)
         for first, count, batch in batches:
             # A batch that the bundle does not take so small is filled up with its last image.
             images = [first + min(j, count - 1) for j in range(batch)]
-            new = partial(State, self.session, plan, batch, size=size)
-            with self.session.borrow((size, batch, plan), new) as state:
+            new = partial(State, self.session, chosen, batch, size=size)
+            with self.session.borrow((size, batch, chosen), new) as state:
                 steps = run(
                     state,
                     latents=start[images],
                     conditioning={name: np.concatenate([rows[j][name] for j in images]) for name in rows[first]},
                     guidance_scale=[scales[j] for j in images],
-                    step_noise=partial(_step_noise, drawn, images),
+                    plan=plan,
+                    step_noise=partial(_step_noise, in_steps, images),
+                    mend=[mends[j] for j in images],
                 )
                 with closing(steps):  # whatever on_step raises, the state is free again
                     for step in steps:
@@ -329,9 +361,9 @@ class Pipeline:
 
 
 def _step_noise(
-    drawn: Callable[[int, int], NDArray[np.float32]], images: Sequence[int], row: int, step: int
+    in_steps: Callable[[int, int], NDArray[np.float32]], images: Sequence[int], row: int, step: int
 ) -> NDArray[np.float32]:
-    return drawn(images[row], in_step(step))
+    return in_steps(images[row], step)
 
 
 def _batches(count: int, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:

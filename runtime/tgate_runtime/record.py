@@ -23,13 +23,13 @@ from tgate_engine.sampler import MOST_STEPS, Fact, check_facts
 from tgate_engine.step import step_row
 from tgate_runtime.engines.protocol import Engine
 from tgate_runtime.generators import SEED_LIMIT
-from tgate_runtime.picture import as_rgb
+from tgate_runtime.picture import as_mask, as_rgb
 
 FORM = 1
 """Of the JSON; another one means something else."""
 MOST_BYTES = 2**20
 """Of a record's JSON: room for two prompts as long as any that is read."""
-GIVEN = ("image", "initial_latents", "prompt_embeds")
+GIVEN = ("image", "mask", "initial_latents", "prompt_embeds")
 """What a request may be given in arrays, whose numbers no record holds."""
 
 _MOST_FACTS = 64
@@ -89,7 +89,8 @@ class Record:
     """What one image was drawn from. It holds no path, no name of a machine or a user, and no time.
 
     ``prompt``: None where an image or embeddings stood for it. ``size``: WIDTHxHEIGHT. ``bundle``: its
-    :func:`~tgate_engine.manifest_json.bundle_digest`. ``version``: of tgate-engine. ``given``: the SHA-256, by its name
+    :func:`~tgate_engine.manifest_json.bundle_digest`. ``strength``: of one that began from a picture; None for others,
+    whose JSON has none. ``version``: of tgate-engine. ``given``: the SHA-256, by its name
     in :data:`GIVEN`, of what was given in arrays (:func:`digest_of_arrays`), this image's rows alone.
     """
 
@@ -103,18 +104,21 @@ class Record:
     model: str
     bundle: str
     engine: EngineRecord
+    strength: float | None = None
     version: str = __version__
     given: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values; :func:`parse_record` gives back an equal one."""
         data = asdict(self)
+        if self.strength is None:
+            del data["strength"]
         return {"form": FORM, **data}
 
     def request(self) -> dict[str, Any]:
         """The arguments of :class:`~tgate_runtime.pipeline.Pipeline` that draw the image again, but for its plan
         (:func:`plan_for`) and what was :attr:`given`."""
-        names = ("prompt", "negative_prompt", "seed", "generator", "guidance_scale", "size")
+        names = ("prompt", "negative_prompt", "seed", "generator", "guidance_scale", "size", "strength")
         return {name: getattr(self, name) for name in names}
 
     def differences(self, other: Record) -> list[str]:
@@ -206,15 +210,20 @@ def digests_of_given(
     count: int,
     *,
     image: Image.Image | None = None,
+    mask: Image.Image | None = None,
     prompt_embeds: Mapping[str, NDArray[Any]] | None = None,
     initial_latents: NDArray[Any] | None = None,
 ) -> list[dict[str, str]]:
-    """Of each of ``count`` images, :attr:`Record.given`: ``image`` is all of them's, as RGB; a row of
+    """Of each of ``count`` images, :attr:`Record.given`: ``image`` is all of them's, as RGB, and ``mask`` as it is read
+    (:func:`~tgate_runtime.picture.as_mask`); a row of
     ``initial_latents`` [count, ...] is one's, and a row of ``prompt_embeds`` [N, ...] that of count / N neighbours."""
     each: list[dict[str, str]] = [{} for _ in range(count)]
     if image is not None:
         shared = digest_of_arrays({"image": np.asarray(as_rgb(image))})
         each = [{"image": shared} for _ in each]
+    if mask is not None:
+        shared = digest_of_arrays({"mask": np.asarray(as_mask(mask))})
+        each = [{**own, "mask": shared} for own in each]
     for name, tensors in (
         ("initial_latents", {} if initial_latents is None else {"": initial_latents}),
         ("prompt_embeds", prompt_embeds or {}),
@@ -271,6 +280,7 @@ def _record(r: Reader) -> Record:
         seed=r.whole("seed", 0, SEED_LIMIT - 1),
         generator=r.word("generator"),
         guidance_scale=r.number("guidance_scale"),
+        strength=r.number("strength", 0, 1) if "strength" in r.data else None,
         size=size,
         plan=PlanRecord(
             name=plan.word("name"),

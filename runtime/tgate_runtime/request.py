@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgate_engine.errors import RequestError, shown
-from tgate_engine.graph import IMAGE, TEXT
+from tgate_engine.graph import ENCODE, IMAGE, TEXT
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plan import Plan
 from tgate_runtime.finite import not_finite
@@ -20,6 +20,14 @@ from tgate_runtime.generators import SEED_LIMIT, check_seed, random_seed
 
 _MOST_GUIDANCE = 1e6
 """Nobody draws with more than a few dozen; where it multiplies a network's output, float32 has room for this."""
+
+STRENGTH = 0.6
+"""Of a request that begins from a picture and names none."""
+
+NO_ENCODER = (
+    "the bundle has no encoder, and so no request begins from a picture: export it again, with an encoder among its "
+    "--components (SD and SDXL have one where they are left out)"
+)
 
 MOST_CHARACTERS = 2**15
 """Of a prompt. Models take some hundred tokens of it; this keeps what a prompt can cost below a second."""
@@ -37,8 +45,13 @@ def check_source(
     image: object = None,
     prompt_embeds: object = None,
 ) -> None:
-    """What conditions a request is one thing, and one that the bundle takes; None is not given."""
+    """What conditions a request is one thing, and one that the bundle takes; None is not given. Beside a prompt, or its
+    embeddings, an image is what the request begins from, where the bundle has an encoder."""
     source = "image" if manifest.conditioned_by("image") else "prompt"
+    if begins_from(manifest, image) and manifest.graph(ENCODE) is not None:
+        image = None
+    elif begins_from(manifest, image) and (prompt is not None or prompt_embeds is not None):
+        raise RequestError(NO_ENCODER)
     named = {"prompt": prompt, "image": image, "prompt_embeds": prompt_embeds}
     several = [name for name, value in named.items() if value is not None]
     if len(several) != 1 or several[0] not in (source, "prompt_embeds"):
@@ -56,6 +69,35 @@ def check_source(
         raise RequestError(
             "the bundle has no text encoder (--components): give prompt_embeds, which `tgate embed` makes"
         )
+
+
+def begins_from(manifest: Manifest, image: object) -> bool:
+    """Whether a request begins from its ``image``, and is not conditioned by it."""
+    return image is not None and not manifest.conditioned_by("image")
+
+
+def strength_of(strength: object, manifest: Manifest, image: object, mask: object = None) -> float | None:
+    """The strength of a request that begins from ``image``; None for others, for whom neither it nor a mask is of any
+    use."""
+    if not begins_from(manifest, image):
+        for name, value in (("strength", strength), ("mask", mask)):
+            if value is not None:
+                raise RequestError(
+                    f"{name} would change nothing: it is for requests that begin from an image, beside a prompt; leave "
+                    "it out, or give one"
+                )
+        return None
+    return STRENGTH if strength is None else check_strength(strength)
+
+
+def check_strength(strength: object) -> float:
+    """A strength as a float: above 0 and at most 1."""
+    number = isinstance(strength, (int, float, np.integer, np.floating)) and not isinstance(strength, bool)
+    if not number or not 0 < float(strength) <= 1:  # type: ignore[arg-type]
+        raise RequestError(
+            f"the strength is the part of a plan's steps that is taken, above 0 and at most 1, got {shown(strength)}"
+        )
+    return float(strength)  # type: ignore[arg-type]
 
 
 def check_prompt(prompt: str) -> None:

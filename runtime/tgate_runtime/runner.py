@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tgate_engine.errors import RequestError
 from tgate_engine.plan import Plan, Step
 from tgate_runtime.request import check_call, check_mapping, numbers_of
-from tgate_runtime.state import State
+from tgate_runtime.state import Mend, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +59,15 @@ def run(
     guidance_scale: float | Sequence[float],
     plan: Plan | None = None,
     step_noise: Callable[[int, int], NDArray[np.float32]] | None = None,
+    mend: Sequence[Mend | None] | None = None,
 ) -> Generator[StepDone]:
     """Begin an image in every row of ``state`` and take all steps of its plan, one call for each item asked for.
 
     ``latents``: standard normal noise, float32 [rows, ...]; x_0 is this times the sampler's ``initial_scale``.
     ``conditioning``: ``<name>.<half>`` to [rows, ...], or [1, ...] for all rows alike; see :meth:`State.begin`.
-    ``guidance_scale``: one for all, or one for each row. ``plan``: one of the state's; None where it has one alone.
+    ``guidance_scale``: one for all, or one for each row. ``plan``: see :meth:`State.begin`.
     ``step_noise``: standard normal noise [...] by row and index of the step, asked for where the sampler is stochastic.
+    ``mend``: each row's, see :meth:`State.begin`.
 
     Yields after each call; ``state.latents()`` then gives that step's result, and after the last step the
     final latents. Between items nothing runs: closing the generator (or dropping it) stops the work, and frees
@@ -92,6 +94,7 @@ def run(
                 guidance_scale=scales[row],
                 plan=plan,
                 step_noise=None if step_noise is None else _of_row(step_noise, row),
+                mend=None if mend is None else mend[row],
             )
         while ranges := state.together():
             for rows in ranges:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, Unpack
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError, EngineError, RequestError, shown
-from tgate_engine.graph import DENOISE, GraphSpec, Role
+from tgate_engine.graph import DENOISE, ENCODE, GraphSpec, Role
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plain_files import Watched
 from tgate_engine.plan import Plan
@@ -48,7 +48,8 @@ class Session:
         self._shapes = tuple(shapes)
         self._plans = tuple(plans)
         self._weights = Watched(bundle.path / bundle.manifest.weights) if bundle.manifest.weights else None
-        self._executables: Mapping[str, Executable] | None = executables
+        self._executables: dict[str, Executable] | None = dict(executables)
+        self._loading = threading.Lock()
         self._idle: dict[Hashable, list[Any]] = {}
         self._lock = threading.Lock()
 
@@ -63,7 +64,8 @@ class Session:
         on_build: OnBuild | None = None,
         **options: Unpack[Options],
     ) -> Session:
-        """Check a bundle and load its graphs, so that what can fail fails here and not at the first step.
+        """Check a bundle and load its graphs, so that what can fail fails here and not at the first step. The encoder
+        alone is loaded when a request first begins from a picture: others do without its memory.
 
         ``source``: a bundle's directory, ``"mini"`` (:func:`~tgate_runtime.mini.place_of`), or a Bundle opened (and
         checked) before. ``engine``: one of
@@ -91,6 +93,7 @@ class Session:
         bundle = source if isinstance(source, Bundle) else Bundle.open(place_of(source), check_digests=check_digests)
         chosen = None if plans is None else [plan_of(bundle.manifest, plan) for plan in plans]
         graphs = graphs_of(bundle, chosen, sizes)
+        graphs = tuple(spec for spec in graphs if spec.role != ENCODE)
         session = Session(bundle, loader, loader.load(bundle, graphs, on_build), shapes_of(bundle, sizes), chosen or ())
         # Engines open the weights by their name, and some of them the graphs: it led to what was checked all the while.
         bundle.check_unchanged([bundle.manifest.weights, *(spec.file for spec in graphs)])
@@ -141,7 +144,10 @@ class Session:
         return self.shapes(size)[0].graph(role)
 
     def executable(self, graph: GraphSpec) -> Executable:
-        """A loaded graph. Raises :class:`EngineError` where it was not loaded, or the session is closed."""
+        """A loaded graph; an encoder is loaded now. Raises :class:`EngineError` where it was not loaded, or the session
+        is closed."""
+        if graph.role == ENCODE:
+            self._load_encoder(graph)
         if self._executables is None:
             raise EngineError(f"the session of {self.bundle.path} is closed; open another one")
         if graph.file not in self._executables:
@@ -150,6 +156,17 @@ class Session:
                 f"graph {graph.file} is not loaded (loaded: {have}); name its plan in Session.open(plans=...)"
             )
         return self._executables[graph.file]
+
+    def _load_encoder(self, graph: GraphSpec) -> None:
+        with self._loading:
+            if self._executables is None or graph.file in self._executables:
+                return
+            self.check_unchanged()
+            loaded = self.engine.load(self.bundle, [graph])
+            self.bundle.check_unchanged([self.manifest.weights, graph.file])
+            with self._lock:
+                if self._executables is not None:
+                    self._executables |= loaded
 
     @contextmanager
     def borrow(self, key: Hashable, make: Callable[[], T]) -> Iterator[T]:

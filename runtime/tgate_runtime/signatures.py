@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tgate_engine.conditioning import half_names
 from tgate_engine.errors import BundleError
-from tgate_engine.graph import BATCH, DECODE, DENOISE, IMAGE, TEXT, Dim, GraphSpec, Role, TensorSpec
+from tgate_engine.graph import BATCH, DECODE, DENOISE, ENCODE, IMAGE, TEXT, Dim, GraphSpec, Role, TensorSpec
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.step import LATENTS, STEP, STEP_INPUTS, STEP_OUTPUTS, STEP_ROW
 
 TOKENS, PICTURE, PICTURE_NOISE, FINAL_LATENTS, PIXELS = "ids", "picture", "noise", "latents", "image"
+DEVIATION = "deviation"
 """Names of what the graphs around the denoiser take and give: ``ids.<i>`` for tokenizer i, and so on."""
 
 
@@ -23,12 +24,14 @@ def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> Non
         TEXT: {t.input for t in manifest.tokenizers},
         IMAGE: {PICTURE, PICTURE_NOISE},
         DECODE: {FINAL_LATENTS},
+        ENCODE: {PICTURE},
     }
     needs: dict[Role, Iterable[str]] = {
         DENOISE: STEP_OUTPUTS,
         TEXT: manifest.conditioned_by("text"),
         IMAGE: manifest.conditioned_by("image"),
         DECODE: (PIXELS,),
+        ENCODE: (LATENTS, DEVIATION),
     }
     forms: dict[str, tuple[str, tuple[Dim, ...]]] = {}
     for name, spec in graphs.items():
@@ -56,12 +59,17 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
         TEXT: {},
         IMAGE: {PICTURE: ("uint8", (1, *picture)), PICTURE_NOISE: ("float32", (1, 3, *picture[:2]))},
         DECODE: {FINAL_LATENTS: ("float32", (1, *latents))},
+        ENCODE: {
+            PICTURE: ("uint8", (1, *picture)),
+            **dict.fromkeys((LATENTS, DEVIATION), ("float32", (1, *latents))),
+        },
     }
     always: dict[Role, tuple[str, ...]] = {
         DENOISE: (LATENTS, STEP),
         TEXT: (),
         IMAGE: (PICTURE,),
         DECODE: (FINAL_LATENTS,),
+        ENCODE: (PICTURE,),
     }
     for name, spec in graphs.items():
         if missing := [i for i in always[spec.role] if i not in spec.input_names()]:

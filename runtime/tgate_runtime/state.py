@@ -27,6 +27,10 @@ from tgate_runtime.session import Session
 
 StepNoise = Callable[[int], NDArray[np.float32]]
 """Standard normal noise [...] of one image, by the index of the step that adds it."""
+_MOST_ADMITTED = 256
+"""Plans beside its own that a state knows at a time."""
+Mend = Callable[[int, NDArray[np.float32]], NDArray[np.float32]]
+"""What an image's latents [...] become after a step, by its index and what it made of them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class _Image:
     position: int
     guidance_scale: float
     step_noise: StepNoise | None
+    mend: Mend | None
     reach: int  # how far back the plan's sampler looks
     live: tuple[tuple[str, ...], ...]  # the carries that are still to be read, at each position of the plan
 
@@ -115,7 +120,7 @@ class State:
         }
         self._halves = [name for name in half_names(session.manifest.conditioning) if name in self._buffers]
         self._images: list[_Image | None] = [None] * rows
-        self._live = [_live(plan) for plan in self.plans]
+        self._live = {plan: _live(plan) for plan in self.plans}
         self._views: dict[tuple[int, int], dict[str, Buffer]] = {}
         self._calls: dict[tuple[str, frozenset[str], int, int], Call] = {}
         if any(least <= rows <= most for least, most in self.batches()):
@@ -139,14 +144,17 @@ class State:
         guidance_scale: float,
         plan: Plan | None = None,
         step_noise: StepNoise | None = None,
+        mend: Mend | None = None,
     ) -> None:
         """Start an image in a row: x_0 is ``noise`` times the sampler's initial scale, its history zeros.
 
         ``noise``: standard normal, float32 [...]. ``conditioning``: ``<name>.<half>`` to [...]; float32 numbers, which
         are rounded to the graph's dtype, or that dtype's bits already. Names that no plan uses are ignored.
-        ``guidance_scale``: ignored by graphs that have no guidance. ``plan``: one of the state's; None where it has one
-        alone. ``step_noise``: needed where the sampler is stochastic. All arrays are copied. Raises
-        :class:`RequestError` naming what is missing, misshapen or not finite.
+        ``guidance_scale``: ignored by graphs that have no guidance. ``plan``: one of the state's, or one that takes no
+        buffer beside theirs, such as what is left of one; None where it has one alone. ``step_noise``: needed where the
+        sampler is stochastic. ``mend``: what becomes of the image's latents after each step, read from the device and
+        written back; None leaves them there. All arrays are copied. Raises :class:`RequestError` naming what is
+        missing, misshapen or not finite.
         """
         self._session.check_unchanged()
         chosen = self._plan(plan)
@@ -154,6 +162,7 @@ class State:
             raise RequestError(f"sampler {chosen.sampler.name!r} draws noise in its steps; give step_noise")
         scale = check_scale(guidance_scale)
         check_call(step_noise, "step_noise")
+        check_call(mend, "mend")
         check_mapping(conditioning, "conditioning")
         row = check_row(row, self.rows)
         missing = [name for name in self._halves if name not in conditioning]
@@ -168,8 +177,8 @@ class State:
         self._write(own[LATENTS], drawn * np.float32(chosen.sampler.initial_scale), "the initial latents")
         for name in self._halves:
             self._write(own[name], conditioning[name], f"conditioning {name}")
-        live = next(live for own, live in zip(self.plans, self._live, strict=True) if own is chosen or own == chosen)
-        self._images[row] = _Image(chosen, 0, scale, step_noise, chosen.sampler.reach, live)
+        reach, live = chosen.sampler.reach, self._live[chosen]
+        self._images[row] = _Image(chosen, 0, scale, step_noise, mend, reach, live)
 
     def end(self, row: int) -> None:
         """Let the image in a row go, through or not; what its latents were stays readable until another one begins
@@ -288,6 +297,11 @@ class State:
                 if past(name, lag) in own:
                     own[past(name, lag)].copy(own[past(name, lag - 1)])
         own[LATENTS].copy(own[NEXT_LATENTS])
+        for row in rows:
+            image = self._images[row]
+            if image is not None and image.mend is not None:
+                index = image.plan.steps[image.position - 1].index
+                self.replace_latents(row, image.mend(index, self.latents(row)))
 
     # --- buffers --------------------------------------------------------------------------------
 
@@ -315,9 +329,20 @@ class State:
             return self.plans[0]
         if not isinstance(plan, Plan):
             raise RequestError(f"the image's plan must be one of the state's plans, got {shown(plan)}")
-        if not any(plan is own or plan == own for own in self.plans):
-            raise RequestError(f"plan {plan.name!r} is none of the state's: {', '.join(p.name for p in self.plans)}")
+        if plan not in self._live:
+            self._admit(plan)
         return plan
+
+    def _admit(self, plan: Plan) -> None:
+        """Let images follow a plan that there are buffers for already, such as what is left of one of the state's."""
+        graphs = self._shapes[0].graphs
+        ran = {name for own in self.plans for name in own.graphs()}
+        if not ran.issuperset(plan.graphs()) or not self._buffers.keys() >= buffers(graphs, [plan]).keys():
+            raise RequestError(f"plan {plan.name!r} is none of the state's: {', '.join(p.name for p in self.plans)}")
+        PlanCheck([graphs], self._session.manifest.carries)(plan)
+        if len(self._live) >= len(self.plans) + _MOST_ADMITTED:
+            self._live = {own: self._live[own] for own in self.plans}
+        self._live[plan] = _live(plan)
 
     def _history(self) -> Iterable[str]:
         return (name for name in self._buffers if name.partition(".")[0] in (LATENTS, OUTPUT, NOISE))

@@ -12,14 +12,15 @@ from functools import cached_property
 from PIL import Image
 
 from tgate_engine.errors import RequestError
-from tgate_engine.graph import DECODE
+from tgate_engine.graph import DECODE, ENCODE
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
+from tgate_runtime.beginning import Beginner
 from tgate_runtime.decoder import decode
 from tgate_runtime.encoder import Encoder, Row
 from tgate_runtime.generators import check_generator
 from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given
-from tgate_runtime.request import check_prompts, check_source, scales_of, seeds_of
+from tgate_runtime.request import begins_from, check_prompts, check_source, scales_of, seeds_of, strength_of
 from tgate_runtime.session import Session
 from tgate_serve.choice import Choice
 from tgate_serve.handle import Drawn, Handle, Step
@@ -31,15 +32,19 @@ from tgate_serve.worker import Request, Worker
 class Wish:
     """What somebody asks of a model; None takes what the model has of its own.
 
-    ``picture``: RGB, what an image-to-video model starts from, in place of a prompt. ``images``: how many, of seeds
-    that count on from ``seed``; a random one where that is None. ``size``: one of the model's. ``guidance_scale``:
-    above 1. ``generator``: of noise. ``priority``, ``within_s``: see :class:`~tgate_serve.worker.Request`.
-    ``partials``: how many looks at each image before it is through, evenly spread over its steps.
+    ``picture``: RGB, what an image-to-video model starts from, in place of a prompt; beside one, what the images begin
+    from, with ``strength`` and ``mask`` as :class:`~tgate_runtime.pipeline.Pipeline` has them. ``images``: how many, of
+    seeds that count on from ``seed``; a random one where that is None. ``size``: one of the model's.
+    ``guidance_scale``: above 1. ``generator``: of noise. ``priority``, ``within_s``: see
+    :class:`~tgate_serve.worker.Request`. ``partials``: how many looks at each image before it is through, evenly spread
+    over its steps.
     """
 
     prompt: str | None = None
     negative_prompt: str | None = None
     picture: Image.Image | None = None
+    strength: float | None = None
+    mask: Image.Image | None = None
     images: int = 1
     size: str | None = None
     choice: Choice = field(default_factory=Choice)
@@ -61,6 +66,7 @@ class Drawing:
     plan: Plan
     size: str
     guidance_scale: float
+    strength: float | None
     seeds: tuple[int, ...]
     cuts: tuple[str, ...]
 
@@ -78,7 +84,8 @@ class Drawing:
             model=manifest.model,
             bundle=self.model.digest,
             engine=EngineRecord.of(self.model.session.engine),
-            given=digests_of_given(1, image=wish.picture)[0],
+            strength=self.strength,
+            given=digests_of_given(1, image=wish.picture, mask=wish.mask)[0],
         )
 
     def pictures(self, drawn: Drawn) -> list[list[Image.Image]]:
@@ -110,6 +117,7 @@ class Model:
         self.created_s = int(time.time())
         """When it was opened, in seconds of Unix time."""
         self._encoder = Encoder(session)
+        self._beginner = Beginner(session)
         self._entering = 0
         self._lock = threading.Lock()
 
@@ -122,6 +130,11 @@ class Model:
     def takes_picture(self) -> bool:
         """Whether it starts from a picture, and no prompt."""
         return bool(self.session.manifest.conditioned_by("image"))
+
+    @property
+    def edits(self) -> bool:
+        """Whether its images can begin from a picture, beside a prompt."""
+        return self.session.manifest.graph(ENCODE) is not None
 
     @cached_property
     def digest(self) -> str:
@@ -144,10 +157,14 @@ class Model:
         check_generator(wish.generator, shape.latents)
         if wish.priority not in PRIORITIES:
             raise RequestError(f"a priority is 0 to {PRIORITIES[-1]}, got {wish.priority}")
-        if wish.partials >= len(plan.steps):
+        strength = strength_of(wish.strength, manifest, wish.picture, wish.mask)
+        steps = len(plan.steps)
+        if strength is not None:
+            steps = len(self._beginner.left(plan, strength, masked=wish.mask is not None)[1].steps)
+        if wish.partials >= steps:
             raise RequestError(
-                f"plan '{plan.name}' has {len(plan.steps)} steps, and at most {len(plan.steps) - 1} partial images "
-                f"before the last; got {wish.partials}"
+                f"plan '{plan.name}' has {steps} steps, and at most {steps - 1} partial images before the last; got "
+                f"{wish.partials}"
             )
         return plan, shape.size, scales_of(wish.guidance_scale, 1, plan, manifest)[0]
 
@@ -161,8 +178,14 @@ class Model:
         came_s = time.monotonic() if came_s is None else came_s
         plan, size, scale = self.check(wish)
         seeds = seeds_of(wish.seed, wish.images)
+        strength = strength_of(wish.strength, self.session.manifest, wish.picture, wish.mask)
+        beginning, taken = None, plan
         with self._entrance(size, wish.images):
             rows, cuts = self._encoded(wish, seeds, size)
+            if strength is not None:
+                assert wish.picture is not None  # strength_of has seen it
+                beginning = self._beginner.begin(plan, wish.picture, strength, size, wish.mask)
+                taken = beginning.plan
             handle = self.worker.submit(
                 Request(
                     conditioning=rows[0],
@@ -174,7 +197,8 @@ class Model:
                     priority=wish.priority,
                     within_s=wish.within_s,
                     came_s=came_s,
-                    looks=looks(len(plan.steps), wish.partials),
+                    looks=looks(len(taken.steps), wish.partials),
+                    beginning=beginning,
                 )
             )
         return Drawing(
@@ -184,12 +208,13 @@ class Model:
             plan=plan,
             size=size,
             guidance_scale=scale,
+            strength=strength,
             seeds=seeds,
             cuts=cuts,
         )
 
     def _encoded(self, wish: Wish, seeds: Sequence[int], size: str) -> tuple[list[Row], tuple[str, ...]]:
-        if wish.picture is None:
+        if wish.picture is None or begins_from(self.session.manifest, wish.picture):
             assert wish.prompt is not None  # check has seen it
             return self._encoder.of_texts([(wish.prompt, wish.negative_prompt)], size)
         if len(seeds) > 1:

@@ -26,6 +26,7 @@ from tgate_engine.errors import EngineError, RequestError, TgateError, shown
 from tgate_engine.graph import DECODE
 from tgate_engine.plan import Plan
 from tgate_engine.plan import Step as PlanStep
+from tgate_runtime.beginning import Beginning
 from tgate_runtime.decoder import decode
 from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import check_generator, check_seed, in_dtype, in_step, noise
@@ -57,7 +58,8 @@ class Request:
     ``plan``, ``size``, ``guidance_scale`` and ``generator`` as :class:`~tgate_runtime.pipeline.Pipeline` has them.
     ``priority``: one of :data:`tgate_serve.scheduler.PRIORITIES`. ``within_s``: after so many seconds nobody wants it
     any more. ``came_s``: when it arrived, by :func:`time.monotonic`, if that was before it was encoded. ``looks``: the
-    steps, by index, of which :class:`~tgate_serve.handle.Step` tells where the latents are heading.
+    steps, by index, of which :class:`~tgate_serve.handle.Step` tells where the latents are heading. ``beginning``: what
+    is begun from in place of noise, with what is left of ``plan``.
     """
 
     conditioning: Mapping[str, NDArray[Any]]
@@ -70,6 +72,7 @@ class Request:
     within_s: float | None = None
     came_s: float | None = None
     looks: Iterable[int] = ()
+    beginning: Beginning | None = None
 
 
 @dataclass(kw_only=True)
@@ -288,7 +291,7 @@ class Worker:
         return _Order(
             handle=Handle(self._cancel),
             request=request,
-            plan=plan,
+            plan=plan if request.beginning is None else request.beginning.plan,
             size=size,
             guidance_scale=scales_of(request.guidance_scale, 1, plan, self.session.manifest)[0],
             conditioning={name: values[0] for name, values in arrays.items()},
@@ -373,15 +376,19 @@ class Worker:
             return in_dtype(noise(seed, place.latents, draw=draw, generator=generator), generator, dtype)
 
         order.began_s = order.began_s or time.monotonic()
-        row = place.rows.take(ticket)
+        row, beginning = place.rows.take(ticket), order.request.beginning
+        first, mend, skipped = drawn(0), None, 0
+        if beginning is not None:
+            (first, mend), skipped = beginning.first(first, drawn(1)), beginning.draws
         try:
             place.state.begin(
                 row,
-                drawn(0),
+                first,
                 order.conditioning,
                 guidance_scale=order.guidance_scale,
                 plan=order.plan,
-                step_noise=lambda index: drawn(in_step(index)),
+                step_noise=lambda index: drawn(skipped + in_step(index)),
+                mend=mend,
             )
         except TgateError as error:
             self._fail(order, error)

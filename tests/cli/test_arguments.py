@@ -120,7 +120,7 @@ def test_a_number_that_means_nothing(run: Run, option: str, value: str) -> None:
     assert result[2].rstrip("\n").isprintable()
 
 
-@pytest.mark.parametrize("option", ["--m", "--k", "--steps", "--warm-up", "--fidelity-interval"])
+@pytest.mark.parametrize("option", ["--m", "--k", "--steps", "--warm-up", "--fidelity-interval", "--cache-interval"])
 @pytest.mark.parametrize("value", [str(MOST_STEPS + 1), "-1", "1" * 5000])
 def test_steps_that_no_plan_has(run: Run, option: str, value: str) -> None:
     fails(run("plan", "b", "--name", "x", "--m", 2, f"{option}={value}"), f"argument {option}: expected", status=2)
@@ -132,7 +132,7 @@ def test_the_parsers_and_the_methods_have_one_bound_of_steps() -> None:
     args = tgate_parser().parse_args(["plan", "b", "--name", "x", "--m", most, "--steps", most, "--k", most])
     made = Settings(steps=args.steps, gate=args.m, self_interval=args.k, warm_up=MOST_STEPS)
     assert made.steps == MOST_STEPS
-    for name in ("steps", "self_interval", "warm_up", "fidelity_interval"):
+    for name in ("steps", "self_interval", "warm_up", "fidelity_interval", "cache_interval"):
         with pytest.raises(MethodError, match=f"{MOST_STEPS}, got {MOST_STEPS + 1}"):
             replace(made, **{name: MOST_STEPS + 1})
 

@@ -121,7 +121,7 @@ TOLD_EARLY: list[tuple[list[str], str]] = [
         ["generate", "{}"],
         "toy is conditioned by a prompt: give prompt, or prompt_embeds, and nothing else; got neither",
     ),
-    (["generate", "{}", PROMPT, "--image", "in.png"], "got prompt and image"),
+    (["generate", "{}", PROMPT, "--image", "in.png"], "the bundle has no encoder"),
     (["generate", "{}", "--image", "none.png"], "toy is conditioned by a prompt"),
     (["generate", "{}", PROMPT, "--prompt-embeds", "e.safetensors"], "got prompt and prompt_embeds"),
     (["generate", "{}", "--prompt-embeds", "e.safetensors", "--negative-prompt", "a"], "hold the negative half"),

@@ -94,6 +94,8 @@ def test_what_is_left_out_is_left_to_the_model(run: Run, exports: list[Any]) -> 
     [
         (["--method", "other"], "unknown method 'other'; choose one of tgate, guidance_delta, tgate+guidance_delta"),
         (["--method", "guidance_delta", "--k", "5"], "--k 5 would change nothing"),
+        (["--method", "deepcache", "--m", "5"], "--m 5 would change nothing: method deepcache has no gate"),
+        (["--cache-branch", "1"], "--cache-branch 1 would change nothing: method tgate makes no shallow call"),
         (["--size", "128x128", "--height", "128"], "give --size, or --height and --width, not both"),
         (["--size", "128x128", "--size", "128x128"], "--size names 128x128 more than once"),
         (["--size", "128x100"], "the height must be a multiple of 8 pixels"),
@@ -226,6 +228,11 @@ def test_a_plan_file_is_whole_or_as_it_was(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        ([], "method tgate wants the step at which its gate closes; give --m"),
+        (
+            ["--m", 3, "--cache-interval", 2],
+            "--cache-interval 2 would change nothing: method tgate makes no shallow call",
+        ),
         (["--m", 9], "between 1 and the number of steps n = 8, got m = 9"),
         (["--m", 3, "--steps", 2], "between 1 and the number of steps n = 2, got m = 3"),
         (["--m", 3, "--guidance-scale", 1], "does not fit a bundle exported with guidance"),
@@ -328,7 +335,8 @@ def test_plans_are_taken_out(run: Run, toy: Path) -> None:
         (["--remove", "x", "--m", 3], "--remove takes plans out and adds none; leave out --m"),
         (["--remove", "x", "--name", "y", "--force", "--warm-up", 0], "leave out --name, --warm-up, --force"),
         (["--m", 3], "the following arguments are required: --name; or --remove NAME"),
-        ([], "the following arguments are required: --name, --m; or --remove NAME"),
+        ([], "the following arguments are required: --name; or --remove NAME"),
+        (["--remove", "x", "--cache-interval", 2], "leave out --cache-interval"),
     ],
 )
 def test_plans_are_added_or_taken_out(run: Run, arguments: list[Any], says: str) -> None:

@@ -589,3 +589,74 @@ def test_what_cannot_be_taken_is_refused(run: Run, good: Path, tmp_path: Path, o
 def test_another_programs_picture_needs_a_bundle(run: Run, tmp_path: Path) -> None:
     source = noted(tmp_path / "a.png", NOTED)
     fails(run("generate", "--from", source), "was drawn by another program, whose model is no bundle: tgate generate")
+
+
+# --- from a picture -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with an encoder. Read only."""
+    return build(tmp_path_factory.mktemp("begins") / "toy", Toy(begins=True), goldens=False)
+
+
+@pytest.fixture
+def drawn_from(tmp_path: Path) -> tuple[Path, Path]:
+    """A picture and a mask, as files."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).save(tmp_path / "in.png")
+    Image.fromarray(np.asarray([[0, 0, 255, 255]] * 4, np.uint8)).save(tmp_path / "mask.png")
+    return tmp_path / "in.png", tmp_path / "mask.png"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_from_a_picture_as_the_pipeline_draws(
+    run: Run, begins: Path, drawn_from: tuple[Path, Path], tmp_path: Path, masked: bool
+) -> None:
+    image, mask = drawn_from
+    options = ["--image", image, "--strength", 0.75, "--seed", 4, *(["--mask", mask] if masked else [])]
+    status, _, err = run("generate", begins, PROMPT, *options, "--output", tmp_path / "a.png", "--quiet")
+    assert (status, err) == (0, "")
+    own: dict[str, Any] = {"mask": files.load_mask(mask)} if masked else {}
+    with Pipeline.open(begins, threads=1) as pipe:
+        expected = pipe(PROMPT, image=files.load_picture(image), strength=0.75, seed=4, **own)
+    assert pixels(tmp_path / "a.png") == expected.images[0].tobytes()
+    again = ["--from", tmp_path / "a.png", "--output", tmp_path / "b.png"]
+    status, _, err = run("generate", begins, *again, "--image", image, *(["--mask", mask] if masked else []))
+    assert (status, "this is not how" in err) == (0, False)
+    assert pixels(tmp_path / "b.png") == pixels(tmp_path / "a.png")
+
+
+def test_what_a_picture_began_from_is_wanted_again(
+    run: Run, begins: Path, drawn_from: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A prompt in place of the record's does not do without it."""
+    run("generate", begins, PROMPT, "--image", drawn_from[0], "--output", tmp_path / "a.png", "--seed", 1)
+    again = run("generate", begins, "a blue square", "--from", tmp_path / "a.png", "--output", tmp_path / "b.png")
+    fails(again, "was drawn from --image, of which its record holds the SHA-256 alone")
+    assert not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--strength", 0.5], "strength would change nothing"),
+        (["--mask", "mask.png"], "mask would change nothing"),
+        (["--image", "in.png", "--strength", 0], "above 0 and at most 1, got 0"),
+        (["--image", "in.png", "--strength", 0.1], "strength 0.1 leaves none of 8 steps"),
+        (["--image", "none.png"], "none.png"),
+        (["--image", "in.png", "--mask", "in.txt"], "in.txt is not a picture that can be read"),
+    ],
+)
+def test_what_cannot_begin_leaves_nothing_behind(
+    run: Run, begins: Path, drawn_from: tuple[Path, Path], tmp_path: Path, options: list[object], says: str
+) -> None:
+    (tmp_path / "in.txt").write_text("no picture")
+    before = {path.name for path in tmp_path.iterdir()}
+    named = [tmp_path / o if isinstance(o, str) and "." in o else o for o in options]
+    fails(run("generate", begins, PROMPT, *named, "--output", tmp_path / "a.png"), says)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_bundle_without_an_encoder_says_how_to_get_one(run: Run, good: Path, drawn_from: tuple[Path, Path]) -> None:
+    fails(run("generate", good, PROMPT, "--image", drawn_from[0]), "has no encoder", "export it again")

@@ -45,4 +45,4 @@ def test_the_batch_of_inputs_is_told_by_those_that_have_one() -> None:
 
 
 def test_there_are_four_roles() -> None:
-    assert set(ROLES) == {"denoise", "text", "image", "decode"}
+    assert set(ROLES) == {"denoise", "text", "image", "decode", "encode"}

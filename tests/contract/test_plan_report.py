@@ -13,7 +13,7 @@ from tests.toy_bundle import build, edit_manifest
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError
 from tgate_engine.manifest_json import bundle_digest
-from tgate_engine.plan_report import Estimate, PlanReport, program_digest, report_of, save_report
+from tgate_engine.plan_report import Estimate, PlanReport, program_digest, report_of, save_report, told
 
 
 @pytest.fixture
@@ -31,6 +31,9 @@ def report(bundle: Bundle, name: str = "default") -> PlanReport:
         metric="psnr",
         quality=Estimate(mean=31.2, low=30.1, high=32.3),
         unrelated=Estimate(mean=12.0, low=11.0, high=13.0),
+        beside={"first_object": Estimate(mean=-0.5, low=-1.0, high=0.0)},
+        judge="a" * 64,
+        elsewhere={"openvino 2026.4.1": Estimate(mean=51.0, low=50.0, high=52.0)},
         images=8,
         prompts=4,
         prompts_sha256="0" * 64,
@@ -90,6 +93,9 @@ def test_what_was_measured_on_another_bundle_is_not_taken(bundle: Bundle) -> Non
         {"prompts_sha256": "xyz"},
         {"colour": "red"},
         {"files": {"a": 1}},
+        {"judge": "me"},
+        {"beside": {"psnr": 3}},
+        {"elsewhere": {str(i): {"mean": 1.0, "low": 1.0, "high": 1.0} for i in range(17)}},
     ],
     ids=str,
 )
@@ -123,3 +129,6 @@ def test_a_place_that_cannot_be_written_is_one_line(bundle: Bundle) -> None:
 def test_for_a_reader() -> None:
     assert Estimate(mean=31.204, low=30.1, high=32.3).told("psnr") == "31.20 dB (30.10 to 32.30)"
     assert Estimate(mean=0.95123, low=0.94, high=0.96).told("ssim") == "0.9512 (0.9400 to 0.9600)"
+    assert Estimate(mean=-0.84, low=-2.1, high=0.4).told("accuracy") == "-0.8 points (-2.1 to +0.4)"
+    assert told("clip", 0.125) == "+0.12 points"
+    assert told("unheard of", 0.125) == "0.1250"

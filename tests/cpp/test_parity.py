@@ -72,7 +72,7 @@ def test_samplers_of_plan_files(library: Library, tmp_path: Path, sampler: str, 
     same(twins.draw(PROMPT, **{**asked, "plan": "own"}), wanted)
 
 
-@pytest.mark.parametrize("method", ["tgate", "guidance_delta", "tgate+guidance_delta"])
+@pytest.mark.parametrize("method", ["tgate", "guidance_delta", "tgate+guidance_delta", "tgate+deepcache"])
 def test_methods_and_a_batch_that_is_filled_up(library: Library, tiny_bundle: Callable[..., Path], method: str) -> None:
     """A bundle whose calls take two images: one, two and three of them."""
     twins = Twins(library, tiny_bundle("conv_projection", method=method, batch=(2, 2)))

@@ -73,7 +73,7 @@ def test_the_same_under_sanitizers(
 ) -> None:
     program = cpp_preset(preset) / "probe-host_sequences"
     for number, ranges in enumerate(([(1, 4)], [(2, 3)], [(2, 2), (5, 5)])):
-        run(program, toys[str(ranges)], onnxruntime_library(), 2000 + 100 * number, 25, 3, folder=tmp_path)
+        run(program, toys[str(ranges)], onnxruntime_library(), 2000 + 100 * number, 12, 3, folder=tmp_path)
 
 
 @pytest.mark.slow

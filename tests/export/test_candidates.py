@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,21 @@ def test_a_plan_that_stops_guidance_has_the_ungated_one_to_be_measured_against(t
     assert list(plans) == ["mine", "mine.ungated"]
     assert plans["mine"].baselines == ("mine.ungated",)
     assert bundle.save_plans(plans).manifest.plan("mine").same_program(found.plans["m=3 guidance stopped"])
-    assert not [label for label in candidates(bundle, stopped=False).plans if "stopped" in label]
+    assert not [label for label in candidates(bundle, others=False).plans if "stopped" in label or "alone" in label]
+
+
+def test_forecasts_alone_need_no_method_of_the_bundle(tmp_path: Path) -> None:
+    """They keep guidance, are among the first to be looked at, and stand beside those that stop it."""
+    bundle = Bundle.open(build(tmp_path / "toy", goldens=False))
+    found = candidates(bundle)
+    plan = found.plans["m=2 r=3 alone"]
+    assert dict(plan.settings) == {"method": "forecast", "n": 8, "m": 2, "r": 3}
+    assert [step.graph for step in plan.steps] == ["full"] * 4  # 0, 1, 2 and 5
+    assert "m=2 r=2 alone" in found.start
+    assert {"m=2 r=2 alone", "m=2 r=4 alone", "m=3 r=3 alone"} <= set(found.near("m=2 r=3 alone"))
+    plans = found.named(bundle, "m=2 r=3 alone", "mine")
+    assert bundle.save_plans(plans).manifest.plan("mine").same_program(plan)
+    assert plans["mine"].baselines[0] in ("ungated", "mine.ungated")
 
 
 def test_only_what_the_graphs_can_do(tmp_path: Path) -> None:
@@ -88,3 +103,17 @@ def test_the_own_settings_of_a_bundle_are_tried(tmp_path: Path) -> None:
     settings = {"default": Settings(steps=12, gate=9, self_interval=4, warm_up=1)}
     bundle = Bundle.open(build(tmp_path / "toy", Toy(settings=settings), goldens=False))
     assert "m=9 k=4 w=1" in candidates(bundle).plans
+
+
+def test_methods_with_shallow_calls_have_their_own(tiny_bundle: Callable[..., Path]) -> None:
+    """Intervals, with a gate or without, and nothing that `tgate plan` refuses."""
+    gated = Bundle.open(tiny_bundle("conv_projection", method="tgate+deepcache", batch=(2, 2)))
+    found = candidates(gated, steps=8)
+    assert {"m=4 c=2", "m=4 c=3", "m=8 c=5", "m=4 guidance stopped"} <= found.plans.keys()
+    assert not {"m=4", "m=4 c=2 r=2"} & found.plans.keys()
+    assert {"m=5 c=2", "m=4 c=3"} <= set(found.near("m=4 c=2"))
+    made = add_plan(gated.path, name="other", m=4, cache_interval=2, steps=8, save=False)
+    assert made["other"].same_program(found.plans["m=4 c=2"])
+    alone = Bundle.open(tiny_bundle("conv_projection", method="deepcache", batch=(2, 2)))
+    assert list(candidates(alone, steps=8, others=False).plans) == ["c=2", "c=3", "c=5", "c=8"]
+    assert list(candidates(alone, steps=2, others=False).plans) == ["c=2"]

@@ -47,7 +47,7 @@ def test_a_misread_checkpoint_does_not_verify(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(T5Text, "forward", unmasked)
     monkeypatch.setattr(Family, "scaling", lambda *_: Scaling(scale=0.2))
-    monkeypatch.setattr(Family, "scheduler_config", lambda self, c: {**read(self, c), "timestep_spacing": "trailing"})
+    monkeypatch.setattr(Family, "scheduler_config", lambda *a: {**read(*a), "timestep_spacing": "trailing"})
     settings = ExportSettings(
         model="pixart-alpha",
         checkpoint=str(root),

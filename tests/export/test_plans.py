@@ -95,9 +95,9 @@ def test_what_cannot_be_changes_nothing(bundle: Path) -> None:
 def test_a_bundle_of_another_method_is_named(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     default = opened.manifest.plan("default")
-    odd = replace(default, settings={**default.settings, "method": "deepcache"})
+    odd = replace(default, settings={**default.settings, "method": "toca"})
     opened.save_plans({"default": odd}, force=True)
-    with pytest.raises(PlanError, match=r"of method 'deepcache'.* tgate, guidance_delta"):
+    with pytest.raises(PlanError, match=r"of method 'toca'.* tgate, guidance_delta"):
         add_plan(bundle, name="fast", m=3)
 
 

@@ -338,12 +338,10 @@ def test_more_history_than_the_recurrence_keeps_is_refused() -> None:
         compile_scheduler(Long.from_config(config()), 12, name="long")
 
 
-def test_a_flow_matching_checkpoint_is_refused_by_name_but_its_own_scheduler_compiles() -> None:
+def test_the_scheduler_of_a_flow_matching_checkpoint_compiles() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    with pytest.raises(ExportError, match="the checkpoint's scheduler is FlowMatchEulerDiscreteScheduler"):
-        compile_sampler("euler", {**scheduler.config, "_class_name": type(scheduler).__name__}, 10)
     sampler = compile_scheduler(scheduler, 10, name="flow")
-    assert (sampler.initial_scale, sampler.prediction_type) == (1.0, "unstated")
+    assert (sampler.initial_scale, sampler.prediction_type) == (1.0, "flow_prediction")
     assert all(call.latents == (1, 0, 0, 0) for call in sampler.calls)
 
 

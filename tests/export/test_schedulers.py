@@ -6,15 +6,20 @@ import inspect
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from numpy.typing import NDArray
 
-from tests.export.test_sampling import SDXL, compiled_walk, config, difference, diffusers_walk
+from tests.export.test_sampling import NOISE, SDXL, compiled_walk, config, difference, diffusers_walk, model
 from tgate_engine.errors import ExportError
 from tgate_export.recipes import SAMPLERS
 from tgate_export.sampling import compile_sampler
 from tgate_export.schedulers import (
     TRAINED_UNDER,
     TRAINED_UNDER_EDM,
+    TRAINED_UNDER_FLOW,
     TRAINING,
     make_scheduler,
 )
@@ -120,15 +125,95 @@ def test_flow_matching_under_another_name_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["FlowMatchEulerDiscreteScheduler", "CogVideoXDDIMScheduler", "NoSuchScheduler", None, 3]
+    "kind", ["FlowMatchHeunDiscreteScheduler", "CogVideoXDDIMScheduler", "NoSuchScheduler", None, 3]
 )
 def test_classes_of_schedulers_that_are_not_known_are_refused(kind: Any) -> None:
     with pytest.raises(ExportError, match=f"the checkpoint's scheduler is {kind}"):
         make_scheduler("euler", {**SDXL, "_class_name": kind})
 
 
+SD3 = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+SANA = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+WAN = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+FLOWING = [name for name, recipe in SAMPLERS.items() if recipe.flow is not None]
+
+
+def flow_walk(scheduler: Any, steps: int | None, **options: Any) -> list[NDArray[np.float64]]:
+    """The loop of a flow-matching pipeline, in float64: x_0 .. x_N. What such networks see is not scaled."""
+    scheduler.set_timesteps(steps, **options)
+    latents = torch.from_numpy(NOISE)
+    trajectory = [latents.numpy()]
+    for timestep in scheduler.timesteps:
+        output = torch.from_numpy(model(latents.numpy(), float(timestep)))
+        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+        trajectory.append(latents.numpy().astype(np.float64))
+    return trajectory
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 28])
+@pytest.mark.parametrize("own", [SD3, SANA, WAN], ids=["sd3", "sana", "wan"])
+@pytest.mark.parametrize("name", FLOWING)
+def test_flow_checkpoints_sample_as_their_schedulers_do(name: str, own: Any, steps: int) -> None:
+    """Each sampler by the class and options that a user of diffusers would write out for it."""
+    shift = own.config.get("shift") or own.config.flow_shift
+    order = {"solver_order": 3 if name == "dpmpp_3m" else 2}
+    want = {
+        "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
+        "unipc": lambda: diffusers.UniPCMultistepScheduler(**FLOW, flow_shift=shift),
+    }.get(name, lambda: diffusers.DPMSolverMultistepScheduler(**FLOW, flow_shift=shift, **order))()
+    sampler = compile_sampler(name, saved(own), steps)
+    assert difference(compiled_walk(sampler), flow_walk(want, steps)) < ROUNDED
+    assert [call.timestep for call in sampler.calls] == pytest.approx(want.timesteps.tolist(), abs=1e-3)
+    assert (sampler.initial_scale, sampler.prediction_type) == (1.0, "flow_prediction")
+    assert {call.input_scale for call in sampler.calls} == {1.0}
+
+
+def test_a_flow_sampler_is_its_formula() -> None:
+    """Euler's step along the straight path, at noise levels shifted as arXiv 2403.03206, equation 23, has it."""
+    sampler = compile_sampler("euler", saved(SD3, pipeline_sigmas=True), 4)
+    levels = [3 * s / (1 + 2 * s) for s in (1.0, 0.75, 0.5, 0.25)] + [0.0]
+    assert [call.timestep for call in sampler.calls] == pytest.approx([1000 * s for s in levels[:-1]])
+    for i, call in enumerate(sampler.calls):
+        assert call.latents == (1, 0, 0, 0)
+        assert call.outputs[0] == pytest.approx(levels[i + 1] - levels[i], rel=1e-6)
+
+
+@pytest.mark.parametrize("terminal", [None, 0.1])
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_noise_levels_that_a_pipeline_shifts_by_the_size(kind: str, terminal: float | None) -> None:
+    """FLUX's pipeline and those after it: mu from the size, and noise levels from 1 to 1/n, given to the scheduler."""
+    own = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, time_shift_type=kind, shift_terminal=terminal
+    )
+    calls = []
+    for tokens in (256, 4096):
+        mu = calculate_shift(tokens)
+        sampler = compile_sampler("euler", saved(own, mu=mu, pipeline_sigmas=True), 6)
+        want = flow_walk(own, None, sigmas=np.linspace(1.0, 1 / 6, 6), mu=mu)
+        assert difference(compiled_walk(sampler), want) < ROUNDED
+        assert (sampler.options["mu"], sampler.options["pipeline_sigmas"]) == (mu, True)
+        calls.append(sampler.calls)
+    assert calls[0] != calls[1]
+    with pytest.raises(ExportError, match=r"sampler 'unipc' would take others\. Choose euler"):
+        compile_sampler("unipc", saved(own, mu=mu), 6)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, recipe in SAMPLERS.items() if recipe.flow is None))
+def test_samplers_that_know_no_flow_are_refused(name: str) -> None:
+    with pytest.raises(ExportError, match=r"trained by flow matching.*Choose one of euler, dpmpp_2m"):
+        compile_sampler(name, saved(SD3), 6)
+
+
+@pytest.mark.parametrize("change", [{"invert_sigmas": True}, {"shift_terminal": 0.1}])
+def test_options_of_flow_that_a_sampler_does_not_read_are_refused(change: dict[str, Any]) -> None:
+    compile_sampler("euler", saved(SD3, **change), 6)
+    with pytest.raises(ExportError, match=rf"{next(iter(change))} = .*'dpmpp_2m'.*does not read; choose one of euler"):
+        compile_sampler("dpmpp_2m", saved(SD3, **change), 6)
+
+
 def test_the_lists_name_schedulers_of_diffusers() -> None:
-    for name in (*TRAINED_UNDER, *TRAINED_UNDER_EDM):
+    for name in (*TRAINED_UNDER, *TRAINED_UNDER_EDM, *TRAINED_UNDER_FLOW):
         assert hasattr(diffusers, name), name
 
 

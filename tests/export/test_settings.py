@@ -18,7 +18,10 @@ def test_what_is_left_out_is_the_models_own(name: str) -> None:
     settings = asked.method_settings
     assert (settings.steps, settings.gate, settings.self_interval) == (model.steps, model.gate, model.self_interval)
     assert (asked.sampler, asked.guidance_scale, asked.batches) == (model.sampler, model.guidance_scale, (model.batch,))
-    assert asked.components == (model.facts.source, "denoiser", "decoder")
+    source = (model.facts.source,) if model.facts.text_graph else ()
+    encoder = ("encoder",) if model.facts.from_pictures else ()
+    assert asked.components == (*source, "denoiser", "decoder", *encoder)
+    assert asked.method.name == model.method
     assert ExportSettings(model=name).target == Path("bundles") / name
 
 

@@ -148,7 +148,7 @@ def test_a_bundle_holds_one_copy_of_its_weights(mini_bundle: Path) -> None:
             unique[str(tensor.dtype) + str(tensor.shape), tensor.tobytes()] = tensor.nbytes
             count += 1
     assert len(unique) == count
-    assert bundle.size_bytes() < 1.07 * sum(unique.values())
+    assert bundle.size_bytes() < 1.08 * sum(unique.values())
 
 
 def test_every_graph_reads_its_weights_from_the_one_file(mini_bundle: Path) -> None:

@@ -20,6 +20,7 @@ from tests.fuzz.target import Target, workspace, written
 from tgate_export.checkpoints.directory import DirectoryCheckpoint, TensorFiles
 from tgate_export.checkpoints.headers import read_header
 from tgate_export.families import MODELS, location
+from tgate_export.families.base import Size
 from tgate_export.lora import Lora, fuse_loras
 from tgate_export.sampling import compile_sampler
 from tgate_export.tokenizers import export_tokenizers
@@ -77,7 +78,7 @@ def _read(model: str, part: str, _file: str = "") -> None:
         for name in (*family.classes, *family.tokenizers, "scheduler"):
             checkpoint.named_class(name)
     elif part == "scheduler":
-        compile_sampler("euler", family.scheduler_config(checkpoint), 2)
+        compile_sampler("euler", family.scheduler_config(checkpoint, Size(height=512, width=512)), 2)
     elif part in family.tokenizers:
         export_tokenizers(family, checkpoint, workspace() / "exported")
     else:

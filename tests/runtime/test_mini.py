@@ -15,10 +15,11 @@ import pytest
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError, EngineError
 from tgate_engine.manifest import MANIFEST_FILE
+from tgate_engine.manifest_json import parse_manifest
 from tgate_export.plans import add_plan
 from tgate_runtime import mini
 from tgate_runtime.engines import open_engine
-from tgate_runtime.mini import HEAD_FILE, MINI, MODELS, assemble, place_of
+from tgate_runtime.mini import HEAD_FILE, MINI, MODELS, assemble, is_embedded, place_of
 from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.verify import verify
 
@@ -32,6 +33,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "cache"
+
+
+def test_models_that_ship_are_known_by_their_names() -> None:
+    assert is_embedded(parse_manifest((MODELS / MINI / MANIFEST_FILE).read_bytes()).model)
+    assert is_embedded("mini-sdxl")
+    for other in ("sdxl", "prompts.txt", "..", "", "mini-sdxl/unet"):
+        assert not is_embedded(other)
 
 
 def contents(root: Path) -> dict[str, bytes]:

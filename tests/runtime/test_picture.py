@@ -19,7 +19,7 @@ from PIL import Image
 from tgate_engine.errors import RequestError
 from tgate_runtime import picture
 from tgate_runtime.files import load_picture
-from tgate_runtime.picture import READ, as_rgb, read_picture
+from tgate_runtime.picture import READ, as_mask, as_rgb, read_mask, read_picture
 
 SIXTEEN = np.array([0, 255, 256, 1000, 32768, 65535], np.uint16)
 HIGH = np.array([0, 0, 1, 3, 128, 255], np.uint8)  # SIXTEEN // 256
@@ -391,3 +391,36 @@ def test_only_regular_files_are_pictures(tmp_path: Path, kind: str) -> None:
     path = {"fifo": tmp_path / "pipe.png", "directory": tmp_path, "zeros": Path("/dev/zero")}[kind]
     with pytest.raises(RequestError, match="is not a plain file"):
         load_picture(path)
+
+
+# --- masks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("image", "wanted"),
+    [
+        (Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)), [0, 0, 255, 255]),
+        (Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)).convert("RGB"), [0, 0, 255, 255]),
+        (Image.fromarray(np.array([[False, True]])), [0, 255]),
+        (Image.fromarray(np.array([[[9, 255], [9, 128], [250, 127], [250, 0]]], np.uint8), "LA"), [0, 0, 255, 255]),
+        (Image.fromarray(np.array([[[250, 250, 250, 255], [0, 0, 0, 0]]], np.uint8), "RGBA"), [0, 255]),
+    ],
+    ids=["grey", "rgb", "bits", "grey-alpha", "rgba"],
+)
+def test_a_mask_is_white_or_transparent(image: Image.Image, wanted: list[int]) -> None:
+    """Of a picture with alpha, its colours say nothing."""
+    made = as_mask(image)
+    assert made.mode == "L"
+    assert np.asarray(made)[0].tolist() == wanted
+    again = as_mask(made)
+    assert np.asarray(again)[0].tolist() == wanted
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    assert np.asarray(read_mask(file.getvalue(), "m.png"))[0].tolist() == wanted
+
+
+def test_no_mask() -> None:
+    with pytest.raises(RequestError, match=r"m\.png is not a picture that can be read"):
+        read_mask(b"x", "m.png")
+    with pytest.raises(RequestError, match=r"an image must be a PIL\.Image\.Image, got str"):
+        as_mask("m.png")  # type: ignore[arg-type]

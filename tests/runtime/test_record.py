@@ -139,7 +139,10 @@ def test_nothing_may_be_missing(path: tuple[str, ...]) -> None:
         (changed("form", to=2), "has form 2, this tgate-engine reads form 1; update tgate-engine"),
         (changed("size", to="0x5"), "expected WIDTHxHEIGHT, got '0x5'"),
         (changed("bundle", to="2B" * 32), "expected 64 hexadecimal digits"),
-        (changed("given", to={"paths": "0f" * 32}), "expected image, initial_latents, prompt_embeds, got 'paths'"),
+        (
+            changed("given", to={"paths": "0f" * 32}),
+            "expected image, mask, initial_latents, prompt_embeds, got 'paths'",
+        ),
         (changed("plan", "settings", to={str(i): 1 for i in range(65)}), "plan.settings: expected at most 64, got 65"),
         (changed("seed", to=1.5), "expected int, got 1.5; draw the picture anew"),
         ("x" * 2**21, "of at most 1048576"),

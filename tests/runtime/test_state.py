@@ -590,10 +590,38 @@ def test_an_image_follows_one_of_the_states_plans(session: Session, plans: dict[
     state = State(session, [plans["gated"], plans["ungated"]])
     with pytest.raises(RequestError, match="has 2 plans; name the image's"):
         begin(session, state)
-    with pytest.raises(RequestError, match="plan 'early' is none of the state's: default, ungated"):
-        begin(session, state, plan=plans["early"])
     begin(session, state, plan=replace(plans["ungated"]))
     assert state.step(0) == plans["ungated"].steps[0]
+    plain = State(session, plans["ungated"])
+    with pytest.raises(RequestError, match="plan 'early' is none of the state's: ungated"):
+        begin(session, plain, plan=plans["early"])
+
+
+def test_or_one_that_there_are_buffers_for_already(session: Session, plans: dict[str, Plan]) -> None:
+    """What is left of a plan from a picture on takes the same graphs and carries; it is proved before it runs."""
+    state = State(session, [plans["gated"], plans["ungated"]])
+    begin(session, state, plan=plans["early"])
+    assert state.step(0) == plans["early"].steps[0]
+    wrong = replace(plans["early"], steps=plans["early"].steps[1:])
+    with pytest.raises(PlanError):
+        begin(session, state, plan=wrong)
+
+
+def test_latents_are_mended_after_each_step(session: Session, plans: dict[str, Plan]) -> None:
+    """What somebody puts in their place is what the next step, and the history, goes on from."""
+    state, seen = State(session, plans["gated"]), list[tuple[int, NDArray[np.float32]]]()
+
+    def mend(index: int, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen.append((index, latents))
+        return np.full_like(latents, index)
+
+    begin(session, state, mend=mend)
+    for index in range(2):
+        advance(state)
+        assert (state.latents(0) == index).all()
+    assert (state.history(0)[0][1] == 0).all()
+    assert [index for index, _ in seen] == [0, 1]
+    assert not (seen[1][1] == 1).all()
 
 
 def test_a_stochastic_sampler_needs_noise_for_its_steps(session: Session, plans: dict[str, Plan]) -> None:

@@ -258,6 +258,13 @@ def test_answers_are_those_of_one_server(
     assert here.text == there.text
 
 
+def test_edits_are_refused_by_name(client: Client) -> None:
+    """What they begin from would have to travel to a replica, which the ingress does not do."""
+    answer = client.http.post("/v1/images/edits", json={"prompt": PROMPT})
+    assert answer.status_code == 400
+    assert "are not drawn by replicas; ask a server that `tgate serve` started" in answer.json()["error"]["message"]
+
+
 def test_models_are_told_as_one_server_tells_them(client: Client, plain: TestClient) -> None:
     here, there = (each.get("/v1/models/mini").json() for each in (client.http, plain))
     assert {**here, "created": 0} == {**there, "created": 0}

@@ -129,6 +129,7 @@ def described(session: Session) -> Iterator[schemathesis.BaseSchema]:
 ROUTES = {
     (PATH, "POST"),
     (f"{PATH}/{{identity}}", "DELETE"),
+    ("/v1/images/edits", "POST"),
     ("/v1/videos", "POST"),
     ("/v1/videos", "GET"),
     ("/v1/videos/{identity}", "GET"),

@@ -27,6 +27,7 @@ def plans_of(
     k: int = 1,
     f: int = 1,
     w: int = 2,
+    g: int = 0,
     sampler: str,
     guidance_scale: float | None = None,
 ) -> dict[str, Plan]:
@@ -36,7 +37,7 @@ def plans_of(
     """
     manifest = bundle.manifest
     method = find_method(str(manifest.plan(DEFAULT).settings["method"]))
-    named = {name: value for name, value in {"k": k, "f": f, "w": w}.items() if name in method.takes}
+    named = {name: value for name, value in {"k": k, "f": f, "w": w, "g": g}.items() if name in method.takes}
     return make_plans(
         NAME,
         method,

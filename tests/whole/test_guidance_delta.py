@@ -45,12 +45,14 @@ class Case:
     k: int = 1
     f: int = 1
     w: int = 0
+    g: int = 0
     sampler: str = "dpmpp_2m"
     scale: float = 5.0
     images: int = 1
 
     def __str__(self) -> str:
-        return f"n{self.n}-m{self.m}-k{self.k}-f{self.f}-w{self.w}-{self.sampler}-g{self.scale:g}-images{self.images}"
+        numbers = f"n{self.n}-m{self.m}-k{self.k}-f{self.f}-w{self.w}-g{self.g}"
+        return f"{numbers}-{self.sampler}-g{self.scale:g}-images{self.images}"
 
 
 CASES = (
@@ -60,6 +62,8 @@ CASES = (
     Case(n=5, m=1, f=2, scale=7.5),
     Case(n=7, m=3, k=2, f=3, w=1, sampler="pndm"),
     Case(n=6, m=3, k=2, sampler="euler_a", images=2),
+    Case(n=9, m=3, k=2, f=2, g=2),
+    Case(n=7, m=2, g=3, sampler="pndm", images=2),
 )
 
 
@@ -90,7 +94,7 @@ class Subject:
 
     def engine(self, case: Case) -> NDArray[Any]:
         """Final latents of the engine."""
-        own = {"n": case.n, "m": case.m, "k": case.k, "f": case.f, "w": case.w}
+        own = {"n": case.n, "m": case.m, "k": case.k, "f": case.f, "w": case.w, "g": case.g}
         plan = plans_of(self.bundle, **own, sampler=case.sampler, guidance_scale=case.scale)[NAME]
         with Pipeline.open(self.bundle, threads=1, plans=[plan]) as pipe:
             return pipe(
@@ -127,7 +131,7 @@ def subject_of(
 def eager_latents(subject: Subject, method: str, case: Case, **more: Any) -> torch.Tensor:
     attention = (case.k, case.f, case.w) if method == COMBINED else None
     return delta_latents(
-        subject.eager, subject.request(case), subject.scheduler(case), case.m, attention=attention, **more
+        subject.eager, subject.request(case), subject.scheduler(case), case.m, attention=attention, g=case.g, **more
     )
 
 
@@ -233,7 +237,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def words() -> re.Pattern[str]:
     """Everything that methods name, but for words of people's own: a plan that is "full" or "ungated", "--forecast"."""
-    network = Network(sites=(AttentionSite("x", "self"), AttentionSite("y", "cross")), guided=True)
+    network = Network(sites=(AttentionSite("x", "self"), AttentionSite("y", "cross")), guided=True, deep="z")
     settings = Settings(steps=6, gate=3, fidelity_interval=2)
     names = {FIDELITY, PLANNING, "self-attention", "cross-attention"}
     for method in METHODS.values():
@@ -241,7 +245,14 @@ def words() -> re.Pattern[str]:
         for variant in method.variants(network, settings):
             names |= {variant.name} | {name for part in variant.parts for name in (*part.reads, *part.writes)}
     names -= {"full", "tgate", "ungated", "forecast"}
-    assert {"reuse_cross", "reuse_delta", "self.0.positive", "guidance_difference", "guidance_stopped"} <= names
+    assert {
+        "reuse_cross",
+        "reuse_delta",
+        "self.0.positive",
+        "guidance_difference",
+        "guidance_stopped",
+        "deep_feature",
+    } <= names
     stems = {re.escape(name.partition(".0")[0]) + (r"\.\d" if ".0" in name else "") for name in names}
     return re.compile("|".join(sorted(stems)))
 

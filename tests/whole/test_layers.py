@@ -33,7 +33,10 @@ ENGINE_LIBRARIES: dict[str, frozenset[str]] = {
 }
 """What the folder, or the one file, of each engine in ``tgate_runtime.engines`` may import besides: its own library."""
 
-JUDGES: dict[str, frozenset[str]] = {"tgate_runtime.tuning.quality": frozenset({"skimage"})}
+JUDGES: dict[str, frozenset[str]] = {
+    "tgate_runtime.tuning.clip": frozenset({"torch", "transformers"}),
+    "tgate_runtime.tuning.quality": frozenset({"skimage"}),
+}
 """The same of what compares pictures, inside the function that needs it."""
 
 WEB_LIBRARIES: dict[str, frozenset[str]] = {
@@ -223,6 +226,8 @@ def test_a_module_imports_only_what_its_layer_allows(path: Path) -> None:
         ("tgate_runtime.engines", "import onnx"),
         ("tgate_runtime.tuning.quality", "import skimage"),
         ("tgate_runtime.tuning.search", "def f():\n    import skimage"),
+        ("tgate_runtime.tuning.clip", "import torch"),
+        ("tgate_runtime.tuning.accuracy", "def f():\n    import torch"),
         ("tgate_runtime.runner", "def f():\n    from tgate_serve import scheduler"),
         ("tgate_export.build", "from tgate_serve.scheduler import Job"),
         ("tgate_serve.worker", "def f():\n    from tgate_export.methods import tgate"),
@@ -249,6 +254,7 @@ def test_a_forbidden_import_is_seen(name: str, source: str) -> None:
         ("tgate_runtime.engines", "def f(name):\n    importlib.import_module(f'tgate_runtime.engines.{name}')"),
         ("tgate_runtime.engines.ort", "import onnxruntime"),
         ("tgate_runtime.tuning.quality", "def f():\n    from skimage.metrics import structural_similarity"),
+        ("tgate_runtime.tuning.clip", "def f():\n    import torch, transformers"),
         ("tgate_runtime.engines.aoti.graph", "import onnx\nfrom torch import Tensor"),
         ("tgate_runtime.engines.tensorrt.build", "from onnx import helper\nimport_module('polygraphy.config')"),
         ("tgate_serve.worker", "from tgate_runtime.state import State\nfrom tgate_engine.plan import Plan"),

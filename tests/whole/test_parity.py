@@ -199,14 +199,16 @@ def test_without_guidance_equal_the_package(
         assert relative(subject.engine(case), subject.package(case)) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("variant", "most"), [("conv_projection", 4), pytest.param("sdxl_like", 2, marks=pytest.mark.slow)]
+)
 def test_a_dynamic_batch_equals_the_package(
-    tiny_checkpoint: Callable[[str], Path], tiny_bundle: Callable[..., Path]
+    tiny_checkpoint: Callable[[str], Path], tiny_bundle: Callable[..., Path], variant: str, most: int
 ) -> None:
     """Its own batch, and each image alone: an image's rows lie together, which the package's do not."""
-    variant = "conv_projection"
-    subject = Subject(tiny_checkpoint(variant), tiny_bundle(variant, batch=(1, 4)))
+    subject = Subject(tiny_checkpoint(variant), tiny_bundle(variant, batch=(1, most)))
     case = Case(n=8, m=4, k=2, f=2, w=0, negative="large")
-    for prompts in ([PROMPT, "a small blue photo", "red"], ["red", PROMPT]):
+    for prompts in ([PROMPT, "a small blue photo", "red"][:most], ["red", PROMPT]):
         start = subject.noise(len(prompts))
         got = subject.engine(case, prompt=prompts)
         assert relative(got, subject.package(case, prompt=prompts, latents=start)) < TOLERANCE

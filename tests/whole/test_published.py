@@ -60,6 +60,7 @@ SCHEDULERS: Mapping[str, str] = {
     "lcm-pixart": "LCMScheduler",
     "svd": "EulerDiscreteScheduler",
     "opensora": "DDIMScheduler",
+    **dict.fromkeys(("sd3-medium", "sd35-medium"), "FlowMatchEulerDiscreteScheduler"),
 }
 """diffusers' class of the sampler that a model is exported with. Elsewhere:"""
 SCHEDULER = "DPMSolverMultistepScheduler"
@@ -68,11 +69,13 @@ SCHEDULER = "DPMSolverMultistepScheduler"
 CASES = [
     *(pytest.param(model, method, id=f"{model}-{method}") for model, method in DEFAULT.items()),
     *(
-        pytest.param(model, "tgate", id=f"{model}-tgate", marks=pytest.mark.slow)
+        pytest.param(model, MODELS[model].method, id=f"{model}-{MODELS[model].method}", marks=pytest.mark.slow)
         for model in PUBLISHED
-        if DEFAULT.get(model) != "tgate"
+        if DEFAULT.get(model) != "tgate" and (MODELS[model].facts.text_graph or model == "svd")
     ),
 ]
+"""Models whose prompts ``tgate embed`` encodes have tests of their own, from the prompt on
+(``tests/whole/test_flow_families.py``)."""
 
 
 # --- as they are published, and narrow ----------------------------------------------------------
@@ -167,7 +170,8 @@ class Subject:
             rows = rows.movedim(find_model(self.model).family.frames_axis or 1, 1).flatten(0, 1)
         options = {"num_frames": manifest.frames} if self.model == "svd" else {}
         with torch.no_grad():
-            pixels = vae.decode(rows / vae.config.scaling_factor, **options).sample
+            shift = vae.config.get("shift_factor") or 0.0
+            pixels = vae.decode(rows / vae.config.scaling_factor + shift, **options).sample
         return np.asarray((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).double() * 255)
 
 
@@ -203,7 +207,8 @@ def subject_of(
 @pytest.mark.parametrize(("model", "method"), CASES)
 def test_every_component_is_exported(subject_of: Callable[[str, str], Subject], model: str, method: str) -> None:
     manifest, family = subject_of(model, method).bundle.manifest, find_model(model).family
-    assert _roles(manifest) == ({"image"} if model == "svd" else {"text"}) | {"denoise", "decode"}
+    encodes = {"encode"} if find_model(model).facts.from_pictures else set()
+    assert _roles(manifest) == ({"image"} if model == "svd" else {"text"}) | {"denoise", "decode"} | encodes
     assert len(manifest.tokenizers) == len(family.tokenizers)
     assert manifest.guidance == {"lcm-sdxl": "embedded", "lcm-pixart": "none"}.get(model, "classifier-free")
     assert {"ungated", "default"} <= manifest.plans.keys()
@@ -273,6 +278,9 @@ def test_lcm_sdxl_is_put_together_from_two_repositories(
 DECODER = 49_490_199
 """Parameters of the image autoencoder's second half, the one-by-one convolution before it included."""
 
+SD3_DECODER, DC_AE_DECODER = 49_545_475, 159_223_171
+"""The same of Stable Diffusion 3's, of 16 channels, and of Sana's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
@@ -295,6 +303,19 @@ FULL: Mapping[str, Full] = {
     "pixart-alpha": Full(denoiser=611_349_152, latents=(4, 128, 128), size=(1, 1024, 1024)),
     "pixart-sigma": Full(denoiser=610_856_096, latents=(4, 128, 128), size=(1, 1024, 1024), decoder_bytes=2 * DECODER),
     "lcm-pixart": Full(denoiser=611_349_152, latents=(4, 128, 128), size=(1, 1024, 1024)),
+    "hunyuandit-1.2": Full(denoiser=1_499_952_032, latents=(4, 128, 128), size=(1, 1024, 1024)),
+    "sd3-medium": Full(
+        denoiser=2_084_951_104, latents=(16, 128, 128), size=(1, 1024, 1024), decoder_bytes=4 * SD3_DECODER
+    ),
+    "sd35-medium": Full(
+        denoiser=2_469_663_936, latents=(16, 128, 128), size=(1, 1024, 1024), decoder_bytes=4 * SD3_DECODER
+    ),
+    "sana-1.6b": Full(
+        denoiser=1_604_462_752, latents=(32, 32, 32), size=(1, 1024, 1024), decoder_bytes=2 * DC_AE_DECODER
+    ),
+    "sana-1.6b-512": Full(
+        denoiser=1_604_462_752, latents=(32, 16, 16), size=(1, 512, 512), decoder_bytes=2 * DC_AE_DECODER
+    ),
     "svd": Full(
         denoiser=1_524_623_082,
         latents=(25, 4, 72, 128),
@@ -305,6 +326,10 @@ FULL: Mapping[str, Full] = {
         further_bytes=2 * 632_076_800 + 4 * 34_163_664,
     ),
     "opensora": Full(denoiser=1_057_246_880, latents=(4, 17, 64, 64), size=(17, 512, 512)),
+    # The decoder's graph of 21 latent frames takes minutes to trace.
+    "wan21-t2v-1.3b": Full(
+        denoiser=1_418_996_800, latents=(16, 21, 60, 104), size=(81, 480, 832), components="denoiser", decoder_bytes=0
+    ),
 }
 
 
@@ -330,8 +355,10 @@ def test_full_size_with_random_weights(model: str, tmp_path: Path, capsys: pytes
     assert tuple(shape["latents"]) == full.latents
     assert (found["frames"], shape["height"], shape["width"]) == full.size
     assert found["dtype"] == "float16"
-    assert _roles(manifest) == {"denoise", "decode"} | ({"image"} if "image" in full.components else set())
-    assert shape["graphs"].keys() >= {"full", "reuse_cross", "reuse_self"}
+    roles = {"image": "image", "denoiser": "denoise", "decoder": "decode"}
+    assert _roles(manifest) == {roles[component] for component in full.components.split(",")}
+    gated = {"reuse_cross", "reuse_self"} if MODELS[model].method == "tgate" else {"reuse_delta", "unguided"}
+    assert shape["graphs"].keys() >= {"full", *gated}
     expected = 2 * full.denoiser + full.decoder_bytes + full.further_bytes
     # Beside parameters there are tables that are computed, such as places; equal tensors are written once.
     assert found["bytes"]["weights"] == pytest.approx(expected, rel=0.01)

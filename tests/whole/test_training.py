@@ -14,11 +14,21 @@ from transformers import T5Tokenizer
 
 from training.assemble import assemble
 from training.classifier import held_out_accuracy, load_classifier
-from training.evaluate import evaluation_captions, named_pairs
-from training.grammar import COLOURS, PAIRS, draw_scene, is_held_out, training_caption, vocabulary_words, write_caption
+from training.evaluate import evaluation_captions
+from training.grammar import (
+    COLOURS,
+    PAIRS,
+    draw_scene,
+    is_held_out,
+    named_pairs,
+    training_caption,
+    vocabulary_words,
+    write_caption,
+)
 from training.pixart import build_tokenizer
 from training.pool import MINI_SDXL
 from training.reading import NOTHING, token_targets
+from training.relations import item_places, named_relation, relation_shown
 from training.render import render
 from training.settings import LATENT_PX, MAX_PIPELINE_BYTES, PIXART_SETTINGS
 from training.text import t5_encode
@@ -29,6 +39,34 @@ def test_the_judge_is_right_on_renders_it_never_saw() -> None:
     """Above 98 %, on questions that are half positive, half near misses."""
     shares = held_out_accuracy(load_classifier(), count=300)
     assert min(shares.values()) > 0.98, shares
+
+
+def test_the_judge_of_places_is_right_on_renders() -> None:
+    """Above 98 % where the caption is the scene's; never where it says the opposite."""
+    rng = random.Random(23)
+    scenes = [scene for scene in (draw_scene(rng) for _ in range(700)) if len(scene.items) > 1]
+    pairs = [(scene, write_caption(scene, rng)) for scene in scenes]
+    pairs = [(scene, caption) for scene, caption in pairs if named_relation(caption)][:200]
+    places = item_places(
+        load_classifier(), np.stack([render(scene) for scene, _ in pairs]), [caption for _, caption in pairs]
+    )
+    right = [relation_shown(at, caption) for at, (_, caption) in zip(places, pairs, strict=True)]
+    assert sum(map(bool, right)) / len(right) > 0.98
+    swap = {"left": "right", "right": "left", "above": "below", "over": "under", "below": "above", "under": "over"}
+    for at, (scene, caption) in zip(places, pairs, strict=True):
+        opposite = " ".join(swap.get(word, word) for word in caption.split())
+        if len(scene.items) == 2:
+            assert relation_shown(at, opposite) is False, caption
+        missing = np.vstack([at[:-1], [[np.nan, np.nan]]])
+        assert relation_shown(missing, caption) is False
+
+
+def test_a_caption_without_a_relation_is_not_judged_for_one() -> None:
+    for caption in ("a red circle on the left", "a red circle and a blue square", "a red circle next to a blue star"):
+        assert named_relation(caption) is None
+        assert relation_shown(np.zeros((2, 2)), caption) is None
+    assert named_relation("a red circle, a blue star and a red ring in a row") == "row"
+    assert named_relation("a drawing of a red circle under a blue star on a mint background") == "below"
 
 
 def test_training_never_sees_an_evaluation_caption() -> None:

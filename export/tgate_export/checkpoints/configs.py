@@ -36,6 +36,7 @@ _WIDTH = (1, 1 << 15)
 _BOUNDS: Mapping[str, tuple[int, int]] = {
     # Layers, and what may be 0 of them.
     **dict.fromkeys(("layers_per_block", "num_layers", "num_decoder_layers", "num_hidden_layers"), (0, 256)),
+    **dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block", "dual_attention_layers"), (0, 256)),
     **dict.fromkeys(("transformer_layers_per_block", "reverse_transformer_layers_per_block"), (0, 256)),
     # Sides of pictures, in pixels or latent pixels, of which tables of places are made.
     **dict.fromkeys(("sample_size", "image_size"), (1, 4096)),

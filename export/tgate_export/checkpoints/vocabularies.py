@@ -21,10 +21,10 @@ from tgate_export.checkpoints.configs import check_code
 from tgate_export.checkpoints.files import kind_of, parse_object, present, quoted, read_bytes
 from tgate_export.libraries import refusing
 
-VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
 
-FILE_BYTES = 16 << 20
-"""Largest file of a tokenizer; CLIP's and T5's have up to 4 MB."""
+FILE_BYTES = 64 << 20
+"""Largest file of a tokenizer; CLIP's and T5's have up to 4 MB, Gemma's has 34."""
 
 MOST_TOKENS = 1 << 20
 MOST_ADDED = 1 << 14
@@ -33,7 +33,7 @@ MOST_CHARACTERS = 256
 
 _CONFIG = "tokenizer_config.json"
 _JSON = (_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json")
-_FILES = (*_JSON, "merges.txt", "spiece.model")
+_FILES = (*_JSON, "merges.txt", "vocab.txt", "spiece.model")
 
 _ARGUMENTS = (
     *("gguf_file", "tokenizer_object", "vocab", "merges", "init_inputs", "post_processor"),
@@ -43,16 +43,21 @@ _ARGUMENTS = (
 
 _TYPES: Mapping[str, frozenset[str]] = {
     "normalizer": frozenset(
-        ("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "Replace", "Prepend", "Precompiled")
+        (
+            *("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "Replace", "Prepend"),
+            *("Precompiled", "BertNormalizer"),
+        )
     ),
-    "pre_tokenizer": frozenset(("Sequence", "Split", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit")),
+    "pre_tokenizer": frozenset(
+        ("Sequence", "Split", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit", "BertPreTokenizer")
+    ),
     "post_processor": frozenset(("Sequence", "RobertaProcessing", "TemplateProcessing", "ByteLevel")),
     "decoder": frozenset(
-        ("Sequence", "ByteLevel", "BPEDecoder", "Metaspace", "Replace", "Fuse", "Strip", "ByteFallback")
+        ("Sequence", "ByteLevel", "BPEDecoder", "Metaspace", "Replace", "Fuse", "Strip", "ByteFallback", "WordPiece")
     ),
-    "model": frozenset(("BPE", "Unigram", "WordLevel")),
+    "model": frozenset(("BPE", "Unigram", "WordLevel", "WordPiece")),
 }
-"""Components of CLIP's and T5's tokenizers, and of what converters made of them."""
+"""Components of CLIP's, T5's, Gemma's and BERT's tokenizers, and of what converters made of them."""
 
 _REGEXES = frozenset(
     (
@@ -88,6 +93,8 @@ def checked_vocabulary(directory: Path) -> Iterator[Path]:
 def _check(name: str, content: bytes, where: str) -> None:
     if name == "merges.txt":
         _check_merges(content, where)
+    elif name == "vocab.txt":
+        _check_lines(content, where)
     elif name == "spiece.model":
         _check_pieces(content, where)
     else:
@@ -155,14 +162,28 @@ def _check_ids(data: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _check_merges(content: bytes, where: str) -> None:
+def _lines(content: bytes, where: str) -> list[str]:
     try:
         lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ExportError(f"{where} is not UTF-8 ({error}); download it again") from None
     if len(lines) > MOST_TOKENS:
         raise ExportError(f"{where} has {len(lines)} lines, and {MOST_TOKENS} are the most")
-    for number, line in enumerate(lines):
+    return lines
+
+
+def _check_lines(content: bytes, where: str) -> None:
+    """A token a line, as BERT's vocabulary has them."""
+    for number, line in enumerate(_lines(content, where)):
+        if len(line) > MOST_CHARACTERS:
+            raise ExportError(
+                f"{where}, line {number + 1}, holds {quoted(line)}; a token of at most {MOST_CHARACTERS} characters is "
+                "wanted"
+            )
+
+
+def _check_merges(content: bytes, where: str) -> None:
+    for number, line in enumerate(_lines(content, where)):
         if line.strip() and not line.startswith("#version"):
             _check_merge(line.rstrip("\r").split(" "), f"{where}, line {number + 1},")
 

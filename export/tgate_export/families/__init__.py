@@ -17,7 +17,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from tgate_engine.errors import ExportError, shown
-from tgate_export.families.facts import LATTE, PIXART, SD, SDXL, SVD, Facts
+from tgate_export.families.facts import HUNYUAN, LATTE, PIXART, SANA, SD, SD3, SDXL, SVD, WAN, Facts
 
 if TYPE_CHECKING:
     from tgate_export.families.base import Family
@@ -46,6 +46,11 @@ class Model:
     sampler: str = "dpmpp_2m"
     batch: tuple[int, int] = (1, 1)
     elsewhere: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """The method where the user names none: the paper's, or where it has nothing to reuse, one that has."""
+        return "tgate" if self.facts.cross_attention else "guidance_delta"
 
     @property
     def family(self) -> Family:
@@ -151,6 +156,53 @@ MODELS: Mapping[str, Model] = {
         guidance_scale=0.0,
         sampler="lcm",
     ),
+    "hunyuandit-1.2": Model(
+        facts=HUNYUAN,
+        checkpoint="Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
+        licence="tencent-hunyuan-community",
+        steps=50,
+        gate=30,
+        self_interval=3,
+        guidance_scale=5.0,
+    ),
+    "sd3-medium": Model(
+        facts=SD3,
+        checkpoint="stabilityai/stable-diffusion-3-medium-diffusers",
+        licence="stabilityai-ai-community",
+        steps=28,
+        gate=17,
+        self_interval=1,
+        guidance_scale=7.0,
+        sampler="euler",
+    ),
+    "sd35-medium": Model(
+        facts=SD3,
+        checkpoint="stabilityai/stable-diffusion-3.5-medium",
+        licence="stabilityai-ai-community",
+        steps=40,
+        gate=24,
+        self_interval=1,
+        guidance_scale=4.5,
+        sampler="euler",
+    ),
+    "sana-1.6b": Model(
+        facts=SANA,
+        checkpoint="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
+        licence="nscl-v2-custom",
+        steps=20,
+        gate=12,
+        self_interval=3,
+        guidance_scale=4.5,
+    ),
+    "sana-1.6b-512": Model(
+        facts=SANA,
+        checkpoint="Efficient-Large-Model/Sana_1600M_512px_diffusers",
+        licence="nscl-v2-custom",
+        steps=20,
+        gate=12,
+        self_interval=3,
+        guidance_scale=4.5,
+    ),
     "svd": Model(
         facts=SVD,
         checkpoint="stabilityai/stable-video-diffusion-img2vid-xt",
@@ -170,6 +222,16 @@ MODELS: Mapping[str, Model] = {
         self_interval=10,
         guidance_scale=7.5,
         sampler="ddim",
+    ),
+    "wan21-t2v-1.3b": Model(
+        facts=WAN,
+        checkpoint="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        licence="apache-2.0",
+        steps=50,
+        gate=30,
+        self_interval=3,
+        guidance_scale=5.0,
+        sampler="unipc",
     ),
 }
 

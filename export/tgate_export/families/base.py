@@ -22,6 +22,7 @@ from tgate_export.checkpoints.files import plain, quoted
 from tgate_export.families.facts import Facts
 from tgate_export.libraries import refusing
 from tgate_export.methods.base import Halves
+from tgate_export.schedulers import MU, PIPELINE_SIGMAS
 
 Texts = Mapping[str, Tensor]
 """Conditioning of one prompt by name, each [1, ...]."""
@@ -58,7 +59,8 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """What a pipeline does to final latents before it decodes them: ``latents * std / scale + mean``.
+    """What a pipeline does to final latents before it decodes them: ``latents * std / scale + mean``; and the reverse
+    to those of a picture.
 
     ``mean`` and ``std``: one number for each channel, or one for all.
     """
@@ -100,6 +102,10 @@ class Family(ABC):
     """The axis of frames in latents [B, ...]; None for pictures."""
     frames_argument: str = ""
     """What diffusers' pipeline calls the number of frames; empty for pictures."""
+    decodes_frames_together: bool = False
+    """Whether the decoder takes a video's latents as they are, [1, C, F, h, w], instead of frame by frame."""
+    picture_pipeline: str = ""
+    """diffusers' pipeline that begins from a picture; empty where there is none."""
     fps: int = 8
     """Frames a second of a video."""
     textual_inversions: bool = False
@@ -141,7 +147,10 @@ class Family(ABC):
                 )
         config = self.config(checkpoint, self.decoder)
         levels = len(config["block_out_channels"])
-        for key in ("up_block_types", *(("down_block_types",) if self.image_components else ())):  # what encodes
+        for key in (
+            "up_block_types",
+            *(("down_block_types",) if self.image_components or self.facts.from_pictures else ()),
+        ):  # what encodes
             if key in config and len(config[key]) != levels:
                 raise ExportError(
                     f"{checkpoint.where}: {self.decoder}/config.json has {len(config[key])} {key} and {levels} "
@@ -227,6 +236,12 @@ class Family(ABC):
         Gives the model output, of the latents' shape.
         """
 
+    def deep(self, checkpoint: Checkpoint, branch: int) -> str | None:
+        """The denoiser's module whose output is all that its last ``branch`` + 1 layers take of those below, beside
+        skip connections from its first ones; None where the architecture has no such connections. Raises
+        :class:`ExportError` where it has not so many layers."""
+        return None
+
     @abstractmethod
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
         """What :meth:`denoise` takes, for results of that size."""
@@ -269,9 +284,10 @@ class Family(ABC):
             )
         return float(value)
 
-    def scheduler_config(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
-        """The scheduler's configuration as the pipeline uses it; its class is the one that model_index.json names."""
-        config = dict(checkpoint.scheduler_config())
+    def scheduler_config(self, checkpoint: Checkpoint, size: Size) -> Mapping[str, Any]:
+        """The scheduler's configuration as the pipeline uses it for a size, with what it hands over beside it
+        (:data:`~tgate_export.schedulers.MU`); its class is the one that model_index.json names."""
+        config = {k: v for k, v in checkpoint.scheduler_config().items() if k not in (MU, PIPELINE_SIGMAS)}
         class_name(f"{checkpoint.where}: scheduler/scheduler_config.json", config)
         if named := checkpoint.named_class("scheduler"):
             config["_class_name"] = named
@@ -320,6 +336,10 @@ class Family(ABC):
                 f"{component} has places for {places} tokens; set it to {places} at most"
             )
         return limit
+
+    def tokenizer_kind(self, index: int) -> type[Any]:
+        """The class of tokenizer ``index``."""
+        return self.tokenizer_class
 
     def end_token(self, checkpoint: Checkpoint, index: int) -> int | None:
         """The token by which a text encoder tells where a prompt ends and padding begins; None where it does not."""

@@ -13,7 +13,11 @@ class Facts:
     ``name``: its own, and its file's in this folder. ``cls``: the class in it. ``source``: what conditions its models.
     ``video``: whether they make videos. ``clip_skips``: whether the pipeline can leave out its text encoders' last
     layers (``--clip-skip``). ``rescales_guidance``: whether it can rescale guidance (``--guidance-rescale``; arXiv
-    2305.08891, section 3.4).
+    2305.08891, section 3.4). ``text_graph``: whether its text encoders are exported as a graph; where they are not,
+    requests bring what ``tgate embed`` made of their prompts. ``cross_attention``: whether cross-attention is a layer
+    of its own; where text and picture attend to each other in one (joint attention), it cannot be reused by itself.
+    ``from_pictures``: whether diffusers has a pipeline that begins from a picture in place of noise, and so export an
+    encoder.
     """
 
     name: str
@@ -22,10 +26,17 @@ class Facts:
     video: bool = False
     clip_skips: bool = False
     rescales_guidance: bool = False
+    text_graph: bool = True
+    cross_attention: bool = True
+    from_pictures: bool = False
 
 
-SD = Facts(name="sd", cls="StableDiffusion", clip_skips=True, rescales_guidance=True)
-SDXL = Facts(name="sdxl", cls="Sdxl", clip_skips=True, rescales_guidance=True)
+SD = Facts(name="sd", cls="StableDiffusion", clip_skips=True, rescales_guidance=True, from_pictures=True)
+SDXL = Facts(name="sdxl", cls="Sdxl", clip_skips=True, rescales_guidance=True, from_pictures=True)
 PIXART = Facts(name="pixart", cls="PixArt")
 SVD = Facts(name="svd", cls="StableVideo", source="image", video=True)
 LATTE = Facts(name="latte", cls="Latte", video=True)
+SANA = Facts(name="sana", cls="Sana", text_graph=False)
+SD3 = Facts(name="sd3", cls="StableDiffusion3", cross_attention=False)
+WAN = Facts(name="wan", cls="Wan", video=True, text_graph=False)
+HUNYUAN = Facts(name="hunyuan", cls="HunyuanDiT", text_graph=False, rescales_guidance=True)

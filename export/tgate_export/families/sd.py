@@ -26,6 +26,7 @@ class StableDiffusion(TextUNet):
 
     facts = SD
     pipeline_classes = ("StableDiffusionPipeline",)
+    picture_pipeline = "StableDiffusionImg2ImgPipeline"
     classes: Mapping[str, type[nn.Module]] = {
         "unet": diffusers.UNet2DConditionModel,
         "vae": diffusers.AutoencoderKL,
@@ -56,13 +57,13 @@ class StableDiffusion(TextUNet):
     def negative_text(self, clip_skip: int) -> tuple[str, ...]:
         return ("prompt_embeds",) if clip_skip else ()
 
-    def scheduler_config(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
+    def scheduler_config(self, checkpoint: Checkpoint, size: Size) -> Mapping[str, Any]:
         """The pipeline sets two options of its scheduler itself, whatever the checkpoint says.
 
         Where the checkpoint does not state one, it stays what diffusers calls a default, which other classes of
         scheduler replace by their own.
         """
-        config = dict(super().scheduler_config(checkpoint))
+        config = dict(super().scheduler_config(checkpoint, size))
         own = options_of(config.get("_class_name"))
         if config.get("clip_sample") is True:
             config["clip_sample"] = False

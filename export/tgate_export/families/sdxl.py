@@ -26,6 +26,7 @@ class Sdxl(TextUNet):
 
     facts = SDXL
     pipeline_classes = ("StableDiffusionXLPipeline",)
+    picture_pipeline = "StableDiffusionXLImg2ImgPipeline"
     classes: Mapping[str, type[nn.Module]] = {
         "unet": diffusers.UNet2DConditionModel,
         "vae": diffusers.AutoencoderKL,

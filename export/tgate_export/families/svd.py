@@ -20,6 +20,7 @@ from tgate_export.checkpoints.configs import check_code
 from tgate_export.checkpoints.files import quoted
 from tgate_export.families.base import ConditioningInput, Family, Size, Texts
 from tgate_export.families.facts import SVD
+from tgate_export.families.unet import deep_module
 from tgate_export.methods.base import Halves
 
 FPS = 7
@@ -54,6 +55,9 @@ class StableVideo(Family):
     frames_argument = "num_frames"
     frames_axis = 1
     fps = FPS
+
+    def deep(self, checkpoint: Checkpoint, branch: int) -> str | None:
+        return deep_module(checkpoint, self.skeleton(checkpoint, "unet"), branch)
 
     def check(self, checkpoint: Checkpoint) -> None:
         channels, config = self.latent_channels(checkpoint), self.config(checkpoint, "unet")

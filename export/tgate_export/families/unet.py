@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -16,6 +16,8 @@ from tgate_export.families.base import Family, Size, side
 
 _FURTHER_INPUTS = ("class_embed_type", "num_class_embeds")
 """Keys that give the network an input which the pipelines do not have."""
+_LAYERED = ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal")
+"""Blocks on a U-Net's way up each of whose residual blocks takes a skip connection."""
 
 
 class TextUNet(Family):
@@ -54,22 +56,15 @@ class TextUNet(Family):
                 f"{checkpoint.where}: the unet takes {config['in_channels']} channels and gives "
                 f"{config['out_channels']}; samplers want as many"
             )
-        for component in self.text_components:
-            if self.config(checkpoint, component).get("use_attention_mask"):
-                raise ExportError(
-                    f"{checkpoint.where}: {component}/config.json has use_attention_mask = true; text encoders that "
-                    "mask padding cannot be exported. Set it to false if the model was trained without the mask"
-                )
-            if checkpoint.config(component).get("is_causal") is False:
-                raise ExportError(
-                    f"{checkpoint.where}: {component}/config.json has is_causal = false; CLIP's text encoders look "
-                    "back alone, and are exported so. Leave it out if the model was trained so"
-                )
+        check_clip(self, checkpoint, self.text_components)
 
     def guidance(self, checkpoint: Checkpoint, scale: float) -> Guidance:
         if self.config(checkpoint, "unet")["time_cond_proj_dim"] is not None:
             return "embedded"
         return super().guidance(checkpoint, scale)
+
+    def deep(self, checkpoint: Checkpoint, branch: int) -> str | None:
+        return deep_module(checkpoint, self.skeleton(checkpoint, "unet"), branch)
 
     def default_size(self, checkpoint: Checkpoint) -> Size:
         height, width = side(checkpoint, "unet", self.config(checkpoint, "unet")["sample_size"])
@@ -97,6 +92,45 @@ class TextUNet(Family):
             return_dict=False,
         )[0]
         return output
+
+
+def deep_module(checkpoint: Checkpoint, unet: nn.Module, branch: int) -> str | None:
+    """The module before the last ``branch`` + 1 layers of a U-Net's way up.
+
+    A layer is a residual block, and the attention after it where there is one; a block's last is the block itself, with
+    what makes its output larger. None where there is one alone, or a block of a kind whose layers do not each take a
+    skip connection; raises :class:`ExportError` where there are too few.
+    """
+    network: Any = unet
+    if any(type(block).__name__ not in _LAYERED for block in network.up_blocks):
+        return None
+    names = [] if network.mid_block is None else ["mid_block"]
+    for i, block in enumerate(network.up_blocks):
+        kind = "attentions" if getattr(block, "attentions", None) else "resnets"
+        names += [f"up_blocks.{i}.{kind}.{layer}" for layer in range(len(block.resnets) - 1)] + [f"up_blocks.{i}"]
+    if len(names) < 2:
+        return None
+    if not 0 <= branch <= len(names) - 2:
+        raise ExportError(
+            f"{checkpoint.where}: --cache-branch must be from 0 to {len(names) - 2}, got {branch}: the unet has no "
+            "more layers on its way up"
+        )
+    return names[-branch - 2]
+
+
+def check_clip(family: Family, checkpoint: Checkpoint, components: Sequence[str]) -> None:
+    """Raises :class:`ExportError` for CLIP text encoders that do not do as diffusers' pipelines expect."""
+    for component in components:
+        if family.config(checkpoint, component).get("use_attention_mask"):
+            raise ExportError(
+                f"{checkpoint.where}: {component}/config.json has use_attention_mask = true; text encoders that "
+                "mask padding cannot be exported. Set it to false if the model was trained without the mask"
+            )
+        if checkpoint.config(component).get("is_causal") is False:
+            raise ExportError(
+                f"{checkpoint.where}: {component}/config.json has is_causal = false; CLIP's text encoders look "
+                "back alone, and are exported so. Leave it out if the model was trained so"
+            )
 
 
 def guidance_embedding(scale: Tensor, width: int) -> Tensor:

@@ -6,12 +6,21 @@ from collections.abc import Mapping
 
 from tgate_engine.errors import MethodError
 from tgate_export.methods.base import Method
+from tgate_export.methods.deepcache import DeepCache, TgateDeepCache
 from tgate_export.methods.forecast import Forecast
 from tgate_export.methods.guidance_delta import GuidanceDelta
 from tgate_export.methods.tgate import Tgate
 
 METHODS: Mapping[str, Method] = {
-    method.name: method for method in (Tgate(), GuidanceDelta(), Tgate(guidance=GuidanceDelta()), Forecast())
+    method.name: method
+    for method in (
+        Tgate(),
+        GuidanceDelta(),
+        Tgate(guidance=GuidanceDelta()),
+        DeepCache(),
+        TgateDeepCache(Tgate()),
+        Forecast(),
+    )
 }
 """The methods there are, by the name that ``--method`` takes."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from tgate_engine.errors import MethodError, shown
@@ -36,6 +36,9 @@ class Settings:
     self-attention is computed at every k-th step; 1 always. ``warm_up``: w, at least 0: steps that reuse nothing.
     ``fidelity_interval``: f, at least 1, the same interval after the gate. ``forecast_interval``: r, at least 1: from
     the gate on every r-th network call is made, and what the others would have given is forecast; 1 makes all.
+    ``cache_interval``: c, at least 1: every c-th network call is a full one, and the others compute the network's last
+    layers alone over what it left; 1 makes all of them full. ``refresh_interval``: g: from the gate on, both halves of
+    guidance are computed at every g-th step, and what is kept of them is kept anew; 0 never does, 1 would change all.
 
     Raises :class:`MethodError` naming the value and what it must be.
     """
@@ -46,9 +49,12 @@ class Settings:
     warm_up: int = 2
     fidelity_interval: int = 1
     forecast_interval: int = 1
+    cache_interval: int = 1
+    refresh_interval: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "gate", "self_interval", "warm_up", "fidelity_interval", "forecast_interval"):
+        intervals = [each.name for each in fields(self) if each.name not in ("steps", "gate")]
+        for name in ("steps", "gate", *intervals):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise MethodError(f"{name} must be a whole number, got {value!r}")
@@ -59,7 +65,7 @@ class Settings:
                 f"the gate step m must be between 1 and the number of steps n = {self.steps}, got m = "
                 f"{shown(self.gate)}"
             )
-        for name in ("self_interval", "warm_up", "fidelity_interval", "forecast_interval"):
+        for name in intervals:
             if getattr(self, name) > MOST_STEPS:
                 raise MethodError(f"{name} must be at most {MOST_STEPS}, got {shown(getattr(self, name))}")
         if self.self_interval < 1:
@@ -79,6 +85,21 @@ class Settings:
                 "the forecast interval r must be at least 1 (1 makes every network call), "
                 f"got r = {self.forecast_interval}"
             )
+        if self.cache_interval < 1:
+            raise MethodError(
+                "the cache interval c must be at least 1 (1 makes every network call a full one), "
+                f"got c = {self.cache_interval}"
+            )
+        if self.refresh_interval < 0 or self.refresh_interval == 1:
+            raise MethodError(
+                "the refresh interval g must be at least 2 (0 refreshes nothing, 1 would leave nothing to reuse), "
+                f"got g = {self.refresh_interval}"
+            )
+
+    def refreshes(self, i: int) -> bool:
+        """Whether step ``i``, 0-based, comes after the gate and computes both halves of guidance."""
+        g = self.refresh_interval
+        return i >= self.gate and g > 0 and (i - self.gate) % g == g - 1
 
     def left_out(self, lead_in: int = 0) -> tuple[int, ...]:
         """The network calls, of ``lead_in + n``, that are not made because their outputs are forecast."""
@@ -91,12 +112,17 @@ class Network:
     """What a method has to know of a denoiser to say what its graphs are.
 
     ``sites``: its attention modules (:class:`~tgate_export.attention.AttentionSite`). ``guided``: whether it runs both
-    halves of classifier-free guidance. ``after_gate``: the half that the paper goes on with after the gate.
+    halves of classifier-free guidance. ``after_gate``: the half that the paper goes on with after the gate. ``deep``:
+    the module whose output is all that the network's last layers take of those below, beside skip connections; None
+    where there are none. ``rows``: of that output for one half of one image, 1 but for videos,
+    whose frames are rows.
     """
 
     sites: Sequence[Any]
     guided: bool
     after_gate: Halves = "negative"
+    deep: str | None = None
+    rows: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +137,15 @@ class Variant:
 class Method(ABC):
     """One way to reuse. Immutable.
 
-    ``takes``: the settings that mean something to it beside n, m and r, of k, w and f. ``forecasts``: r where a user
-    names none.
+    ``takes``: the settings that mean something to it beside n, m and r, of k, w, f, c and g. ``gated``: whether m does.
+    ``forecasts``: r where a user names none, and ``caches``: c.
     """
 
     name: str
     takes: frozenset[str] = frozenset()
+    gated: bool = True
     forecasts: int = 1
+    caches: int = 1
 
     @abstractmethod
     def program(self, settings: Settings, lead_in: int = 0) -> tuple[Call, ...]:
@@ -156,47 +184,66 @@ class Method(ABC):
 
     def facts(self, settings: Settings) -> dict[str, Fact]:
         """The settings for a plan's reader, and for :func:`settings_of`."""
-        facts: dict[str, Fact] = {"method": self.name, "n": settings.steps, "m": settings.gate}
+        facts: dict[str, Fact] = {"method": self.name, "n": settings.steps}
+        facts |= {"m": settings.gate} if self.gated else {}
         own = {"k": settings.self_interval, "w": settings.warm_up, "f": settings.fidelity_interval}
+        own |= {"c": settings.cache_interval}
         facts |= {name: value for name, value in own.items() if name in self.takes}
+        facts |= {"g": settings.refresh_interval} if settings.refresh_interval else {}
         return facts | ({"r": settings.forecast_interval} if settings.forecast_interval > 1 else {})
 
     def settings(
         self,
         *,
         steps: int,
-        gate: int,
+        gate: int | None,
         defaults: Mapping[str, int],
         k: int | None = None,
         w: int | None = None,
         f: int | None = None,
+        c: int | None = None,
+        g: int | None = None,
         r: int | None = None,
     ) -> Settings:
         """Settings from what a user names. None takes ``defaults``, by "k", "w" and "f", where the method knows it.
 
-        Raises :class:`MethodError` for a setting that would change nothing.
+        Raises :class:`MethodError` for a setting that would change nothing, and where the method wants a gate and
+        ``gate`` is None.
         """
-        named = {"k": k, "w": w, "f": f}
-        idle = {"k": 1, "w": 0, "f": 1}
+        named = {"k": k, "w": w, "f": f, "c": c, "g": g}
+        idle = {"k": 1, "w": 0, "f": 1, "c": 1, "g": 0}
         for name, value in named.items():
             if value is not None and value != idle[name] and name not in self.takes:
-                words = {"k": "--k", "w": "--warm-up", "f": "--fidelity-interval"}
-                raise MethodError(
-                    f"{words[name]} {value} would change nothing: method {self.name} reuses no self-attention; leave "
-                    "it out"
+                words = {"k": "--k", "w": "--warm-up", "f": "--fidelity-interval", "c": "--cache-interval"}
+                words |= {"g": "--refresh"}
+                why = {"c": "makes no shallow call", "g": "keeps no difference of guidance"}.get(
+                    name, "reuses no self-attention"
                 )
+                raise MethodError(f"{words[name]} {value} would change nothing: method {self.name} {why}; leave it out")
+        if gate is None and self.gated:
+            raise MethodError(f"method {self.name} wants the step at which its gate closes; give --m")
+        if gate is not None and not self.gated:
+            raise MethodError(f"--m {gate} would change nothing: method {self.name} has no gate; leave it out")
+        defaults = {"c": self.caches, **defaults}
         values = {
             name: (defaults.get(name, idle[name]) if value is None else value) if name in self.takes else idle[name]
             for name, value in named.items()
         }
         settings = Settings(
             steps=steps,
-            gate=gate,
+            gate=steps if gate is None else gate,
             self_interval=values["k"],
             warm_up=values["w"],
             fidelity_interval=values["f"],
             forecast_interval=self.forecasts if r is None else r,
+            cache_interval=values["c"],
+            refresh_interval=values["g"],
         )
+        if settings.refresh_interval and not any(map(settings.refreshes, range(settings.steps))):
+            raise MethodError(
+                f"--refresh {settings.refresh_interval} would change nothing: from step m = {settings.gate} on there "
+                f"are {settings.steps - settings.gate} steps; take a smaller one, or leave it out"
+            )
         self._check_forecasts(settings, named=r is not None)
         return settings
 
@@ -214,6 +261,11 @@ class Method(ABC):
                 f"{what} would change nothing: from step m = {settings.gate} on there is one network call at most; "
                 f"take a smaller --m, or {instead}"
             )
+        if r > 1 and settings.refresh_interval:
+            raise MethodError(
+                f"--refresh {settings.refresh_interval} and --forecast {r} don't go together: steps that compute both "
+                "halves would be among those that are left out; give one of them"
+            )
         if r > 1 and settings.fidelity_interval > 1:
             # The steps that compute self-attention are counted in n: those that are made may be all of them, or none.
             raise MethodError(
@@ -224,9 +276,19 @@ class Method(ABC):
 
 def settings_of(facts: Mapping[str, Fact]) -> Settings:
     """The settings that :meth:`Method.facts` told; what a method does not take is as it is where nothing is reused."""
-    least = {"n": 1, "m": 1, "k": 1, "w": 0, "f": 1, "r": 1}
-    n, m, k, w, f, r = (int(facts.get(name) or value) for name, value in least.items())
-    return Settings(steps=n, gate=m, self_interval=k, warm_up=w, fidelity_interval=f, forecast_interval=r)
+    n = int(facts.get("n") or 1)
+    least = {"m": n, "k": 1, "w": 0, "f": 1, "r": 1, "c": 1, "g": 0}
+    m, k, w, f, r, c, g = (int(facts.get(name) or value) for name, value in least.items())
+    return Settings(
+        steps=n,
+        gate=m,
+        self_interval=k,
+        warm_up=w,
+        fidelity_interval=f,
+        forecast_interval=r,
+        cache_interval=c,
+        refresh_interval=g,
+    )
 
 
 def ungated(steps: int, lead_in: int = 0) -> tuple[Call, ...]:

@@ -46,4 +46,5 @@ def simplify(model: ir.Model) -> None:
     DeduplicateInitializersPass()(model)
     CommonSubexpressionEliminationPass()(model)  # nodes are doubles if they read the same constants
     RemoveUnusedNodesPass()(model)
+    DeduplicateInitializersPass(size_limit=_FOLDED_ELEMENTS)(model)  # large ones, which folding made for each use
     RemoveUnusedOpsetsPass()(model)

@@ -75,7 +75,7 @@ class Kept:
             theirs: Facts = data["of"]
             what = next(name for name in {**self._of, **theirs} if theirs.get(name) != self._of.get(name))
             raise RequestError(
-                f"{path} holds measurements of another {shown(what, 40)} ({shown(theirs.get(what), 40)}, not "
-                f"{shown(self._of.get(what), 40)}); name another --state, or remove it"
+                f"{path} holds other measurements, whose {shown(what, 40)} is {shown(theirs.get(what), 40)}, not "
+                f"{shown(self._of.get(what), 40)}; name another --state, or remove it"
             )
         self._facts, self._scores = data["facts"], data["scores"]

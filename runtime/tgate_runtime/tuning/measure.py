@@ -24,7 +24,7 @@ from tgate_runtime.encoder import Encoder, Row
 from tgate_runtime.engines.protocol import Engine
 from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.tuning.kept import Kept
-from tgate_runtime.tuning.quality import METRICS, Pixels
+from tgate_runtime.tuning.quality import METRICS, Metric, Pixels
 
 log = logging.getLogger("tgate")
 
@@ -103,6 +103,18 @@ def _bench(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Pictures of one prompt and seed, the ``image``-th of a run, and what the plan's is worth; see :class:`Metric`."""
+
+    image: int
+    prompt: str
+    seed: int
+    value: float
+    ungated: Pixels
+    tuned: Pixels
+
+
 class Judge:
     """Draws plans' pictures and says how near they are to the ungated ones, keeping what it finds. One thread's.
 
@@ -111,7 +123,7 @@ class Judge:
     """
 
     def __init__(
-        self, pipe: Pipeline, ungated: Plan, prompts: Sequence[str], *, metric: str, seed: int, size: str, kept: Kept
+        self, pipe: Pipeline, ungated: Plan, prompts: Sequence[str], *, metric: Metric, seed: int, size: str, kept: Kept
     ) -> None:
         self._pipe, self._ungated, self._prompts = pipe, ungated, tuple(prompts)
         self._metric, self._seed, self._size, self._kept = metric, seed, size, kept
@@ -122,33 +134,73 @@ class Judge:
         self._last: Plan | None = None
         self.drawn, self.drawn_s = 0, 0.0
 
-    def scores(self, plan: Plan, count: int) -> tuple[float, ...]:
-        """Of the first ``count`` pictures of a plan, what is not known drawn."""
-        program = program_digest(plan)
-        for images in self._calls(len(self._kept.scores(self._metric, program)), count):
-            pictures = self._draw(plan, images)
-            self._kept.add(self._metric, program, self._compared(pictures, images))
-        return self._kept.scores(self._metric, program)[:count]
+    def scores(self, plan: Plan, count: int, name: str = "") -> tuple[float, ...]:
+        """The values of that name, the metric's own if left out, of the first ``count`` pictures of a plan; what is not
+        known is drawn."""
+        return self._scores(program_digest(plan), count, name, lambda images: self._draw(plan, images))
 
     def unrelated(self, count: int) -> tuple[float, ...]:
         """The same of ungated pictures of the same prompts from other seeds: what nothing in common but the prompt
         comes to."""
         known = f"unrelated {program_digest(self._ungated)}"
-        for images in self._calls(len(self._kept.scores(self._metric, known)), count):
-            others = self._draw(self._ungated, images, OTHER_SEEDS)
-            self._kept.add(self._metric, known, self._compared(others, images))
-        return self._kept.scores(self._metric, known)[:count]
+        return self._scores(known, count, "", lambda images: self._draw(self._ungated, images, OTHER_SEEDS))
+
+    def elsewhere(self, other: Pipeline, count: int) -> tuple[float, ...]:
+        """The same of ungated pictures of the same seeds from ``other``, the same bundle on another engine: what an
+        engine's own arithmetic comes to."""
+        engine = other.session.engine
+        known = f"{engine.name} {engine.version} {program_digest(self._ungated)}"
+        there = Judge(
+            other, self._ungated, self._prompts, metric=self._metric, seed=self._seed, size=self._size, kept=self._kept
+        )
+        return self._scores(known, count, "", lambda images: there._draw(self._ungated, images))
+
+    def worst(self, plan: Plan, values: Sequence[float], most: int) -> list[Pair]:
+        """Pictures of a plan beside the ungated ones, at most so many of those that ``values`` are of, the worst first;
+        of equals, those that are farther from the ungated ones."""
+        known = self._known("psnr", program_digest(plan))
+        near = known if len(known) >= len(values) else values
+        order = sorted(range(len(values)), key=lambda i: (values[i], near[i], i))[:most]
+        pairs: list[Pair] = []
+        for i in order:
+            (tuned,) = self._draw(plan, [i])
+            (ungated,) = self._ungated_ones([i])
+            facts: dict[str, Any] = {"prompt": self._prompt(i), "seed": self._seed + i, "value": values[i]}
+            pairs.append(Pair(image=i, **facts, ungated=ungated, tuned=tuned))
+        return pairs
+
+    def _scores(
+        self, known: str, count: int, name: str, draw: Callable[[range], Sequence[Pixels]]
+    ) -> tuple[float, ...]:
+        name = name or self._metric.name
+        for images in self._calls(len(self._known(name, known)), count):
+            for told, values in self._compared(draw(images), images).items():
+                # Of what one metric is told beside, another one may have had some already.
+                if (had := len(self._known(told, known))) in images:
+                    self._kept.add(self._key(told), known, values[had - images.start :])
+        return self._known(name, known)[:count]
+
+    def _known(self, name: str, known: str) -> tuple[float, ...]:
+        return self._kept.scores(self._key(name), known)
+
+    def _key(self, name: str) -> str:
+        """What values are kept under: those of a judge are its alone."""
+        return name if name in METRICS else f"{name} {self._metric.judge[:16]}".strip()
 
     def _calls(self, first: int, count: int) -> list[range]:
         """The pictures from ``first`` to ``count``, as many in a call as the bundle takes."""
         return [range(i, min(i + self._most, count)) for i in range(first, count, self._most)]
 
-    def _compared(self, pictures: Sequence[Pixels], images: range) -> list[float]:
+    def _compared(self, pictures: Sequence[Pixels], images: range) -> Mapping[str, Sequence[float]]:
+        return self._metric.compare(pictures, self._ungated_ones(images), [self._prompt(i) for i in images])
+
+    def _ungated_ones(self, images: Sequence[int]) -> list[Pixels]:
         if missing := [i for i in images if i not in self._references]:
             self._references.update(zip(missing, self._draw(self._ungated, missing), strict=True))
-        return [
-            METRICS[self._metric](picture, self._references[i]) for i, picture in zip(images, pictures, strict=True)
-        ]
+        return [self._references[i] for i in images]
+
+    def _prompt(self, i: int) -> str:
+        return self._prompts[i % len(self._prompts)]
 
     def _draw(self, plan: Plan, images: Sequence[int], away: int = 0) -> list[Pixels]:
         begin = time.perf_counter()

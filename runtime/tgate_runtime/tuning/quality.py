@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,8 +45,48 @@ def ssim(picture: Pixels, reference: Pixels) -> float:
     return float(np.mean([structural_similarity(a, b, channel_axis=-1, data_range=255, **wang) for a, b in frames]))
 
 
+def consistency(video: Pixels) -> float:
+    """How near each frame of a video [F, H, W, 3] is to the next, the mean of their :func:`psnr`: less where it
+    flickers, and where more moves."""
+    return float(np.mean([psnr(*pair) for pair in itertools.pairwise(video)]))
+
+
 METRICS: Mapping[str, Callable[[Pixels, Pixels], float]] = {"psnr": psnr, "ssim": ssim}
-"""By the name that a budget has; more is nearer."""
+"""How near a picture is to another, by the name that a budget has; more is nearer."""
+
+Compare = Callable[[Sequence[Pixels], Sequence[Pixels], Sequence[str]], Mapping[str, Sequence[float]]]
+"""Pictures, the ungated ones of the same seeds and their prompts to a value for each picture, by the value's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What a plan's pictures are worth beside the ungated ones of the same seeds; more is better.
+
+    ``compare`` gives the values of that ``name``, and of what is told ``beside`` it. ``judge``: the SHA-256 of the
+    model that looks at the pictures; empty where none does, and values say how near a picture is to the ungated one.
+    Values of a judge are differences, its verdict on a picture less that on the ungated one: most of them are small or
+    nothing, so that a few tell little, and plans are looked for by "psnr", which ``compare`` then gives as well.
+    """
+
+    name: str
+    compare: Compare
+    beside: tuple[str, ...] = ()
+    judge: str = ""
+
+
+def nearness(name: str, *, frames: int = 1) -> Metric:
+    """The metric of that name in :data:`METRICS`; of videos, of several ``frames``, "consistency" is told beside it, in
+    dB that a video has more of it than the ungated one."""
+    video = frames > 1
+
+    def compare(pictures: Sequence[Pixels], references: Sequence[Pixels], _: Sequence[str]) -> dict[str, list[float]]:
+        pairs = list(zip(pictures, references, strict=True))
+        values = {name: [METRICS[name](*pair) for pair in pairs]}
+        if video:
+            values["consistency"] = [consistency(own) - consistency(other) for own, other in pairs]
+        return values
+
+    return Metric(name=name, compare=compare, beside=("consistency",) if video else ())
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

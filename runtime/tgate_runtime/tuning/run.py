@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from tgate_runtime.benchmark import cpu_model
 from tgate_runtime.engines.protocol import Engine
 from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.tuning.kept import Kept
-from tgate_runtime.tuning.measure import Judge, Times, measure_graphs, measure_plan
-from tgate_runtime.tuning.quality import interval
-from tgate_runtime.tuning.search import Goal, Point, front, search
+from tgate_runtime.tuning.measure import Judge, Pair, Times, measure_graphs, measure_plan
+from tgate_runtime.tuning.quality import Metric, interval
+from tgate_runtime.tuning.search import Goal, Point, front, guided, search
 
 REPEATS = 5
 DISTURBED = 0.15
@@ -30,27 +30,33 @@ DISTURBED = 0.15
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """``metric``: of :data:`~tgate_runtime.tuning.quality.METRICS`. Either ``least``, the quality that the plan must be
-    known to have, or ``speedup``, how many times as fast as ungated a picture must be. ``images``: pictures of each
-    plan that comes to the end; picture i is of prompt i, counted round, from seed ``seed`` + i."""
+    """``metric``: what the plans' pictures are worth by. Either ``least``, the quality that the plan must be known to
+    have, or ``speedup``, how many times as fast as ungated a picture must be. ``images``: pictures of each plan that
+    comes to the end; picture i is of prompt i, counted round, from seed ``seed`` + i. ``pairs``: of how many of them
+    the result holds the pictures."""
 
-    metric: str
+    metric: Metric
     least: float | None = None
     speedup: float | None = None
     prompts: Sequence[str]
     images: int
     seed: int
     size: str
+    pairs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """``chosen``: the plan's label. ``front``: Pareto's, of the ``tried`` plans that were drawn on all pictures, the
-    fastest first. ``ungated_ms``: predicted. ``prediction_error``: of the chosen plan's time, over what was measured,
-    less 1; ``ungated_error``: of the ungated one's."""
+    """``chosen``: the plan's label; ``point``: what was found of it. ``front``: Pareto's, of the ``tried`` plans that
+    were drawn on all pictures, the fastest first. ``times``: what its times were predicted from, and ``ungated_ms``.
+    ``prediction_error``: of the chosen plan's time, over what was measured, less 1; ``ungated_error``: of the ungated
+    one's. ``pairs``: the chosen plan's pictures beside the ungated ones, the worst first."""
 
     chosen: str
+    point: Point
     front: Sequence[Point]
+    times: Times
+    pairs: Sequence[Pair]
     tried: int
     ungated_ms: float
     prediction_error: float
@@ -89,10 +95,12 @@ def tune(
     engine: Engine,
     kept: Kept,
     report: Reporter,
+    floor_engine: Engine | None = None,
 ) -> Tuned:
-    """Choose one of ``plans`` by what it costs against ``ungated``; see :func:`~tgate_runtime.tuning.search.search`.
+    """Choose one of ``plans`` by what it costs against ``ungated``; see :mod:`tgate_runtime.tuning.search`.
 
-    ``kept``: of :func:`begin`. Raises :class:`RequestError` where no plan will do, with the best that was found.
+    ``kept``: of :func:`begin`. ``floor_engine``: another one, whose ungated pictures are compared as well. Raises
+    :class:`RequestError` where no plan will do, with the best that was found.
     """
     size, metric = asked.size, asked.metric
     timed: dict[str, Any] = {"engine": engine, "size": size, "repeats": REPEATS, "on_run": report.progress}
@@ -102,6 +110,8 @@ def tune(
     predicted = {name: times.of(plan) for name, plan in plans.items()}
     ungated_ms = times.of(ungated)
     goal = _goal(asked, ungated_ms, predicted)
+    allowed = [name for name in predicted if goal.allows(predicted[name])]
+    begins = [name for name in allowed if name in start] or allowed
     report.stage(f"drawing with {len(plans)} plans to choose from")
     with Pipeline.open(bundle, engine=engine, plans=[ungated, *plans.values()], sizes=[size]) as pipe:
         judge = Judge(pipe, ungated, asked.prompts, metric=metric, seed=asked.seed, size=size, kept=kept)
@@ -110,23 +120,30 @@ def tune(
             each_s = judge.drawn_s / judge.drawn if judge.drawn else 0.0
             report.progress(done, total, f"{name}, about {_duration((total - done) * each_s)} left")
 
-        points = search(
-            predicted,
-            lambda name, count: judge.scores(plans[name], count),
-            goal,
-            images=asked.images,
-            start=start,
-            near=near,
-            on_picture=tell,
-        )
+        def measure(name: str, count: int, told: str = "") -> Sequence[float]:
+            return judge.scores(plans[name], count, told)
+
+        options: dict[str, Any] = {"images": asked.images, "start": begins, "near": near, "on_picture": tell}
+        if metric.judge:
+            points = guided(predicted, lambda name, count: measure(name, count, "psnr"), measure, goal, **options)
+        else:
+            points = search(predicted, measure, goal, **options)
         best = goal.chosen(points)
         if best is None:
             raise RequestError(_unmet(asked, points))
         report.stage("drawing the same prompts from other seeds")
         unrelated = judge.unrelated(asked.images)
-    if best.bounds[0] <= interval(unrelated)[1]:
+        elsewhere: dict[str, Estimate] = {}
+        if floor_engine is not None:
+            report.stage(f"drawing the same pictures on {floor_engine.name}")
+            with Pipeline.open(bundle, engine=floor_engine, plans=[ungated], sizes=[size]) as other:
+                told = " ".join(filter(None, (floor_engine.name, floor_engine.version, floor_engine.options.precision)))
+                elsewhere[told] = _estimate(judge.elsewhere(other, asked.images))
+        plan = plans[best.name]
+        beside = {name: _estimate(judge.scores(plan, asked.images, name)) for name in metric.beside}
+        pairs = judge.worst(plan, best.values, asked.pairs)
+    if not metric.judge and best.bounds[0] <= interval(unrelated)[1]:
         report.warn(f"pictures of {best.name} are not surely nearer to the ungated ones than those of other seeds are")
-    plan = plans[best.name]
     report.stage(f"timing {best.name} and ungated, in turns")
     measured = kept.fact(f"ms {program_digest(plan)}", lambda: measure_plan(bundle, plan, ungated, **timed))
     errors = best.ms / measured["plan"] - 1, ungated_ms / measured["ungated"] - 1
@@ -134,12 +151,19 @@ def tune(
         report.warn("times that were predicted and measured differ: the machine had other work; they tell little")
     return Tuned(
         chosen=best.name,
+        point=best,
         front=front(points),
+        times=times,
+        pairs=pairs,
         tried=len(points),
         ungated_ms=ungated_ms,
         prediction_error=errors[0],
         ungated_error=errors[1],
-        report=_report(bundle, plan, ungated, asked, engine, best, unrelated, measured),
+        report=replace(
+            _report(bundle, plan, ungated, asked, engine, best, unrelated, measured),
+            beside=beside,
+            elsewhere=elsewhere,
+        ),
     )
 
 
@@ -157,10 +181,10 @@ def _goal(asked: Asked, ungated_ms: float, predicted: Mapping[str, float]) -> Go
 
 
 def _unmet(asked: Asked, points: Sequence[Point]) -> str:
-    best = max(points, key=lambda p: p.bounds[0])
+    best, metric = max(points, key=lambda p: p.bounds[0]), asked.metric.name
     return (
-        f"no plan is known to keep {asked.metric} {asked.least:g} on {asked.images} pictures: the "
-        f"best of {len(points)} drawn to the end, {best.name}, has {_estimate(best.values).told(asked.metric)}; ask "
+        f"no plan is known to keep {metric} {asked.least:g} on {asked.images} pictures: the "
+        f"best of {len(points)} drawn to the end, {best.name}, has {_estimate(best.values).told(metric)}; ask "
         "for less, or give more --images, which narrow the bounds"
     )
 
@@ -183,7 +207,8 @@ def _report(
         program=program_digest(plan),
         settings=dict(plan.settings),
         files={name: manifest.files[name].sha256 for name in files},
-        metric=asked.metric,
+        metric=asked.metric.name,
+        judge=asked.metric.judge,
         quality=_estimate(best.values),
         unrelated=_estimate(unrelated),
         images=asked.images,

@@ -1,7 +1,8 @@
 """Which plan to take, of many whose time is known and whose quality has to be drawn. Pure: it knows no engine.
 
 Successive halving: all plans are measured on a few pictures, the better half on twice as many, and so on; at the end
-those next to the best are tried as well, until none of them is better.
+those next to the best are tried as well, until none of them is better. Where a few pictures tell nothing, plans are put
+in a line by another measure, which a few do tell, and the line is searched by halves.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ FIRST_NEAR = 8
 """The same where plans next to the best are tried, which differ less."""
 LEAST = 4
 """Plans that go on at least: so few are measured on all pictures at once."""
+
+GUIDING = 8
+"""Pictures of each plan by which :func:`guided` puts it in its line."""
 
 BASES = 4
 """Points next to which others are tried: those of the front that are nearest to the goal."""
@@ -125,6 +129,60 @@ def search(
         before, best = best, goal.chosen(found)
         # Who was left behind beside another one may be who comes next: each has a chance beside the best there is.
         left_behind = left_behind.union(fresh) if best == before else set()
+
+
+def guided(
+    times: Mapping[str, float],
+    guide: Measure,
+    measure: Measure,
+    goal: Goal,
+    *,
+    images: int,
+    start: Collection[str],
+    near: Callable[[str], Iterable[str]],
+    on_picture: OnPicture | None = None,
+) -> list[Point]:
+    """As :func:`search`, for a quality of which few pictures tell little, such as a share of them that is right.
+
+    Plans stand in a line, Pareto's front by ``guide`` on :data:`GUIDING` pictures: the farther along, the slower and
+    the better. Where the goal is a quality, the middle of the line is measured, then that of the faster or the slower
+    half, and so on; then the same again next to the best, until nothing is faster. Where it is a time, the
+    :data:`LEAST` best of the front are measured.
+    """
+    few, done, total = min(GUIDING, images), 0, 0
+    seen, found = set[str](), list[Point]()
+
+    def measured(name: str, by: Measure, count: int) -> Point:
+        nonlocal done
+        point = Point(name, times[name], tuple(by(name, count)))
+        done += count
+        if on_picture is not None:
+            on_picture(done, max(done, total), name)
+        return point
+
+    def line(names: Collection[str]) -> list[Point]:
+        nonlocal total
+        seen.update(names)
+        wholes = LEAST if goal.least is None else len(names).bit_length()
+        total = done + few * len(names) + images * wholes
+        return front([measured(name, guide, few) for name in sorted(names, key=lambda name: (times[name], name))])
+
+    stand = line([name for name in start if goal.allows(times[name])])
+    if goal.least is None:
+        found = [measured(point.name, measure, images) for point in stand[-LEAST:]]
+        return sorted(found, key=lambda p: (p.ms, p.name))
+    while True:
+        before, low, high = goal.chosen(found), 0, len(stand)
+        while low < high:
+            middle = (low + high) // 2
+            total = done + images * (high - low).bit_length()
+            found.append(measured(stand[middle].name, measure, images))
+            low, high = (low, middle) if goal.chosen(found[-1:]) else (middle + 1, high)
+        best = goal.chosen(found)
+        fresh = [] if best is None else [n for n in near(best.name) if n not in seen and times[n] < best.ms]
+        if best == before or not fresh:
+            return sorted(found, key=lambda p: (p.ms, p.name))
+        stand = line(fresh)
 
 
 def sizes(plans: int, images: int, first: int) -> list[tuple[int, int]]:

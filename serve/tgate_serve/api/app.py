@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from tgate_engine import __version__
-from tgate_serve.api import errors, images, status, videos
+from tgate_serve.api import edits, errors, images, status, videos
 from tgate_serve.api.errors import ErrorAnswer
 from tgate_serve.api.guards import Guards, Keys
 from tgate_serve.api.openapi import described
@@ -57,7 +57,7 @@ def create_app(service: Service, *, keys: Keys | None = None, hosts: Collection[
         responses={code: {"model": ErrorAnswer, **said} for code, said in _TROUBLE.items()},
     )
     app.state.service = service
-    for routes in (images.router, videos.router, status.router):
+    for routes in (images.router, edits.router, videos.router, status.router):
         app.include_router(routes)
     errors.install(app)
     app.openapi = described(app, service)  # type: ignore[method-assign]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -23,8 +24,11 @@ _INSIDE = re.compile(r"(\w+)\[(\w+)\]")
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 
 
-async def asked_in(request: Request, schema: type[T], file: str, most_bytes: int) -> tuple[T, bytes | None]:
-    """What a body asks for, and what is in the file that a form has under the name ``file``, if it has one.
+async def asked_in(
+    request: Request, schema: type[T], files: Sequence[str], most_bytes: int
+) -> tuple[T, dict[str, bytes]]:
+    """What a body asks for, and what is in the files that a form has, by their names, some of ``files``; of a list of
+    one, as OpenAI's clients send it (``image[]``), that one.
 
     ``most_bytes``: of a form's field. Raises :class:`RequestValidationError` for what ``schema`` does not take, and
     :class:`ApiError` for a body that is neither, a field that is given twice, and a form that a page of another site
@@ -34,12 +38,12 @@ async def asked_in(request: Request, schema: type[T], file: str, most_bytes: int
     try:
         if kind == "multipart/form-data":
             _check_site(request)
-            form = request.form(max_files=1, max_fields=_MOST_FIELDS, max_part_size=most_bytes)
+            form = request.form(max_files=len(files), max_fields=_MOST_FIELDS, max_part_size=most_bytes)
             async with form as parts:
-                fields, content = await _fields(parts.multi_items(), file)
-            return schema.model_validate_strings(fields), content
+                fields, contents = await _fields(parts.multi_items(), files)
+            return schema.model_validate_strings(fields), contents
         if kind == "application/json":
-            return schema.model_validate_json(await request.body()), None
+            return schema.model_validate_json(await request.body()), {}
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from None
     message = "the body must be JSON (Content-Type: application/json) or a form (multipart/form-data)"
@@ -63,8 +67,11 @@ def data_in(url: str, name: str) -> bytes:
         raise ApiError(400, message, code="invalid_value", param=name) from None
 
 
-async def _fields(parts: list[tuple[str, UploadFile | str]], file: str) -> tuple[dict[str, Any], bytes | None]:
-    """Texts by name, those of objects by theirs, and the file's content."""
+async def _fields(
+    parts: list[tuple[str, UploadFile | str]], files: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Texts by name, those of objects by theirs, and the files' contents."""
+    parts = [(name if isinstance(part, str) else name.removesuffix("[]"), part) for name, part in parts]
     names = [name for name, _ in parts]
     inside = {name: match for name in names if (match := _INSIDE.fullmatch(name))}
     objects = {match[1] for match in inside.values()}
@@ -72,19 +79,19 @@ async def _fields(parts: list[tuple[str, UploadFile | str]], file: str) -> tuple
         message = f"'{shown(twice[0])}' is given more than once; give it once"
         raise ApiError(400, message, code="invalid_value", param=shown(twice[0], 80))
     fields: dict[str, Any] = {}
-    content = None
+    contents: dict[str, bytes] = {}
     for name, part in parts:
         if isinstance(part, str):
             if name in inside:
                 fields.setdefault(inside[name][1], {})[inside[name][2]] = part
             else:
                 fields[name] = part
-        elif name == file:
-            content = await part.read()
+        elif name in files:
+            contents[name] = await part.read()
         else:
-            message = f"parameter '{shown(name)}' is a file, and {file} alone may be one; leave it out"
+            message = f"parameter '{shown(name)}' is a file, and {' and '.join(files)} alone may be one; leave it out"
             raise ApiError(400, message, code="unknown_parameter", param=shown(name, 80))
-    return fields, content
+    return fields, contents
 
 
 def _check_site(request: Request) -> None:

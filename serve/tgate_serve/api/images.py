@@ -44,6 +44,7 @@ async def generate(asked: ImageAsked, request: Request, response: Response, serv
     ``image_generation.step``.
     """
     _check(asked)
+    check_quality(asked.output_format, asked.output_compression)
     identity = identity_of(request, "img")
     model = service.model(asked.model, video=False)
     wish = Wish(prompt=asked.prompt, images=asked.n or 1, partials=asked.partial_images or 0, **asked.common())
@@ -56,6 +57,19 @@ async def generate(asked: ImageAsked, request: Request, response: Response, serv
     if asked.stream:
         told = _told(service, drawing, identity, form, quality, steps=bool(asked.stream_steps), began_s=began_s)
         return _Stream(service, drawing, identity, told)
+    return await whole(service, request, drawing, identity, form, quality, began_s)
+
+
+async def whole(
+    service: Service,
+    request: Request,
+    drawing: Drawing,
+    identity: str,
+    form: Format,
+    quality: int | None,
+    began_s: float,
+) -> ImagesAnswer:
+    """The answer of a request once all its pictures are there. Whoever hangs up calls it off."""
     with service.under_way(drawing.handle, identity):
         drawn = await unless_gone(request, drawing.handle.drawn())
         texts, decode_s = await service.decoding(lambda: all_encoded(drawing, drawn, form, quality))
@@ -84,7 +98,11 @@ def _check(asked: ImageAsked) -> None:
             if getattr(asked, name):
                 message = f"{name} has no effect without stream: true"
                 raise ApiError(400, message, code="unknown_parameter", param=name)
-    if asked.output_compression is not None and (asked.output_format or "png") == "png":
+
+
+def check_quality(form: Format | None, compression: int | None) -> None:
+    """Raises :class:`ApiError` for a quality of a format that has none."""
+    if compression is not None and (form or "png") == "png":
         message = "output_compression has no effect on png; say output_format jpeg or webp"
         raise ApiError(400, message, code="unknown_parameter", param="output_compression")
 

@@ -9,8 +9,9 @@ from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
 from tgate_engine.plan import Plan
+from tgate_serve.api.edits import FILES
 from tgate_serve.api.events import event_schemas
-from tgate_serve.api.schemas import VideoAsked
+from tgate_serve.api.schemas import EditAsked, VideoAsked
 from tgate_serve.api.service import Service
 from tgate_serve.api.videos import length
 from tgate_serve.choice import steps_of
@@ -34,14 +35,20 @@ def described(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
             for path in document["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)
-            _, asked = models_json_schema([(VideoAsked, "validation")], ref_template="#/components/schemas/{model}")
+            _, asked = models_json_schema(
+                [(VideoAsked, "validation"), (EditAsked, "validation")], ref_template="#/components/schemas/{model}"
+            )
             schemas |= asked["$defs"]
-            for name, video in (("ImageAsked", False), ("VideoAsked", True)):
+            for name, video in (("ImageAsked", False), ("EditAsked", False), ("VideoAsked", True)):
                 models = [model for model in service.models.values() if model.video == video]
+                if name == "EditAsked":
+                    models = [model for model in models if model.edits]
                 _narrow(schemas[name]["properties"], service, models)
                 if video and models:
                     _narrow_sources(schemas[name], models)
-            schemas["VideoForm"] = _form(schemas["VideoAsked"], schemas["Reference"])
+            schemas["EditAsked"]["anyOf"] = [{"required": ["image"]}]
+            schemas["VideoForm"] = _form(schemas["VideoAsked"], schemas["Reference"], "VideoForm")
+            schemas["EditForm"] = _form(schemas["EditAsked"], schemas["Reference"], "EditForm")
             app.openapi_schema = document
         return app.openapi_schema
 
@@ -82,20 +89,21 @@ def _narrow_sources(asked: dict[str, Any], models: Sequence[Model]) -> None:
     asked["anyOf"] = [{"required": [name]} for name in sorted(sources)]
 
 
-def _form(asked: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
+def _form(asked: Mapping[str, Any], reference: Mapping[str, Any], title: str) -> dict[str, Any]:
     """The same as a form, which has no null, and a picture as a file or as the field of an object."""
     fields = {
         name: {**{key: value for key, value in schema.items() if key not in ("anyOf", "default")}, **_of(schema)}
         for name, schema in asked["properties"].items()
     }
     sources = [*asked.get("anyOf", [])]
-    if _REFERENCE in fields:
+    for name in [name for name in (_REFERENCE, *FILES) if name in fields]:
         file = {"type": "string", "contentMediaType": "application/octet-stream"}
-        fields[_REFERENCE] = {**file, "description": f"the file of a picture; {fields[_REFERENCE]['description']}"}
-        inside = {f"{_REFERENCE}[{name}]": schema for name, schema in reference["properties"].items()}
+        fields[name] = {**file, "description": f"the file of a picture; {fields[name]['description']}"}
+        inside = {f"{name}[{key}]": schema for key, schema in reference["properties"].items()}
         fields |= inside
-        sources += [{"required": [name]} for name in inside]
-    form = {"title": "VideoForm", "description": f"{asked['description']} As a form.", "properties": fields}
+        if {"required": [name]} in sources:
+            sources += [{"required": [key]} for key in inside]
+    form = {"title": title, "description": f"{asked['description']} As a form.", "properties": fields}
     return {**asked, **form, **({"anyOf": sources} if sources else {})}
 
 

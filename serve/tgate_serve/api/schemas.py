@@ -86,6 +86,28 @@ class Reference(BaseModel):
     image_url: Annotated[str, Field(description="data:image/...;base64,...; other URLs are not fetched")]
 
 
+class EditAsked(Asked):
+    """Pictures that begin from one, beside a prompt. A form's files ``image`` and ``mask`` come in place of the objects
+    of those names."""
+
+    prompt: Annotated[str, Field(description="what to draw")]
+    image: Annotated[Reference | None, Field(description="what to begin from")] = None
+    mask: Annotated[
+        Reference | None,
+        Field(description="what of it is drawn anew: what is transparent or, without alpha, white; all if left out"),
+    ] = None
+    strength: Annotated[
+        float | None, Field(gt=0, le=1, description="the part of the plan's steps that is taken; 0.6 if left out")
+    ] = None
+    n: Annotated[int | None, Field(ge=1, description="how many; 1 if left out")] = None
+    response_format: Annotated[Literal["b64_json"] | None, Field(description="no files are kept, and so no URLs")] = (
+        None
+    )
+    output_format: Annotated[Format | None, Field(description="png if left out")] = None
+    output_compression: Annotated[int | None, Field(ge=0, le=100, description="quality of jpeg and webp; 100")] = None
+    user: Annotated[str | None, Field(max_length=256, description="noted in the server's log")] = None
+
+
 class VideoAsked(Asked):
     """A video of a prompt or of a picture, whichever its model takes."""
 
@@ -213,7 +235,8 @@ class PlanFacts(BaseModel):
 
 
 class ModelFacts(BaseModel):
-    """A model that is served. ``takes``: what it is conditioned by. ``running``, ``waiting``: images, now."""
+    """A model that is served. ``takes``: what it is conditioned by. ``edits``: whether its pictures
+    can begin from one. ``running``, ``waiting``: images, now."""
 
     sizes: list[str]
     plans: list[PlanFacts]
@@ -222,6 +245,7 @@ class ModelFacts(BaseModel):
     frames: int
     negative_prompt: bool
     guidance_scale: bool
+    edits: bool
     engine: str
     running: int
     waiting: int

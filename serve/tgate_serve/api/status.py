@@ -74,6 +74,7 @@ def _answer(model: Model) -> ModelAnswer:
             frames=manifest.frames,
             negative_prompt=manifest.guided and not model.takes_picture,
             guidance_scale=manifest.guidance != "none",
+            edits=model.edits,
             engine=model.session.engine.name,
             running=running,
             waiting=waiting,

@@ -60,7 +60,8 @@ async def create(request: Request, service: Served) -> Any:
     """Have a video drawn. The answer comes once its prompt or picture is encoded; the video is there when its status is
     ``completed``."""
     began_s = time.monotonic()
-    asked, reference = await asked_in(request, VideoAsked, "input_reference", service.limits.body_bytes)
+    asked, files = await asked_in(request, VideoAsked, ["input_reference"], service.limits.body_bytes)
+    reference = files.get("input_reference")
     if asked.input_reference is not None:
         reference = data_in(asked.input_reference.image_url, "input_reference")
     model = service.model(asked.model, video=True)

@@ -15,6 +15,7 @@ from starlette.routing import Route
 from tgate_engine.bundle import Bundle
 from tgate_runtime.mini import place_of
 from tgate_serve.api.app import create_app
+from tgate_serve.api.errors import ApiError
 from tgate_serve.api.guards import Keys
 from tgate_serve.api.limits import Limits
 from tgate_serve.api.schemas import CancelAnswer
@@ -30,7 +31,7 @@ log = logging.getLogger("tgate")
 
 _SAY_S = 5.0
 """How long replicas may take to say how they are."""
-_DRAW = "/v1/images/generations"
+_DRAW, _EDIT = "/v1/images/generations", "/v1/images/edits"
 
 
 class Ingress:
@@ -53,6 +54,7 @@ class Ingress:
         app.router.routes[:0] = [
             Route(_DRAW, self._draw, methods=["POST"]),
             Route(_DRAW + "/{identity}", self._cancel, methods=["DELETE"]),
+            Route(_EDIT, self._edit, methods=["POST"]),
             Route("/metrics", self._metrics, methods=["GET"]),
         ]
         return app
@@ -64,6 +66,10 @@ class Ingress:
             return Passed(self._draws, name, asked)
         # Ray prefers replicas that have the model in memory.
         return Passed(self._draws.options(multiplexed_model_id=name), name, asked)
+
+    async def _edit(self, _: Request) -> Response:
+        message = "pictures that begin from one are not drawn by replicas; ask a server that `tgate serve` started"
+        raise ApiError(400, message, code="invalid_request")
 
     async def _cancel(self, request: Request) -> Response:
         identity = request.path_params["identity"]

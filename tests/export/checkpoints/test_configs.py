@@ -32,7 +32,7 @@ from tgate_export.checkpoints.configs import (
 from tgate_export.checkpoints.directory import DirectoryCheckpoint
 from tgate_export.checkpoints.published import facts
 from tgate_export.families import MODELS, location
-from tgate_export.families.base import Family
+from tgate_export.families.base import Family, Size
 from tgate_export.job import ExportSettings, prepare
 from tgate_export.sampling import compile_sampler
 
@@ -234,7 +234,7 @@ def _read(family: Family, root: Path, file: Path) -> None:
         for name in (*family.classes, *family.tokenizers, "scheduler"):
             checkpoint.named_class(name)
     elif part == "scheduler":
-        compile_sampler("euler", family.scheduler_config(checkpoint), 2)
+        compile_sampler("euler", family.scheduler_config(checkpoint, Size(height=512, width=512)), 2)
     elif part in family.tokenizers:
         tokenizers.load(family, checkpoint, family.tokenizers.index(part))
         family.token_length(checkpoint, family.tokenizers.index(part))

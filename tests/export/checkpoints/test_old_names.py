@@ -220,7 +220,7 @@ def test_entries_of_the_index_that_no_bundle_needs(copy: Copy, entries: dict[str
     directory = copy(SD)
     change_json(directory / "model_index.json", **entries)
     made = job(directory, SD)
-    assert made.components == ("text", "denoiser", "decoder")
+    assert made.components == ("text", "denoiser", "decoder", "encoder")
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "scheduler", "tokenizer"])

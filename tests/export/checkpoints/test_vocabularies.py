@@ -92,8 +92,8 @@ LIBRARY: dict[str, tuple[Change, str]] = {
     "deep": (set_("normalizer", to=json.loads("[" * 500 + "]" * 500)), "deeper than"),
     "model without a type": (lambda d: {**d, "model": {}}, "model has no type"),
     "no model": (set_("model", to=None), "model = None"),
-    "foreign model": (set_("model", "type", to="WordPiece"), "model.type = 'WordPiece'"),
-    "foreign normalizer": (set_("normalizer", to={"type": "BertNormalizer"}), "normalizer.type"),
+    "foreign model": (set_("model", "type", to="Wordless"), "model.type = 'Wordless'"),
+    "foreign normalizer": (set_("normalizer", to={"type": "StripAccents"}), "normalizer.type"),
     "foreign part": (set_("pre_tokenizer", to={"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}), "'Digits'"),
     "type of a list": (set_("decoder", to={"type": ["ByteLevel"]}), "decoder.type"),
     "endless regex": (

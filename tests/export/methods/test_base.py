@@ -25,6 +25,9 @@ DEFAULTS = {"k": 5, "w": 2}
         ({"steps": 25, "gate": 5, "self_interval": 0}, "got k = 0"),
         ({"steps": 25, "gate": 5, "warm_up": -1}, "got -1"),
         ({"steps": 25, "gate": 5, "fidelity_interval": 0}, "got f = 0"),
+        ({"steps": 25, "gate": 5, "cache_interval": 0}, "got c = 0"),
+        ({"steps": 25, "gate": 5, "refresh_interval": 1}, "got g = 1"),
+        ({"steps": 25, "gate": 5, "refresh_interval": -1}, "got g = -1"),
         ({"steps": 25, "gate": True}, "gate must be a whole number, got True"),
         ({"steps": 25.0, "gate": 5}, "steps must be a whole number, got 25.0"),
     ],
@@ -37,10 +40,16 @@ def test_settings_that_no_method_has(settings: dict[str, Any], says: str) -> Non
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_user_who_names_nothing_gets_the_models_defaults_where_they_mean_something(name: str) -> None:
-    settings = find_method(name).settings(steps=25, gate=10, defaults=DEFAULTS)
+    method = find_method(name)
+    settings = method.settings(steps=25, gate=10 if method.gated else None, defaults=DEFAULTS)
     idle = Settings(steps=25, gate=10, self_interval=1, warm_up=0, fidelity_interval=1)
     taken = Settings(steps=25, gate=10, self_interval=5, warm_up=2, fidelity_interval=1)
-    own = {"guidance_delta": idle, "forecast": replace(idle, forecast_interval=2)}
+    own = {
+        "guidance_delta": idle,
+        "deepcache": replace(idle, gate=25, cache_interval=3),
+        "tgate+deepcache": replace(idle, cache_interval=3),
+        "forecast": replace(idle, forecast_interval=2),
+    }
     assert settings == own.get(name, taken)
 
 
@@ -58,6 +67,18 @@ def test_a_setting_that_would_change_nothing_is_refused(named: dict[str, int], o
         find_method("guidance_delta").settings(steps=25, gate=10, defaults=DEFAULTS, **named)
 
 
+def test_what_keeps_no_difference_refreshes_none() -> None:
+    with pytest.raises(MethodError, match="--refresh 4 would change nothing: method tgate keeps no difference"):
+        find_method("tgate").settings(steps=25, gate=10, g=4, defaults=DEFAULTS)
+
+
+def test_a_gate_is_named_where_there_is_one() -> None:
+    with pytest.raises(MethodError, match="method tgate wants the step at which its gate closes; give --m"):
+        find_method("tgate").settings(steps=25, gate=None, defaults=DEFAULTS)
+    with pytest.raises(MethodError, match="--m 25 would change nothing: method deepcache has no gate"):
+        find_method("deepcache").settings(steps=25, gate=25, defaults=DEFAULTS)
+
+
 def test_a_setting_that_says_what_is_so_anyway_is_not_refused() -> None:
     settings = find_method("guidance_delta").settings(steps=25, gate=10, k=1, w=0, f=1, defaults=DEFAULTS)
     assert (settings.self_interval, settings.warm_up, settings.fidelity_interval) == (1, 0, 1)
@@ -69,11 +90,13 @@ def test_a_setting_that_says_what_is_so_anyway_is_not_refused() -> None:
         ("tgate", {"method": "tgate", "n": 25, "m": 10, "k": 5, "w": 2, "f": 1}),
         ("guidance_delta", {"method": "guidance_delta", "n": 25, "m": 10}),
         ("tgate+guidance_delta", {"method": "tgate+guidance_delta", "n": 25, "m": 10, "k": 5, "w": 2, "f": 1}),
+        ("deepcache", {"method": "deepcache", "n": 25, "c": 3}),
+        ("tgate+deepcache", {"method": "tgate+deepcache", "n": 25, "m": 10, "c": 3}),
     ],
 )
 def test_facts_of_a_plan_name_what_the_method_takes(name: str, facts: dict[str, Any]) -> None:
     method = find_method(name)
-    assert method.facts(method.settings(steps=25, gate=10, defaults=DEFAULTS)) == facts
+    assert method.facts(method.settings(steps=25, gate=10 if method.gated else None, defaults=DEFAULTS)) == facts
 
 
 @st.composite
@@ -97,10 +120,8 @@ def test_every_method_is_measured_against_them_the_plainest_first(name: str, num
     steps, gate, lead_in = numbers
     settings = Settings(steps=steps, gate=gate)
     guided = find_method(name).baselines(settings, lead_in, guided=True)
-    assert list(guided.items()) == [
-        ("ungated", ungated(steps, lead_in)),
-        ("guidance_stopped", guidance_stopped(settings, lead_in)),
-    ]
+    stopped = [("guidance_stopped", guidance_stopped(settings, lead_in))] if find_method(name).gated else []
+    assert list(guided.items()) == [("ungated", ungated(steps, lead_in)), *stopped]
     assert list(find_method(name).baselines(settings, lead_in, guided=False)) == ["ungated"]
 
 
@@ -124,6 +145,7 @@ def test_settings_that_ask_for_reuse_and_bring_none_are_told(name: str, settings
 @pytest.mark.parametrize("name", METHODS)
 def test_facts_say_what_the_settings_were(name: str) -> None:
     method = find_method(name)
-    named = {letter: value for letter, value in {"k": 3, "w": 1}.items() if letter in method.takes}
-    settings = method.settings(steps=12, gate=6, r=2, defaults={}, **named)
+    named = {letter: value for letter, value in {"k": 3, "w": 1, "c": 2, "g": 4}.items() if letter in method.takes}
+    named |= {} if method.takes & {"c", "g"} else {"r": 2}
+    settings = method.settings(steps=12, gate=6 if method.gated else None, defaults={}, **named)
     assert settings_of(method.facts(settings)) == settings

@@ -41,13 +41,20 @@ except Exception as error:
 
 
 def test_every_method_has_the_name_it_is_listed_by() -> None:
-    assert list(METHODS) == ["tgate", "guidance_delta", "tgate+guidance_delta", "forecast"]
+    assert list(METHODS) == [
+        "tgate",
+        "guidance_delta",
+        "tgate+guidance_delta",
+        "deepcache",
+        "tgate+deepcache",
+        "forecast",
+    ]
     assert all(find_method(name).name == name for name in METHODS)
 
 
 def test_an_unknown_method_is_refused_with_those_there_are() -> None:
-    with pytest.raises(MethodError, match=r"unknown method 'deepcache'; choose one of tgate, guidance_delta, tgate\+"):
-        find_method("deepcache")
+    with pytest.raises(MethodError, match=r"unknown method 'toca'; choose one of tgate, guidance_delta, tgate\+"):
+        find_method("toca")
 
 
 def test_a_plan_is_made_without_what_builds_graphs(mini_bundle: Path) -> None:
@@ -70,7 +77,14 @@ def test_a_plan_is_made_without_what_builds_graphs(mini_bundle: Path) -> None:
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "tgate"])
 def test_a_plan_is_of_the_bundles_own_method(tiny_bundle: Callable[..., Path], method: str) -> None:
     bundle = tiny_bundle("conv_projection", method=method, batch=(2, 2))
-    plans = add_plan(bundle, name="other", m=4, steps=6, save=False)
+    plans = add_plan(bundle, name="other", m=4 if find_method(method).gated else None, steps=6, save=False)
     assert plans["other"].settings["method"] == method
-    after = {"guidance_delta": ["reuse_delta"] * 2, "forecast": ["full"]}.get(method, ["reuse_cross"] * 2)
-    assert [step.graph for step in plans["other"].steps] == ["full"] * 4 + after
+    before, shallow = ["full"] * 4, ["full", "shallow", "shallow", "full"]
+    wanted = {
+        "guidance_delta": [*before, "reuse_delta", "reuse_delta"],
+        "tgate+guidance_delta": [*before, "reuse_cross", "reuse_cross"],
+        "deepcache": [*shallow, "shallow", "shallow"],
+        "tgate+deepcache": [*shallow, "reuse_cross", "shallow_reuse_cross"],
+        "forecast": [*before, "full"],
+    }
+    assert [step.graph for step in plans["other"].steps] == wanted[method]

@@ -36,9 +36,9 @@ def test_without_a_file_it_is_in_memory_alone(tmp_path: Path, monkeypatch: pytes
 def test_measurements_of_something_else_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "state.json"
     Kept(file, OF).add("psnr", "p", [1.0])
-    with pytest.raises(RequestError, match=r"measurements of another bundle \(abc, not xyz\); name another --state"):
+    with pytest.raises(RequestError, match=r"other measurements, whose bundle is abc, not xyz; name another --state"):
         Kept(file, {**OF, "bundle": "xyz"})
-    with pytest.raises(RequestError, match="another seed"):
+    with pytest.raises(RequestError, match="whose seed is"):
         Kept(file, {**OF, "seed": 4})
 
 

@@ -16,7 +16,7 @@ from tgate_runtime.engines import open_engine
 from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.tuning.kept import Kept
 from tgate_runtime.tuning.measure import OTHER_SEEDS, Judge, Times, check_drawable, measure_graphs, measure_plan
-from tgate_runtime.tuning.quality import psnr
+from tgate_runtime.tuning.quality import nearness, psnr
 
 PROMPTS = ("a large red circle", "a small blue square", "a circle")
 
@@ -36,7 +36,7 @@ def pipe(bundle: Bundle) -> Iterator[Pipeline]:
 
 def judge(pipe: Pipeline, kept: Kept | None = None) -> Judge:
     manifest = pipe.session.manifest
-    asked = {"metric": "psnr", "seed": 5, "size": manifest.sizes[0]}
+    asked = {"metric": nearness("psnr"), "seed": 5, "size": manifest.sizes[0]}
     return Judge(pipe, manifest.plan("ungated"), PROMPTS, kept=kept or Kept(None, {}), **asked)  # type: ignore[arg-type]
 
 

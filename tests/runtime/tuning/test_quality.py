@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from tgate_cli.arguments import MOST_QUALITY
+from tgate_cli.tune_arguments import MOST_QUALITY
 from tgate_engine.errors import RequestError
-from tgate_runtime.tuning.quality import METRICS, interval, psnr
+from tgate_runtime.tuning.quality import METRICS, consistency, interval, nearness, psnr
 
 
 def picture(value: int, side: int = 16) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -40,6 +40,17 @@ def test_ssim_of_pictures_and_videos() -> None:
     assert ssim(np.stack([one, one]), np.stack([one, other])) == pytest.approx((1 + ssim(one, other)) / 2)
     with pytest.raises(RequestError, match="windows of 11 pixels, the pictures have 4x4"):
         ssim(picture(1, 4), picture(1, 4))
+
+
+def test_a_video_is_as_consistent_as_its_frames_are_near_to_each_other() -> None:
+    still, jumping = (np.stack([picture(value) for value in values]) for values in ((9, 9, 9), (10, 15, 10)))
+    assert consistency(jumping) == pytest.approx(20 * math.log10(255 / 5))
+    metric = nearness("psnr", frames=3)
+    told = metric.compare([jumping], [still], ["a"])
+    assert told["consistency"] == pytest.approx([20 * math.log10(255 / 5) - 10 * math.log10(255**2 * 12)])
+    assert set(told) == {metric.name, *metric.beside}
+    assert nearness("psnr").beside == ()
+    assert list(nearness("psnr").compare([still], [still], ["a"])) == ["psnr"]
 
 
 def test_bounds_are_those_of_a_mean() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.toy_bundle import build
@@ -17,9 +18,12 @@ from tgate_export.candidates import Candidates, candidates
 from tgate_runtime.engines import open_engine
 from tgate_runtime.tuning.kept import Kept
 from tgate_runtime.tuning.measure import Judge
+from tgate_runtime.tuning.quality import Metric, nearness, psnr
 from tgate_runtime.tuning.run import Asked, Tuned, begin, tune
 
-ASKED = Asked(metric="psnr", least=22.0, prompts=("a red circle", "a blue square"), images=6, seed=1, size="4x4")
+ASKED = Asked(
+    metric=nearness("psnr"), least=22.0, prompts=("a red circle", "a blue square"), images=6, seed=1, size="4x4"
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +37,10 @@ def choices(bundle: Bundle) -> Candidates:
     return candidates(bundle, steps=5)
 
 
-def tuned(bundle: Bundle, choices: Candidates, asked: Asked = ASKED, file: Path | None = None) -> Tuned:
+def tuned(bundle: Bundle, choices: Candidates, asked: Asked = ASKED, file: Path | None = None, **more: Any) -> Tuned:
     engine = open_engine("ort-cpu", threads=1)
     kept = begin(file, bundle, choices.ungated, asked, engine)
-    parts: dict[str, Any] = {"plans": choices.plans, "start": choices.start, "near": choices.near}
+    parts: dict[str, Any] = {"plans": choices.plans, "start": choices.start, "near": choices.near, **more}
     return tune(bundle, ungated=choices.ungated, **parts, asked=asked, engine=engine, kept=kept, report=Silent())
 
 
@@ -99,12 +103,63 @@ def test_the_measurements_of_a_file_serve_another_question(
 ) -> None:
     file = tmp_path / "state.json"
     first = tuned(bundle, choices, file=file)
-    with pytest.raises(RequestError, match="another seed"):
+    with pytest.raises(RequestError, match="whose seed is"):
         tuned(bundle, choices, replace(ASKED, seed=2), file)
-    with pytest.raises(RequestError, match="another prompts"):
+    with pytest.raises(RequestError, match="whose prompts is"):
         tuned(bundle, choices, replace(ASKED, prompts=("a star",)), file)
     looser = tuned(bundle, choices, replace(ASKED, least=first.report.quality.low - 2), file)
     assert looser.report.predicted_ms <= first.report.predicted_ms
+
+
+def test_the_pictures_to_look_at_are_the_worst_and_another_engine_tells_the_floor(
+    bundle: Bundle, choices: Candidates
+) -> None:
+    found = tuned(bundle, choices, replace(ASKED, pairs=4), floor_engine=open_engine("openvino", threads=1))
+    values = found.point.values
+    assert [pair.value for pair in found.pairs] == sorted(values)[:4]
+    for pair in found.pairs:
+        assert pair.seed == ASKED.seed + pair.image
+        assert pair.prompt == ASKED.prompts[pair.image % 2]
+        assert psnr(pair.tuned, pair.ungated) == pytest.approx(pair.value, abs=0.3)  # alone, not in a call of four
+    ((engine, floor),) = found.report.elsewhere.items()
+    assert engine.startswith("openvino 20")
+    assert floor.mean > 45 > found.report.quality.mean  # the same pictures, but for rounding
+
+
+def test_a_judge_is_told_with_what_was_found_beside(bundle: Bundle, choices: Candidates, tmp_path: Path) -> None:
+    def brighter(pictures: Any, references: Any, prompts: Any) -> dict[str, list[float]]:
+        assert {len(pictures), len(references)} == {len(prompts)}
+        pairs = list(zip(pictures, references, strict=True))
+        return {
+            "clip": [float(np.mean(own) - np.mean(other)) for own, other in pairs],
+            "psnr": [psnr(*pair) for pair in pairs],
+        }
+
+    judged = replace(ASKED, metric=Metric(name="clip", compare=brighter, beside=("psnr",), judge="a" * 64), least=-50.0)
+    found = tuned(bundle, choices, judged, tmp_path / "state.json")
+    assert (found.report.metric, found.report.judge) == ("clip", "a" * 64)
+    assert list(found.report.beside) == ["psnr"]
+    again = tuned(bundle, choices, replace(ASKED, least=found.report.beside["psnr"].low), tmp_path / "state.json")
+    assert again.report.predicted_ms <= found.report.predicted_ms  # and its psnr was known
+    # Another judge's verdicts are not taken for this one's.
+    other = replace(judged, metric=replace(judged.metric, compare=lambda *_: pytest.fail("asked"), judge="b" * 64))
+    with pytest.raises(pytest.fail.Exception, match="asked"):
+        tuned(bundle, choices, other, tmp_path / "state.json")
+
+
+def test_where_nothing_to_begin_with_is_fast_enough_what_is_is_tried(
+    bundle: Bundle, choices: Candidates, tmp_path: Path
+) -> None:
+    file = tmp_path / "state.json"
+    first = tuned(bundle, choices, file=file)
+    predicted = {name: first.times.of(plan) for name, plan in choices.plans.items()}
+    slowest, fastest = (by(predicted, key=lambda name: predicted[name]) for by in (max, min))
+    speedup = 0.9999 * first.ungated_ms / predicted[fastest]
+    for metric in (nearness("psnr"), replace(nearness("psnr"), judge="a" * 64)):
+        found = tuned(
+            bundle, choices, replace(ASKED, metric=metric, least=None, speedup=speedup), file, start=[slowest]
+        )
+        assert predicted[found.chosen] == predicted[fastest]
 
 
 def test_a_budget_that_nothing_meets_says_what_there_is(bundle: Bundle, choices: Candidates) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from tgate_runtime.tuning.search import LEAST, Goal, Point, front, kept, pictures, search, sizes
+from tgate_runtime.tuning.search import GUIDING, LEAST, Goal, Point, front, guided, kept, pictures, search, sizes
 
 M, K = range(1, 26), (1, 2, 3, 5)
 IMAGES = 32
@@ -48,6 +48,60 @@ class Model:
 
     def every(self) -> list[Point]:
         return [Point(name, ms, tuple(self.quality[name])) for name, ms in self.times.items()]
+
+
+class Verdicts(Model):
+    """The same plans where a judge finds a picture as right as the ungated one, or not, by chance: the better a plan
+    is, the seldomer not; and ``nearness`` to go by."""
+
+    IMAGES = 400
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed, own=0.0)
+        self.nearness, rng = self.quality, np.random.default_rng(seed)
+        lots = rng.uniform(0, 1, self.IMAGES)
+        means = {name: float(np.mean(values)) for name, values in self.nearness.items()}
+        best = max(means.values())
+        self.quality = {n: [-100.0 * (lot < (best - m) / 100) for lot in lots] for n, m in means.items()}
+
+    def guided(self, goal: Goal) -> list[Point]:
+        start = [name for name, (m, _) in self.places.items() if m % 3 == 1]
+
+        def guide(name: str, count: int) -> list[float]:
+            return self.nearness[name][:count]
+
+        return guided(self.times, guide, self.measure, goal, images=self.IMAGES, start=start, near=self.near)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("least", [-3.0, -6.0, -10.0])
+def test_verdicts_are_looked_for_along_the_line_of_what_is_near(seed: int, least: float) -> None:
+    model, goal = Verdicts(seed), Goal(least=least)
+    points = model.guided(goal)
+    found, best = goal.chosen(points), goal.chosen(model.every())
+    assert found is not None
+    assert best is not None
+    assert found.bounds[0] >= least
+    assert best.ms <= found.ms <= 1.1 * best.ms
+    assert {len(point.values) for point in points} == {model.IMAGES}
+    assert len(points) <= 12  # of a hundred
+
+
+def test_no_verdict_that_will_do_is_none_and_the_nearest_was_tried() -> None:
+    model, goal = Verdicts(0), Goal(least=5.0)
+    points = model.guided(goal)
+    assert goal.chosen(points) is None
+    nearest = max((n for n, (m, _) in model.places.items() if m % 3 == 1), key=lambda n: sum(model.nearness[n]))
+    assert nearest in {point.name for point in points}
+
+
+def test_of_the_plans_that_are_fast_enough_those_that_are_near_are_judged() -> None:
+    model, goal = Verdicts(1), Goal(most_ms=220.0)
+    points = model.guided(goal)
+    assert len(points) == LEAST
+    assert all(point.ms <= 220 for point in points)
+    near = front(Point(n, model.times[n], tuple(v[:GUIDING])) for n, v in model.nearness.items() if n in model.drawn)
+    assert {point.name for point in points} <= {point.name for point in near}
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -20,6 +20,8 @@ class Tgate(Method):
 
     def __init__(self, guidance: GuidanceDelta | None = None) -> None:
         self._guidance = guidance
+        if guidance is not None:
+            self.takes |= guidance.takes
         self.name = "tgate" if guidance is None else f"tgate+{guidance.name}"
 
     def check(self, *, guided: bool) -> None:
@@ -27,7 +29,8 @@ class Tgate(Method):
             self._guidance.check(guided=guided)
 
     def program(self, settings: Settings, lead_in: int = 0) -> tuple[Call, ...]:
-        return tuple(Call(action.phase, _graph(action)) for action in actions(settings, lead_in))
+        program = tuple(Call(action.phase, _graph(action)) for action in actions(settings, lead_in))
+        return program if self._guidance is None else self._guidance.refreshed(settings, program, lead_in)
 
     def variants(self, network: Network, settings: Settings) -> tuple[Variant, ...]:
         from tgate_export.methods.guidance_delta.difference import KeepDifference, ReuseDifference

@@ -33,7 +33,7 @@ def carry_name(kind: Kind, index: int, kept: Kept) -> str:
 def cache(sites: Sequence[AttentionSite], *, reuses: Cached = (), stores: Cached = ()) -> AttentionCache:
     """The part that reuses and stores the outputs of those kinds of attention."""
     numbered: list[tuple[AttentionSite, int]] = []
-    counts: dict[Kind, int] = {"self": 0, "cross": 0}
+    counts: dict[Kind, int] = {"self": 0, "cross": 0, "joint": 0}
     for site in sites:
         numbered.append((site, counts[site.kind]))
         counts[site.kind] += 1

@@ -20,7 +20,7 @@ const TensorSpec* find(const std::vector<TensorSpec>& tensors, std::string_view 
 }  // namespace
 
 std::string_view name_of(Role role) {
-  constexpr std::string_view names[] = {"denoise", "text", "image", "decode"};
+  constexpr std::string_view names[] = {"denoise", "text", "image", "decode", "encode"};
   return names[static_cast<std::size_t>(role)];
 }
 

@@ -26,7 +26,8 @@ constexpr std::int64_t most_tensor_bytes = std::int64_t{1} << 40;
 constexpr int most_depth = 16;  // of the scheduler's configuration, which is nobody's but diffusers'
 
 constexpr Spelling<Role> roles[] = {
-    {"denoise", Role::denoise}, {"text", Role::text}, {"image", Role::image}, {"decode", Role::decode}};
+    {"denoise", Role::denoise}, {"text", Role::text}, {"image", Role::image}, {"decode", Role::decode},
+    {"encode", Role::encode}};
 constexpr Spelling<Source> sources[] = {{"text", Source::text}, {"image", Source::image}, {"constant", Source::constant}};
 constexpr Spelling<Negative> negatives[] = {{"own", Negative::own}, {"same", Negative::same}, {"zeros", Negative::zeros}};
 constexpr Spelling<Guidance> guidances[] = {

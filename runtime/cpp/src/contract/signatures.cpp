@@ -34,6 +34,8 @@ Names feeds(const Manifest& manifest, Role role) {
     for (const TokenizerSpec& tokenizer : manifest.tokenizers) names.insert(tokenizer.input);
   } else if (role == Role::image) {
     names = {"picture", "noise"};
+  } else if (role == Role::encode) {
+    names = {"picture"};
   } else {
     names = {"latents"};
   }
@@ -44,6 +46,7 @@ Names feeds(const Manifest& manifest, Role role) {
 std::vector<std::string> needs(const Manifest& manifest, Role role) {
   if (role == Role::denoise) return {"next_latents", "output"};
   if (role == Role::decode) return {"image"};
+  if (role == Role::encode) return {"latents", "deviation"};
   std::vector<std::string> names;
   for (const Conditioning& tensor : manifest.conditioning) {
     if (tensor.source == (role == Role::text ? Source::text : Source::image)) names.push_back(tensor.name);
@@ -73,6 +76,10 @@ std::unordered_map<std::string, Form> forms_of(const Shape& shape, Role role) {
   if (role == Role::decode) {
     latents.insert(latents.begin(), 1);
     forms.emplace("latents", Form{Dtype::float32, latents});
+  } else if (role == Role::encode) {
+    latents.insert(latents.begin(), 1);
+    forms.emplace("picture", Form{Dtype::uint8, {1, shape.height, shape.width, 3}});
+    for (const char* name : {"latents", "deviation"}) forms.emplace(name, Form{Dtype::float32, latents});
   } else if (role == Role::denoise) {
     latents.insert(latents.begin(), -1);
     for (const char* name : {"latents", "output", "next_latents", "noise"}) forms.emplace(name, Form{Dtype::float32, latents});
@@ -88,13 +95,13 @@ std::unordered_map<std::string, Form> forms_of(const Shape& shape, Role role) {
 std::vector<std::string> always(Role role) {
   if (role == Role::denoise) return {"latents", "step"};
   if (role == Role::decode) return {"latents"};
-  return role == Role::image ? std::vector<std::string>{"picture"} : std::vector<std::string>{};
+  return role == Role::image || role == Role::encode ? std::vector<std::string>{"picture"} : std::vector<std::string>{};
 }
 
 }  // namespace
 
 void check_signatures(const Manifest& manifest, const std::vector<std::pair<std::string, const GraphSpec*>>& kept) {
-  constexpr Role roles[] = {Role::denoise, Role::text, Role::image, Role::decode};
+  constexpr Role roles[] = {Role::denoise, Role::text, Role::image, Role::decode, Role::encode};
   std::unordered_map<Role, Names> fed;
   std::unordered_map<Role, std::vector<std::string>> needed;
   for (const Role role : roles) {

@@ -32,6 +32,7 @@ TORCH_DTYPE = {
 HOST: Mapping[str, tuple[int, ...]] = {
     "Expand": (1,),
     "Pad": (1, 2, 3),
+    "ReduceL2": (1,),
     "ReduceMax": (1,),
     "ReduceMean": (1,),
     "ReduceSum": (1,),
@@ -178,6 +179,13 @@ def _clip(_: Attributes, x: Tensor, least: Tensor | None = None, most: Tensor | 
     return x if most is None else torch.minimum(x, most)
 
 
+def _depth_to_space(a: Attributes, x: Tensor) -> Tensor:
+    side = a["blocksize"]
+    if a.get("mode", b"DCR") == b"CRD":
+        return F.pixel_shuffle(x, side)
+    return F.pixel_shuffle(x.unflatten(1, (side * side, -1)).transpose(1, 2).flatten(1, 2), side)
+
+
 def _divide(x: Tensor, y: Tensor) -> Tensor:
     return x / y if x.is_floating_point() else torch.div(x, y, rounding_mode="trunc")
 
@@ -196,9 +204,11 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Concat": lambda a, *inputs: torch.cat(inputs, a["axis"]),
     "Conv": _conv,
     "Cos": _plain(torch.cos),
+    "DepthToSpace": _depth_to_space,
     "Div": _plain(_divide),
     "Einsum": lambda a, *inputs: torch.einsum(a["equation"].decode(), *inputs),
     "Equal": _plain(torch.eq),
+    "Exp": _plain(torch.exp),
     "Expand": _expand,
     "Flatten": lambda a, x: x.flatten(a.get("axis", 1)) if a.get("axis", 1) == 1 else x.reshape(1, -1),
     "Gather": _gather,
@@ -216,9 +226,11 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Pad": _pad,
     "Pow": _plain(torch.pow),
     "Reciprocal": _plain(torch.reciprocal),
+    "ReduceL2": _over(lambda x, axes, keepdim: torch.linalg.vector_norm(x, dim=axes, keepdim=keepdim)),
     "ReduceMax": _over(torch.amax),
     "ReduceMean": _over(torch.mean),
     "ReduceSum": _over(torch.sum),
+    "Relu": _plain(torch.relu),
     "Reshape": _reshape,
     "Resize": _resize,
     "Round": _plain(torch.round),

@@ -25,6 +25,24 @@ def test_from_m_on_the_difference_is_reused(steps: int, gate: int, lead_in: int)
     assert [call.phase for call in program].count("semantics-planning") == lead_in + gate
 
 
+def test_every_gth_step_after_the_gate_computes_both_halves() -> None:
+    settings = Settings(steps=12, gate=3, refresh_interval=4)
+    full = [i for i, call in enumerate(METHOD.program(settings)) if call.graph == "full"]
+    assert full == [0, 1, 2, 6, 10]
+    assert [i - 1 for i, call in enumerate(METHOD.program(settings, 1)) if call.graph == "full"] == [-1, *full]
+
+
+def test_a_refresh_that_comes_too_late_is_refused() -> None:
+    with pytest.raises(MethodError, match="--refresh 5 would change nothing: from step m = 8 on there are 4 steps"):
+        METHOD.settings(steps=12, gate=8, defaults={}, g=5)
+    assert METHOD.settings(steps=12, gate=8, defaults={}, g=4).refresh_interval == 4
+
+
+def test_a_refresh_and_a_forecast_are_refused_together() -> None:
+    with pytest.raises(MethodError, match="--refresh 3 and --forecast 2 don't go together"):
+        METHOD.settings(steps=12, gate=4, defaults={}, g=3, r=2)
+
+
 def test_graphs_keep_one_tensor_and_no_attention() -> None:
     variants = METHOD.variants(NETWORK, Settings(steps=25, gate=10))
     assert [

@@ -1,0 +1,227 @@
+"""Wan 2.1: a video transformer over space and time at once, with UMT5's text and a causal video autoencoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
+from diffusers.models.transformers.transformer_wan import WanAttention
+from diffusers.utils import is_ftfy_available
+from torch import Tensor, nn
+
+from tgate_engine.errors import ExportError
+from tgate_engine.manifest import Conditioning
+from tgate_export.checkpoints import Checkpoint
+from tgate_export.families.base import ConditioningInput, Family, Scaling, Size, Texts
+from tgate_export.families.facts import WAN
+
+TOKENS = 512
+"""Tokens of a prompt: what diffusers' pipeline encodes."""
+
+DEFAULT_SIZE = Size(height=480, width=832, frames=81)
+"""The pipeline's own, whatever the checkpoint says."""
+
+
+class Wan(Family):
+    """Wan 2.1, text to video (arXiv 2503.20314), in diffusers layout.
+
+    Latents are [C, F, h, w], the first of F for one frame and each further one for several. The autoencoder decodes
+    one latent frame after the other, and keeps what its convolutions saw: its graph holds all of them in a row.
+    """
+
+    facts = WAN
+    pipeline_classes = ("WanPipeline",)
+    classes: Mapping[str, type[nn.Module]] = {
+        "transformer": diffusers.WanTransformer3DModel,
+        "vae": diffusers.AutoencoderKLWan,
+        "text_encoder": transformers.UMT5EncoderModel,
+    }
+    denoiser = "transformer"
+    text_components = ("text_encoder",)
+    tokenizers = ("tokenizer",)
+    tokenizer_class = transformers.T5Tokenizer
+    frames_argument = "num_frames"
+    frames_axis = 2
+    decodes_frames_together = True
+    fps = 16
+
+    def build(self, checkpoint: Checkpoint, component: str) -> nn.Module:
+        """With attention that rotates queries and keys without writing into tensors, which graphs have no node for, and
+        a decoder that doubles pictures by "nearest": the same as "nearest-exact", whose graph holds tables of places.
+        """
+        module = super().build(checkpoint, component)
+        for part in module.modules():
+            if isinstance(part, WanAttention):
+                part.processor = _Attention()
+            if isinstance(part, WanUpsample) and part.scale_factor == (2.0, 2.0):
+                part.mode = "nearest"
+        return module
+
+    def check_pipeline(self, checkpoint: Checkpoint) -> None:
+        super().check_pipeline(checkpoint)
+        second = checkpoint.model_index.get("transformer_2")
+        if isinstance(second, (list, tuple)) and second[1:] != [None] and list(second) != [None, None]:
+            raise ExportError(
+                f"{checkpoint.where} has a second transformer for late steps (transformer_2), as Wan 2.2 of 14 billion "
+                "parameters has; a bundle has one network, so it cannot be exported"
+            )
+        for key in ("boundary_ratio", "expand_timesteps"):
+            if checkpoint.model_index.get(key):
+                raise ExportError(
+                    f"{checkpoint.where}: model_index.json has {key} = {checkpoint.model_index[key]}, as Wan 2.2 has; "
+                    "Wan 2.1 can be exported"
+                )
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        super().check(checkpoint)
+        config = self.config(checkpoint, "transformer")
+        if config["out_channels"] not in (None, config["in_channels"]):
+            raise ExportError(
+                f"{checkpoint.where}: the transformer takes {config['in_channels']} channels and gives "
+                f"{config['out_channels']}; samplers want as many"
+            )
+        if config["image_dim"] is not None or config["added_kv_proj_dim"] is not None:
+            raise ExportError(
+                f"{checkpoint.where}: the transformer takes a picture beside the prompt (image_dim, "
+                "added_kv_proj_dim); only text to video is exported"
+            )
+        if list(config["patch_size"])[:1] != [1] or len(config["patch_size"]) != 3:
+            raise ExportError(
+                f"{checkpoint.where}: the transformer has patch_size = {list(config['patch_size'])}; three numbers are "
+                "wanted, the first of them 1"
+            )
+
+    def check_decoder(self, checkpoint: Checkpoint) -> None:
+        config = self.config(checkpoint, "vae")
+        for key, wanted in (("in_channels", 3), ("out_channels", 3), ("patch_size", None), ("is_residual", False)):
+            if config[key] != wanted:
+                raise ExportError(
+                    f"{checkpoint.where}: vae/config.json has {key} = {config[key]}, Wan 2.1 has {wanted}; this "
+                    "checkpoint is of another architecture"
+                )
+        halved = (2 ** (len(config["dim_mult"]) - 1), 2 ** sum(map(bool, config["temperal_downsample"])))
+        stated = (config["scale_factor_spatial"], config["scale_factor_temporal"])
+        if halved != stated or len(config["temperal_downsample"]) != len(config["dim_mult"]) - 1:
+            raise ExportError(
+                f"{checkpoint.where}: vae/config.json has scale_factor_spatial = {stated[0]} and "
+                f"scale_factor_temporal = {stated[1]}, its levels (dim_mult, temperal_downsample) make {halved[0]} and "
+                f"{halved[1]}; they must agree"
+            )
+
+    def denoise(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        guidance: Tensor,
+        conditioning: Mapping[str, Tensor],
+    ) -> Tensor:
+        output: Tensor = denoiser(
+            hidden_states=latents,
+            timestep=timesteps,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            return_dict=False,
+        )[0]
+        return output
+
+    def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
+        """The text alone, its padding zeros, which the network does not mask."""
+        width = int(self.config(checkpoint, "transformer")["text_dim"])
+        return (ConditioningInput(Conditioning(name="prompt_embeds", source="text"), (TOKENS, width), attended=True),)
+
+    def latent_channels(self, checkpoint: Checkpoint) -> int:
+        return int(self.config(checkpoint, "vae")["z_dim"])
+
+    def pixels(self, checkpoint: Checkpoint) -> int:
+        return int(self.config(checkpoint, "vae")["scale_factor_spatial"])
+
+    def latents(self, checkpoint: Checkpoint, size: Size) -> tuple[int, ...]:
+        channels, _, height, width = super().latents(checkpoint, size)
+        return channels, (size.frames - 1) // self._together(checkpoint) + 1, height, width
+
+    def _together(self, checkpoint: Checkpoint) -> int:
+        """Frames of a latent frame, but for the first."""
+        return int(self.config(checkpoint, "vae")["scale_factor_temporal"])
+
+    def scaling(self, checkpoint: Checkpoint) -> Scaling:
+        config, channels = self.config(checkpoint, "vae"), self.latent_channels(checkpoint)
+        mean, std = config["latents_mean"], config["latents_std"]
+        if len(mean) != channels or len(std) != channels or not all(map(math.isfinite, (*mean, *std))):
+            raise ExportError(
+                f"{checkpoint.where}: vae/config.json has {len(mean)} latents_mean and {len(std)} latents_std for "
+                f"{channels} channels; as many finite numbers of each are wanted"
+            )
+        return Scaling(scale=1.0, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
+
+    def size_multiple(self, checkpoint: Checkpoint) -> int:
+        """The pipeline takes none but multiples of 16."""
+        _, height, width = self.config(checkpoint, "transformer")["patch_size"]
+        return math.lcm(16, self.pixels(checkpoint) * height, self.pixels(checkpoint) * width)
+
+    def check_size(self, checkpoint: Checkpoint, size: Size) -> None:
+        super().check_size(checkpoint, size)
+        together = self._together(checkpoint)
+        if (size.frames - 1) % together:
+            below = (size.frames - 1) // together * together + 1
+            raise ExportError(
+                f"--frames must be 1 more than a multiple of {together} for this model, got {size.frames}; the nearest "
+                f"are {below} and {below + together}"
+            )
+        most = int(self.config(checkpoint, "transformer")["rope_max_seq_len"])
+        if max(self.latents(checkpoint, size)[1:]) > most:
+            raise ExportError(f"the network knows {most} places a side (rope_max_seq_len); {size} is larger")
+
+    def default_size(self, checkpoint: Checkpoint) -> Size:
+        return DEFAULT_SIZE
+
+    def default_frames(self, checkpoint: Checkpoint) -> int:
+        return DEFAULT_SIZE.frames
+
+    def encode_with(self, pipe: Any, prompt: str, negative: str, clip_skip: int) -> tuple[Texts, Texts]:
+        if not is_ftfy_available():
+            raise ExportError("diffusers' pipeline of Wan cleans prompts by ftfy, which is not here: pip install ftfy")
+        positive, other = pipe.encode_prompt(prompt, negative, max_sequence_length=TOKENS, device="cpu")
+        return {"prompt_embeds": positive}, {"prompt_embeds": other}
+
+    def call(self, pipe: Any, conditioning: Texts, guidance_scale: float, guidance_rescale: float) -> dict[str, Any]:
+        return {
+            "prompt_embeds": conditioning["prompt_embeds.positive"],
+            "negative_prompt_embeds": conditioning.get("prompt_embeds.negative"),
+            "guidance_scale": guidance_scale,
+        }
+
+
+class _Attention:
+    """What :class:`diffusers.models.transformers.transformer_wan.WanAttnProcessor` computes, out of place."""
+
+    def __call__(
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        attended = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = attention.norm_q(attention.to_q(hidden_states))
+        key, value = attention.norm_k(attention.to_k(attended)), attention.to_v(attended)
+        query, key, value = (x.unflatten(2, (attention.heads, -1)) for x in (query, key, value))  # [B, L, heads, width]
+        if rotary_emb is not None:
+            query, key = (_rotated(x, *rotary_emb) for x in (query, key))
+        result = nn.functional.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=attention_mask
+        )
+        projected: Tensor = attention.to_out[0](result.transpose(1, 2).flatten(2, 3))
+        return projected
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs of neighbours of the last dimension, each turned by its angle; ``cos`` and ``sin`` hold each twice."""
+    one, other = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([one * cos - other * sin, one * sin + other * cos], dim=-1).flatten(-2).type_as(x)

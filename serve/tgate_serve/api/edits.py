@@ -1,0 +1,90 @@
+"""``POST /v1/images/edits``: pictures that begin from one in place of noise, all of it or what a mask says."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from PIL import Image
+
+from tgate_engine.errors import RequestError, shown
+from tgate_runtime.picture import read_mask, read_picture
+from tgate_serve.api.errors import ApiError
+from tgate_serve.api.forms import asked_in, data_in
+from tgate_serve.api.images import check_quality, whole
+from tgate_serve.api.schemas import EditAsked, ImagesAnswer
+from tgate_serve.api.service import Served, Service, identity_of
+from tgate_serve.model import Drawing, Model, Wish
+
+log = logging.getLogger("tgate")
+router = APIRouter(tags=["images"])
+
+FILES = ("image", "mask")
+"""What a form may have as files, and JSON as objects with a data: URL."""
+
+_SCHEMA = "#/components/schemas/"
+_BODY = {"application/json": "EditAsked", "multipart/form-data": "EditForm"}
+"""What :mod:`~tgate_serve.api.openapi` adds to the document."""
+
+
+@router.post(
+    "/v1/images/edits",
+    response_model=ImagesAnswer,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {kind: {"schema": {"$ref": _SCHEMA + name}} for kind, name in _BODY.items()},
+        }
+    },
+)
+async def edit(request: Request, response: Response, service: Served) -> Any:
+    """Draw pictures that begin from one. A client that hangs up calls its request off."""
+    began_s = time.monotonic()
+    asked, files = await asked_in(request, EditAsked, FILES, service.limits.body_bytes)
+    for name in FILES:
+        if (reference := getattr(asked, name)) is not None:
+            files[name] = data_in(reference.image_url, name)
+    check_quality(asked.output_format, asked.output_compression)
+    model = service.model(asked.model, video=False)
+    _check(model, files)
+    identity = identity_of(request, "img")
+    drawing = await service.encoding(partial(_submit, service, model, asked, files, began_s))
+    user = "" if asked.user is None else f" for user '{shown(asked.user)}'"
+    log.info("%s: %d edits of plan %s by %s%s", identity, len(drawing.seeds), drawing.plan.name, model.name, user)
+    response.headers["X-Request-Id"] = identity
+    return await whole(
+        service, request, drawing, identity, asked.output_format or "png", asked.output_compression, began_s
+    )
+
+
+def _check(model: Model, files: dict[str, bytes]) -> None:
+    if not model.edits:
+        message = f"{model.name} has no encoder, and so begins from no picture; ask at /v1/images/generations"
+        raise ApiError(400, message, code="invalid_value", param="model")
+    if "image" not in files:
+        message = 'an edit begins from image: a form\'s file, or in JSON {"image_url": "data:image/png;base64,..."}'
+        raise ApiError(400, message, code="invalid_value", param="image")
+
+
+def _submit(service: Service, model: Model, asked: EditAsked, files: dict[str, bytes], came_s: float) -> Drawing:
+    wish = Wish(
+        prompt=asked.prompt,
+        picture=_read(read_picture, files["image"], "image"),
+        mask=_read(read_mask, files["mask"], "mask") if "mask" in files else None,
+        strength=asked.strength,
+        images=asked.n or 1,
+        **asked.common(),
+    )
+    service.check(model, wish)
+    return model.submit(wish, came_s)
+
+
+def _read(read: Callable[[bytes, str], Image.Image], content: bytes, name: str) -> Image.Image:
+    try:
+        return read(content, name)
+    except RequestError as error:
+        raise ApiError(400, str(error), code="invalid_value", param=name) from None

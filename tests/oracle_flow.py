@@ -1,0 +1,122 @@
+"""Eager references for the flow-matching families: diffusers' own pipeline, and the methods written out inside it.
+
+The pipeline calls its transformer with both halves of guidance in one batch, the negative one first, and combines what
+it gives; Wan's calls it twice, the prompt's half first. So a method is written out in the transformer's place: a call
+that is to run one half is given that half alone, and what it gives is returned as the two halves whose combination the
+pipeline then takes to be that.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tests.oracle import Action, _actions
+
+Call = Callable[..., tuple[Tensor]]
+Rule = Callable[[int, Call, Call, Call], Tensor]
+"""(step, both halves, the negative half, the prompt's half) to what the pipeline is given, [2B, ...]."""
+
+
+def plain_run(pipe: Any, prompt: str, negative: str, **options: Any) -> Tensor:
+    """Final latents of diffusers' own pipeline. ``options``: of its call."""
+    with torch.no_grad():
+        result: Tensor = pipe(prompt, negative_prompt=negative, output_type="latent", **options)[0]
+    return result
+
+
+def gated_run(pipe: Any, prompt: str, negative: str, m: int, k: int, f: int, w: int, **options: Any) -> Tensor:
+    """TGATE: every attention is computed at every step; a hook on its output keeps, stores or replaces it."""
+    stored: dict[str, Tensor] = {}
+    now: dict[str, Action] = {}
+
+    def hook_for(name: str) -> Callable[..., Tensor]:
+        kind = "cross" if name.endswith("attn2") else "self"
+
+        def hook(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+            action = now[kind]
+            if action == "reuse":
+                assert stored[name].shape == output.shape
+                return stored[name]
+            if action == "store":
+                stored[name] = output
+            if action == "store_mean":
+                stored[name] = output.reshape(2, -1, *output.shape[1:]).mean(dim=0)
+            return output
+
+        return hook
+
+    def rule(step: int, both: Call, negative_half: Call, _positive: Call) -> Tensor:
+        now["self"], now["cross"] = _actions(step, m=m, k=k, f=f, w=w, guided=True)
+        return both()[0] if step < m else torch.cat([negative_half()[0]] * 2)
+
+    with ExitStack() as stack:
+        for name, module in pipe.transformer.named_modules():
+            if name.endswith(("attn1", "attn2")):
+                stack.callback(module.register_forward_hook(hook_for(name)).remove)
+        stack.enter_context(_ruled(pipe, rule))
+        return plain_run(pipe, prompt, negative, **options)
+
+
+def stopped_run(pipe: Any, prompt: str, negative: str, m: int, **options: Any) -> Tensor:
+    """Guidance stopped at m: the prompt's half alone from there on."""
+
+    def rule(step: int, both: Call, _negative: Call, positive: Call) -> Tensor:
+        return both()[0] if step < m else torch.cat([positive()[0]] * 2)
+
+    with _ruled(pipe, rule):
+        return plain_run(pipe, prompt, negative, **options)
+
+
+def delta_run(pipe: Any, prompt: str, negative: str, m: int, **options: Any) -> Tensor:
+    """Guidance by its last difference, from m on (guidance_delta)."""
+    kept: list[Tensor] = []
+
+    def rule(step: int, both: Call, _negative: Call, positive: Call) -> Tensor:
+        if step < m:
+            halves = both()[0]
+            other, own = halves.chunk(2)
+            kept[:] = [own - other]
+            return halves
+        own = positive()[0]
+        return torch.cat([own - kept[0], own])
+
+    with _ruled(pipe, rule):
+        return plain_run(pipe, prompt, negative, **options)
+
+
+@contextmanager
+def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
+    forward = pipe.transformer.forward
+    steps = iter(range(1000))
+    waiting: list[tuple[dict[str, Any], Tensor]] = []
+
+    def run(**options: Any) -> tuple[Tensor]:
+        def half(index: int) -> Call:
+            chosen = {n: v.chunk(2)[index] if isinstance(v, Tensor) else v for n, v in options.items()}
+            return lambda: forward(**chosen)
+
+        return (rule(next(steps), lambda: forward(**options), half(0), half(1)),)
+
+    def run_twice(**options: Any) -> tuple[Tensor]:
+        if not waiting:  # the prompt's half, which is filled in when the other one is known
+            waiting.append((options, torch.zeros_like(options["hidden_states"])))
+            return (waiting[0][1],)
+        first, positive = waiting.pop()
+        both = {n: torch.cat([v, first[n]]) if isinstance(v, Tensor) else v for n, v in options.items()}
+        negative, prompts = run(**both)[0].chunk(2)
+        positive.copy_(prompts)
+        return (negative,)
+
+    def named(*args: Any, **options: Any) -> tuple[Tensor]:
+        given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **options}
+        return run_twice(**given) if type(pipe).__name__ == "WanPipeline" else run(**given)
+
+    with mock.patch.object(pipe.transformer, "forward", named):
+        yield

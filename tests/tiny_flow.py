@@ -1,0 +1,344 @@
+"""Small random-weight checkpoints of the flow-matching families, in diffusers' layout.
+
+Weights are drawn with unit gain (``tests/shrunken.py``), so that attention and what conditions it decide the result.
+Their text encoders and tokenizers are of the published kinds, a few hundred thousand parameters each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from tests.draw import draw
+from tests.tiny_encoders import bert, clip_with_projection, gemma, t5, umt5
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyFlow:
+    """One variant: ``model`` is the name for ``--model``, ``latents`` the shape of one result's, ``pixels`` those of a
+    latent pixel, ``frames`` those of a video. ``network``, ``vae``: arguments of those classes."""
+
+    model: str
+    pipeline: str
+    latents: Shape
+    pixels: int
+    text_width: int
+    network: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Callable[[], Any]
+    frames: int = 1
+
+
+def _sana(heads: int, head_width: int, cross_heads: int, **more: Any) -> dict[str, Any]:
+    width = heads * head_width
+    return {
+        "in_channels": 8,
+        "out_channels": 8,
+        "num_attention_heads": heads,
+        "attention_head_dim": head_width,
+        "num_cross_attention_heads": cross_heads,
+        "cross_attention_head_dim": width // cross_heads,
+        "cross_attention_dim": width,
+        "num_layers": 2,
+        "sample_size": 16,
+        **more,
+    }
+
+
+def _dc_ae(channels: Shape, blocks: tuple[str, ...], layers: Shape, upsample: str) -> dict[str, Any]:
+    scales = tuple((5,) if block == "EfficientViTBlock" else () for block in blocks)
+    halves: dict[str, Any] = {}
+    for half in ("encoder", "decoder"):
+        halves[f"{half}_block_types"] = blocks
+        halves[f"{half}_block_out_channels"] = channels
+        halves[f"{half}_layers_per_block"] = layers
+        halves[f"{half}_qkv_multiscales"] = scales
+    return {**halves, "latent_channels": 8, "attention_head_dim": 8, "scaling_factor": 0.7} | {
+        "upsample_block_type": upsample,
+        "downsample_block_type": "conv" if upsample == "interpolate" else "pixel_unshuffle",
+    }
+
+
+def _wan(heads: int, head_width: int, text_width: int, **more: Any) -> dict[str, Any]:
+    return {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": heads,
+        "attention_head_dim": head_width,
+        "text_dim": text_width,
+        "freq_dim": 16,
+        "ffn_dim": 3 * heads * head_width,
+        "num_layers": 2,
+        "rope_max_seq_len": 16,
+        **more,
+    }
+
+
+def _wan_vae(levels: Shape, halves_time: tuple[bool, ...]) -> dict[str, Any]:
+    return {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": list(levels),
+        "num_res_blocks": 1,
+        "temperal_downsample": list(halves_time),
+        "latents_mean": [0.2, -0.3, 0.1, 0.5],
+        "latents_std": [1.5, 0.8, 1.1, 2.0],
+        "scale_factor_spatial": 2 ** len(halves_time),
+        "scale_factor_temporal": 2 ** sum(halves_time),
+    }
+
+
+def _hunyuan(heads: int, head_width: int, widths: tuple[int, int], **more: Any) -> dict[str, Any]:
+    return {
+        "num_attention_heads": heads,
+        "attention_head_dim": head_width,
+        "hidden_size": heads * head_width,
+        "in_channels": 4,
+        "patch_size": 2,
+        "sample_size": 16,
+        "num_layers": 4,
+        "cross_attention_dim": widths[0],
+        "cross_attention_dim_t5": widths[1],
+        "pooled_projection_dim": 16,
+        "use_style_cond_and_image_meta_size": False,
+        **more,
+    }
+
+
+def _ddpm() -> Any:
+    """As published with HunyuanDiT, which predicts velocity; its pipeline is asked for another sampler."""
+    return diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.018,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        steps_offset=1,
+    )
+
+
+def _flow_unipc() -> Any:
+    """As published with Wan."""
+    return diffusers.UniPCMultistepScheduler(
+        beta_schedule="linear", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+
+
+def _flow_dpm() -> Any:
+    """As published with Sana."""
+    return diffusers.DPMSolverMultistepScheduler(
+        beta_schedule="linear", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+
+
+def _sd3(heads: int, head_width: int, text_width: int, **more: Any) -> dict[str, Any]:
+    return {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": heads,
+        "attention_head_dim": head_width,
+        "caption_projection_dim": heads * head_width,
+        "joint_attention_dim": text_width,
+        "pooled_projection_dim": 24,
+        "num_layers": 2,
+        "sample_size": 16,
+        "pos_embed_max_size": 12,
+        **more,
+    }
+
+
+def _kl(levels: int) -> dict[str, Any]:
+    """As Stable Diffusion 3's: no convolutions between the halves, and latents that are shifted."""
+    return {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": (8,) * levels,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+
+
+_RES, _VIT = "ResBlock", "EfficientViTBlock"
+
+FLOW_VARIANTS: Mapping[str, TinyFlow] = {
+    "sana_a": TinyFlow(
+        model="sana-1.6b",
+        pipeline="SanaPipeline",
+        latents=(8, 8, 16),
+        pixels=4,
+        text_width=16,
+        network=_sana(4, 8, 2),
+        vae=_dc_ae((16, 16, 32), (_RES, _RES, _VIT), (1, 1, 1), "interpolate"),
+        scheduler=_flow_dpm,
+    ),
+    # As Sana 1.5, whose queries and keys are normalised, and with all that a configuration may have besides.
+    "sana_b": TinyFlow(
+        model="sana-1.6b-512",
+        pipeline="SanaPipeline",
+        latents=(8, 8, 4),
+        pixels=8,
+        text_width=24,
+        network=_sana(
+            3,
+            8,
+            3,
+            out_channels=16,
+            patch_size=2,
+            qk_norm="rms_norm_across_heads",
+            interpolation_scale=1.0,
+            timestep_scale=0.5,
+            attention_bias=True,
+            norm_elementwise_affine=True,
+        ),
+        vae=_dc_ae((16, 16, 16, 32), (_RES, _VIT, _RES, _VIT), (0, 1, 1, 1), "pixel_shuffle"),
+        scheduler=_flow_dpm,
+    ),
+    "sd3_a": TinyFlow(
+        model="sd3-medium",
+        pipeline="StableDiffusion3Pipeline",
+        latents=(4, 8, 12),
+        pixels=8,
+        text_width=40,
+        network=_sd3(2, 8, 40),
+        vae=_kl(4),
+        scheduler=lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ),
+    # As 3.5: queries and keys normalised, and a second attention beside the joint one.
+    "sd3_b": TinyFlow(
+        model="sd35-medium",
+        pipeline="StableDiffusion3Pipeline",
+        latents=(4, 12, 8),
+        pixels=4,
+        text_width=48,
+        network=_sd3(3, 8, 48, qk_norm="rms_norm", dual_attention_layers=(0,), num_layers=3),
+        vae=_kl(3),
+        scheduler=lambda: diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=8),
+    ),
+    # No flow matching here, and an encoder that no graph holds.
+    "hunyuan_a": TinyFlow(
+        model="hunyuandit-1.2",
+        pipeline="HunyuanDiTPipeline",
+        latents=(4, 8, 12),
+        pixels=8,
+        text_width=16,
+        network=_hunyuan(2, 16, (16, 24)),
+        vae={**_kl(4), "shift_factor": None},
+        scheduler=_ddpm,
+    ),
+    "hunyuan_b": TinyFlow(
+        model="hunyuandit-1.2",
+        pipeline="HunyuanDiTPipeline",
+        latents=(4, 12, 8),
+        pixels=8,
+        text_width=24,
+        network=_hunyuan(3, 8, (24, 16), num_layers=3, mlp_ratio=2.5),
+        vae={**_kl(4), "shift_factor": None},
+        scheduler=_ddpm,
+    ),
+    "wan_a": TinyFlow(
+        model="wan21-t2v-1.3b",
+        pipeline="WanPipeline",
+        latents=(4, 3, 4, 8),
+        pixels=4,
+        frames=5,
+        text_width=24,
+        network=_wan(2, 12, 24),
+        vae=_wan_vae((1, 1, 2), (False, True)),
+        scheduler=_flow_unipc,
+    ),
+    "wan_b": TinyFlow(
+        model="wan21-t2v-1.3b",
+        pipeline="WanPipeline",
+        latents=(4, 2, 4, 2),
+        pixels=8,
+        frames=5,
+        text_width=16,
+        network=_wan(3, 16, 16, cross_attn_norm=False, num_layers=1),
+        vae=_wan_vae((1, 2, 2, 2), (True, True, False)),
+        scheduler=_flow_unipc,
+    ),
+}
+
+
+def make_tiny_flow(directory: Path, variant: str) -> Path:
+    """Write the checkpoint of ``variant`` into ``directory``, new or empty; the same weights every time."""
+    tiny = FLOW_VARIANTS[variant]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        _BUILD[tiny.pipeline](tiny, variant).save_pretrained(directory)
+    return directory
+
+
+def load_tiny_flow(directory: Path, variant: str) -> Any:
+    """diffusers' own pipeline of a directory of :func:`make_tiny_flow`, in float32 on the CPU, silent."""
+    loader = getattr(diffusers, FLOW_VARIANTS[variant].pipeline)
+    pipe = loader.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flow_noise(variant: str, seed: int = 0) -> torch.Tensor:
+    """Unit-variance noise [1, *latents]; the same for the same seed."""
+    return torch.randn(1, *FLOW_VARIANTS[variant].latents, generator=torch.Generator().manual_seed(seed))
+
+
+def _build_sana(tiny: TinyFlow, variant: str) -> Any:
+    network = diffusers.SanaTransformer2DModel(**tiny.network, caption_channels=tiny.text_width)
+    return diffusers.SanaPipeline(
+        transformer=draw(network.eval(), f"{variant}/transformer"),
+        vae=draw(diffusers.AutoencoderDC(**tiny.vae).eval(), f"{variant}/vae"),
+        scheduler=tiny.scheduler(),
+        **gemma(tiny.text_width, f"{variant}/text"),
+    )
+
+
+def _build_sd3(tiny: TinyFlow, variant: str) -> Any:
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=draw(diffusers.SD3Transformer2DModel(**tiny.network).eval(), f"{variant}/transformer"),
+        vae=draw(diffusers.AutoencoderKL(**tiny.vae).eval(), f"{variant}/vae"),
+        scheduler=tiny.scheduler(),
+        **clip_with_projection(16, 8, f"{variant}/1"),
+        **{f"{name}_2": part for name, part in clip_with_projection(24, 16, f"{variant}/2").items()},
+        **{f"{name}_3": part for name, part in t5(tiny.text_width).items()},
+    )
+
+
+def _build_hunyuan(tiny: TinyFlow, variant: str) -> Any:
+    return diffusers.HunyuanDiTPipeline(
+        transformer=draw(diffusers.HunyuanDiT2DModel(**tiny.network).eval(), f"{variant}/transformer"),
+        vae=draw(diffusers.AutoencoderKL(**tiny.vae).eval(), f"{variant}/vae"),
+        scheduler=tiny.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **bert(tiny.text_width, f"{variant}/1"),
+        **{f"{name}_2": part for name, part in t5(tiny.network["cross_attention_dim_t5"]).items()},
+    )
+
+
+def _build_wan(tiny: TinyFlow, variant: str) -> Any:
+    return diffusers.WanPipeline(
+        transformer=draw(diffusers.WanTransformer3DModel(**tiny.network).eval(), f"{variant}/transformer"),
+        vae=draw(diffusers.AutoencoderKLWan(**tiny.vae).eval(), f"{variant}/vae"),
+        scheduler=tiny.scheduler(),
+        **umt5(tiny.text_width, f"{variant}/text"),
+    )
+
+
+_BUILD: Mapping[str, Callable[[TinyFlow, str], Any]] = {
+    "SanaPipeline": _build_sana,
+    "StableDiffusion3Pipeline": _build_sd3,
+    "WanPipeline": _build_wan,
+    "HunyuanDiTPipeline": _build_hunyuan,
+}

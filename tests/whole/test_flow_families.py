@@ -1,0 +1,174 @@
+"""Flow-matching families through the whole product: prompt to latents and picture, against diffusers' own pipelines.
+
+Ungated trajectories are diffusers' own; gated ones are the methods written out in its pipeline (``tests/oracle_flow``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.wan import pipeline_wan
+from diffusers.utils import is_ftfy_available
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from tests.oracle_flow import delta_run, gated_run, plain_run, stopped_run
+from tests.tiny_flow import FLOW_VARIANTS, flow_noise, load_tiny_flow, make_tiny_flow
+from tests.whole.cases import GUIDANCE_STOPPED, NAME, TOLERANCE, UNGATED, plans_of, relative
+from tgate_engine.bundle import Bundle
+from tgate_engine.errors import ExportError
+from tgate_engine.report import Silent
+from tgate_export.build import export
+from tgate_export.embed import embed
+from tgate_export.families import MODELS, wan
+from tgate_export.job import ExportSettings
+from tgate_export.schedulers import make_scheduler
+from tgate_runtime.pipeline import Pipeline
+
+PROMPT, NEGATIVE = "A large red circle above a small blue square", "a photo of a green circle"
+GATED = [name for name, tiny in FLOW_VARIANTS.items() if MODELS[tiny.model].facts.cross_attention]
+ONE_OF_EACH = ("sana_a", "sd3_a", "wan_a", "hunyuan_a")
+"""In every run of the tests; the other shapes are slow."""
+EMBEDDED = [name for name, tiny in FLOW_VARIANTS.items() if not MODELS[tiny.model].facts.text_graph]
+
+
+def _marked(variants: Iterable[str], quick: Container[str] = ONE_OF_EACH) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in variants]
+
+
+class Subject:
+    """One tiny checkpoint: its eager pipeline, its bundle, and what the engine makes of it."""
+
+    def __init__(self, variant: str, method: str, root: Path) -> None:
+        self.variant, self.tiny = variant, FLOW_VARIANTS[variant]
+        self.checkpoint = make_tiny_flow(root / "checkpoint", variant)
+        self.eager = load_tiny_flow(self.checkpoint, variant)
+        self.bundle = Bundle.open(export(self.settings(root / "bundle", method), Silent()))
+        self.model = MODELS[self.tiny.model]
+        self.embeds: Mapping[str, NDArray[Any]] | None = None
+        if not self.model.facts.text_graph:
+            file = root / "prompt.safetensors"
+            embed(self.tiny.model, [PROMPT], file, checkpoint=str(self.checkpoint), negative_prompt=NEGATIVE)
+            self.embeds = load_file(file)
+
+    def settings(self, output: Path, method: str, **more: Any) -> ExportSettings:
+        height, width = (side * self.tiny.pixels for side in self.tiny.latents[-2:])
+        named: dict[str, Any] = {"steps": 6, "m": 3, "height": height, "width": width}
+        if self.tiny.frames > 1:
+            named["frames"] = self.tiny.frames
+        if method == "tgate":
+            named |= {"k": 2, "warm_up": 0, "fidelity_interval": 2}
+        options = {**named, "method": method, "output": output, **more}
+        return ExportSettings(model=self.tiny.model, checkpoint=str(self.checkpoint), **options)
+
+    def options(self, sampler: str, steps: int) -> dict[str, Any]:
+        """How diffusers' pipeline is asked for the same; its scheduler is the sampler's."""
+        self.eager.scheduler = make_scheduler(sampler, self.bundle.manifest.scheduler)
+        shape = self.bundle.manifest.shapes[0]
+        options: dict[str, Any] = (
+            {"use_resolution_binning": False} if self.model.facts.name in ("sana", "hunyuan") else {}
+        )
+        if self.tiny.frames > 1:
+            options["num_frames"] = self.tiny.frames
+        return options | {
+            "num_inference_steps": steps,
+            "guidance_scale": self.bundle.manifest.guidance_scale,
+            "latents": flow_noise(self.variant),
+            "height": shape.height,
+            "width": shape.width,
+        }
+
+    def engine(self, sampler: str, plan: str, **settings: int) -> Any:
+        walked = plans_of(self.bundle, sampler=sampler, **settings)[plan]
+        given: dict[str, Any] = (
+            {"prompt": PROMPT, "negative_prompt": NEGATIVE} if self.embeds is None else {"prompt_embeds": self.embeds}
+        )
+        with Pipeline.open(self.bundle, threads=1, plans=[walked]) as pipe:
+            return pipe(**given, plan=walked, initial_latents=flow_noise(self.variant).numpy())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cleaned() -> Iterator[None]:
+    """Wan's pipeline cleans prompts by ftfy, which leaves texts such as these as they are."""
+    if is_ftfy_available():
+        yield
+        return
+    with (
+        mock.patch.object(pipeline_wan, "ftfy", SimpleNamespace(fix_text=str), create=True),
+        mock.patch.object(wan, "is_ftfy_available", return_value=True),
+    ):
+        yield
+
+
+@pytest.fixture(scope="module")
+def subject_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Subject]:
+    return functools.cache(lambda variant, method: Subject(variant, method, tmp_path_factory.mktemp(variant)))
+
+
+@pytest.mark.parametrize("variant", _marked(FLOW_VARIANTS))
+def test_ungated_latents_and_picture_are_those_of_diffusers(subject_of: Callable[..., Subject], variant: str) -> None:
+    """From the prompt on, by every sampler that knows flow matching."""
+    subject = subject_of(variant, _method(variant))
+    shifted = subject.bundle.manifest.scheduler.get("use_dynamic_shifting")
+    for sampler in ("euler",) if shifted else ("unipc", "euler", "dpmpp_2m"):
+        options = subject.options(sampler, 4)
+        want = plain_run(subject.eager, PROMPT, NEGATIVE, **options)
+        other = plain_run(subject.eager, NEGATIVE, PROMPT, **options)
+        got = subject.engine(sampler, UNGATED, n=4, m=4)
+        assert relative(got.latents, want) < TOLERANCE, sampler
+        assert relative(other.numpy(), want) > 50 * TOLERANCE, "what conditions it matters"
+    options = subject.options(sampler, 4)
+    with torch.no_grad():
+        wanted = subject.eager(PROMPT, negative_prompt=NEGATIVE, output_type="np", **options)[0]
+    pictures = np.stack([np.asarray(frame, np.float64) for frame in (got.videos[0] if got.videos else got.images)])
+    assert pictures.std() > 5, "it is no grey card"
+    assert np.abs(pictures - 255 * wanted.reshape(pictures.shape)).max() <= 1
+
+
+@pytest.mark.parametrize("case", [(6, 3, 2, 2, 0), (5, 2, 1, 1, 2), (7, 4, 3, 1, 1)], ids=str)
+@pytest.mark.parametrize("variant", _marked(GATED))
+def test_gated_latents_are_the_method_written_out(
+    subject_of: Callable[..., Subject], variant: str, case: tuple[int, int, int, int, int]
+) -> None:
+    n, m, k, f, w = case
+    subject = subject_of(variant, "tgate")
+    own = MODELS[subject.tiny.model].sampler
+    options = subject.options(own, n)
+    want = gated_run(subject.eager, PROMPT, NEGATIVE, m, k, f, w, **options)
+    got = subject.engine(own, NAME, n=n, m=m, k=k, f=f, w=w).latents
+    assert relative(got, want) < TOLERANCE
+    plain = plain_run(subject.eager, PROMPT, NEGATIVE, **subject.options(own, n))
+    assert relative(got, plain) > 10 * TOLERANCE, "gating changes the trajectory, so the test could fail"
+
+
+@pytest.mark.parametrize("variant", _marked(FLOW_VARIANTS, ("sd3_a",)))
+def test_guidance_by_its_last_difference_and_stopped(subject_of: Callable[..., Subject], variant: str) -> None:
+    subject = subject_of(variant, "guidance_delta")
+    own = MODELS[subject.tiny.model].sampler
+    want = delta_run(subject.eager, PROMPT, NEGATIVE, 3, **subject.options(own, 6))
+    assert relative(subject.engine(own, NAME, n=6, m=3).latents, want) < TOLERANCE
+    stopped = stopped_run(subject.eager, PROMPT, NEGATIVE, 3, **subject.options(own, 6))
+    assert relative(subject.engine(own, GUIDANCE_STOPPED, n=6, m=3).latents, stopped) < TOLERANCE
+    assert relative(stopped.numpy(), want) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("variant", _marked(EMBEDDED))
+def test_a_text_encoder_that_is_not_exported_is_refused_by_name(
+    subject_of: Callable[..., Subject], tmp_path: Path, variant: str
+) -> None:
+    subject = subject_of(variant, _method(variant))
+    settings = subject.settings(tmp_path / "b", _method(variant), components=("text", "denoiser"))
+    with pytest.raises(ExportError, match=r"not exported; leave out text, and encode prompts with tgate embed"):
+        export(settings, Silent())
+
+
+def _method(variant: str) -> str:
+    return "tgate" if variant in GATED else "guidance_delta"

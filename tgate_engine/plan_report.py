@@ -36,6 +36,8 @@ _FORMS = {
     "ungated_right": (".1f", " %"),
     "clip": ("+.2f", " points"),
     "consistency": ("+.2f", " dB"),
+    "frechet": ("+.3f", ""),
+    "ungated_frechet": (".3f", ""),
 }
 """How a value is written, and its unit; a difference has a sign."""
 _PLAIN = (".4f", "")

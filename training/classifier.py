@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from tgate_runtime.tuning.accuracy import WEIGHTS
+from tgate_runtime.tuning.judge import WEIGHTS
 from training.grammar import COLOURS, PAIR_INDEX, PAIRS, SHAPES, Scene, draw_scene
 from training.render import render
 from training.settings import SETTINGS

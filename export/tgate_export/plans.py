@@ -72,6 +72,8 @@ def make_plans(
             baselines.append(same or label)
     if told := method.idle(settings, sampler.lead_in):
         log.warning("plan %s: %s; take a larger m, or a smaller %s or w", name, told, told[0])
+    if method.gated and settings.gate == settings.steps:
+        log.warning("plan %s: m = n = %d, so that no step comes after the gate; take a smaller m", name, settings.gate)
     own_program, left_out = method.program(settings, sampler.lead_in), settings.left_out(sampler.lead_in)
     own = build(name, own_program, method.facts(settings), tuple(baselines), left_out)
     return {name: own, **plans}

@@ -38,9 +38,13 @@ def test_a_plan_of_the_same_steps_shares_its_baselines(bundle: Path) -> None:
     assert stopped == ["full"] * 3 + ["unguided"] * 5
 
 
-def test_a_gate_that_never_closes_has_one_baseline(bundle: Path) -> None:
+def test_a_gate_that_never_closes_has_one_baseline_and_is_told(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     """At m = n there is no step left to stop guidance at: both baselines are one plan, which is named once."""
     plans = add_plan(bundle, name="late", m=8, k=5)
+    assert "plan late: m = n = 8, so that no step comes after the gate; take a smaller m" in caplog.messages
+    caplog.clear()
+    add_plan(bundle, name="less", m=7, k=5)
+    assert caplog.messages == []
     assert list(plans) == ["late"]
     assert plans["late"].baselines == ("ungated",)
     assert Bundle.open(bundle).manifest.plan("late") == plans["late"]  # and the bundle can be read again

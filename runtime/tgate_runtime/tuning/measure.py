@@ -18,7 +18,7 @@ from tgate_engine.errors import RequestError, shown
 from tgate_engine.graph import DECODE, TEXT
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Plan
-from tgate_engine.plan_report import program_digest
+from tgate_engine.plan_report import Estimate, program_digest
 from tgate_runtime.benchmark import bench
 from tgate_runtime.encoder import Encoder, Row
 from tgate_runtime.engines.protocol import Engine
@@ -154,6 +154,22 @@ class Judge:
             other, self._ungated, self._prompts, metric=self._metric, seed=self._seed, size=self._size, kept=self._kept
         )
         return self._scores(known, count, "", lambda images: there._draw(self._ungated, images))
+
+    def together(self, plan: Plan, count: int) -> Mapping[str, Estimate]:
+        """What the metric tells of the first ``count`` pictures of a plan as a whole; they are drawn once more."""
+        tell = self._metric.together
+        if tell is None:
+            return {}
+
+        def make() -> dict[str, Any]:
+            own, other = [], []
+            for images in self._calls(0, count):
+                own += self._draw(plan, images)
+                other += self._ungated_ones(images)
+            return {name: asdict(value) for name, value in tell(own, other).items()}
+
+        known = self._kept.fact(f"together {count} {program_digest(plan)} {self._metric.judge[:16]}", make)
+        return {name: Estimate(**value) for name, value in known.items()}
 
     def worst(self, plan: Plan, values: Sequence[float], most: int) -> list[Pair]:
         """Pictures of a plan beside the ungated ones, at most so many of those that ``values`` are of, the worst first;

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgate_engine.errors import RequestError
+from tgate_engine.plan_report import Estimate
 
 Pixels = NDArray[np.uint8]
 """A picture [H, W, 3], or a video [F, H, W, 3]."""
@@ -58,11 +59,16 @@ Compare = Callable[[Sequence[Pixels], Sequence[Pixels], Sequence[str]], Mapping[
 """Pictures, the ungated ones of the same seeds and their prompts to a value for each picture, by the value's name."""
 
 
+Together = Callable[[Sequence[Pixels], Sequence[Pixels]], Mapping[str, Estimate]]
+"""Pictures and the ungated ones of the same seeds to what is told of them as a whole, by its name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """What a plan's pictures are worth beside the ungated ones of the same seeds; more is better.
 
-    ``compare`` gives the values of that ``name``, and of what is told ``beside`` it. ``judge``: the SHA-256 of the
+    ``compare`` gives the values of that ``name``, and of what is told ``beside`` it; ``together``, if there is one,
+    what can be told of no picture alone, once, of the plan that is chosen. ``judge``: the SHA-256 of the
     model that looks at the pictures; empty where none does, and values say how near a picture is to the ungated one.
     Values of a judge are differences, its verdict on a picture less that on the ungated one: most of them are small or
     nothing, so that a few tell little, and plans are looked for by "psnr", which ``compare`` then gives as well.
@@ -71,6 +77,7 @@ class Metric:
     name: str
     compare: Compare
     beside: tuple[str, ...] = ()
+    together: Together | None = None
     judge: str = ""
 
 

@@ -141,6 +141,9 @@ def tune(
                 elsewhere[told] = _estimate(judge.elsewhere(other, asked.images))
         plan = plans[best.name]
         beside = {name: _estimate(judge.scores(plan, asked.images, name)) for name in metric.beside}
+        if metric.together is not None:
+            report.stage(f"looking at the pictures of {best.name} as a whole")
+            beside |= judge.together(plan, asked.images)
         pairs = judge.worst(plan, best.values, asked.pairs)
     if not metric.judge and best.bounds[0] <= interval(unrelated)[1]:
         report.warn(f"pictures of {best.name} are not surely nearer to the ungated ones than those of other seeds are")

@@ -1,15 +1,12 @@
-"""The judge of the embedded models without PyTorch: the network that was trained, verdicts on renders of scenes that
-are known, and how many pictures a verdict takes."""
+"""The judge's verdicts on renders of scenes that are known, and how many pictures a verdict takes."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tests.toy_bundle import build
 from tgate_engine.bundle import Bundle
@@ -17,10 +14,10 @@ from tgate_engine.errors import RequestError
 from tgate_engine.manifest import MANIFEST_FILE, Manifest
 from tgate_engine.manifest_json import parse_manifest
 from tgate_runtime.mini import MODELS
-from tgate_runtime.tuning.accuracy import PAIRS, accuracy, least_images, logits, named
+from tgate_runtime.tuning import frechet
+from tgate_runtime.tuning.accuracy import PAIRS, accuracy, least_images, named
 from tgate_runtime.tuning.quality import psnr
 from training import grammar
-from training.classifier import load_classifier, to_input
 from training.evaluate import evaluation_captions, score_pictures
 from training.grammar import named_pairs
 from training.render import render
@@ -35,18 +32,6 @@ def scenes(count: int) -> list[tuple[str, grammar.Scene]]:
     return grammar.held_out_scenes(count, 5)
 
 
-def test_it_is_the_network_that_was_trained() -> None:
-    rng = random.Random(3)
-    pictures = np.stack([render(grammar.draw_scene(rng)) for _ in range(24)])
-    noise = np.random.default_rng(0).integers(0, 256, (4, 128, 128, 3), np.uint8)
-    given = np.concatenate([pictures, noise])
-    with torch.no_grad():
-        trained = load_classifier()(to_input(given)).numpy()
-    assert PAIRS == grammar.PAIRS
-    assert np.ptp(trained) > 20
-    np.testing.assert_allclose(logits(given), trained, atol=2e-4)
-
-
 def test_captions_name_what_training_reads_of_them() -> None:
     for caption in evaluation_captions(200):
         assert [PAIRS[i] for i in named(caption)] == named_pairs(caption)
@@ -56,6 +41,7 @@ def test_a_picture_is_worth_what_its_verdict_is_less_that_on_the_ungated_one(min
     (one, other), empty = scenes(2), np.full((128, 128, 3), 142, np.uint8)
     right, wrong = render(one[1]), render(other[1])
     metric = accuracy(mini, "128x128", [one[0]])
+    assert metric.together is frechet.told
     told = metric.compare([right, empty, right, wrong], [right, right, empty, empty], [one[0]] * 4)
     assert told["accuracy"] == told["first_object"] == [0, -100, 100, 0]
     assert list(told["psnr"]) == [psnr(right, right), psnr(empty, right), psnr(right, empty), psnr(wrong, empty)]

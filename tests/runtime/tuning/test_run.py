@@ -12,7 +12,7 @@ import pytest
 from tests.toy_bundle import build
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import RequestError
-from tgate_engine.plan_report import program_digest
+from tgate_engine.plan_report import Estimate, program_digest
 from tgate_engine.report import Silent
 from tgate_export.candidates import Candidates, candidates
 from tgate_runtime.engines import open_engine
@@ -145,6 +145,21 @@ def test_a_judge_is_told_with_what_was_found_beside(bundle: Bundle, choices: Can
     other = replace(judged, metric=replace(judged.metric, compare=lambda *_: pytest.fail("asked"), judge="b" * 64))
     with pytest.raises(pytest.fail.Exception, match="asked"):
         tuned(bundle, choices, other, tmp_path / "state.json")
+
+
+def test_what_is_told_of_all_pictures_as_a_whole_stands_beside(
+    bundle: Bundle, choices: Candidates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spread(pictures: Any, references: Any) -> dict[str, Estimate]:
+        assert len(pictures) == len(references) == ASKED.images
+        value = float(np.std(pictures) - np.std(references))
+        return {"frechet": Estimate(mean=value, low=value - 1, high=value + 1)}
+
+    whole, file = replace(ASKED, metric=replace(nearness("psnr"), together=spread)), tmp_path / "state.json"
+    found = tuned(bundle, choices, whole, file).report.beside["frechet"]
+    assert found.mean != 0
+    monkeypatch.setattr(Judge, "_draw", lambda *_: pytest.fail("drawn again"))
+    assert tuned(bundle, choices, whole, file).report.beside["frechet"] == found
 
 
 def test_where_nothing_to_begin_with_is_fast_enough_what_is_is_tried(

@@ -25,6 +25,9 @@ from tgate_export.recipes import check_sampler
 
 log = logging.getLogger("tgate")
 
+_INSTEAD = {"k": "; take a larger m, or a smaller k or w", "f": "; take a smaller m or f"}
+"""What brings reuse where a setting brings none: k counts before the gate, f after it."""
+
 
 def make_plans(
     name: str,
@@ -71,7 +74,7 @@ def make_plans(
         if (same or label) not in baselines:  # where m = n, stopping guidance at m is no other than the ungated plan
             baselines.append(same or label)
     if told := method.idle(settings, sampler.lead_in):
-        log.warning("plan %s: %s; take a larger m, or a smaller %s or w", name, told, told[0])
+        log.warning("plan %s: %s%s", name, told, _INSTEAD[told[0]])
     if method.gated and settings.gate == settings.steps:
         log.warning("plan %s: m = n = %d, so that no step comes after the gate; take a smaller m", name, settings.gate)
     own_program, left_out = method.program(settings, sampler.lead_in), settings.left_out(sampler.lead_in)

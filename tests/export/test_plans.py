@@ -42,12 +42,22 @@ def test_a_gate_that_never_closes_has_one_baseline_and_is_told(bundle: Path, cap
     """At m = n there is no step left to stop guidance at: both baselines are one plan, which is named once."""
     plans = add_plan(bundle, name="late", m=8, k=5)
     assert "plan late: m = n = 8, so that no step comes after the gate; take a smaller m" in caplog.messages
-    caplog.clear()
-    add_plan(bundle, name="less", m=7, k=5)
-    assert caplog.messages == []
     assert list(plans) == ["late"]
     assert plans["late"].baselines == ("ungated",)
     assert Bundle.open(bundle).manifest.plan("late") == plans["late"]  # and the bundle can be read again
+    caplog.clear()
+    add_plan(bundle, name="less", m=7, k=5)
+    assert caplog.messages == []
+
+
+def test_an_interval_that_reuses_nothing_is_told_with_what_would(
+    bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_plan(bundle, name="soon", m=3, k=3, save=False)
+    add_plan(bundle, name="late", m=8, fidelity_interval=3, save=False)
+    before, after, _ = caplog.messages  # the last one says that m = n
+    assert before == "plan soon: k = 3 reuses nothing at n = 8, m = 3, w = 2; take a larger m, or a smaller k or w"
+    assert after == "plan late: f = 3 reuses nothing at n = 8, m = 8, w = 2; take a smaller m or f"
 
 
 def test_other_steps_come_from_the_table_with_baselines_of_their_own(bundle: Path) -> None:

@@ -19,6 +19,7 @@ COLOURS = ("red", "yellow", "green", "blue", "purple", "white", "black")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 """What there is to be seen, in the order in which the judge speaks of them."""
+
 BESIDE = ("first_object", "right", "ungated_right", "psnr")
 """What is told beside "accuracy"."""
 

@@ -36,8 +36,8 @@ Values = NDArray[np.float64]
 
 
 def told(pictures: Sequence[Pixels], references: Sequence[Pixels]) -> Mapping[str, Estimate]:
-    """ "frechet": by how much ``pictures`` are farther from true renders than ``references``, the ungated ones of the
-    same seeds; and "ungated_frechet", how far those are. Nothing where there are fewer than :data:`LEAST`.
+    """By how much ``pictures`` are farther from true renders than ``references``, the ungated ones of the same seeds,
+    as "frechet", and how far those are, as "ungated_frechet". Nothing where there are fewer than :data:`LEAST`.
 
     The bounds are those of a normal distribution whose deviation is that of resampled pictures, the same of both sets;
     of "ungated_frechet" alone they are about twice as wide as they need be, since what is resampled repeats itself.

@@ -39,21 +39,22 @@ def write_atomically(path: Path, content: bytes) -> None:
     the disk is full, and OSError.
     """
     mode = _mode_of_file(path)
-    try:
+    with _naming(path):
         _remove_abandoned(path, _FILE)
-        name, handle = _new_file(path, 0o666 if mode is None else 0o600)
-    except OSError as error:  # it would name the file beside it
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    try:
-        with unfinished(name), naming_a_full_disk(path.parent), os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            if mode is not None:
-                os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-            os.replace(name, path)  # still locked: until then it is nobody's leftover
+    name = path.with_name(_marked(path, _FILE))
+    try:  # before the file is there: a signal may come the moment that the system has made it
+        with unfinished(name), naming_a_full_disk(path.parent):
+            with _naming(path):
+                handle = _new_file(name, 0o666 if mode is None else 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+                os.replace(name, path)  # still locked: until then it is nobody's leftover
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(name)
         raise
     _sync_directory(path.parent)
@@ -72,16 +73,18 @@ def staging(target: Path, *, force: bool = False) -> Iterator[Path]:
     _recover(target)
     _check_free(target, force)
     _remove_abandoned(target, _STAGE)
-    stage, lock = _new_directory(target, _STAGE)
+    stage, lock = target.with_name(_marked(target, _STAGE)), None
     try:
         with unfinished(stage), naming_a_full_disk(target.parent):
+            lock = _new_directory(stage)
             yield stage
             _sync(stage)
         _check_free(target, force)
         _commit(stage, target)
     finally:
         remove_tree(stage)
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 @contextlib.contextmanager
@@ -155,7 +158,7 @@ def check_place(path: Path, error: type[TgateError]) -> None:
         raise error(f"{path}: there is no directory {path.parent}; make it first")
     check_replaceable(path, error)
     try:
-        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:64]}.").close()
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as fault:
         raise error(f"{path} cannot be written ({fault.strerror}); name another place") from None
 
@@ -199,6 +202,10 @@ def check_target(target: Path, force: bool) -> None:
         raise BundleError(
             f"{target} cannot be written (in {there}: {fault.strerror}); choose another --output"
         ) from None
+    except BaseException:  # a signal, perhaps before the second call
+        with contextlib.suppress(OSError):
+            os.rmdir(probe)
+        raise
 
 
 def _check_free(target: Path, force: bool) -> None:
@@ -273,21 +280,28 @@ def _marked(path: Path, kind: str) -> str:
     return f".{path.name}.{kind}-{secrets.token_hex(8)}"
 
 
-def _new_file(path: Path, mode: int) -> tuple[Path, int]:
-    """A new file beside ``path``, and a handle that writes it and holds its lock."""
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An OSError names ``path``, and not what is written beside it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _new_file(name: Path, mode: int) -> int:
+    """Make a file; a handle that writes it and holds its lock."""
     while True:
-        name = path.with_name(_marked(path, _FILE))
         handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         _lock(handle, wait=True)
         if _is_at(handle, name):
-            return name, handle
+            return handle
         os.close(handle)  # another process took it for abandoned before it was locked
 
 
-def _new_directory(path: Path, kind: str) -> tuple[Path, int]:
-    """A new directory beside ``path``, and a handle that holds its lock."""
+def _new_directory(name: Path) -> int:
+    """Make a directory; a handle that holds its lock."""
     while True:
-        name = path.with_name(_marked(path, kind))
         os.mkdir(name)
         try:
             handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -295,7 +309,7 @@ def _new_directory(path: Path, kind: str) -> tuple[Path, int]:
             continue  # another process took it for abandoned before it was locked
         _lock(handle, wait=True)
         if _is_at(handle, name):
-            return name, handle
+            return handle
         os.close(handle)
 
 

@@ -18,8 +18,8 @@ import io
 import json
 import os
 import re
+import secrets
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,9 +91,10 @@ def find_or_build(key: Mapping[str, Any], build: Callable[[Path], None]) -> Path
             if _whole(path, key):  # another process was faster
                 return path
             _remove_abandoned(root, name)
-            stage = Path(tempfile.mkdtemp(dir=root, prefix=f"{name}.tmp-"))
+            stage = root / f"{name}.tmp-{secrets.token_hex(4)}"
             try:
                 with unfinished(stage):
+                    stage.mkdir(mode=0o700)
                     build(stage)
                 _seal(stage, key)
                 _remove(path)

@@ -8,7 +8,7 @@ import math
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,21 +87,24 @@ def holds_record(suffix: str) -> bool:
 def new_files(stem: str, suffix: str, count: int) -> Iterator[list[Path]]:
     """``count`` files in the working directory that were not there, ``<stem>-0001<suffix>`` or the next numbers.
 
-    They are made at once, empty, so that nobody else takes their names; an exception in the block removes them.
+    They are made at once, empty, so that nobody else takes their names; an exception in the block removes them, and so
+    does whoever ends the process there.
     """
     paths: list[Path] = []
     numbers = itertools.count(1)
-    try:
-        while len(paths) < count:
-            path = Path(f"{stem}-{next(numbers):04}{suffix}")
-            with suppress(FileExistsError):
-                path.touch(exist_ok=False)
-                paths.append(path)
-        yield paths
-    except BaseException:
-        for path in paths:
-            path.unlink(missing_ok=True)
-        raise
+    with ExitStack() as held:
+        try:
+            while len(paths) < count:
+                path = Path(f"{stem}-{next(numbers):04}{suffix}")
+                with suppress(FileExistsError):
+                    path.touch(exist_ok=False)
+                    paths.append(path)
+                    held.enter_context(unfinished(path))
+            yield paths
+        except BaseException:
+            for path in paths:
+                path.unlink(missing_ok=True)
+            raise
 
 
 def check_place(path: Path) -> None:

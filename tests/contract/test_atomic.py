@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -11,8 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -35,6 +38,86 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         write_atomically(tmp_path / "x", b"new")
     assert (tmp_path / "x").read_bytes() == b"old"
     assert left_behind(tmp_path, "x") == []
+
+
+@pytest.mark.parametrize("at", range(60))
+@pytest.mark.parametrize("there", [False, True])
+def test_a_signal_at_any_line_or_call_leaves_a_whole_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, there: bool
+) -> None:
+    path = tmp_path / "x"
+    if there:
+        path.write_bytes(b"old")
+    with ended_at(monkeypatch, at):
+        write_atomically(path, b"new")
+    assert left_behind(tmp_path, "x") == []
+    assert not path.exists() or path.read_bytes() in (b"old", b"new")
+    assert path.exists() or not there
+
+
+@pytest.mark.parametrize("at", range(0, 120, 2))
+def test_a_signal_at_any_line_or_call_leaves_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    with ended_at(monkeypatch, at), staging(tmp_path / "b") as stage:
+        (stage / "x").write_bytes(b"new")
+    assert left_behind(tmp_path, "b") == []
+    assert not (tmp_path / "b").exists() or (tmp_path / "b" / "x").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("at", range(20))
+def test_a_signal_while_places_are_tried_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    with ended_at(monkeypatch, at):
+        check_target(tmp_path / "b", force=False)
+        atomic.check_place(tmp_path / "x", BundleError)
+    assert left_behind(tmp_path, "") == []
+
+
+class Ended(BaseException):
+    """What a signal raises, in the main thread, between two of Python's instructions."""
+
+
+@contextlib.contextmanager
+def ended_at(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[None]:
+    """Raises :class:`Ended` once in the block: at the line of ``atomic`` or after the call of the system that comes
+    after ``at`` others, if there are as many. A call that succeeded gives nothing back then: a signal may come before
+    Python has bound its result."""
+    left = at
+
+    def may_end() -> None:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            sys.settrace(None)
+            raise Ended
+
+    def traced(frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code.co_filename != atomic.__file__:
+            return None
+        if event == "line":
+            may_end()
+        return traced
+
+    def calling(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **named: Any) -> Any:
+            result = call(*arguments, **named)
+            if sys.gettrace() is traced:
+                may_end()
+            return result
+
+        return called
+
+    with monkeypatch.context() as patch:
+        for name in ("open", "mkdir", "replace", "rename", "fdopen", "fsync"):
+            patch.setattr(os, name, calling(getattr(os, name)))
+        before = sys.gettrace()
+        sys.settrace(traced)
+        try:
+            yield
+        except Ended:
+            pass
+        finally:
+            sys.settrace(before)
 
 
 def fail(*_: object, **__: object) -> None:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageSequence
 from safetensors.numpy import save_file
 
+from tgate_engine import underway
 from tgate_engine.errors import RequestError
 from tgate_runtime import files
 from tgate_runtime.files import (
@@ -58,6 +59,15 @@ def test_new_files_go_where_the_work_fails(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt), new_files("a", ".png", 2):
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["a-0001.png"]
+
+
+def test_new_files_go_where_the_process_is_ended_hard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while a video is encoded, which no signal interrupts."""
+    monkeypatch.chdir(tmp_path)
+    Path("a-0001.png").write_text("mine")
+    with new_files("a", ".png", 2):
+        underway.remove_unfinished()
+        assert [path.name for path in tmp_path.iterdir()] == ["a-0001.png"]
 
 
 def test_several_results_are_numbered(tmp_path: Path) -> None:

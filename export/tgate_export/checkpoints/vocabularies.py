@@ -17,6 +17,7 @@ from typing import Any
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from tgate_engine.errors import ExportError
+from tgate_engine.underway import unfinished
 from tgate_export.checkpoints.configs import check_code
 from tgate_export.checkpoints.files import kind_of, parse_object, present, quoted, read_bytes
 from tgate_export.libraries import refusing
@@ -81,7 +82,7 @@ def checked_vocabulary(directory: Path) -> Iterator[Path]:
     """
     if not any(present(directory / file) for file in VOCABULARIES):  # transformers would make one up
         raise ExportError(f"{directory} holds no vocabulary (one of {', '.join(VOCABULARIES)}); it is incomplete")
-    with tempfile.TemporaryDirectory(prefix="tgate-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tgate-") as folder, unfinished(Path(folder)):
         for name in _FILES:
             if present(directory / name):
                 content = read_bytes(directory / name, FILE_BYTES)

@@ -40,7 +40,7 @@ from tgate_engine.errors import BundleError
 from tgate_engine.graph import DENOISE, GraphSpec
 from tgate_engine.plan import Plan
 from tgate_runtime.engines.ort import OrtCpu, OrtExecutable, find_weights
-from tgate_runtime.engines.protocol import Call, EngineOptions, OnBuild
+from tgate_runtime.engines.protocol import Call, EngineOptions, Instead, OnBuild
 from tgate_runtime.graph_check import read_graphs
 from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.tuning.quality import interval, psnr
@@ -188,8 +188,13 @@ class Fp8(OrtCpu):
         self._maxima = maxima
 
     def load(
-        self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
+        self,
+        bundle: Bundle,
+        graphs: Sequence[GraphSpec],
+        on_build: OnBuild | None = None,
+        instead: Instead | None = None,
     ) -> dict[str, OrtExecutable]:
+        assert not instead, "simulated without adapters"
         files, weights = read_graphs(bundle, graphs), map_weights(bundle.file(bundle.manifest.weights))
         for spec in graphs:
             if spec.role == DENOISE:
@@ -206,8 +211,13 @@ class Observing(OrtCpu):
         self.maxima: dict[str, float] = {}
 
     def load(
-        self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
+        self,
+        bundle: Bundle,
+        graphs: Sequence[GraphSpec],
+        on_build: OnBuild | None = None,
+        instead: Instead | None = None,
     ) -> dict[str, OrtExecutable]:
+        assert not instead, "simulated without adapters"
         files, weights = read_graphs(bundle, graphs), map_weights(bundle.file(bundle.manifest.weights))
         loaded = super().load(bundle, graphs, on_build)
         for spec in graphs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from tgate_engine.atomic import is_half_written, locked, write_atomically
 from tgate_engine.errors import BundleError, PlanError, shown
 from tgate_engine.graph import GraphSpec
-from tgate_engine.manifest import MANIFEST_FILE, FileDigest, Manifest
+from tgate_engine.manifest import MANIFEST_FILE, Adapter, FileDigest, Manifest
 from tgate_engine.manifest_json import MOST_BYTES, dump_manifest, parse_manifest
 from tgate_engine.plain_files import FileState, open_inside, read_most, state_of
 from tgate_engine.plan import Plan
@@ -165,6 +166,49 @@ class Bundle:
 
         return self._rewritten(remove)
 
+    def save_adapter(self, name: str, adapter: Adapter, content: bytes, *, force: bool = False) -> Bundle:
+        """The bundle as it lies on disk by now, with an adapter more, of whose file ``content`` is all; written as
+        :meth:`save_plans` writes. Raises :class:`BundleError` where the name is taken (unless ``force``), or nothing
+        can be written."""
+
+        def add(now: Bundle) -> Bundle:
+            if name in now.manifest.adapters and not force:
+                raise BundleError(
+                    f"{self.path} already has an adapter {name!r}; use another --name, or --force to replace it"
+                )
+            file = now.path / check_name(adapter.file)
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, content)
+            digest = FileDigest(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+            files = {**now.manifest.files, adapter.file: digest}
+            return _with_adapters(now, {**now.manifest.adapters, name: adapter}, files)
+
+        return self._rewritten(add)._swept(self)
+
+    def remove_adapters(self, names: Collection[str]) -> Bundle:
+        """The bundle as it lies on disk by now, without these adapters. Raises :class:`BundleError` for a name that is
+        not there, and where the manifest cannot be written."""
+
+        def remove(now: Bundle) -> Bundle:
+            adapters = dict(now.manifest.adapters)
+            for name in dict.fromkeys(names):
+                if name not in adapters:
+                    raise BundleError(
+                        f"{self.path} has no adapter {name!r:.60}; it has {', '.join(sorted(adapters)) or 'none'}"
+                    )
+                del adapters[name]
+            return _with_adapters(now, adapters, now.manifest.files)
+
+        return self._rewritten(remove)._swept(self)
+
+    def _swept(self, before: Bundle) -> Bundle:
+        """Without the files of adapters that the manifest of ``before`` listed, and this one's does not any more."""
+        for adapter in before.manifest.adapters.values():
+            if adapter.file not in self.manifest.files:
+                with contextlib.suppress(OSError):
+                    (self.path / check_name(adapter.file)).unlink()
+        return self
+
     def _rewritten(self, change: Callable[[Bundle], Bundle]) -> Bundle:
         """What ``change`` makes of the bundle as it lies on disk, once its manifest is written, under its lock."""
         file = self.path / MANIFEST_FILE
@@ -226,6 +270,7 @@ class Bundle:
             *(name for name in (m.weights, m.samplers) if name),
             *(graph.file for shape in m.shapes for graph in shape.graphs.values()),
             *(t.file for t in m.tokenizers),
+            *(adapter.file for adapter in m.adapters.values()),
         ]:
             self.file(name)
         for shape in m.shapes:
@@ -274,6 +319,14 @@ class Bundle:
                 raise PlanError(
                     f"plan {name!r} names baseline {missing[0]!r}, which is not there. Make it again with `tgate plan`."
                 )
+
+
+def _with_adapters(bundle: Bundle, adapters: Mapping[str, Adapter], files: Mapping[str, FileDigest]) -> Bundle:
+    """With those adapters, and of adapters' files those that they name."""
+    named = {adapter.file for adapter in adapters.values()}
+    gone = {adapter.file for adapter in bundle.manifest.adapters.values()} - named
+    left = {name: digest for name, digest in files.items() if name not in gone}
+    return replace(bundle, manifest=replace(bundle.manifest, adapters=adapters, files=left))
 
 
 def sha256_of(path: Path) -> str:

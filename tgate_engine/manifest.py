@@ -60,6 +60,18 @@ class Conditioning:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A LoRA that requests may name, kept beside the weights that it changes; see :mod:`tgate_engine.adapter`.
+
+    ``file``: of the bundle. ``layers``: how many it changes. ``rank``: the largest of any of them.
+    """
+
+    file: str
+    layers: int
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Golden:
     """Inputs and eager PyTorch's outputs, in ``file`` (safetensors).
 
@@ -116,7 +128,7 @@ class Manifest:
     ``weights``: the weight file, empty without weights. ``samplers``: the file of compiled samplers
     (:mod:`tgate_engine.sampler_tables`), empty where there is none.
     ``shapes``: at least one; the first one's size is the default. ``carries``: facts for people on each tensor that
-    one step writes and a later one reads, by its name in the graphs.
+    one step writes and a later one reads, by its name in the graphs. ``adapters``: by the names that requests use.
     """
 
     model: str
@@ -142,6 +154,7 @@ class Manifest:
     scheduler: Mapping[str, Any]
     tools: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     def plan(self, name: str) -> Plan:
         """The plan of that name. Raises :class:`BundleError` listing the names there are."""

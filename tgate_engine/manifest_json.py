@@ -20,6 +20,7 @@ from tgate_engine.manifest import (
     NEGATIVES,
     SCHEMA_VERSION,
     SOURCES,
+    Adapter,
     Conditioning,
     FileDigest,
     Golden,
@@ -37,6 +38,7 @@ them; and reading what is all brackets, the worst there is, takes some twenty ti
 _MOST_FILES = 10_000
 _MOST_SHAPES = 64
 _MOST_PLANS = 1000
+_MOST_ADAPTERS = 1000
 _MOST_TENSORS = 1024  # of a graph, a way: SDXL's have 150
 _MOST_SIZE = 1 << 16  # pixels of a side, frames, images in a call
 _MOST_ROWS = 1 << 20  # tokens of a prompt
@@ -101,9 +103,11 @@ def content_digest(data: Mapping[str, Any]) -> str:
 
 
 def bundle_digest(manifest: Manifest) -> str:
-    """What a bundle is known by: :func:`content_digest` of its manifest without the plans, which are added to a bundle
-    that stays the same."""
-    data = _encode(manifest)
+    """What a bundle is known by: :func:`content_digest` of its manifest without plans and adapters, which are added to
+    a bundle that stays the same."""
+    kept = {adapter.file for adapter in manifest.adapters.values()}
+    files = {name: digest for name, digest in manifest.files.items() if name not in kept}
+    data = _encode(replace(manifest, adapters={}, files=files))
     del data["plans"]
     return content_digest(data)
 
@@ -113,14 +117,21 @@ def _encode(value: Any) -> Any:
     if isinstance(value, Plan):
         return value.to_json()
     if isinstance(value, Manifest):
-        value = replace(value, scheduler=_spelt(value.scheduler, _INFINITIES))
+        data = _fields(replace(value, scheduler=_spelt(value.scheduler, _INFINITIES)))
+        if not value.adapters:  # as before there were any
+            del data["adapters"]
+        return data
     if hasattr(value, "__dataclass_fields__"):
-        return {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
+        return _fields(value)
     if isinstance(value, Mapping):
         return {key: _encode(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [_encode(item) for item in value]
     return value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
 
 
 def _spelt(config: Mapping[str, Any], words: Mapping[Any, Any]) -> dict[str, Any]:
@@ -227,6 +238,10 @@ def _scheduler(r: Reader) -> Mapping[str, Any]:
     return _spelt(config, {word: number for number, word in _INFINITIES.items()})
 
 
+def _adapter(r: Reader) -> Adapter:
+    return Adapter(file=r.name("file"), layers=r.whole("layers", 1), rank=r.whole("rank", 1))
+
+
 def _golden(r: Reader) -> Golden:
     return Golden(
         file=r.name("file"),
@@ -273,6 +288,7 @@ def _manifest(r: Reader) -> Manifest:
         files=files,
         scheduler=_scheduler(r),
         tools=r.strings("tools"),
+        adapters=r.table("adapters", _adapter, _MOST_ADAPTERS) if "adapters" in r.data else {},
     )
     if not manifest.takes_scale(manifest.guidance_scale):
         raise BundleError(

@@ -15,10 +15,12 @@ from tgate_cli.command import LONGEST
 from tgate_cli.hints import hint, meant
 from tgate_cli.tune_arguments import add_tune, check_tune
 from tgate_cli.values import (
+    adapter_name,
     amount,
     batch,
     count,
     count_or_none,
+    lora,
     number,
     pixels,
     plan_file,
@@ -137,6 +139,8 @@ def tgate_parser() -> Parser:
     p.add_argument("--generator", metavar="NAME", help="of noise: numpy, if left out, or, as diffusers, torch-cuda")
     p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
     p.add_argument("--guidance-scale", type=number, metavar="G", help="above 1; the plan's if left out")
+    named = "add an adapter of the bundle's to the weights (tgate adapt), 1.0 of it if left out; repeatable"
+    p.add_argument("--lora", dest="loras", type=lora, action="append", default=[], metavar="NAME[:SCALE]", help=named)
     _plan(p)
     _size(p)
     p.add_argument("--num-images", type=count, default=1, metavar="N", help="of each prompt")
@@ -206,6 +210,8 @@ def tgate_parser() -> Parser:
     p.add_argument("--queue", type=count, default=64, metavar="N", help="images that may wait; 64 if left out")
     patience = "calls that may pass over the oldest image, for each of its steps; 8 if left out"
     p.add_argument("--patience", type=count_or_none, default=8, metavar="N", help=patience)
+    combined = "combinations of adapters that are drawn at once, beside requests without; 1 if left out"
+    p.add_argument("--adapted", type=count, default=1, metavar="N", help=combined)
     p.add_argument("--memory-limit", type=amount, metavar="SIZE", help="all that is planned must fit, such as 8GiB")
     p.add_argument("--most-images", type=count, default=10, metavar="N", help="of a request; 10 if left out")
     drain = "requests may go on for so long after SIGTERM; 60 if left out"
@@ -231,6 +237,20 @@ def tgate_parser() -> Parser:
     p.add_argument(
         "--output", type=plan_file, metavar="FILE.json", help="write the plan to a file, and leave the bundle as it is"
     )
+
+    p = command("adapt", "Keep a LoRA in a bundle, for requests to name; or take some out.")
+    what = "a .safetensors file, of this bundle's model; left out with --remove"
+    p.add_argument("lora", type=Path, metavar="LORA", nargs="?", help=what)
+    p.add_argument("--name", type=adapter_name, help="what requests call it; the file's name if left out")
+    p.add_argument("--force", action="store_true", help="replace an adapter of that name")
+    p.add_argument(
+        "--remove",
+        type=adapter_name,
+        action="append",
+        metavar="NAME",
+        help="take an adapter out, and add none; repeatable",
+    )
+    _json(p)
 
     p = command("tune", "Find the plan to take, by what it costs here in pictures and in time, and add it.")
     add_tune(p)
@@ -342,6 +362,9 @@ def check_generate(args: argparse.Namespace) -> None:
         args.parser.error("the following arguments are required: BUNDLE")
     if args.json and args.output == Path("-"):
         args.parser.error("--json and --output - both write to standard output; give one of them")
+    names = [name for name, _ in args.loras]
+    if twice := [name for name in names if names.count(name) > 1]:
+        args.parser.error(f"--lora {twice[0]} is there {names.count(twice[0])} times; give one scale")
 
 
 def check_plan(args: argparse.Namespace) -> None:
@@ -360,9 +383,21 @@ def check_plan(args: argparse.Namespace) -> None:
         args.parser.error("the following arguments are required: --name; or --remove NAME")
 
 
+def check_adapt(args: argparse.Namespace) -> None:
+    """Ends as a wrong command line does where ``tgate adapt`` is told neither what to keep nor what to take out, or
+    both."""
+    given = {"LORA": args.lora, "--name": args.name, "--force": args.force or None}
+    named = [name for name, value in given.items() if value is not None]
+    if args.remove and named:
+        args.parser.error(f"--remove takes adapters out and adds none; leave out {', '.join(named)}")
+    if not args.remove and args.lora is None:
+        args.parser.error("the following arguments are required: LORA; or --remove NAME")
+
+
 CHECKS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "generate": check_generate,
     "plan": check_plan,
+    "adapt": check_adapt,
     "tune": check_tune,
 }
 """What goes together, by the command."""

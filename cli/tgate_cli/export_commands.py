@@ -167,6 +167,36 @@ def _remove(args: argparse.Namespace, report: Reporter) -> Show:
     return lambda: print_lines(f"{args.bundle}: plan {name} removed; left are {', '.join(left)}" for name in removed)
 
 
+def adapt(args: argparse.Namespace, report: Reporter) -> Show:
+    """``tgate adapt``: a LoRA kept in a bundle for requests; or fewer of them."""
+    if args.remove:
+        report.stage("removing adapters")
+        left = bundle_asked(args).remove_adapters(args.remove).manifest.adapters
+        removed = list(dict.fromkeys(args.remove))
+        if args.json:
+            return lambda: print_json({"written": args.bundle, "removed": removed, "adapters": list(left)})
+        there = ", ".join(left) or "none"
+        return lambda: print_lines(f"{args.bundle}: adapter {name} removed; left are {there}" for name in removed)
+    place = bundle_place(args)
+    report.stage("loading PyTorch and diffusers")
+    with needs("reading LoRAs", EXPORT_ADVICE):
+        from tgate_export.adapt import adapt as keep
+    name = args.lora.stem if args.name is None else args.name
+    report.stage(f"reading {args.lora}")
+    kept = keep(place, args.lora, name=name, force=args.force)
+    if kept.left:
+        report.warn(f"what {args.lora} changes in {', '.join(kept.left)} is left out: the bundle has none")
+    for component, count in kept.unread.items():
+        report.note(f"{count} layers of {component} that {args.lora} changes are behind those that the bundle reads")
+    if args.json:
+        facts = {"name": name, "layers": dict(kept.layers), "unread": dict(kept.unread), "left": kept.left}
+        sizes = {"rank": kept.adapter.rank, "bytes": kept.bytes}
+        return lambda: print_json({"written": args.bundle, **facts, **sizes})
+    of = ", ".join(f"{count} layers of {component}" for component, count in kept.layers.items())
+    line = f"{args.bundle}: adapter {name}, {of}, rank {kept.adapter.rank}, {kept.bytes / 1e6:.1f} MB"
+    return lambda: print_lines([line])
+
+
 def embed(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate embed``: prompts encoded into a file."""
     from tgate_export.settings import check_text

@@ -59,7 +59,9 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     manifest = bundle.manifest
     with needs("drawing", engine_advice(args)):
         from tgate_runtime import files
+        from tgate_runtime.adapters import scales_of_adapters
         from tgate_runtime.pipeline import Pipeline
+        from tgate_runtime.record import loras_of
         from tgate_runtime.request import check_room, seeds_of
         from tgate_runtime.session import graphs_of
 
@@ -70,6 +72,7 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
             f"{args.source} BUNDLE names its directory"
         )
     request = _request(args, texts, record or noted, manifest)
+    loras = scales_of_adapters(request["loras"], manifest)
     plan, shapes = _plan(args, record, manifest), manifest.shapes_of(request["size"])
     graphs_of(bundle, [plan], [shapes[0].size])
     _check_files(args, record, replaced=bool(texts))
@@ -85,7 +88,8 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     report.stage(f"loading {args.engine}")
     engine = asked_engine(args)
     if record is not None:
-        _tell_differences(args.source, record, manifest, plan, engine, given, report)
+        now = {**given, "loras": loras_of(loras, manifest)}
+        _tell_differences(args.source, record, manifest, plan, engine, now, report)
     report.stage(f"opening {args.bundle}")
     bundle = bundle.checked()
     results: list[Result] = []
@@ -226,14 +230,15 @@ def _request(
     from tgate_runtime.request import begins_from
 
     request: dict[str, Any] = {"prompt": None, "negative_prompt": None, "seed": None, "size": None, "strength": None}
-    request |= {"generator": "numpy", "guidance_scale": None}
+    request |= {"generator": "numpy", "guidance_scale": None, "loras": None}
     if record is not None:
         request |= record.request()
         request["prompt"] = None if record.prompt is None else [record.prompt]
     conditions = args.image is not None and not begins_from(manifest, args.image)
     if conditions or args.prompt_embeds is not None:
         request |= {"prompt": None, "negative_prompt": None}
-    asked = {name: getattr(args, name) for name in request if name != "prompt"} | {"prompt": list(texts) or None}
+    asked = {name: getattr(args, name) for name in request if name not in ("prompt", "loras")}
+    asked |= {"prompt": list(texts) or None, "loras": dict(args.loras) or None}
     return request | {name: value for name, value in asked.items() if value is not None}
 
 

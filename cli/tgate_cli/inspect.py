@@ -43,6 +43,10 @@ def describe(bundle: Bundle, size: str | None = None) -> dict[str, Any]:
         "plans": {
             name: {**describe_plan(plan, m, shape), "report": _report(bundle, plan)} for name, plan in m.plans.items()
         },
+        "adapters": {
+            name: {"layers": each.layers, "rank": each.rank, "bytes": m.files[each.file].bytes}
+            for name, each in m.adapters.items()
+        },
         "goldens": {name: golden.oracle for name, golden in m.goldens.items()},
         "tools": dict(m.tools),
     }

@@ -40,6 +40,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Reporter], Show]] = {
     "build": run_commands.build,
     "serve": serve,
     "plan": export_commands.plan,
+    "adapt": export_commands.adapt,
     "tune": tune,
     "embed": export_commands.embed,
     "export": export_commands.export,

@@ -49,6 +49,7 @@ def serve(args: argparse.Namespace, report: Reporter) -> Show:
             queue=args.queue,
             patience=args.patience,
             memory_bytes=args.memory_limit,
+            adapted=args.adapted,
         )
         models, metrics = stack.enter_context(server.opened(checked, engine, serving, report.progress))
         limits = Limits(images=args.most_images)

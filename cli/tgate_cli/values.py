@@ -8,7 +8,8 @@ import math
 import re
 from pathlib import Path
 
-from tgate_engine.errors import shown
+from tgate_engine.adapter import check_adapter_name
+from tgate_engine.errors import RequestError, shown
 from tgate_engine.reader import MOST_LETTERS, is_word
 
 MOST = 10_000
@@ -101,6 +102,20 @@ def plan_name(text: str) -> str:
             f"a plan's name is at most {MOST_LETTERS} characters, all of them printable, got '{shown(text)}'"
         )
     return text
+
+
+def adapter_name(text: str) -> str:
+    """What an adapter may be called."""
+    try:
+        return check_adapter_name(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def lora(text: str) -> tuple[str, float]:
+    """An adapter's name, and its scale: ``NAME`` or ``NAME:SCALE``."""
+    name, colon, scale = text.partition(":")
+    return adapter_name(name), number(scale) if colon else 1.0
 
 
 def plan_file(text: str) -> Path:

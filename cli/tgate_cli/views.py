@@ -33,6 +33,8 @@ def inspection(data: Mapping[str, Any], out: TextIO | None = None) -> None:
     for oracle in dict.fromkeys(data["goldens"].values()):
         names = (name for name, recorder in data["goldens"].items() if recorder == oracle)
         _print(out, f"goldens {', '.join(names)}: recorded by {oracle or 'an unnamed oracle'}")
+    for name, each in data["adapters"].items():
+        _print(out, f"adapter {name}: {each['layers']} layers, rank {each['rank']}, {_bytes(each['bytes'])}")
     for name, plan in data["plans"].items():
         _print(out, "")
         _plan(name, plan, "" if len(data["shapes"]) == 1 else f", {data['size']}", out)

@@ -6,6 +6,7 @@ and shapes stay as they are without a LoRA. How a file names what it changes is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.base import Checkpoint, Stored, Tensors
-from tgate_export.lora_files import Change, LoraFile, read_lora
+from tgate_export.lora_files import Change, LoraFile, Takes, read_lora
 from tgate_export.settings import Lora
 
 __all__ = ["FusedCheckpoint", "Lora", "fuse_loras"]
@@ -61,7 +62,10 @@ class FusedCheckpoint(Checkpoint):
         self.model_index: Mapping[str, Any] = checkpoint.model_index
         self.loras = tuple(loras)
         names = tuple(components)
-        files = [read_lora(lora.path, checkpoint) for lora in self.loras]
+        index = checkpoint.model_index
+        unet = checkpoint.config("unet") if "unet" in index else None
+        takes = Takes.of(str(index["_class_name"]), index, unet)
+        files = [read_lora(lora.path, takes) for lora in self.loras]
         for file in files:
             if not set(file.components) & set(names):
                 raise ExportError(
@@ -108,7 +112,7 @@ class FusedCheckpoint(Checkpoint):
     ) -> Mapping[str, Sequence[_Addend]]:
         """What is added to each parameter, in the LoRAs' order."""
         with accelerate.init_empty_weights(include_buffers=False):
-            layers = dict(build(self._checkpoint, component).named_modules())
+            layers = {name: Layer.of(module) for name, module in build(self._checkpoint, component).named_modules()}
         added: dict[str, list[_Addend]] = {}
         for lora, file in zip(self.loras, files, strict=True):
             seen: dict[str, str] = {}
@@ -122,7 +126,7 @@ class FusedCheckpoint(Checkpoint):
                         "leave one of them out"
                     )
                 seen[name] = change.name
-                _check(file, change, name, layers.get(name))
+                check_fits(file, change, name, layers.get(name))
                 factor = lora.scale * file.strength(change, name)
                 added.setdefault(f"{name}.weight", []).append(_Addend(factor, change.up, change.down))
                 if change.bias is not None:
@@ -148,8 +152,8 @@ class _Addend:
 
 
 class _FusedTensors:
-    """One component's tensors, those that LoRAs change fused when they are read: in the checkpoint's dtype, or in
-    float32 where that has eight bits.
+    """One component's tensors, those that LoRAs change fused when they are read: in float32, whatever the checkpoint's
+    dtype, so that nothing of a LoRA is lost before the bundle's own.
     """
 
     def __init__(self, where: str, wrapped: Tensors, added: Mapping[str, Sequence[_Addend]]) -> None:
@@ -182,32 +186,50 @@ class _FusedTensors:
                     "checkpoint is of another architecture than its config.json says"
                 )
             addend.add_to(values)
-        fused = values.to(tensor.dtype) if tensor.dtype.itemsize > 1 else values  # eight bits would lose the LoRA
-        if not torch.isfinite(fused).all():
-            raise ExportError(f"{self._where}: {key!r} does not fit into {tensor.dtype}; choose a smaller LoRA scale")
-        return fused
+        if not torch.isfinite(values).all():
+            raise ExportError(f"{self._where}: {key!r} does not fit into float32; choose a smaller LoRA scale")
+        return values
 
     def close(self) -> None:
         self._wrapped.close()
 
 
-def _check(file: LoraFile, change: Change, name: str, layer: nn.Module | None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What a LoRA has to fit. ``kind``: what it is, for people. ``weight``: [outputs, inputs, kernel ...] of a layer
+    that a LoRA can change; empty for others. ``bias``: its shape, if it has one."""
+
+    kind: str
+    weight: tuple[int, ...] = ()
+    bias: tuple[int, ...] | None = None
+
+    @staticmethod
+    def of(module: nn.Module) -> Layer:
+        """That of a module."""
+        kind = type(module).__name__
+        if not isinstance(module, _KINDS_OF_LAYER) or getattr(module, "groups", 1) != 1:
+            return Layer(kind=kind)
+        bias = None if module.bias is None else tuple(module.bias.shape)
+        return Layer(kind=kind, weight=tuple(module.weight.shape), bias=bias)
+
+
+def check_fits(file: LoraFile, change: Change, name: str, layer: Layer | None) -> None:
     """Raises :class:`ExportError` where a change does not belong to a model's layer."""
     where = f"LoRA {file.path} is for another architecture: it changes {change.component}.{name}"
-    if not isinstance(layer, _KINDS_OF_LAYER) or getattr(layer, "groups", 1) != 1:
-        has = "which this model has not" if layer is None else f"which is a {type(layer).__name__} in this model"
+    if layer is None or not layer.weight:
+        has = "which this model has not" if layer is None else f"which is a {layer.kind} in this model"
         raise ExportError(f"{where}, {has}; give a LoRA of this model")
-    weight: Any = layer.weight  # [outputs, inputs, kernel ...]
+    outputs, inputs, *kernel = layer.weight
     for what, got, expected in (
-        ("inputs", change.down.shape[1], weight.shape[1]),
-        ("outputs", change.up.shape[0], weight.shape[0]),
-        ("elements of kernel", change.down[0, 0].numel(), weight[0, 0].numel()),
+        ("inputs", change.down.shape[1], inputs),
+        ("outputs", change.up.shape[0], outputs),
+        ("elements of kernel", change.down[0, 0].numel(), math.prod(kernel)),
         ("elements of kernel upwards", change.up[0, 0].numel(), 1),
     ):
         if got != expected:
             raise ExportError(f"{where} with {got} {what}, and this model's has {expected}; give a LoRA of this model")
-    if change.bias is not None and (layer.bias is None or change.bias.shape != layer.bias.shape):
-        had = "none" if layer.bias is None else list(layer.bias.shape)
+    if change.bias is not None and (layer.bias is None or tuple(change.bias.shape) != layer.bias):
+        had = "none" if layer.bias is None else list(layer.bias)
         raise ExportError(
             f"{where} with a bias {list(change.bias.shape)}, and this model's is {had}; give a LoRA of this model"
         )

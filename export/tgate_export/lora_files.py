@@ -27,7 +27,7 @@ from diffusers.utils.state_dict_utils import (
 from torch import Tensor
 
 from tgate_engine.errors import ExportError
-from tgate_export.checkpoints.base import Checkpoint, Stored
+from tgate_export.checkpoints.base import Stored
 from tgate_export.checkpoints.files import parse_object, present, quoted, read_json
 from tgate_export.checkpoints.headers import read_header
 from tgate_export.quiet import quiet
@@ -86,14 +86,33 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Takes:
+    """What LoRAs of a pipeline may change. ``pipeline``: its class in diffusers, or None. ``components``: by their
+    names there, the denoiser first. ``unet``: the configuration of one, if that is the denoiser."""
+
+    pipeline: Any
+    components: tuple[str, ...]
+    unet: Mapping[str, Any] | None
+
+    @staticmethod
+    def of(name: str, there: Collection[str], unet: Mapping[str, Any] | None) -> Takes:
+        """Those of the pipeline of that name, of which the components ``there`` are."""
+        with quiet():  # the class is one that a family knows: the exporter asks before it comes here
+            pipeline: Any = getattr(diffusers, name, None)
+        denoiser = next(component for component in DENOISERS if component in there)
+        encoders = TEXT_ENCODERS if hasattr(pipeline, "load_lora_into_text_encoder") else ()
+        components = tuple(component for component in (denoiser, *encoders) if component in there)
+        return Takes(pipeline=pipeline, components=components, unet=unet)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LoraFile:
     """A file's changes. ``settings``: by component, what peft knew of its training."""
 
     path: Path
-    pipeline: Any
+    takes: Takes
     changes: tuple[Change, ...]
     settings: Mapping[str, Mapping[str, Any]]
-    unet: Mapping[str, Any] | None
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -149,27 +168,24 @@ class LoraFile:
 
     def _original(self, change: Change) -> str:
         """What diffusers makes of a name which the model has not: for SDXL, kohya's are those of the original code."""
-        if change.component not in DENOISERS or not hasattr(self.pipeline, "lora_state_dict"):
+        pipeline, unet = self.takes.pipeline, self.takes.unet
+        if change.component not in DENOISERS or not hasattr(pipeline, "lora_state_dict"):
             return change.name
         pair = {f"lora_unet_{change.name}.lora_{side}.weight": torch.zeros(1) for side in ("down", "up")}
-        config = None if self.unet is None else SimpleNamespace(**self.unet)
+        config = None if unet is None else SimpleNamespace(**unet)
         try:
             with quiet():
-                converted = self.pipeline.lora_state_dict(pair, unet_config=config)[0]
+                converted = pipeline.lora_state_dict(pair, unet_config=config)[0]
         except Exception:  # the converters raise many kinds for a name that they do not know
             return change.name
         match = _FACTOR.fullmatch(_peft_name(next(iter(converted)).removeprefix("unet."), change.component))
         return match["module"] if match else change.name
 
 
-def read_lora(path: Path, checkpoint: Checkpoint) -> LoraFile:
-    """A LoRA's file, for a checkpoint's pipeline. Raises :class:`ExportError`, which names what is wrong in it."""
+def read_lora(path: Path, pipeline: Takes) -> LoraFile:
+    """A LoRA's file, for a pipeline. Raises :class:`ExportError`, which names what is wrong in it."""
     tensors, header = _stored(path)
-    with quiet():  # the class is one that a family knows: the exporter asks before it comes here
-        pipeline: Any = getattr(diffusers, str(checkpoint.model_index["_class_name"]), None)
-    denoiser = next(name for name in DENOISERS if name in checkpoint.model_index)
-    encoders = TEXT_ENCODERS if hasattr(pipeline, "load_lora_into_text_encoder") else ()
-    takes = tuple(name for name in (denoiser, *encoders) if name in checkpoint.model_index)
+    takes, denoiser = pipeline.components, pipeline.components[0]
     parts = {"unet": denoiser, "transformer": denoiser, "te": "text_encoder", "te1": "text_encoder"}
     parts["te2"] = "text_encoder_2"
     bare = _component_of_bare_names(path, tensors, takes)
@@ -203,8 +219,7 @@ def read_lora(path: Path, checkpoint: Checkpoint) -> LoraFile:
         settings[bare] = _neighbour(path)
     for component, fields in settings.items():
         _check_settings(path, component, fields)
-    unet = checkpoint.config("unet") if "unet" in checkpoint.model_index else None
-    return LoraFile(path=path, pipeline=pipeline, changes=changes, settings=settings, unet=unet)
+    return LoraFile(path=path, takes=pipeline, changes=changes, settings=settings)
 
 
 def _stored(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:

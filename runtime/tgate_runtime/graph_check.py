@@ -6,7 +6,7 @@ was checked is what is used. OpenVINO alone has to be given a name: see its modu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -20,6 +20,16 @@ _POOL = descriptor_pool.DescriptorPool()
 _POOL.Add(describe(descriptor_pb2.FileDescriptorProto()))
 ModelMessage: Any = message_factory.GetMessageClass(_POOL.FindMessageTypeByName(MODEL))
 """The class of protobuf messages that a graph's file is one of, with the fields of ``onnx_form.FORM``."""
+
+
+def reading(bundle: Bundle, graphs: Iterable[GraphSpec], weights: Collection[str]) -> list[GraphSpec]:
+    """Those of ``graphs`` that read some of those weights."""
+    found = []
+    for spec in graphs:
+        model = ModelMessage.FromString(bundle.read(spec.file))
+        if any(initializer.name in weights for initializer in model.graph.initializer):
+            found.append(spec)
+    return found
 
 
 def read_graphs(bundle: Bundle, graphs: Sequence[GraphSpec]) -> dict[str, bytes]:

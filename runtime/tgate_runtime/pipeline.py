@@ -29,7 +29,7 @@ from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import check_generator, in_dtype, in_step, noise
 from tgate_runtime.names import with_hints
 from tgate_runtime.preview import Colours, Look
-from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given
+from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given, loras_of
 from tgate_runtime.request import (
     check_call,
     check_count,
@@ -142,6 +142,7 @@ class Pipeline:
         plan: PlanLike = "default",
         size: str | None = None,
         num_images: int = 1,
+        loras: Mapping[str, float] | None = None,
         initial_latents: NDArray[Any] | None = None,
         generator: str = "numpy",
         on_step: Callable[[Progress], None] | None = None,
@@ -160,6 +161,8 @@ class Pipeline:
         ``negative_prompt``: one for all, or one for each prompt; None is the model's convention for none.
         ``plan``: a name of the bundle's, a :class:`Plan`, or a file that ``tgate plan --output`` wrote (a path, or a
         text that ends in .json). ``size``: one of the session's, such as ``"832x1216"``; None is its default.
+        ``loras``: scales by the names of the bundle's adapters, of which each is added to the weights for this request
+        (:meth:`Session.adapted`).
         ``initial_latents``: float32 [N, ...], standard normal noise in place of the seeds', for videos also with
         frames; stochastic samplers still draw their steps' noise from the seeds. ``generator``: what draws the noise,
         one of :data:`tgate_runtime.generators.GENERATORS`. ``on_step`` is called after each step in the calling thread,
@@ -169,26 +172,27 @@ class Pipeline:
         was cut. Raises :class:`RequestError` for a request that cannot be served, before any step is taken, and
         :class:`~tgate_engine.errors.EngineError` where a graph fails or what it gives is not finite.
         """
-        chosen = self.session.plan(plan)
-        shape, dtype = self.session.shapes(size)[0], self.session.manifest.dtype
+        own = self._with(loras)
+        chosen = own.session.plan(plan)
+        shape, dtype = own.session.shapes(size)[0], own.session.manifest.dtype
         size, latents_shape = shape.size, shape.latents
         number = check_count(num_images)
         check_generator(generator)
         check_call(on_step, "on_step")
-        texts = self._prompts(prompt, negative_prompt, image, prompt_embeds)
+        texts = own._prompts(prompt, negative_prompt, image, prompt_embeds)
         prompts = len(texts) or 1
         if prompt_embeds is not None:
-            prompts = rows_of(prompt_embeds, self.session.manifest) or 1
+            prompts = rows_of(prompt_embeds, own.session.manifest) or 1
         count = prompts * number
-        check_room(count, shape, self.session.manifest.frames)
+        check_room(count, shape, own.session.manifest.frames)
         seeds = seeds_of(seed, count)
-        scales = scales_of(guidance_scale, count, chosen, self.session.manifest)
-        strength = strength_of(strength, self.session.manifest, image, mask)
+        scales = scales_of(guidance_scale, count, chosen, own.session.manifest)
+        strength = strength_of(strength, own.session.manifest, image, mask)
         if initial_latents is not None:
             check_latents(initial_latents, (count, *latents_shape))
         begun = image is not None and strength is not None
-        beginning = self._beginner.begin(chosen, image, strength, size, mask) if begun else None  # type: ignore[arg-type]
-        rows = self._rows(texts, None if begun else image, prompt_embeds, seeds, number, size)
+        beginning = own._beginner.begin(chosen, image, strength, size, mask) if begun else None  # type: ignore[arg-type]
+        rows = own._rows(texts, None if begun else image, prompt_embeds, seeds, number, size)
 
         def drawn(image: int, draw: int) -> NDArray[np.float32]:
             return in_dtype(noise(seeds[image], latents_shape, draw=draw, generator=generator), generator, dtype)
@@ -209,16 +213,16 @@ class Pipeline:
             count, image=image, mask=mask, prompt_embeds=prompt_embeds, initial_latents=initial_latents
         )
         taken = chosen if beginning is None else beginning.plan
-        latents = self._denoise(chosen, taken, size, start, rows, scales, in_steps, mends, on_step)
-        decoder = self.session.graph(DECODE, size)
-        decoded = [decode(self.session, decoder, each) for each in latents] if decoder else []
-        video = self.session.manifest.frames > 1
+        latents = own._denoise(chosen, taken, size, start, rows, scales, in_steps, mends, on_step)
+        decoder = own.session.graph(DECODE, size)
+        decoded = [decode(own.session, decoder, each) for each in latents] if decoder else []
+        video = own.session.manifest.frames > 1
         return Result(
             images=[] if video else [frame for frames in decoded for frame in frames],
             videos=decoded if video else [],
             latents=latents,
             seeds=seeds,
-            records=self._records(chosen, size, texts, scales, seeds, generator, strength, given),
+            records=own._records(chosen, size, texts, scales, seeds, generator, strength, given),
         )
 
     def close(self) -> None:
@@ -232,6 +236,15 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _with(self, loras: Mapping[str, float] | None) -> Pipeline:
+        """One that draws with those adapters; this one where there are none."""
+        session = self.session.adapted(loras)
+        if session is self.session:
+            return self
+        own = Pipeline(session)
+        own._colours = self._colours  # of the decoder, which no adapter changes
+        return own
 
     def _prompts(
         self,
@@ -289,6 +302,7 @@ class Pipeline:
         each: Sequence[tuple[str | None, str | None]] = texts or [(None, None)]
         of_image = [text for text in each for _ in range(number)]
         made, engine = PlanRecord.of(plan), EngineRecord.of(self.session.engine)
+        loras = loras_of(self.session.loras, manifest)
         return tuple(
             Record(
                 prompt=prompt,
@@ -302,6 +316,7 @@ class Pipeline:
                 model=manifest.model,
                 bundle=self._digest,
                 engine=engine,
+                loras=loras,
                 given=digests,
             )
             for (prompt, negative), seed, scale, digests in zip(of_image, seeds, scales, given, strict=True)

@@ -6,8 +6,8 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -85,12 +85,24 @@ class EngineRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraRecord:
+    """An adapter: its scale, and its file's SHA-256."""
+
+    scale: float
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.scale:g} of {self.sha256[:16]}…"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """What one image was drawn from. It holds no path, no name of a machine or a user, and no time.
 
     ``prompt``: None where an image or embeddings stood for it. ``size``: WIDTHxHEIGHT. ``bundle``: its
     :func:`~tgate_engine.manifest_json.bundle_digest`. ``strength``: of one that began from a picture; None for others,
-    whose JSON has none. ``version``: of tgate-engine. ``given``: the SHA-256, by its name
+    whose JSON has none. ``loras``: of one that was drawn with adapters, by their names; JSON has none where there are
+    none. ``version``: of tgate-engine. ``given``: the SHA-256, by its name
     in :data:`GIVEN`, of what was given in arrays (:func:`digest_of_arrays`), this image's rows alone.
     """
 
@@ -105,6 +117,7 @@ class Record:
     bundle: str
     engine: EngineRecord
     strength: float | None = None
+    loras: Mapping[str, LoraRecord] = field(default_factory=dict)
     version: str = __version__
     given: Mapping[str, str]
 
@@ -113,13 +126,16 @@ class Record:
         data = asdict(self)
         if self.strength is None:
             del data["strength"]
+        if not self.loras:
+            del data["loras"]
         return {"form": FORM, **data}
 
     def request(self) -> dict[str, Any]:
         """The arguments of :class:`~tgate_runtime.pipeline.Pipeline` that draw the image again, but for its plan
         (:func:`plan_for`) and what was :attr:`given`."""
         names = ("prompt", "negative_prompt", "seed", "generator", "guidance_scale", "size", "strength")
-        return {name: getattr(self, name) for name in names}
+        loras = {name: lora.scale for name, lora in self.loras.items()}
+        return {**{name: getattr(self, name) for name in names}, "loras": loras or None}
 
     def differences(self, other: Record) -> list[str]:
         """Why ``other`` may come out differently, a phrase for each: another bundle, engine or version."""
@@ -130,6 +146,7 @@ class Record:
                 "plan": f"{record.plan} {record.plan.digest[:8]}…",
                 "engine": str(record.engine),
                 "tgate-engine": shown(record.version),
+                **{f"adapter {shown(name)}": str(lora) for name, lora in sorted(record.loras.items())},
                 **{name.replace("_", " "): f"{digest[:16]}…" for name, digest in sorted(record.given.items())},
             }
             for record in (self, other)
@@ -193,6 +210,12 @@ def digest_of_plan(plan: Plan) -> str:
     rows = np.stack([step_row(step.call, 0.0) for step in plan.steps]) + np.float32(0)  # -0 is 0
     numbers = {"initial_scale": np.asarray(plan.sampler.initial_scale, np.float32), "rows": rows}
     return hashlib.sha256(f"{json.dumps(program)}{digest_of_arrays(numbers)}".encode()).hexdigest()
+
+
+def loras_of(scales: Iterable[tuple[str, float]], manifest: Manifest) -> dict[str, LoraRecord]:
+    """Of adapters of a bundle with their scales, what a record says of them."""
+    files = {name: manifest.files[adapter.file].sha256 for name, adapter in manifest.adapters.items()}
+    return {name: LoraRecord(scale=scale, sha256=files[name]) for name, scale in scales}
 
 
 def digest_of_arrays(arrays: Mapping[str, NDArray[Any]]) -> str:
@@ -281,6 +304,7 @@ def _record(r: Reader) -> Record:
         generator=r.word("generator"),
         guidance_scale=r.number("guidance_scale"),
         strength=r.number("strength", 0, 1) if "strength" in r.data else None,
+        loras=_loras(r) if "loras" in r.data else {},
         size=size,
         plan=PlanRecord(
             name=plan.word("name"),
@@ -297,6 +321,15 @@ def _record(r: Reader) -> Record:
         version=r.word("version"),
         given={name: _digest(r, name, digest) for name, digest in given.items()},
     )
+
+
+def _loras(r: Reader) -> dict[str, LoraRecord]:
+    names = r.named("loras", _MOST_FACTS)
+    inner = {name: Reader(value, f"{r.where}.loras.{shown(name)}", _AGAIN) for name, value in names.items()}
+    return {
+        name: LoraRecord(scale=each.number("scale"), sha256=_digest(each, "sha256", each.text("sha256")))
+        for name, each in inner.items()
+    }
 
 
 def _prompt(r: Reader, key: str) -> str | None:

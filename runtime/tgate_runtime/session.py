@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -16,8 +17,10 @@ from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plain_files import Watched
 from tgate_engine.plan import Plan
 from tgate_engine.plan_check import PlanCheck
+from tgate_runtime.adapters import Scales, scales_of_adapters, weights_with
 from tgate_runtime.engines import open_engine
 from tgate_runtime.engines.protocol import Engine, Executable, OnBuild, Options
+from tgate_runtime.graph_check import reading
 from tgate_runtime.mini import place_of
 from tgate_runtime.request import check_call, check_several
 from tgate_runtime.signatures import check_forms, check_ranges, check_signatures
@@ -40,9 +43,10 @@ class Session:
         executables: Mapping[str, Executable],
         shapes: Sequence[Shape],
         plans: Sequence[Plan] = (),
+        adapted: int = 1,
     ) -> None:
         """``executables``: loaded graphs by their files; ``shapes``: those of the bundle that they belong to;
-        ``plans``: what they were loaded for."""
+        ``plans``: what they were loaded for; ``adapted``: how many combinations of adapters are kept."""
         self.bundle = bundle
         self.engine = engine
         self._shapes = tuple(shapes)
@@ -50,6 +54,11 @@ class Session:
         self._weights = Watched(bundle.path / bundle.manifest.weights) if bundle.manifest.weights else None
         self._executables: dict[str, Executable] | None = dict(executables)
         self._loading = threading.Lock()
+        self._most_adapted = adapted
+        self._adapted: OrderedDict[Scales, Session] = OrderedDict()
+        self._plain: Session | None = None
+        self.loras: Scales = ()
+        """The adapters that its weights include, with their scales."""
         self._idle: dict[Hashable, list[Any]] = {}
         self._lock = threading.Lock()
 
@@ -60,6 +69,7 @@ class Session:
         engine: str | Engine = "ort-cpu",
         plans: Sequence[PlanLike] | None = None,
         sizes: Sequence[str] | None = None,
+        adapted: int = 1,
         check_digests: bool = True,
         on_build: OnBuild | None = None,
         **options: Unpack[Options],
@@ -75,7 +85,8 @@ class Session:
         engine has to compile first.
         ``plans``: load the graphs of these plans alone (names, plans, or plan files), with those around the denoiser;
         None takes every plan of the bundle. ``sizes``: those that requests may name, such as
-        ``"832x1216"``; None takes every size.
+        ``"832x1216"``; None takes every size. ``adapted``: how many combinations of adapters are kept loaded beside the
+        plain weights (:meth:`adapted`).
 
         Raises :class:`~tgate_engine.errors.BundleError`, ``PlanError`` or :class:`EngineError`, and
         :class:`RequestError` for arguments of another kind.
@@ -83,6 +94,9 @@ class Session:
         check_several(plans, "plans")
         check_several(sizes, "sizes")
         check_call(on_build, "on_build")
+        kept: object = adapted
+        if isinstance(kept, bool) or not isinstance(kept, int) or kept < 1:
+            raise RequestError(f"adapted is a whole number of at least 1, got {shown(kept)}")
         if not isinstance(check_digests, bool):
             raise RequestError(f"check_digests must be True or False, got {shown(check_digests)}")
         loader = open_engine(engine, **options) if isinstance(engine, str) else engine
@@ -94,7 +108,8 @@ class Session:
         chosen = None if plans is None else [plan_of(bundle.manifest, plan) for plan in plans]
         graphs = graphs_of(bundle, chosen, sizes)
         graphs = tuple(spec for spec in graphs if spec.role != ENCODE)
-        session = Session(bundle, loader, loader.load(bundle, graphs, on_build), shapes_of(bundle, sizes), chosen or ())
+        executables = loader.load(bundle, graphs, on_build)
+        session = Session(bundle, loader, executables, shapes_of(bundle, sizes), chosen or (), adapted)
         # Engines open the weights by their name, and some of them the graphs: it led to what was checked all the while.
         bundle.check_unchanged([bundle.manifest.weights, *(spec.file for spec in graphs)])
         return session
@@ -158,6 +173,12 @@ class Session:
         return self._executables[graph.file]
 
     def _load_encoder(self, graph: GraphSpec) -> None:
+        if self._plain is not None:  # no adapter changes it
+            encoder = self._plain.executable(graph)
+            with self._lock:
+                if self._executables is not None:
+                    self._executables[graph.file] = encoder
+            return
         with self._loading:
             if self._executables is None or graph.file in self._executables:
                 return
@@ -192,17 +213,62 @@ class Session:
                 if sound and self._executables is not None:
                     self._idle.setdefault(key, []).append(item)
 
+    def adapted(self, loras: Mapping[str, float] | None) -> Session:
+        """A session of the same graphs, whose weights include the bundle's adapters of those names, times their scales;
+        this one itself where there are none. It stays open as long as this one is: nobody else closes it.
+
+        Graphs that the adapters change are loaded anew, over copies of the weights that they change, and nothing is
+        written to this session's. The combinations of late are kept for the next request, as many as the session was
+        opened for. Raises
+        :class:`RequestError` for an adapter that is not there, or a scale that fits none; :class:`EngineError` where
+        the engine takes none.
+        """
+        if self._plain is not None:
+            raise RequestError("the session has adapters already; ask the one that it came from")
+        scales = scales_of_adapters(loras, self.manifest)
+        if not scales:
+            return self
+        with self._loading:
+            if scales in self._adapted:
+                self._adapted.move_to_end(scales)
+                return self._adapted[scales]
+            executables = self._executables
+            if executables is None:
+                raise EngineError(f"the session of {self.bundle.path} is closed; open another one")
+            self.check_unchanged()
+            instead = weights_with(self.bundle, scales)
+            specs = {spec.file: spec for shape in self._shapes for spec in shape.graphs.values()}
+            graphs = [specs[file] for file in executables if specs[file].role != ENCODE]
+            changed = reading(self.bundle, graphs, instead)
+            loaded = self.engine.load(self.bundle, changed, instead=instead)
+            self.bundle.check_unchanged([self.manifest.weights, *(spec.file for spec in changed)])
+            session = Session(self.bundle, self.engine, {**executables, **loaded}, self._shapes, self._plans)
+            session._plain, session.loras = self, scales
+            with self._lock:
+                if self._executables is None:
+                    raise EngineError(f"the session of {self.bundle.path} is closed; open another one")
+                self._adapted[scales] = session
+                while len(self._adapted) > self._most_adapted:
+                    self._adapted.popitem(last=False)  # who draws with it goes on
+            return session
+
     def trim(self) -> None:
-        """Free the buffers of requests that have ended; the next ones make new ones."""
+        """Free the buffers of requests that have ended, and what adapters' requests had loaded; the next ones make new
+        ones."""
         with self._lock:
             self._idle.clear()
+            self._adapted.clear()
 
     def close(self) -> None:
         """Let go of the graphs, and of what waits for requests. A closed session stays closed; closing twice does
         nothing."""
         with self._lock:
+            adapted = [*self._adapted.values()]
+            self._adapted.clear()
             self._executables = None
             self._idle.clear()
+        for session in adapted:
+            session.close()
 
     def __enter__(self) -> Session:
         return self

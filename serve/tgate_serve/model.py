@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,11 +15,12 @@ from tgate_engine.errors import RequestError
 from tgate_engine.graph import DECODE, ENCODE
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
+from tgate_runtime.adapters import scales_of_adapters
 from tgate_runtime.beginning import Beginner
 from tgate_runtime.decoder import decode
 from tgate_runtime.encoder import Encoder, Row
 from tgate_runtime.generators import check_generator
-from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given
+from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given, loras_of
 from tgate_runtime.request import begins_from, check_prompts, check_source, scales_of, seeds_of, strength_of
 from tgate_runtime.session import Session
 from tgate_serve.choice import Choice
@@ -37,7 +38,7 @@ class Wish:
     seeds that count on from ``seed``; a random one where that is None. ``size``: one of the model's.
     ``guidance_scale``: above 1. ``generator``: of noise. ``priority``, ``within_s``: see
     :class:`~tgate_serve.worker.Request`. ``partials``: how many looks at each image before it is through, evenly spread
-    over its steps.
+    over its steps. ``loras``: scales by the names of the bundle's adapters.
     """
 
     prompt: str | None = None
@@ -54,6 +55,7 @@ class Wish:
     priority: int = 0
     within_s: float | None = None
     partials: int = 0
+    loras: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,7 @@ class Drawing:
             bundle=self.model.digest,
             engine=EngineRecord.of(self.model.session.engine),
             strength=self.strength,
+            loras=loras_of(scales_of_adapters(wish.loras, manifest), manifest),
             given=digests_of_given(1, image=wish.picture, mask=wish.mask)[0],
         )
 
@@ -152,6 +155,7 @@ class Model:
             raise RequestError(f"{self.name} has no guidance, and so negative_prompt no effect; leave it out")
         if wish.guidance_scale is not None and manifest.guidance == "none":
             raise RequestError(f"{self.name} has no guidance, and so guidance_scale no effect; leave it out")
+        scales_of_adapters(wish.loras, manifest)
         plan = wish.choice.of(self.worker.plans)
         shape = self.session.shapes(wish.size)[0]
         check_generator(wish.generator, shape.latents)
@@ -181,7 +185,9 @@ class Model:
         strength = strength_of(wish.strength, self.session.manifest, wish.picture, wish.mask)
         beginning, taken = None, plan
         with self._entrance(size, wish.images):
-            rows, cuts = self._encoded(wish, seeds, size)
+            session = self.session.adapted(wish.loras)
+            encoder = self._encoder if session is self.session else Encoder(session)
+            rows, cuts = self._encoded(encoder, wish, seeds, size)
             if strength is not None:
                 assert wish.picture is not None  # strength_of has seen it
                 beginning = self._beginner.begin(plan, wish.picture, strength, size, wish.mask)
@@ -199,6 +205,7 @@ class Model:
                     came_s=came_s,
                     looks=looks(len(taken.steps), wish.partials),
                     beginning=beginning,
+                    session=session,
                 )
             )
         return Drawing(
@@ -213,13 +220,15 @@ class Model:
             cuts=cuts,
         )
 
-    def _encoded(self, wish: Wish, seeds: Sequence[int], size: str) -> tuple[list[Row], tuple[str, ...]]:
+    def _encoded(
+        self, encoder: Encoder, wish: Wish, seeds: Sequence[int], size: str
+    ) -> tuple[list[Row], tuple[str, ...]]:
         if wish.picture is None or begins_from(self.session.manifest, wish.picture):
             assert wish.prompt is not None  # check has seen it
-            return self._encoder.of_texts([(wish.prompt, wish.negative_prompt)], size)
+            return encoder.of_texts([(wish.prompt, wish.negative_prompt)], size)
         if len(seeds) > 1:
             raise RequestError(f"{self.name} makes one video of a picture at a time, got n={len(seeds)}")
-        return self._encoder.of_picture(wish.picture, seeds, size), ()
+        return encoder.of_picture(wish.picture, seeds, size), ()
 
     @contextmanager
     def _entrance(self, size: str, images: int) -> Iterator[None]:

@@ -145,6 +145,20 @@ class Scheduler:
         self._waiting = 0
         self._next = 0
 
+    # --- what is served -------------------------------------------------------------------------
+
+    def open(self, size: str, room: Room) -> None:
+        """Serve one more size: rows and calls of its own, whatever it is called."""
+        self.rooms[size], self.added[size], self._lines[size] = room, room.added, _line(room)
+
+    def close(self, size: str) -> bool:
+        """Serve a size no more; False, and nothing has changed, where images of it are there."""
+        if any(entry.job.size == size for entry in self._entries.values()):
+            return False
+        for held in (self.rooms, self.added, self._lines):
+            held.pop(size, None)
+        return True
+
     # --- coming and going -----------------------------------------------------------------------
 
     @property

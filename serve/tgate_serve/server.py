@@ -41,8 +41,8 @@ _LAST_S = 2.0
 @dataclass(frozen=True, kw_only=True)
 class Serving:
     """How bundles are served. ``plans``, ``sizes``: those that requests may name, None being all of a bundle.
-    ``rows``, ``queue``, ``patience``: see :class:`~tgate_serve.worker.Worker`. ``memory_bytes``: what all bundles'
-    weights, buffers and hungriest calls may take together."""
+    ``rows``, ``queue``, ``patience``, ``adapted``: see :class:`~tgate_serve.worker.Worker`. ``memory_bytes``: what all
+    bundles' weights, buffers and hungriest calls may take together."""
 
     plans: Sequence[str] | None = None
     sizes: Sequence[str] | None = None
@@ -50,6 +50,7 @@ class Serving:
     queue: int = 64
     patience: int = 8
     memory_bytes: int | None = None
+    adapted: int = 1
 
 
 @contextmanager
@@ -66,7 +67,14 @@ def opened(
     with ExitStack() as stack:
         for name, bundle in bundles.items():
             session = stack.enter_context(
-                Session.open(bundle, engine=engine, plans=serving.plans, sizes=serving.sizes, on_build=on_build)
+                Session.open(
+                    bundle,
+                    engine=engine,
+                    plans=serving.plans,
+                    sizes=serving.sizes,
+                    adapted=serving.adapted,
+                    on_build=on_build,
+                )
             )
             worker = stack.enter_context(
                 Worker(
@@ -76,6 +84,7 @@ def opened(
                     queue=serving.queue,
                     patience=serving.patience,
                     memory_bytes=left,
+                    adapted=serving.adapted,
                     on_call=metrics.on_call(name),
                 )
             )

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -37,7 +37,7 @@ from tgate_runtime.session import PlanLike, Session
 from tgate_runtime.state import State, most_at_once
 from tgate_serve.added import GUESS, Added
 from tgate_serve.handle import Cancelled, Drawn, Handle, Late, Step, Stopped
-from tgate_serve.places import Place, planned_bytes, room_of
+from tgate_serve.places import Lane, Place, planned_bytes, room_of
 from tgate_serve.scheduler import Busy, Job, Scheduler, Tick
 
 log = logging.getLogger("tgate")
@@ -59,7 +59,8 @@ class Request:
     ``priority``: one of :data:`tgate_serve.scheduler.PRIORITIES`. ``within_s``: after so many seconds nobody wants it
     any more. ``came_s``: when it arrived, by :func:`time.monotonic`, if that was before it was encoded. ``looks``: the
     steps, by index, of which :class:`~tgate_serve.handle.Step` tells where the latents are heading. ``beginning``: what
-    is begun from in place of noise, with what is left of ``plan``.
+    is begun from in place of noise, with what is left of ``plan``. ``session``: of adapters, which the worker's gave
+    (:meth:`~tgate_runtime.session.Session.adapted`); None is the worker's own.
     """
 
     conditioning: Mapping[str, NDArray[Any]]
@@ -73,6 +74,7 @@ class Request:
     came_s: float | None = None
     looks: Iterable[int] = ()
     beginning: Beginning | None = None
+    session: Session | None = None
 
 
 @dataclass(kw_only=True)
@@ -99,6 +101,7 @@ class _Order:
     request: Request
     plan: Plan
     size: str
+    lane: str
     guidance_scale: float
     conditioning: Mapping[str, NDArray[Any]]  # <name>.<half> to [...]
     seeds: tuple[int, ...]
@@ -113,8 +116,9 @@ class _Order:
 class Worker:
     """The thread, and the buffers that it owns. Thread-safe.
 
-    All buffers are allocated when it is made: what has no room fails then, and not under load. The session stays the
-    caller's, to close after :meth:`close`.
+    All buffers are allocated when it is made: what has no room fails then, and not under load. Those of requests with
+    adapters alone are made when the first comes, since nobody knows which. The session stays the caller's, to close
+    after :meth:`close`.
     """
 
     def __init__(
@@ -127,6 +131,7 @@ class Worker:
         patience: int = 8,
         added: float | None = None,
         memory_bytes: int | None = None,
+        adapted: int = 1,
         on_call: Callable[[str, str, int, float], None] | None = None,
     ) -> None:
         """``plans``: those that requests may follow; None takes every plan of the bundle. ``rows``: how many images of
@@ -134,7 +139,8 @@ class Worker:
         another's.
         ``queue``, ``patience``: see :class:`~tgate_serve.scheduler.Scheduler`. ``added``: see
         :class:`~tgate_serve.scheduler.Room`; None learns it from the calls that are made. ``memory_bytes``: what
-        :attr:`planned_bytes` may be. ``on_call(size, graph, images, seconds)`` hears of each call, in the thread, with
+        :attr:`planned_bytes` may be. ``adapted``: how many combinations of size and adapters are in flight at most,
+        beside requests without. ``on_call(size, graph, images, seconds)`` hears of each call, in the thread, with
         its time inside the engine.
 
         Raises :class:`RequestError` for what has no room, or a bundle whose calls take no single image, and
@@ -145,7 +151,8 @@ class Worker:
         self.session = session
         self.plans = tuple(session.plan(plan) for plan in chosen)
         rooms = {size: room_of(session, size, rows, GUESS if added is None else added) for size in session.sizes}
-        self.planned_bytes = planned_bytes(session, self.plans, rooms)
+        self._most_adapted = adapted if session.manifest.adapters else 0
+        self.planned_bytes = planned_bytes(session, self.plans, rooms, adapted=self._most_adapted)
         """What weights, buffers and the hungriest call take together; the engine's own memory is not in it."""
         if memory_bytes is not None and self.planned_bytes > memory_bytes:
             several = ", ".join(f"{room.rows} images of {size}" for size, room in rooms.items())
@@ -157,9 +164,11 @@ class Worker:
         self._on_call = on_call
         self._scheduler = Scheduler(rooms, queue=queue, patience=patience)
         self._added = {size: Added() for size in rooms} if added is None else {}
-        self._places = {size: Place.of(session, self.plans, size, room) for size, room in rooms.items()}
+        self._rooms = rooms
+        self._lanes = {size: Lane.of(session, self.plans, size, room) for size, room in rooms.items()}
+        self._entering = threading.Lock()
         self._orders: dict[int, _Order] = {}  # by ticket
-        self._left: list[tuple[str, int]] = []  # sizes and tickets of those whose rows may be freed
+        self._left: list[tuple[Place, int]] = []  # places and tickets of those whose rows may be freed
         self._step_s = _STEP_S
         self._open, self._closing = True, False
         self._told: list[_Order] = []  # whose images are through and taken from here, while they are told
@@ -181,8 +190,9 @@ class Worker:
         within_s = request.within_s
         graphs = tuple(step.graph for step in order.plan.steps)
         deadline = None if within_s is None else order.came_s + within_s
-        job = Job(size=order.size, graphs=graphs, priority=request.priority, deadline=deadline)
-        with self._changed:
+        job = Job(size=order.lane, graphs=graphs, priority=request.priority, deadline=deadline)
+        adapts = request.session is not None and bool(request.session.loras)
+        with self._lane_for(request.session, order.size) if adapts else nullcontext(), self._changed:
             if self._broken is not None:
                 raise Stopped(_FAILED)
             if not self._open:
@@ -192,6 +202,33 @@ class Worker:
             self._orders |= dict.fromkeys(order.tickets, order)
             self._changed.notify_all()
         return order.handle
+
+    @contextmanager
+    def _lane_for(self, session: Session | None, size: str) -> Iterator[None]:
+        """While open, nobody closes the lane that images of a size have over the weights of a session with adapters; it
+        is opened if need be, in place of one that nobody is in any more. Raises :class:`Busy` where all of them are."""
+        assert session is not None  # whoever asks has seen it
+        name = Lane.name_of(size, session.loras)
+        with self._entering:
+            if name not in self._lanes:
+                with self._changed, self._refusals():
+                    others = [lane for lane in self._lanes.values() if lane.name not in self._rooms]
+                    while len(others) >= self._most_adapted:
+                        idle = next((lane for lane in others if self._scheduler.close(lane.name)), None)
+                        if idle is None:
+                            raise Busy(
+                                f"{len(others)} other combinations of adapters are drawn, as many as are served at "
+                                "once; ask again later",
+                                self._scheduler.steps_left,
+                            )
+                        del self._lanes[idle.name]
+                        others.remove(idle)
+                made = Lane.of(session, self.plans, size, self._rooms[size])
+                with self._changed:
+                    self._scheduler.open(name, self._rooms[size])
+                    self._scheduler.added[name] = self._scheduler.added[size]
+                    self._lanes[name] = made
+            yield
 
     def check_room(self, size: str, images: int, *, entering: int = 0) -> None:
         """Raises as :meth:`submit` does where so many images of one request would find the queue full now, if
@@ -233,7 +270,7 @@ class Worker:
     def added(self) -> dict[str, float]:
         """What each further image of a size adds to a call, as a share of one for one image: as given, or learned."""
         with self._changed:
-            return dict(self._scheduler.added)
+            return {size: self._scheduler.added[size] for size in self._rooms}
 
     def pictures(self, drawn: Drawn) -> list[list[Image.Image]]:
         """Of each image, its RGB picture, or a video's frames, decoded in the calling thread. Raises
@@ -280,7 +317,7 @@ class Worker:
         seeds = tuple(check_seed(seed) for seed in request.seeds)
         if not seeds:
             raise RequestError("a request has a seed for each image, and at least one; got none")
-        check_generator(request.generator, self._places[size].latents)
+        check_generator(request.generator, self._lanes[size].place.latents)
         check_mapping(request.conditioning, "conditioning")
         arrays = {name: numbers_of(values, f"conditioning {name}") for name, values in request.conditioning.items()}
         if odd := [name for name, values in arrays.items() if values.shape[:1] != (1,)]:
@@ -293,6 +330,7 @@ class Worker:
             request=request,
             plan=plan if request.beginning is None else request.beginning.plan,
             size=size,
+            lane=Lane.name_of(size, () if request.session is None else request.session.loras),
             guidance_scale=scales_of(request.guidance_scale, 1, plan, self.session.manifest)[0],
             conditioning={name: values[0] for name, values in arrays.items()},
             seeds=seeds,
@@ -314,7 +352,7 @@ class Worker:
         for ticket in tickets:
             order = self._orders.pop(ticket)
             self._scheduler.cancel(ticket)
-            self._left.append((order.size, ticket))
+            self._left.append((self._lanes[order.lane].place, ticket))
             ended[id(order)] = order
         self._changed.notify_all()
         return list(ended.values())
@@ -347,8 +385,8 @@ class Worker:
             )
             self.counts.expired += len(of_late)
             ended = self._let_go(of_late)
-            for size, ticket in self._left:
-                self._places[size].leave(ticket)
+            for place, ticket in self._left:
+                place.leave(ticket)
             self._left.clear()
             tick = self._scheduler.tick()
             joined = [(ticket, self._orders[ticket]) for ticket in tick.joined] if tick else []
@@ -369,7 +407,7 @@ class Worker:
         with self._changed:
             if ticket not in self._orders:  # called off since, or failed with another image of its request
                 return
-        place, dtype = self._places[order.size], self.session.manifest.dtype
+        place, dtype = self._lanes[order.lane].place, self.session.manifest.dtype
         seed, generator = order.seeds[order.tickets.index(ticket)], order.request.generator
 
         def drawn(draw: int) -> NDArray[np.float32]:
@@ -395,9 +433,13 @@ class Worker:
 
     def _call(self, tick: Tick) -> None:
         """Take the steps of a tick, those of images that are still wanted."""
-        place, begin_s = self._places[tick.size], time.monotonic()
+        begin_s = time.monotonic()
         with self._changed:
+            lane = self._lanes.get(tick.size)
             wanted = [ticket for ticket in tick.tickets if ticket in self._orders]
+        if lane is None:  # all of its images were let go, and it was closed
+            return
+        place = lane.place
         # Without those that were just let go a call may be of a number that the bundle does not take.
         wanted = wanted[: most_at_once(place.state.batches(), len(wanted))]
         if not wanted:
@@ -407,18 +449,22 @@ class Worker:
             self.counts.moved_bytes += place.state.move(old, new)
         self.counts.moves += len(moves)
         try:
-            self._took(tick.size, place, wanted, advance(place.state, rows))
+            self._took(lane, wanted, advance(place.state, rows))
         except EngineError as error:
-            self._alone(tick.size, place, wanted, error)
+            self._alone(lane, wanted, error)
             return
         seconds = time.monotonic() - begin_s
         self._step_s += _NEW * (seconds / len(wanted) - self._step_s)
-        if learned := self._added.get(tick.size):
+        if learned := self._added.get(lane.size):
             with self._changed:
-                self._scheduler.added[tick.size] = learned.saw(tick.graph, rows, seconds * 1e3)
+                added = learned.saw(tick.graph, rows, seconds * 1e3)
+                for each in self._lanes.values():
+                    if each.size == lane.size:
+                        self._scheduler.added[each.name] = added
 
-    def _alone(self, size: str, place: Place, tickets: Sequence[int], error: EngineError) -> None:
+    def _alone(self, lane: Lane, tickets: Sequence[int], error: EngineError) -> None:
         """A call has failed: each image tries its step alone, so that it ends the request of the one it was for."""
+        place = lane.place
         for ticket in tickets:
             row = place.rows.row(ticket)
             step = place.state.step(row)
@@ -427,7 +473,7 @@ class Worker:
             # What a call reads it may not have written when it failed, or the step can't be tried again.
             if len(tickets) > 1 and not set(step.reads) & set(step.writes):
                 try:
-                    self._took(size, place, [ticket], advance(place.state, range(row, row + 1)))
+                    self._took(lane, [ticket], advance(place.state, range(row, row + 1)))
                     continue
                 except EngineError as own:
                     failed = own
@@ -436,8 +482,9 @@ class Worker:
             if order is not None:
                 self._fail(order, failed)
 
-    def _took(self, size: str, place: Place, tickets: Sequence[int], done: StepDone) -> None:
+    def _took(self, lane: Lane, tickets: Sequence[int], done: StepDone) -> None:
         """The steps of those images are taken: tell their requests, and end those that are through."""
+        place = lane.place
         with self._changed:
             there = [ticket for ticket in tickets if ticket in self._orders]
             orders = {ticket: self._orders[ticket] for ticket in there}
@@ -445,10 +492,10 @@ class Worker:
             self._told = [orders[ticket] for ticket in through]
             for ticket in through:
                 del self._orders[ticket]
-            self._left += [(size, ticket) for ticket in through]
-            self.counts.calls[size, done.step.graph, len(tickets)] += 1
+            self._left += [(place, ticket) for ticket in through]
+            self.counts.calls[lane.size, done.step.graph, len(tickets)] += 1
         if self._on_call is not None:
-            self._on_call(size, done.step.graph, len(tickets), done.elapsed_ms / 1000)
+            self._on_call(lane.size, done.step.graph, len(tickets), done.elapsed_ms / 1000)
         for ticket, order in orders.items():
             row = place.rows.row(ticket)
             self._tell(

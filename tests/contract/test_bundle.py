@@ -24,8 +24,8 @@ from tgate_engine.atomic import staging
 from tgate_engine.bundle import Bundle, digests_of, sha256_of
 from tgate_engine.errors import BundleError, PlanError, TgateError
 from tgate_engine.footprint import memory
-from tgate_engine.manifest import MANIFEST_FILE, FileDigest
-from tgate_engine.manifest_json import MOST_BYTES, dump_manifest, parse_manifest
+from tgate_engine.manifest import MANIFEST_FILE, Adapter, FileDigest
+from tgate_engine.manifest_json import MOST_BYTES, content_digest, dump_manifest, parse_manifest
 from tgate_engine.plan import Plan
 from tgate_export.methods.base import Settings
 
@@ -339,6 +339,43 @@ def test_a_name_that_is_taken_needs_force(toy: Path) -> None:
     assert (toy / MANIFEST_FILE).read_bytes() == before
     bundle.save_plans({"ungated": plan}, force=True)
     assert Bundle.open(toy).manifest.plan("ungated") == plan
+
+
+def test_adapters_are_added_and_taken_out_in_place(toy: Path) -> None:
+    before = (toy / MANIFEST_FILE).read_bytes()
+    bundle = Bundle.open(toy)
+    same = Adapter(file="adapters/1.safetensors", layers=2, rank=4)
+    for name in ("a", "b"):
+        bundle = bundle.save_adapter(name, same, b"first")
+    other = Adapter(file="adapters/2.safetensors", layers=2, rank=4)
+    with pytest.raises(BundleError, match="already has an adapter 'a'; use another --name, or --force to replace it"):
+        bundle.save_adapter("a", other, b"second")
+    assert Bundle.open(toy).manifest.adapters == {"a": same, "b": same}
+    assert Bundle.open(toy).read(same.file) == b"first"
+    bundle = bundle.save_adapter("a", other, b"second", force=True)
+    bundle = bundle.remove_adapters(["b"])
+    assert Bundle.open(toy).manifest == bundle.manifest
+    assert sorted(path.name for path in (toy / "adapters").iterdir()) == ["2.safetensors"]
+    (toy / other.file).write_bytes(b"seconD")
+    with pytest.raises(BundleError, match=r"adapters/2\.safetensors has SHA-256"):
+        Bundle.open(toy)
+    (toy / other.file).unlink()
+    with pytest.raises(BundleError, match=r"adapters/2\.safetensors is missing"):
+        Bundle.open(toy)
+    (toy / other.file).write_bytes(b"second")
+    bundle.remove_adapters(["a"])
+    assert (toy / MANIFEST_FILE).read_bytes() == before
+    with pytest.raises(BundleError, match="has no adapter 'a'; it has none"):
+        bundle.remove_adapters(["a"])
+
+
+def test_an_adapters_file_is_listed(toy: Path) -> None:
+    data = json.loads((toy / MANIFEST_FILE).read_bytes())
+    del data["digest"]
+    data["adapters"] = {"a": {"file": "adapters/1.safetensors", "layers": 1, "rank": 1}}
+    (toy / MANIFEST_FILE).write_text(json.dumps({**data, "digest": content_digest(data)}))
+    with pytest.raises(BundleError, match=r"the manifest lists no file 'adapters/1\.safetensors'"):
+        Bundle.open(toy)
 
 
 def test_a_plan_that_does_not_fit_is_not_saved(toy: Path) -> None:

@@ -404,7 +404,8 @@ def small(folder: Path) -> tuple[Path, dict[str, Any]]:
     toy = build(folder / "toy", Toy(settings={"default": Settings(steps=2, gate=1)}))
     data = json.loads((toy / MANIFEST_FILE).read_bytes())
     del data["digest"]
-    return toy, {**data, "scheduler": {"betas": [0.1]}, "tools": {"torch": "2.13"}}
+    adapters = {"style": {"file": data["samplers"], "layers": 2, "rank": 4}}
+    return toy, {**data, "scheduler": {"betas": [0.1]}, "tools": {"torch": "2.13"}, "adapters": adapters}
 
 
 def hostile_texts(data: dict[str, Any], every: int) -> Iterator[bytes]:

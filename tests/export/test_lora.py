@@ -39,6 +39,7 @@ from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.base import Checkpoint
 from tgate_export.checkpoints.directory import DirectoryCheckpoint
 from tgate_export.lora import Lora, fuse_loras
+from tgate_export.storage import cast
 
 __all__ = ["directory"]  # a fixture
 
@@ -135,7 +136,7 @@ def test_half_precision_is_fused_in_float32(directory: Path, tmp_path: Path) -> 
     pipe = eager(half, [(path, 1.0)])  # in float32, from the half-precision weights
     checkpoint = fused(half, [(path, 1.0)])
     for name, want in pipe.unet.named_parameters():
-        assert torch.equal(checkpoint.tensors("unet").read(name), want.detach().half()), name
+        torch.testing.assert_close(checkpoint.tensors("unet").read(name).float(), want.detach(), rtol=0, atol=1e-6)
 
 
 def test_a_transformer_without_a_lora_pipeline(tmp_path: Path) -> None:
@@ -238,8 +239,11 @@ def test_a_scale_that_is_no_number(text: str) -> None:
 def test_a_scale_too_large_for_half_precision(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     directory = tiny_checkpoint("half_on_disk")
     checkpoint = fused(directory, [(write_lora(directory, tmp_path), 1e9)])
-    with pytest.raises(ExportError, match=r"does not fit into torch\.float16; choose a smaller LoRA scale"):
-        checkpoint.tensors("unet").read("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight")
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    fused_weight = checkpoint.tensors("unet").read(name)
+    assert fused_weight.dtype == torch.float32
+    with pytest.raises(ExportError, match=r"beyond the 65504 of float16; export with --dtype fp32 or bf16"):
+        cast(checkpoint, "unet", name, fused_weight, torch.float16)
 
 
 def test_the_text_encoder_computes_what_the_lora_adds_to_its_layers(directory: Path, tmp_path: Path) -> None:

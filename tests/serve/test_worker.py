@@ -285,7 +285,7 @@ def test_a_call_that_fails_ends_the_request_it_fails_for(
 def test_what_is_not_finite_ends_its_request_alone(session: Session, worker: Worker, held: threading.Event) -> None:
     wishes = [Wish("short", (1,)), Wish("short", (2,), guidance_scale=9.0)]
     handles = [worker.submit(wish.request(session)) for wish in wishes]
-    state = next(iter(worker._places.values())).state
+    state = next(iter(worker._lanes.values())).place.state
     real = state.latents
 
     def latents(row: int | None = None) -> Any:
@@ -386,7 +386,7 @@ def test_admission_is_by_planned_memory(session: Session) -> None:
     with Worker(session, plans=[plan], rows=5) as worker:
         planned = worker.planned_bytes
         assert planned == one["weights"] + 6 * one["request"] + most["scratch"]
-        state = next(iter(worker._places.values())).state
+        state = next(iter(worker._lanes.values())).place.state
         held = sum(buffer.read().nbytes for buffer in state._buffers.values())
         assert held == 6 * one["request"]
     Worker(session, plans=[plan], rows=5, memory_bytes=planned).close()

@@ -21,8 +21,8 @@ from tgate_engine.errors import EngineError, shown
 from tgate_engine.graph import GraphSpec
 from tgate_engine.underway import Cancellable
 from tgate_runtime.engines.host import CpuBuffer
-from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers, check_interface
-from tgate_runtime.graph_check import read_graphs
+from tgate_runtime.engines.protocol import EngineOptions, Instead, OnBuild, check_buffers, check_interface
+from tgate_runtime.graph_check import ModelMessage, read_graphs
 
 _LONGEST = 500  # characters of a message of the engine's
 _DTYPE_OF = {f"tensor({dtype})": dtype for dtype in DTYPES} | {"tensor(float)": "float32"}
@@ -58,9 +58,13 @@ class _OrtCall:
 class OrtExecutable:
     """A :class:`~tgate_runtime.engines.protocol.Executable`: one ONNX Runtime session."""
 
-    def __init__(self, session: ort.InferenceSession, spec: GraphSpec) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, spec: GraphSpec, values: Mapping[str, ort.OrtValue] | None = None
+    ) -> None:
+        """``values``: weights that the session reads where they lie."""
         self._session = session
         self._spec = spec
+        self._values = values  # this holds the memory
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> _OrtCall:
         check_buffers(self._spec, inputs, outputs)
@@ -91,16 +95,23 @@ class OrtCpu:
         return {}
 
     def load(
-        self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
+        self,
+        bundle: Bundle,
+        graphs: Sequence[GraphSpec],
+        on_build: OnBuild | None = None,
+        instead: Instead | None = None,
     ) -> dict[str, OrtExecutable]:
         files = read_graphs(bundle, graphs)
-        return {spec.file: self.load_graph(files[spec.file], bundle.path, spec) for spec in graphs}
+        return {spec.file: self.load_graph(files[spec.file], bundle.path, spec, instead) for spec in graphs}
 
-    def load_graph(self, data: bytes, folder: Path, spec: GraphSpec) -> OrtExecutable:
+    def load_graph(self, data: bytes, folder: Path, spec: GraphSpec, instead: Instead | None = None) -> OrtExecutable:
         """The graph of an ONNX file's bytes, whose weights lie in ``folder``. Raises :class:`EngineError` as
         :meth:`load` does."""
         options = self._session_options()
         find_weights(options, folder)
+        values = _values(data, instead or {})
+        if values:  # before the graph is optimised, unlike those of add_initializer
+            options.add_external_initializers([*values], [*values.values()])
         try:
             session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # see _OrtCall
@@ -108,7 +119,7 @@ class OrtCpu:
                 f"ONNX Runtime {self.version} cannot load {spec.file} on the CPU: {first_line(error)}{_hint(spec)}"
             ) from error
         check_nodes(session, spec)
-        return OrtExecutable(session, spec)
+        return OrtExecutable(session, spec, values)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CpuBuffer:
         return CpuBuffer.zeros(shape, dtype)
@@ -133,6 +144,18 @@ class OrtCpu:
         else:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         return options
+
+
+def _values(data: bytes, instead: Instead) -> dict[str, ort.OrtValue]:
+    """Those of the weights that a graph reads."""
+    if not instead:
+        return {}
+    names = {initializer.name for initializer in ModelMessage.FromString(data).graph.initializer}
+    return {
+        name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(weight.array, DTYPES[weight.dtype].onnx)
+        for name, weight in instead.items()
+        if name in names
+    }
 
 
 @functools.cache

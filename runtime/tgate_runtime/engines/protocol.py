@@ -18,12 +18,17 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import storage
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import BATCH, GraphSpec
+from tgate_runtime.weights import Weight
 
 OnBuild = Callable[[int, int, str], None]
 """Hears of graphs that an engine has to compile first: how many are done, of how many, and the name of the one that is
 next, its file's without the ending; at the end, of the last one."""
 PRECISIONS = ("f32", "bf16", "f16")
 MEMORIES = ("shared", "fast")
+
+
+Instead = Mapping[str, Weight]
+"""Weights in place of those that a bundle's file has under these names."""
 
 
 class Buffer(Protocol):
@@ -157,10 +162,15 @@ class Engine(Builder, Protocol):
     def options(self) -> EngineOptions: ...
 
     def load(
-        self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
+        self,
+        bundle: Bundle,
+        graphs: Sequence[GraphSpec],
+        on_build: OnBuild | None = None,
+        instead: Instead | None = None,
     ) -> Mapping[str, Executable]:
         """Those graphs of an opened bundle, by their files, over one set of weights. The engine reads no ONNX file
-        that :func:`tgate_runtime.graph_check.read_graphs` has not let through.
+        that :func:`tgate_runtime.graph_check.read_graphs` has not let through. ``instead``: weights to take in place of
+        the file's, by their names there and of their shapes and dtypes.
 
         Raises :class:`~tgate_engine.errors.BundleError` for a graph that is not let through, and :class:`EngineError`
         in one line where the engine cannot run a graph, or where a graph does not have the inputs and outputs of its

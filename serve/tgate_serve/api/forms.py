@@ -19,7 +19,7 @@ from tgate_serve.api.errors import ApiError
 T = TypeVar("T", bound=BaseModel)
 
 _MOST_FIELDS = 64
-_INSIDE = re.compile(r"(\w+)\[(\w+)\]")
+_INSIDE = re.compile(r"(\w+)\[([\w.-]+)\]")
 """How a form names a field of an object."""
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 

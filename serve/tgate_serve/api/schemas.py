@@ -29,6 +29,10 @@ class Asked(BaseModel):
     m: Annotated[int | None, Field(ge=1, description="the gate step of the plan that is meant")] = None
     k: Annotated[int | None, Field(ge=1, description="the self-attention interval of the plan that is meant")] = None
     guidance_scale: Annotated[float | None, Field(allow_inf_nan=False, description="above 1")] = None
+    loras: Annotated[
+        dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None,
+        Field(max_length=16, description="scales by the names of the model's adapters (tgate adapt)"),
+    ] = None
     seed: Annotated[int | None, Field(ge=0, lt=SEED_LIMIT, description="image j has seed + j; random if left out")] = (
         None
     )
@@ -53,6 +57,7 @@ class Asked(BaseModel):
             "size": None if self.size == "auto" else self.size,
             "choice": self.choice(),
             "guidance_scale": self.guidance_scale,
+            "loras": self.loras or None,
             "seed": self.seed,
             "generator": self.generator or "numpy",
             "priority": self.priority or 0,
@@ -236,7 +241,7 @@ class PlanFacts(BaseModel):
 
 class ModelFacts(BaseModel):
     """A model that is served. ``takes``: what it is conditioned by. ``edits``: whether its pictures
-    can begin from one. ``running``, ``waiting``: images, now."""
+    can begin from one. ``loras``: the names of its adapters. ``running``, ``waiting``: images, now."""
 
     sizes: list[str]
     plans: list[PlanFacts]
@@ -246,6 +251,7 @@ class ModelFacts(BaseModel):
     negative_prompt: bool
     guidance_scale: bool
     edits: bool
+    loras: list[str]
     engine: str
     running: int
     waiting: int

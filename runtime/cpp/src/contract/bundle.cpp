@@ -126,6 +126,7 @@ void check_references(const std::string& root, const Manifest& manifest) {
     for (const auto& graph : shape.graphs) listed(graph.second.file);
   }
   for (const TokenizerSpec& tokenizer : manifest.tokenizers) listed(tokenizer.file);
+  for (const std::string& adapter : manifest.adapters) listed(adapter);
   for (const Shape& shape : manifest.shapes) {
     for (const Conditioning& tensor : manifest.conditioning) {
       if (tensor.source != Source::constant) continue;

@@ -18,6 +18,7 @@ constexpr std::int64_t schema_version = 3;
 constexpr std::size_t most_files = 10'000;
 constexpr std::size_t most_shapes = 64;
 constexpr std::size_t most_plans = 1000;
+constexpr std::size_t most_adapters = 1000;
 constexpr std::size_t most_tensors = 1024;    // of a graph, a way: SDXL's have 150
 constexpr std::int64_t most_size = 1 << 16;   // pixels of a side, frames, images in a call
 constexpr std::int64_t most_rows = 1 << 20;   // tokens of a prompt
@@ -161,6 +162,14 @@ Golden read_golden(Reader& r) {
   return golden;
 }
 
+/// An adapter's file.
+std::string read_adapter(Reader& r) {
+  std::string file = r.name("file");
+  r.whole("layers", 1);
+  r.whole("rank", 1);
+  return file;
+}
+
 bool is_nested(const json::Value& value, int levels) {
   const auto deeper = [&](const json::Value& inner) { return levels == 0 || is_nested(inner, levels - 1); };
   if (const json::Array* array = value.as<json::Array>()) return std::any_of(array->begin(), array->end(), deeper);
@@ -226,6 +235,9 @@ Manifest read_manifest(Reader& r) {
   for (auto& [name, digest] : r.table("files", read_digest, most_files)) m.files.emplace(check_name(name), digest);
   check_scheduler(r);
   check_tools(r);
+  if (r.has("adapters")) {
+    for (auto& adapter : r.table("adapters", read_adapter, most_adapters)) m.adapters.push_back(adapter.second);
+  }
   return m;
 }
 

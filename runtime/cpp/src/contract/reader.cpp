@@ -28,6 +28,10 @@ void Reader::fail(std::string_view place, const std::string& wrong) const {
   throw Error(code_, shown(where_, 300) + shown(place, most_shown) + ": " + wrong + "; " + std::string(advice_));
 }
 
+bool Reader::has(std::string_view key) const {
+  return std::any_of(object_->begin(), object_->end(), [&](const auto& member) { return member.first == key; });
+}
+
 const json::Value& Reader::get(std::string_view key) {
   for (const auto& [name, value] : *object_) {
     if (name == key) {

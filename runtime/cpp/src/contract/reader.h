@@ -32,6 +32,7 @@ class Reader {
   Reader(const json::Value& value, std::string where, Code code, std::string_view advice);
 
   [[nodiscard]] const std::string& where() const { return where_; }
+  [[nodiscard]] bool has(std::string_view key) const;
   [[nodiscard]] const json::Value& get(std::string_view key);
   std::string text(std::string_view key);  ///< of at most 4096 characters
   std::string word(std::string_view key);  ///< a name, see `is_word`

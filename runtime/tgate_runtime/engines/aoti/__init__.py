@@ -40,7 +40,16 @@ from tgate_runtime.engines.aoti.cuda import Gpu
 from tgate_runtime.engines.aoti.graph import OnnxModule, Read, Weights, trace
 from tgate_runtime.engines.aoti.inductor import LIBRARY, check_compiler, flags, keep, start_compilers, working_in
 from tgate_runtime.engines.compiled import entries, interface_key, ready_entries
-from tgate_runtime.engines.protocol import Buffer, EngineOptions, OnBuild, check_buffers, fitted, matched, row_shape
+from tgate_runtime.engines.protocol import (
+    Buffer,
+    EngineOptions,
+    Instead,
+    OnBuild,
+    check_buffers,
+    fitted,
+    matched,
+    row_shape,
+)
 from tgate_runtime.graph_check import read_graphs
 
 _TORCH_DTYPE = {dtype.short: getattr(torch, name) for name, dtype in DTYPES.items()}
@@ -209,9 +218,13 @@ class Aoti:
         return self._entries(bundle, graphs, self._weights(bundle), on_build)
 
     def load(
-        self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
+        self,
+        bundle: Bundle,
+        graphs: Sequence[GraphSpec],
+        on_build: OnBuild | None = None,
+        instead: Instead | None = None,
     ) -> dict[str, AotiExecutable]:
-        weights = self._weights(bundle)
+        weights = self._weights(bundle, instead)
         places = self._entries(bundle, graphs, weights, on_build, build=self.options.build)
         return {spec.file: self._load(bundle, spec, weights, places[spec.file]) for spec in graphs}
 
@@ -251,8 +264,8 @@ class Aoti:
             "flags": flags(self._channels_last(bundle, spec)),
         }
 
-    def _weights(self, bundle: Bundle) -> Weights:
-        return Weights(bundle.file(bundle.manifest.weights), self.device)
+    def _weights(self, bundle: Bundle, instead: Instead | None = None) -> Weights:
+        return Weights(bundle.file(bundle.manifest.weights), self.device, instead)
 
     def _entries(
         self,

@@ -23,7 +23,7 @@ from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import BATCH, GraphSpec, TensorSpec
 from tgate_runtime.engines.aoti.operators import HOST, OPERATORS, SHAPE_OPERATORS, TORCH_DTYPE, Attributes, shape_of
-from tgate_runtime.engines.protocol import check_interface
+from tgate_runtime.engines.protocol import Instead, check_interface
 from tgate_runtime.weights import map_weights
 
 _DTYPE_OF = {dtype.onnx: name for name, dtype in DTYPES.items()}
@@ -33,12 +33,13 @@ class Weights:
     """The tensors of a bundle's weight file on one device: each is made when it is first asked for, then shared.
 
     On the CPU, in the file's own dtype and order, a tensor is a view of the file's pages, read when they are needed; it
-    must not be written to. Raises :class:`~tgate_engine.errors.BundleError` for a damaged file.
+    must not be written to. ``instead``: what is taken in place of the file's. Raises
+    :class:`~tgate_engine.errors.BundleError` for a damaged file.
     """
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device, instead: Instead | None = None) -> None:
         self.device = device
-        self._mapped = map_weights(path)
+        self._mapped = map_weights(path) | dict(instead or {})
         self._made: dict[tuple[str, torch.dtype, bool], Tensor] = {}
 
     def __contains__(self, name: str) -> bool:

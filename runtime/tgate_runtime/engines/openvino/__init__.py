@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino as ov
 
 from tgate_engine.bundle import Bundle
@@ -24,7 +25,7 @@ from tgate_engine.graph import GraphSpec
 from tgate_engine.underway import Cancellable
 from tgate_runtime.engines.host import CpuBuffer
 from tgate_runtime.engines.openvino.timestep import part_name, split_time
-from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers, check_interface
+from tgate_runtime.engines.protocol import EngineOptions, Instead, OnBuild, check_buffers, check_interface
 from tgate_runtime.graph_check import read_graphs
 
 _DTYPE_OF = {dtype.short: name for name, dtype in DTYPES.items()}
@@ -162,17 +163,21 @@ class OpenVino:
         return {}
 
     def load(
-        self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
+        self,
+        bundle: Bundle,
+        graphs: Sequence[GraphSpec],
+        on_build: OnBuild | None = None,
+        instead: Instead | None = None,
     ) -> dict[str, OpenVinoExecutable]:
         # OpenVINO finds a graph's weights beside the file it reads and in no other way, so it is given the name.
         # Session.open sees afterwards that the name leads to what was checked here.
         read_graphs(bundle, graphs)
-        return {spec.file: self.load_graph(bundle.file(spec.file), spec) for spec in graphs}
+        return {spec.file: self.load_graph(bundle.file(spec.file), spec, instead) for spec in graphs}
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CpuBuffer:
         return CpuBuffer.zeros(shape, dtype)
 
-    def load_graph(self, path: Path, spec: GraphSpec) -> OpenVinoExecutable:
+    def load_graph(self, path: Path, spec: GraphSpec, instead: Instead | None = None) -> OpenVinoExecutable:
         """The graph of one file. Raises :class:`EngineError` as :meth:`load` does."""
         settings = {
             "INFERENCE_PRECISION_HINT": getattr(ov.Type, self.options.precision or "f32"),
@@ -182,6 +187,7 @@ class OpenVino:
             settings["INFERENCE_NUM_THREADS"] = self.options.threads
         try:
             model = self._core.read_model(str(path))
+            _take(model, instead or {})
             time = None if self.options.precision == "f32" else split_time(model)
             compiled = self._core.compile_model(model, "CPU", settings)
             if time is not None:
@@ -192,6 +198,21 @@ class OpenVino:
         inputs = [port for port in compiled.inputs if parts.isdisjoint(port.names)]
         check_interface(spec, _dtypes(inputs, spec.input_names()), _dtypes(compiled.outputs, spec.output_names()))
         return OpenVinoExecutable(compiled, time, spec)
+
+
+def _take(model: Any, instead: Instead) -> None:
+    """Put weights in place of the constants of their names."""
+    constants = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
+    for name in instead.keys() & constants.keys():
+        weight, old = instead[name], constants[name]
+        array = np.ascontiguousarray(weight.array)
+        if weight.dtype == "bfloat16":
+            new = ov.op.Constant(ov.Tensor(array, ov.Shape(weight.array.shape), ov.Type.bf16))
+        else:
+            new = ov.op.Constant(array)
+        new.set_friendly_name(name)
+        for reader in old.output(0).get_target_inputs():
+            reader.replace_source_output(new.output(0))
 
 
 def _name(port: Any, names: Collection[str]) -> str:

@@ -40,7 +40,7 @@ from tgate_runtime.engines.ort_cuda.log import captured_stderr, failing
 from tgate_runtime.engines.ort_cuda.lowering import Lowered, lower
 from tgate_runtime.engines.ort_cuda.lowering.laid import Laid
 from tgate_runtime.engines.ort_cuda.memory import CudaBuffer, lasting, on_the_gpu, one_arena
-from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers
+from tgate_runtime.engines.protocol import EngineOptions, Instead, OnBuild, check_buffers
 from tgate_runtime.graph_check import read_graphs
 from tgate_runtime.weights import map_weights
 
@@ -189,8 +189,14 @@ class OrtCuda:
 
     @on_the_gpu
     def load(
-        self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
+        self,
+        bundle: Bundle,
+        graphs: Sequence[GraphSpec],
+        on_build: OnBuild | None = None,
+        instead: Instead | None = None,
     ) -> dict[str, OrtCudaExecutable]:
+        if instead:
+            raise EngineError("ort-cuda takes no adapters yet; fuse the LoRA at export (tgate-export --lora)")
         files = read_graphs(bundle, graphs)
         for spec in graphs:
             refuse_bfloat16(files[spec.file], spec)

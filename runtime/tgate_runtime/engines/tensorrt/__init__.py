@@ -24,7 +24,7 @@ from tgate_engine.bundle import Bundle, sha256_of
 from tgate_engine.errors import EngineError
 from tgate_engine.graph import GraphSpec, TensorSpec
 from tgate_runtime.engines.compiled import entries, interface_key, ready_entries
-from tgate_runtime.engines.protocol import EngineOptions, OnBuild, check_buffers, check_interface
+from tgate_runtime.engines.protocol import EngineOptions, Instead, OnBuild, check_buffers, check_interface
 from tgate_runtime.engines.tensorrt.build import (
     POLYGRAPHY,
     RECIPE,
@@ -252,8 +252,14 @@ class TensorRt:
         return entries(self._keys(bundle, graphs), compile_into, on_build)
 
     def load(
-        self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None
+        self,
+        bundle: Bundle,
+        graphs: Sequence[GraphSpec],
+        on_build: OnBuild | None = None,
+        instead: Instead | None = None,
     ) -> dict[str, TensorRtExecutable]:
+        if instead:
+            raise EngineError("tensorrt takes no adapters yet; fuse the LoRA at export (tgate-export --lora)")
         number = self.options.device
         self._need_gpu()
         if self.options.build:

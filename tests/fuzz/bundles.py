@@ -9,9 +9,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save
 
 from tests.fuzz.graph_mutations import mutate_graph
 from tests.fuzz.mutations import mutate_json, mutate_safetensors
@@ -20,12 +22,15 @@ from tests.hostile import relisted
 from tests.toy_bundle import SAMPLERS, WEIGHTS, build
 from tgate_cli import views
 from tgate_cli.inspect import describe
+from tgate_engine.adapter import DOWN, FACTOR, UP
 from tgate_engine.bundle import Bundle
+from tgate_engine.dtypes import decode
 from tgate_engine.graph import GraphSpec
-from tgate_engine.manifest import MANIFEST_FILE
+from tgate_engine.manifest import MANIFEST_FILE, Adapter, FileDigest
 from tgate_engine.manifest_json import content_digest, dump_manifest, parse_manifest
 from tgate_engine.plan import Plan
 from tgate_engine.sampler_tables import dump_tables, load_tables
+from tgate_runtime.adapters import weights_with
 from tgate_runtime.engines import open_engine
 from tgate_runtime.graph_check import read_graphs
 from tgate_runtime.pipeline import Pipeline
@@ -126,6 +131,33 @@ def _goldens() -> Sequence[bytes]:
     return [(toy().path / each.file).read_bytes() for each in toy().manifest.goldens.values()]
 
 
+_ADAPTER = "adapter.safetensors"
+
+
+def adapter(data: bytes) -> None:
+    """What changes weights leaves their shapes and dtypes, and numbers that are finite."""
+    hostile = _copy("adapted")
+    (hostile.path / _ADAPTER).write_bytes(data)
+    files = {**hostile.manifest.files, _ADAPTER: FileDigest(sha256=sha256(data).hexdigest(), bytes=len(data))}
+    adapters = {"a": Adapter(file=_ADAPTER, layers=1, rank=1)}
+    hostile = replace(hostile, manifest=replace(hostile.manifest, adapters=adapters, files=files))
+    own = map_weights(hostile.file(hostile.manifest.weights))
+    for name, weight in weights_with(hostile, (("a", 0.5),)).items():
+        assert (weight.dtype, weight.array.shape) == (own[name].dtype, own[name].array.shape)
+        assert np.isfinite(decode(weight.array, weight.dtype)).all()
+
+
+def _adapters() -> Sequence[bytes]:
+    own = map_weights(toy().file(toy().manifest.weights))
+    tensors = {}
+    for name in ("w.self.0", "w.cross.1"):
+        outputs, inputs = own[name].array.shape
+        tensors[name + UP] = np.full((outputs, 2), 0.5, np.float16)
+        tensors[name + DOWN] = np.full((2, inputs), 0.25, np.float32)
+        tensors[name + FACTOR] = np.ones(1, np.float32)
+    return [save(tensors)]
+
+
 # --- graphs -------------------------------------------------------------------------------------
 
 
@@ -179,6 +211,7 @@ TARGETS = (
     Target(name="samplers", run=samplers, sound=file_of(SAMPLERS), mutate=mutate_safetensors, examples=60),
     Target(name="weights", run=weights, sound=file_of(WEIGHTS), mutate=mutate_safetensors),
     Target(name="golden", run=golden, sound=_goldens, mutate=mutate_safetensors, examples=40),
+    Target(name="adapter", run=adapter, sound=_adapters, mutate=mutate_safetensors),
     Target(name="graph", run=graph, sound=_graph_files, mutate=mutate_graph),
     Target(name="ort", run=partial(on_engine, engine="ort-cpu"), sound=_graph_files, mutate=mutate_graph, endless=True),
 )

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tgate_runtime.engines.protocol import Engine
     from tgate_runtime.parameters import Parameters
     from tgate_runtime.pipeline import Progress, Result
-    from tgate_runtime.record import Record
+    from tgate_runtime.record import LoraRecord, Record
 
 STDOUT = Path("-")
 MOST_BYTES = 16 << 20
@@ -88,8 +88,8 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     report.stage(f"loading {args.engine}")
     engine = asked_engine(args)
     if record is not None:
-        now = {**given, "loras": loras_of(loras, manifest)}
-        _tell_differences(args.source, record, manifest, plan, engine, now, report)
+        named = loras_of(loras, manifest)
+        _tell_differences(args.source, record, manifest, plan, engine, named, given, report)
     report.stage(f"opening {args.bundle}")
     bundle = bundle.checked()
     results: list[Result] = []
@@ -367,6 +367,7 @@ def _tell_differences(
     manifest: Manifest,
     plan: Plan,
     engine: Engine,
+    loras: Mapping[str, LoraRecord],
     given: Mapping[str, Any],
     report: Reporter,
 ) -> None:
@@ -381,6 +382,7 @@ def _tell_differences(
         model=manifest.model,
         bundle=bundle_digest(manifest),
         engine=EngineRecord.of(engine),
+        loras=loras,
         version=__version__,
         given=digests,
     )

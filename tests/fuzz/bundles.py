@@ -11,8 +11,10 @@ from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from tests.fuzz.graph_mutations import mutate_graph
@@ -149,7 +151,7 @@ def adapter(data: bytes) -> None:
 
 def _adapters() -> Sequence[bytes]:
     own = map_weights(toy().file(toy().manifest.weights))
-    tensors = {}
+    tensors: dict[str, NDArray[Any]] = {}
     for name in ("w.self.0", "w.cross.1"):
         outputs, inputs = own[name].array.shape
         tensors[name + UP] = np.full((outputs, 2), 0.5, np.float16)

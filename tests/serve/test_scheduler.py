@@ -166,6 +166,26 @@ def test_the_oldest_goes_first_whatever_calls_others_could_fill(rows: int) -> No
 # --- who shares a call --------------------------------------------------------------------------
 
 
+def test_sizes_come_and_go() -> None:
+    scheduler = Scheduler({"s": room(rows=1)}, queue=4)
+    with pytest.raises(RequestError, match="size 't' is not served; there is s"):
+        scheduler.submit([job(size="t")])
+    scheduler.open("t", room(rows=2, added=0.3))
+    (first,) = scheduler.submit([job(size="s")])
+    tickets = scheduler.submit([job(size="t"), job(size="t")])
+    assert not scheduler.close("t"), "they are there"
+    assert scheduler.added == {"s": 0.1, "t": 0.3}
+    made = ticks(scheduler)
+    assert {(tick.size, tick.tickets) for tick in made} == {("s", (first,)), ("t", tickets)}
+    assert scheduler.close("t")
+    assert scheduler.added == {"s": 0.1}
+    assert scheduler.close("t"), "it has gone already"
+    with pytest.raises(RequestError, match="size 't' is not served; there is s"):
+        scheduler.submit([job(size="t")])
+    scheduler.submit([job(size="s")])
+    assert len(ticks(scheduler)) == 4
+
+
 def test_images_at_other_steps_share_a_call() -> None:
     """The first is two steps on when the second comes; both are at f."""
     scheduler = Scheduler({"s": room()})

@@ -109,9 +109,7 @@ class OrtCpu:
         :meth:`load` does."""
         options = self._session_options()
         find_weights(options, folder)
-        values = _values(data, instead or {})
-        if values:  # before the graph is optimised, unlike those of add_initializer
-            options.add_external_initializers([*values], [*values.values()])
+        values = _take_weights(options, data, instead or {})
         try:
             session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # see _OrtCall
@@ -146,16 +144,19 @@ class OrtCpu:
         return options
 
 
-def _values(data: bytes, instead: Instead) -> dict[str, ort.OrtValue]:
-    """Those of the weights that a graph reads."""
+def _take_weights(options: ort.SessionOptions, data: bytes, instead: Instead) -> dict[str, ort.OrtValue]:
+    """Have a session take weights in place of those that its graph names, before the graph is optimised: what is given
+    as shared initializers comes too late for whatever is folded. What it returns has to stay as long as the session."""
     if not instead:
         return {}
     names = {initializer.name for initializer in ModelMessage.FromString(data).graph.initializer}
-    return {
+    values = {
         name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(weight.array, DTYPES[weight.dtype].onnx)
         for name, weight in instead.items()
         if name in names
     }
+    options.add_external_initializers([*values], [*values.values()])
+    return values
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from tgate_engine.graph import GraphSpec
 from tgate_runtime.engines.aoti import TorchBuffer
 from tgate_runtime.engines.host import CpuBuffer
 from tgate_runtime.engines.protocol import Buffer, Engine, Executable
+from tgate_runtime.weights import map_weights
 
 GRAPHS = ("full", "reuse", "text", "decoder")
 IN_ROW = 7
@@ -95,6 +96,33 @@ def test_a_graph_of_a_stranger_is_refused_before_the_engine_sees_it(
     for way in (engine.load, engine.build) if engine.name == "aoti" else (engine.load,):
         with pytest.raises(BundleError, match=r"^full\.onnx has .*; export the bundle again$"):
             way(hostile, graphs)
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def test_weights_in_place_of_the_files(
+    engine: Engine, loaded: Mapping[str, Executable], small: Small, tmp_path: Path
+) -> None:
+    """All of those that another bundle has, convolutions too; the graphs that were there before keep theirs."""
+    other = Small(tmp_path / "bundle", seed=5)
+    instead = map_weights(other.bundle.file(WEIGHTS))
+    if engine.name == "ort-cuda":
+        with pytest.raises(EngineError, match="ort-cuda takes no adapters yet"):
+            engine.load(small.bundle, tuple(small.graphs.values()), instead=instead)
+        return
+    files = engine.load(small.bundle, tuple(small.graphs.values()), instead=instead)
+    for name, spec in small.graphs.items():
+        inputs = random_inputs(spec, 2)
+        assert_close(spec, called(engine, files[spec.file], spec, inputs), other.expected(name, inputs))
+        assert_close(spec, called(engine, loaded[name], spec, inputs), small.expected(name, inputs))
+    some = dict(list(instead.items())[::2])
+    mixed = Small(tmp_path / "mixed")
+    mixed.weights.update({name: other.weights[name] for name in some})
+    files = engine.load(small.bundle, (small.graphs["full"],), instead=some)
+    spec = small.graphs["full"]
+    inputs = random_inputs(spec, 1)
+    assert_close(spec, called(engine, files[spec.file], spec, inputs), mixed.expected("full", inputs))
 
 
 # --- buffers ------------------------------------------------------------------------------------

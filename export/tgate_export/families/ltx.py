@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,8 @@ from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Family, Scaling, Size, Texts
 from tgate_export.families.facts import LTX
 from tgate_export.families.t5 import T5Text, end_token, t5_conditioning
-from tgate_export.quiet import quiet
 from tgate_export.recipes import FLOW_EULER
-from tgate_export.schedulers import MU, PIPELINE_SIGMAS
+from tgate_export.schedulers import MU, PIPELINE_SIGMAS, size_shift
 
 TOKENS = 128
 """Tokens of a prompt: what diffusers' pipeline encodes."""
@@ -195,12 +195,7 @@ class Ltx(Family):
         config = {**super().scheduler_config(checkpoint, size), PIPELINE_SIGMAS: True}
         if not config.get("use_dynamic_shifting"):
             return config
-        with quiet():  # imported late: the module tells of libraries for pictures that nothing here needs
-            from diffusers.pipelines.ltx import pipeline_ltx as own
-        _, frames, height, width = self.latents(checkpoint, size)
-        known = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        numbers = [config.get(key, default) for key, default in known.items()]  # checked where it is compiled
-        return {**config, MU: float(own.calculate_shift(frames * height * width, *numbers))}
+        return {**config, MU: size_shift(config, math.prod(self.latents(checkpoint, size)[1:]))}
 
     def check_size(self, checkpoint: Checkpoint, size: Size) -> None:
         super().check_size(checkpoint, size)

@@ -343,12 +343,12 @@ FULL: Mapping[str, Full] = {
         further_bytes=2 * 632_076_800 + 4 * 34_163_664,
     ),
     "opensora": Full(denoiser=1_057_246_880, latents=(4, 17, 64, 64), size=(17, 512, 512)),
+    "ltx-video": Full(
+        denoiser=1_923_385_472, latents=(128, 21, 15, 22), size=(161, 480, 704), decoder_bytes=2 * 238_789_296
+    ),
     # The decoder's graph of 21 latent frames takes minutes to trace.
     "wan21-t2v-1.3b": Full(
         denoiser=1_418_996_800, latents=(16, 21, 60, 104), size=(81, 480, 832), components="denoiser", decoder_bytes=0
-    ),
-    "ltx-video": Full(
-        denoiser=1_923_385_472, latents=(128, 21, 15, 22), size=(161, 480, 704), decoder_bytes=2 * 238_789_296
     ),
 }
 

@@ -223,16 +223,6 @@ MODELS: Mapping[str, Model] = {
         guidance_scale=7.5,
         sampler="ddim",
     ),
-    "wan21-t2v-1.3b": Model(
-        facts=WAN,
-        checkpoint="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        licence="apache-2.0",
-        steps=50,
-        gate=30,
-        self_interval=3,
-        guidance_scale=5.0,
-        sampler="unipc",
-    ),
     "ltx-video": Model(
         facts=LTX,
         checkpoint="Lightricks/LTX-Video",
@@ -242,6 +232,16 @@ MODELS: Mapping[str, Model] = {
         self_interval=3,
         guidance_scale=3.0,
         sampler="euler",
+    ),
+    "wan21-t2v-1.3b": Model(
+        facts=WAN,
+        checkpoint="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        licence="apache-2.0",
+        steps=50,
+        gate=30,
+        self_interval=3,
+        guidance_scale=5.0,
+        sampler="unipc",
     ),
 }
 

@@ -24,11 +24,23 @@ Rule = Callable[[int, Call, Call, Call], Tensor]
 """(step, both halves, the negative half, the prompt's half) to what the pipeline is given, [2B, ...]."""
 
 
-def plain_run(pipe: Any, prompt: str, negative: str, **options: Any) -> Tensor:
-    """Final latents of diffusers' own pipeline. ``options``: of its call."""
+def plain_run(pipe: Any, prompt: str, negative: str, *, latents: Tensor, **options: Any) -> Tensor:
+    """Final latents of diffusers' own pipeline. ``latents``: noise, [1, ...] as bundles have it. ``options``: others of
+    its call."""
     with torch.no_grad():
-        result: Tensor = pipe(prompt, negative_prompt=negative, output_type="latent", **options)[0]
-    return result
+        result: Tensor = pipe(
+            prompt, negative_prompt=negative, output_type="latent", latents=held(pipe, latents), **options
+        )[0]
+    return pipe._unpack_latents(result, *latents.shape[2:]) if _packs(pipe) else result
+
+
+def held(pipe: Any, latents: Tensor) -> Tensor:
+    """Latents as the pipeline's loop holds them: LTX-Video's as one row of places."""
+    return pipe._pack_latents(latents) if _packs(pipe) else latents
+
+
+def _packs(pipe: Any) -> bool:
+    return type(pipe).__name__ == "LTXPipeline"
 
 
 def gated_run(pipe: Any, prompt: str, negative: str, m: int, k: int, f: int, w: int, **options: Any) -> Tensor:

@@ -80,7 +80,8 @@ def shrink(config: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
     for key, value in _SMALLER[kind].items():
         if small.get(key) is not None:
             small[key] = value(small[key])
-    if "layers_per_block" in small and "reverse_transformer_layers_per_block" not in small:  # which tells them apart
+    layers = small.get("layers_per_block")
+    if isinstance(layers, int) and "reverse_transformer_layers_per_block" not in small:  # which tells them apart
         small["layers_per_block"] = 1
     if "vocab_size" in small:
         small["vocab_size"] = vocabulary
@@ -167,6 +168,13 @@ _WAN = {
     "text_dim": _TEXT,
     "num_layers": _layers,
 }
+_LTX = {
+    "num_attention_heads": _over(8),
+    "attention_head_dim": _over(4),
+    "cross_attention_dim": _TEXT,  # heads times their width
+    "caption_channels": _TEXT,
+    "num_layers": _layers,
+}
 _HUNYUAN = {
     "num_attention_heads": _over(4),
     "attention_head_dim": _over(11),
@@ -199,7 +207,12 @@ _SMALLER: Mapping[str, Mapping[str, Any]] = {
     "SD3Transformer2DModel": _SD3,
     "WanTransformer3DModel": _WAN,
     "HunyuanDiT2DModel": _HUNYUAN,
+    "LTXVideoTransformer3DModel": _LTX,
     "AutoencoderDC": _DC_AE,
+    "AutoencoderKLLTXVideo": {
+        **dict.fromkeys(("block_out_channels", "decoder_block_out_channels"), _over(16)),
+        **dict.fromkeys(("layers_per_block", "decoder_layers_per_block"), _layers),
+    },
     "AutoencoderKLWan": {"base_dim": _over(12), "num_res_blocks": _over(2)},
     "bert": _CLIP,
     "clip_text_model": _CLIP,

@@ -169,6 +169,46 @@ def _kl(levels: int) -> dict[str, Any]:
     }
 
 
+def _ltx(heads: int, head_width: int, text_width: int, channels: int, **more: Any) -> dict[str, Any]:
+    return {
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_attention_heads": heads,
+        "attention_head_dim": head_width,
+        "cross_attention_dim": heads * head_width,
+        "caption_channels": text_width,
+        "num_layers": 2,
+        **more,
+    }
+
+
+def _ltx_vae(channels: int, levels: Shape, scaling: tuple[bool, ...], **more: Any) -> dict[str, Any]:
+    return {
+        "latent_channels": channels,
+        "block_out_channels": (8, 8, 16, 16),
+        "layers_per_block": (1, 1, 1, 1, 1),
+        "decoder_block_out_channels": levels,
+        "decoder_layers_per_block": (1,) * (len(levels) + 1),
+        "decoder_spatio_temporal_scaling": scaling,
+        "decoder_inject_noise": (False,) * (len(levels) + 1),
+        "upsample_residual": (False,) * len(levels),
+        "upsample_factor": (1,) * len(levels),
+        **more,
+    }
+
+
+def _flow_euler() -> Any:
+    """As published with LTX-Video."""
+    return diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.95,
+        max_shift=2.05,
+        base_image_seq_len=1024,
+        max_image_seq_len=4096,
+        shift_terminal=0.1,
+    )
+
+
 _RES, _VIT = "ResBlock", "EfficientViTBlock"
 
 FLOW_VARIANTS: Mapping[str, TinyFlow] = {
@@ -268,6 +308,50 @@ FLOW_VARIANTS: Mapping[str, TinyFlow] = {
         vae=_wan_vae((1, 2, 2, 2), (True, True, False)),
         scheduler=_flow_unipc,
     ),
+    "ltx_a": TinyFlow(
+        model="ltx-video",
+        pipeline="LTXPipeline",
+        latents=(8, 2, 2, 3),
+        pixels=32,
+        frames=9,
+        text_width=24,
+        network=_ltx(2, 10, 24, 8),
+        vae=_ltx_vae(8, (8, 8, 16, 16), (True, True, True, False)),
+        scheduler=_flow_euler,
+    ),
+    # As 0.9.5's decoder, which is told a timestep, and a network with all that a configuration may have besides.
+    "ltx_b": TinyFlow(
+        model="ltx-video",
+        pipeline="LTXPipeline",
+        latents=(6, 3, 3, 2),
+        pixels=32,
+        frames=17,
+        text_width=16,
+        network=_ltx(3, 8, 16, 6, norm_elementwise_affine=True, attention_bias=False, attention_out_bias=False),
+        vae=_ltx_vae(
+            6,
+            (8, 16, 32),
+            (True, True, True),
+            upsample_residual=(True, True, True),
+            upsample_factor=(2, 2, 2),
+            timestep_conditioning=True,
+            scaling_factor=0.8,
+            decoder_causal=True,
+        ),
+        scheduler=lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ),
+    # One frame.
+    "ltx_c": TinyFlow(
+        model="ltx-video",
+        pipeline="LTXPipeline",
+        latents=(4, 1, 4, 2),
+        pixels=32,
+        frames=1,
+        text_width=16,
+        network=_ltx(1, 12, 16, 4, num_layers=3, norm_eps=1e-3),
+        vae=_ltx_vae(4, (8, 8, 8, 16), (True, True, True, False)),
+        scheduler=_flow_euler,
+    ),
 }
 
 
@@ -336,9 +420,23 @@ def _build_wan(tiny: TinyFlow, variant: str) -> Any:
     )
 
 
+def _build_ltx(tiny: TinyFlow, variant: str) -> Any:
+    vae = draw(diffusers.AutoencoderKLLTXVideo(**tiny.vae).eval(), f"{variant}/vae")
+    with torch.no_grad():
+        vae.latents_mean.uniform_(-0.5, 0.5)
+        vae.latents_std.uniform_(0.6, 1.8)
+    return diffusers.LTXPipeline(
+        transformer=draw(diffusers.LTXVideoTransformer3DModel(**tiny.network).eval(), f"{variant}/transformer"),
+        vae=vae,
+        scheduler=tiny.scheduler(),
+        **t5(tiny.text_width),
+    )
+
+
 _BUILD: Mapping[str, Callable[[TinyFlow, str], Any]] = {
     "SanaPipeline": _build_sana,
     "StableDiffusion3Pipeline": _build_sd3,
     "WanPipeline": _build_wan,
+    "LTXPipeline": _build_ltx,
     "HunyuanDiTPipeline": _build_hunyuan,
 }

@@ -94,11 +94,12 @@ class Decoder(nn.Module):
         if self._frames_axis is not None and not self._together:
             frames = latents.shape[self._frames_axis]
             latents = latents.movedim(self._frames_axis, 1).flatten(0, 1)
-        if self._scaling.std != (1.0,):
-            latents = latents * self._by_channel(self._scaling.std, latents)
+        std, mean = self._statistics()
+        if std is not None:
+            latents = latents * self._by_channel(std, latents)
         latents = latents / self._scaling.scale
-        if self._scaling.mean != (0.0,):
-            latents = latents + self._by_channel(self._scaling.mean, latents)
+        if mean is not None:
+            latents = latents + self._by_channel(mean, latents)
         decode = self.vae.decode
         assert callable(decode)
         further = {"num_frames": frames} if self._temporal else {}
@@ -109,9 +110,16 @@ class Decoder(nn.Module):
         pictures = (pixels * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
         return pictures if self._frames_axis is None else pictures.unsqueeze(0), decoded
 
+    def _statistics(self) -> tuple[Tensor | None, Tensor | None]:
+        """Deviation and mean by channel, [C] or [1] each; None for one that changes nothing."""
+        if self._scaling.stored:
+            return self.vae.get_parameter("latents_std"), self.vae.get_parameter("latents_mean")
+        std, mean = self._scaling.std, self._scaling.mean
+        return torch.tensor(std) if std != (1.0,) else None, torch.tensor(mean) if mean != (0.0,) else None
+
     @staticmethod
-    def _by_channel(numbers: Sequence[float], latents: Tensor) -> Tensor:
-        return torch.tensor(numbers).view(1, -1, *[1] * (latents.dim() - 2))
+    def _by_channel(numbers: Tensor, latents: Tensor) -> Tensor:
+        return numbers.view(1, -1, *[1] * (latents.dim() - 2))
 
 
 class Encoder(nn.Module):

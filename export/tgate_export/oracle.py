@@ -191,9 +191,10 @@ class Oracle:
         @functools.wraps(step)
         def watched(*args: Any, **options: Any) -> Any:
             drawn = step_noise.get(len(latents) - 1, torch.zeros_like(noise))
-            with drawing(scheduler, drawn):
+            with drawing(scheduler, job.family.as_pipeline(drawn)):
                 result = step(*args, **options)
-            latents.append((result[0] if isinstance(result, tuple) else result.prev_sample).float().clone())
+            after = (result[0] if isinstance(result, tuple) else result.prev_sample).float()
+            latents.append(job.family.from_pipeline(after, noise.shape).clone())
             return result
 
         scheduler.step = watched
@@ -201,7 +202,7 @@ class Oracle:
             vae.decode = _recording(vae.decode, decoded)
         options = {
             "num_inference_steps": steps,
-            "latents": noise.clone(),
+            "latents": job.family.as_pipeline(noise).clone(),
             "height": job.size.height,
             "width": job.size.width,
             "output_type": "pt" if decodes else "latent",

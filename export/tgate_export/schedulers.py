@@ -201,14 +201,34 @@ def _flow_class(name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Fa
     return kind, {**options, "flow_shift": config.get("shift", 1.0)}
 
 
+def size_shift(config: Mapping[str, Any], places: int) -> float:
+    """How far pipelines shift noise levels for latents of so many places (:data:`MU`): on the line through the two
+    lengths that a configuration names. Raises :class:`ExportError`."""
+    base, most, least, largest = numbers = [config.get(key, default) for key, default in _LINE.items()]
+    for key, value in zip(_LINE, numbers, strict=True):
+        check_value(_WHERE, key, value, _options()[key])
+    if base == most:
+        raise ExportError(
+            f"{_WHERE} has base_image_seq_len = max_image_seq_len = {base}, and shifts by the size "
+            "(use_dynamic_shifting); two lengths are wanted"
+        )
+    slope = (largest - least) / (most - base)
+    return float(places * slope + (least - slope * base))
+
+
+_LINE = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+"""Where pipelines have the line of :func:`size_shift`, and what they take where a configuration is silent."""
+
+
 def set_timesteps(scheduler: Any, steps: int) -> None:
     """Set a scheduler's timesteps as the checkpoint's pipeline does (:data:`MU`, :data:`PIPELINE_SIGMAS`)."""
     mu = scheduler.config.get(MU) if scheduler.config.get("use_dynamic_shifting") else None
     shift = {} if mu is None else {"mu": mu}
-    if scheduler.config.get(PIPELINE_SIGMAS):
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **shift)
-    else:
-        scheduler.set_timesteps(steps, **shift)
+    with np.errstate(all="ignore"):  # shift_terminal divides one step's by zero; coefficients tell
+        if scheduler.config.get(PIPELINE_SIGMAS):
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **shift)
+        else:
+            scheduler.set_timesteps(steps, **shift)
 
 
 def from_config(cls: Any, config: Mapping[str, Any], **options: Fact) -> Any:

@@ -22,6 +22,7 @@ from tgate_export.schedulers import (
     TRAINED_UNDER_FLOW,
     TRAINING,
     make_scheduler,
+    size_shift,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore:__array:DeprecationWarning")
@@ -177,6 +178,17 @@ def test_a_flow_sampler_is_its_formula() -> None:
     for i, call in enumerate(sampler.calls):
         assert call.latents == (1, 0, 0, 0)
         assert call.outputs[0] == pytest.approx(levels[i + 1] - levels[i], rel=1e-6)
+
+
+def test_the_shift_of_a_size_is_diffusers() -> None:
+    named = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
+    for places in (64, 1024, 6930):
+        assert size_shift({}, places) == calculate_shift(places)
+        assert size_shift(named, places) == calculate_shift(places, *named.values())
+    with pytest.raises(ExportError, match="base_image_seq_len = max_image_seq_len = 4096"):
+        size_shift({**named, "base_image_seq_len": 4096}, 64)
+    with pytest.raises(ExportError, match="has max_shift = '2'"):
+        size_shift({**named, "max_shift": "2"}, 64)
 
 
 @pytest.mark.parametrize("terminal", [None, 0.1])

@@ -20,7 +20,7 @@ from diffusers.utils import is_ftfy_available
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from tests.oracle_flow import delta_run, gated_run, plain_run, stopped_run
+from tests.oracle_flow import delta_run, gated_run, held, plain_run, stopped_run
 from tests.tiny_flow import FLOW_VARIANTS, flow_noise, load_tiny_flow, make_tiny_flow
 from tests.whole.cases import GUIDANCE_STOPPED, NAME, TOLERANCE, UNGATED, plans_of, relative
 from tgate_engine.bundle import Bundle
@@ -35,7 +35,7 @@ from tgate_runtime.pipeline import Pipeline
 
 PROMPT, NEGATIVE = "A large red circle above a small blue square", "a photo of a green circle"
 GATED = [name for name, tiny in FLOW_VARIANTS.items() if MODELS[tiny.model].facts.cross_attention]
-ONE_OF_EACH = ("sana_a", "sd3_a", "wan_a", "hunyuan_a")
+ONE_OF_EACH = ("sana_a", "sd3_a", "wan_a", "hunyuan_a", "ltx_a")
 """In every run of the tests; the other shapes are slow."""
 EMBEDDED = [name for name, tiny in FLOW_VARIANTS.items() if not MODELS[tiny.model].facts.text_graph]
 
@@ -62,7 +62,7 @@ class Subject:
     def settings(self, output: Path, method: str, **more: Any) -> ExportSettings:
         height, width = (side * self.tiny.pixels for side in self.tiny.latents[-2:])
         named: dict[str, Any] = {"steps": 6, "m": 3, "height": height, "width": width}
-        if self.tiny.frames > 1:
+        if MODELS[self.tiny.model].facts.video:
             named["frames"] = self.tiny.frames
         if method == "tgate":
             named |= {"k": 2, "warm_up": 0, "fidelity_interval": 2}
@@ -76,7 +76,7 @@ class Subject:
         options: dict[str, Any] = (
             {"use_resolution_binning": False} if self.model.facts.name in ("sana", "hunyuan") else {}
         )
-        if self.tiny.frames > 1:
+        if self.model.facts.video:
             options["num_frames"] = self.tiny.frames
         return options | {
             "num_inference_steps": steps,
@@ -117,8 +117,9 @@ def subject_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Subjec
 def test_ungated_latents_and_picture_are_those_of_diffusers(subject_of: Callable[..., Subject], variant: str) -> None:
     """From the prompt on, by every sampler that knows flow matching."""
     subject = subject_of(variant, _method(variant))
-    shifted = subject.bundle.manifest.scheduler.get("use_dynamic_shifting")
-    for sampler in ("euler",) if shifted else ("unipc", "euler", "dpmpp_2m"):
+    scheduler = subject.bundle.manifest.scheduler
+    handed = scheduler.get("use_dynamic_shifting") or scheduler.get("pipeline_sigmas")
+    for sampler in ("euler",) if handed else ("unipc", "euler", "dpmpp_2m"):
         options = subject.options(sampler, 4)
         want = plain_run(subject.eager, PROMPT, NEGATIVE, **options)
         other = plain_run(subject.eager, NEGATIVE, PROMPT, **options)
@@ -126,6 +127,7 @@ def test_ungated_latents_and_picture_are_those_of_diffusers(subject_of: Callable
         assert relative(got.latents, want) < TOLERANCE, sampler
         assert relative(other.numpy(), want) > 50 * TOLERANCE, "what conditions it matters"
     options = subject.options(sampler, 4)
+    options["latents"] = held(subject.eager, options["latents"])
     with torch.no_grad():
         wanted = subject.eager(PROMPT, negative_prompt=NEGATIVE, output_type="np", **options)[0]
     pictures = np.stack([np.asarray(frame, np.float64) for frame in (got.videos[0] if got.videos else got.images)])

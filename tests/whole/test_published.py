@@ -24,6 +24,7 @@ from safetensors import safe_open
 
 from tests.hub import cached, hub
 from tests.oracle_families import Request, plain_latents
+from tests.oracle_flow import plain_run
 from tests.plain import plain
 from tests.shrunken import load_shrunken, shrink, write_shrunken
 from tgate_cli.main import export_main, main
@@ -53,14 +54,14 @@ models are gated in the slow tests."""
 SIZES: Mapping[str, tuple[int, int]] = {"svd": (64, 128), "opensora": (16, 32)}
 """Height and width in pixels. Elsewhere:"""
 SIZE = (32, 64)
-FRAMES: Mapping[str, int] = {"svd": 3, "opensora": 17}
+FRAMES: Mapping[str, int] = {"svd": 3, "opensora": 17, "ltx-video": 9}
 
 SCHEDULERS: Mapping[str, str] = {
     "lcm-sdxl": "LCMScheduler",
     "lcm-pixart": "LCMScheduler",
     "svd": "EulerDiscreteScheduler",
     "opensora": "DDIMScheduler",
-    **dict.fromkeys(("sd3-medium", "sd35-medium"), "FlowMatchEulerDiscreteScheduler"),
+    **dict.fromkeys(("sd3-medium", "sd35-medium", "ltx-video"), "FlowMatchEulerDiscreteScheduler"),
 }
 """diffusers' class of the sampler that a model is exported with. Elsewhere:"""
 SCHEDULER = "DPMSolverMultistepScheduler"
@@ -160,18 +161,32 @@ class Subject:
             augmentation=torch.from_numpy(augmentation) if self.model == "svd" else None,
         )
         cls = getattr(diffusers, SCHEDULERS.get(self.model, SCHEDULER))
+        if self.model == "ltx-video":  # its pipeline holds latents in another form
+            return plain_run(
+                self.eager,
+                SECOND if second else FIRST,
+                self.request(second)["negative_prompt"] or "",
+                latents=request.latents,
+                num_inference_steps=STEPS,
+                guidance_scale=manifest.guidance_scale,
+                height=self.shape.height,
+                width=self.shape.width,
+                num_frames=manifest.frames,
+            )
         return plain_latents(self.eager, request, cls.from_config(self.eager.scheduler.config))
 
     def decoded(self, latents: NDArray[np.float32]) -> NDArray[np.float64]:
         """What diffusers' autoencoder makes of one result's latents: [F, H, W, 3], 0 to 255."""
         manifest, vae = self.bundle.manifest, self.eager.vae
         rows = torch.from_numpy(latents)
-        if manifest.frames > 1:
+        if manifest.frames > 1 and self.model != "ltx-video":
             rows = rows.movedim(find_model(self.model).family.frames_axis or 1, 1).flatten(0, 1)
         options = {"num_frames": manifest.frames} if self.model == "svd" else {}
         with torch.no_grad():
             shift = vae.config.get("shift_factor") or 0.0
             pixels = vae.decode(rows / vae.config.scaling_factor + shift, **options).sample
+        if pixels.dim() == 5:  # decoded as one video
+            pixels = pixels.squeeze(0).movedim(1, 0)
         return np.asarray((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).double() * 255)
 
 
@@ -213,7 +228,9 @@ def test_every_component_is_exported(subject_of: Callable[[str, str], Subject], 
     assert manifest.guidance == {"lcm-sdxl": "embedded", "lcm-pixart": "none"}.get(model, "classifier-free")
     assert {"ungated", "default"} <= manifest.plans.keys()
     assert manifest.goldens.keys() >= {"gated", "image", "conditioning" if model == "svd" else "text"}
-    assert manifest.scheduler == published.facts(model)["components"]["scheduler"]
+    handed = {key: value for key, value in manifest.scheduler.items() if key in ("mu", "pipeline_sigmas")}
+    assert manifest.scheduler == published.facts(model)["components"]["scheduler"] | handed
+    assert bool(handed) == (model == "ltx-video")
 
 
 @pytest.mark.parametrize(("model", "method"), CASES)
@@ -326,6 +343,9 @@ FULL: Mapping[str, Full] = {
         further_bytes=2 * 632_076_800 + 4 * 34_163_664,
     ),
     "opensora": Full(denoiser=1_057_246_880, latents=(4, 17, 64, 64), size=(17, 512, 512)),
+    "ltx-video": Full(
+        denoiser=1_923_385_472, latents=(128, 21, 15, 22), size=(161, 480, 704), decoder_bytes=2 * 238_789_296
+    ),
     # The decoder's graph of 21 latent frames takes minutes to trace.
     "wan21-t2v-1.3b": Full(
         denoiser=1_418_996_800, latents=(16, 21, 60, 104), size=(81, 480, 832), components="denoiser", decoder_bytes=0

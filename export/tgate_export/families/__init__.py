@@ -17,7 +17,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from tgate_engine.errors import ExportError, shown
-from tgate_export.families.facts import HUNYUAN, LATTE, PIXART, SANA, SD, SD3, SDXL, SVD, WAN, Facts
+from tgate_export.families.facts import HUNYUAN, LATTE, LTX, PIXART, SANA, SD, SD3, SDXL, SVD, WAN, Facts
 
 if TYPE_CHECKING:
     from tgate_export.families.base import Family
@@ -222,6 +222,16 @@ MODELS: Mapping[str, Model] = {
         self_interval=10,
         guidance_scale=7.5,
         sampler="ddim",
+    ),
+    "ltx-video": Model(
+        facts=LTX,
+        checkpoint="Lightricks/LTX-Video",
+        licence="ltx-video-2b-v0.9",
+        steps=50,
+        gate=30,
+        self_interval=3,
+        guidance_scale=3.0,
+        sampler="euler",
     ),
     "wan21-t2v-1.3b": Model(
         facts=WAN,

@@ -62,12 +62,14 @@ class Scaling:
     """What a pipeline does to final latents before it decodes them: ``latents * std / scale + mean``; and the reverse
     to those of a picture.
 
-    ``mean`` and ``std``: one number for each channel, or one for all.
+    ``mean`` and ``std``: one number for each channel, or one for all. ``stored``: they are parameters of the decoder,
+    ``latents_mean`` and ``latents_std`` [C], and not these.
     """
 
     scale: float
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    stored: bool = False
 
 
 class Family(ABC):
@@ -283,6 +285,14 @@ class Family(ABC):
                 "by it, so it must be a finite number other than 0"
             )
         return float(value)
+
+    def as_pipeline(self, latents: Tensor) -> Tensor:
+        """Latents [B, ...] as diffusers' pipeline holds them in its loop."""
+        return latents
+
+    def from_pipeline(self, latents: Tensor, shape: Sequence[int]) -> Tensor:
+        """The reverse, to latents of that shape."""
+        return latents
 
     def scheduler_config(self, checkpoint: Checkpoint, size: Size) -> Mapping[str, Any]:
         """The scheduler's configuration as the pipeline uses it for a size, with what it hands over beside it

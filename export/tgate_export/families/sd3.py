@@ -16,8 +16,7 @@ from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Family, Scaling, Size, Texts, side
 from tgate_export.families.facts import SD3
 from tgate_export.families.unet import check_clip
-from tgate_export.quiet import quiet
-from tgate_export.schedulers import MU
+from tgate_export.schedulers import MU, size_shift
 
 T5_TOKENS = 256
 """Tokens that T5 sees of a prompt: what diffusers' pipeline gives it."""
@@ -129,14 +128,9 @@ class StableDiffusion3(Family):
         config = dict(super().scheduler_config(checkpoint, size))
         if not config.get("use_dynamic_shifting"):
             return config
-        with quiet():  # imported late: the module tells of libraries for pictures that nothing here needs
-            from diffusers.pipelines.stable_diffusion_3 import pipeline_stable_diffusion_3 as own
         _, height, width = self.latents(checkpoint, size)
         patch = int(self.config(checkpoint, "transformer")["patch_size"])
-        known = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        numbers = [config.get(key, default) for key, default in known.items()]  # checked where it is compiled
-        shift = own.calculate_shift((height // patch) * (width // patch), *numbers)
-        return {**config, MU: float(shift)}
+        return {**config, MU: size_shift(config, (height // patch) * (width // patch))}
 
     def size_multiple(self, checkpoint: Checkpoint) -> int:
         return self.pixels(checkpoint) * int(self.config(checkpoint, "transformer")["patch_size"])

@@ -1,4 +1,4 @@
-"""Text by a T5 encoder and its mask, which PixArt and Latte share."""
+"""Text by a T5 encoder and its mask, which PixArt, Latte and LTX-Video share."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ KEEP, DROP = 0.0, -10000.0
 
 
 class T5Text(nn.Module):
-    """Ids [B, T] to ``prompt_embeds`` [B, T, C] and ``prompt_mask`` [B, T], 1 for tokens and 0 for padding."""
+    """Ids [B, T] to ``prompt_embeds`` [B, T, C] and ``prompt_mask`` [B, T], 1 for tokens and 0 for padding.
 
-    def __init__(self, encoder: nn.Module) -> None:
+    ``masked``: whether the encoder is given the mask too.
+    """
+
+    def __init__(self, encoder: nn.Module, *, masked: bool = True) -> None:
         super().__init__()
         self.text_encoder = encoder
+        self._masked = masked
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         # All up to the end token counts, which only padding follows: a prompt may spell "<pad>" out, and the
@@ -27,7 +31,7 @@ class T5Text(nn.Module):
         places = torch.arange(1, ids.shape[1] + 1, dtype=torch.float32)
         last = (places * (ids == self.text_encoder.config.eos_token_id)).amax(dim=1, keepdim=True)
         mask = (places <= last).float()
-        states = self.text_encoder(ids, attention_mask=mask).last_hidden_state
+        states = self.text_encoder(ids, attention_mask=mask if self._masked else None).last_hidden_state
         return states, mask.to(states.dtype)
 
 

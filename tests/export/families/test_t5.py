@@ -16,8 +16,9 @@ from tgate_export.families.t5 import T5Text, attention_bias, end_token
 class Encoder(nn.Module):
     config = SimpleNamespace(eos_token_id=1)
 
-    def forward(self, ids: Tensor, attention_mask: Tensor) -> Any:
-        return SimpleNamespace(last_hidden_state=(ids * attention_mask)[..., None].float())
+    def forward(self, ids: Tensor, attention_mask: Tensor | None) -> Any:
+        seen = ids if attention_mask is None else ids * attention_mask
+        return SimpleNamespace(last_hidden_state=seen[..., None].float())
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,12 @@ def test_what_counts_ends_with_the_end_token(ids: list[int], mask: list[int]) ->
     states, made = T5Text(Encoder())(torch.tensor([ids]))
     assert made.tolist() == [mask]
     assert states[0, :, 0].tolist() == [i * m for i, m in zip(ids, mask, strict=True)]
+
+
+def test_an_encoder_may_see_padding_that_the_network_does_not() -> None:
+    states, made = T5Text(Encoder(), masked=False)(torch.tensor([[5, 1, 9]]))
+    assert made.tolist() == [[1, 1, 0]]
+    assert states[0, :, 0].tolist() == [5, 1, 9]
 
 
 def test_a_mask_as_what_is_added_to_scores() -> None:

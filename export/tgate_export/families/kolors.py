@@ -27,6 +27,10 @@ class ChatGlm(ChatGLMModel):
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config, empty_init=False)
 
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        self.rotary_pos_emb.to(self.dtype)  # the angles are of this buffer's dtype, and meet what weights made
+        return super().forward(*arguments, **options)
+
 
 class Kolors(TextUNet):
     """Kolors, in diffusers layout: text of one language model, whose last but one layer is attended to, projected by

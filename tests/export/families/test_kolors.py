@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tgate_export.families import find_model
 from tgate_export.families.base import Size
 from tgate_export.schedulers import make_scheduler
 
-CODE = {
+CODE: Mapping[str, Mapping[str, Any]] = {
     "text_encoder/config.json": {
         "AutoConfig": "configuration_chatglm.ChatGLMConfig",
         "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
@@ -75,7 +76,7 @@ def test_prompts_are_encoded_as_diffusers_encodes_them(
     """Longer ones too; without a negative prompt, the empty one is encoded."""
     pipe = load_tiny_flow(root, "kolors_a")
     prompts = ["A large red circle", "blue " * 300]
-    for file, code in CODE.items() if named else ():
+    for file, code in (CODE if named else {}).items():
         rewrite(root / file, auto_map=code)
     rewrite(root / "model_index.json", force_zeros_for_empty_prompt=True)  # the pipeline fails where it is none
     embed("kolors", prompts, tmp_path / "e.safetensors", checkpoint=str(root), negative_prompt=negative)
@@ -88,6 +89,16 @@ def test_prompts_are_encoded_as_diffusers_encodes_them(
     for name, tensor in wanted.items():
         assert np.abs(got[name] - tensor.numpy()).max() < 1e-5 * float(tensor.abs().max()), name
     assert np.abs(got["pooled.positive"] - got["pooled.negative"]).max() > 0.1
+
+
+def test_half_of_the_memory_is_what_diffusers_makes_of_it(root: Path, tmp_path: Path) -> None:
+    embed("kolors", ["a red circle"], tmp_path / "e.safetensors", checkpoint=str(root), half=True)
+    pipe = load_tiny_flow(root, "kolors_a").to(torch.bfloat16)
+    with torch.no_grad():
+        text, _, pooled, _ = pipe.encode_prompt("a red circle", "cpu", negative_prompt="")
+    got = load_file(tmp_path / "e.safetensors")
+    for name, tensor in (("prompt_embeds", text), ("pooled", pooled)):
+        assert np.abs(got[f"{name}.positive"] - tensor.float().numpy()).max() < 1e-5 * float(tensor.abs().max())
 
 
 @pytest.mark.parametrize("file", CODE)

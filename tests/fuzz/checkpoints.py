@@ -89,9 +89,9 @@ def _read(model: str, part: str, _file: str = "") -> None:
 
 def pieces(data: bytes) -> None:
     """A vocabulary that SentencePiece's own library reads: ChatGLM's."""
-    path = _kolors()
-    (path / "tokenizer" / "tokenizer.model").write_bytes(data)
-    loaded = load(MODELS["kolors"].family, DirectoryCheckpoint(path), 0)
+    checkpoint = _kolors()
+    (checkpoint.root / "tokenizer" / "tokenizer.model").write_bytes(data)
+    loaded = load(MODELS["kolors"].family, checkpoint, 0)
     with refusing("it reads no prompt", "the vocabulary is damaged"):
         loaded(
             ["a large red circle", "", "\u6f22 <pad> x " * 99], padding="max_length", max_length=256, truncation=True
@@ -99,8 +99,8 @@ def pieces(data: bytes) -> None:
 
 
 @functools.cache
-def _kolors() -> Path:
-    return make_tiny_flow(workspace() / "kolors", "kolors_a")
+def _kolors() -> DirectoryCheckpoint:
+    return DirectoryCheckpoint(make_tiny_flow(workspace() / "kolors", "kolors_a"))
 
 
 def _pieces() -> Sequence[bytes]:
@@ -198,7 +198,7 @@ TARGETS = tuple(
     for name, run, sound, mutate, examples in (
         ("config", checkpoint_file, partial(_named, False), mutate_named, 60),
         ("vocabulary", checkpoint_file, partial(_named, True), mutate_named, 12),
-        ("pieces", pieces, _pieces, mutate_bytes, 10),
+        ("pieces", pieces, _pieces, mutate_bytes, 40),
         ("header", header, _headers, mutate_safetensors, 100),
         ("index", index, _indices, mutate_json, 60),
         ("lora", lora, _loras, mutate_safetensors, 30),

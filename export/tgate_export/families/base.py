@@ -92,7 +92,7 @@ class Family(ABC):
     tokenizers: tuple[str, ...] = ()
     """One for each text component."""
     brought: tuple[str, ...] = ()
-    """Modules of code that its checkpoints name as their own (``auto_map``) and diffusers brings: those are run."""
+    """Modules of code that its checkpoints name as their own (``auto_map``), in whose place diffusers' classes run."""
     lower_prompts: bool = False
     """Whether the pipeline strips prompts and writes them in lower case before the tokenizer sees them."""
     tokenizer_class: type[Any] = transformers.CLIPTokenizer

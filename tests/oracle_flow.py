@@ -69,7 +69,7 @@ def gated_run(pipe: Any, prompt: str, negative: str, m: int, k: int, f: int, w: 
         return both()[0] if step < m else torch.cat([negative_half()[0]] * 2)
 
     with ExitStack() as stack:
-        for name, module in pipe.transformer.named_modules():
+        for name, module in _network(pipe).named_modules():
             if name.endswith(("attn1", "attn2")):
                 stack.callback(module.register_forward_hook(hook_for(name)).remove)
         stack.enter_context(_ruled(pipe, rule))
@@ -103,16 +103,27 @@ def delta_run(pipe: Any, prompt: str, negative: str, m: int, **options: Any) -> 
         return plain_run(pipe, prompt, negative, **options)
 
 
+def _network(pipe: Any) -> Any:
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def _half(given: Any, index: int) -> Any:
+    """One half of every batch in arguments; a timestep for all is one number."""
+    if isinstance(given, dict):
+        return {name: _half(value, index) for name, value in given.items()}
+    return given.chunk(2)[index] if isinstance(given, Tensor) and given.ndim else given
+
+
 @contextmanager
 def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
-    forward = pipe.transformer.forward
+    network = _network(pipe)
+    forward = network.forward
     steps = iter(range(1000))
     waiting: list[tuple[dict[str, Any], Tensor]] = []
 
     def run(**options: Any) -> tuple[Tensor]:
         def half(index: int) -> Call:
-            chosen = {n: v.chunk(2)[index] if isinstance(v, Tensor) else v for n, v in options.items()}
-            return lambda: forward(**chosen)
+            return lambda: forward(**_half(options, index))
 
         return (rule(next(steps), lambda: forward(**options), half(0), half(1)),)
 
@@ -130,5 +141,5 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
         given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **options}
         return run_twice(**given) if type(pipe).__name__ == "WanPipeline" else run(**given)
 
-    with mock.patch.object(pipe.transformer, "forward", named):
+    with mock.patch.object(network, "forward", named):
         yield

@@ -21,9 +21,10 @@ import diffusers
 import sentencepiece
 import torch
 import transformers
+from diffusers.pipelines.kolors.text_encoder import ChatGLMModel
 
 from tests.draw import draw
-from tests.tiny_encoders import T5_WORDS, bert_tokenizer, gemma_tokenizer
+from tests.tiny_encoders import T5_WORDS, bert_tokenizer, chatglm_tokenizer, gemma_tokenizer
 from tests.tiny_models import END_TOKEN, _save_vocabulary, _vocabulary
 from tgate_export.checkpoints import published
 
@@ -83,8 +84,9 @@ def shrink(config: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
     layers = small.get("layers_per_block")
     if isinstance(layers, int) and "reverse_transformer_layers_per_block" not in small:  # which tells them apart
         small["layers_per_block"] = 1
-    if "vocab_size" in small:
-        small["vocab_size"] = vocabulary
+    for key in ("vocab_size", "padded_vocab_size"):
+        if key in small:
+            small[key] = vocabulary
     return small
 
 
@@ -124,6 +126,7 @@ _UNET = {
     "transformer_layers_per_block": _transformers,
     "reverse_transformer_layers_per_block": _transformers,
     "cross_attention_dim": _TEXT,
+    "encoder_hid_dim": _TEXT,
     "addition_time_embed_dim": _TEXT,
     "projection_class_embeddings_input_dim": _TEXT,
     "time_cond_proj_dim": _over(16),
@@ -215,6 +218,13 @@ _SMALLER: Mapping[str, Mapping[str, Any]] = {
     },
     "AutoencoderKLWan": {"base_dim": _over(12), "num_res_blocks": _over(2)},
     "bert": _CLIP,
+    "chatglm": {
+        "hidden_size": _TEXT,
+        "ffn_hidden_size": _TEXT,
+        "kv_channels": _over(4),
+        "num_attention_heads": _over(8),
+        "num_layers": _layers,
+    },
     "clip_text_model": _CLIP,
     "clip_vision_model": _CLIP,
     "gemma2": {
@@ -236,8 +246,12 @@ def _module(config: Mapping[str, Any]) -> Any:
     if "_class_name" in config:
         name = str(config["_class_name"])
         return getattr(diffusers, _NAMES.get(name, name)).from_config(dict(config)).eval()
-    cls = getattr(transformers, config["architectures"][0])
+    name = config["architectures"][0]
+    cls = ChatGLMModel if name == "ChatGLMModel" else getattr(transformers, name)
     return cls(cls.config_class.from_dict(dict(config))).eval()
+
+
+_OWN = {"GemmaTokenizerFast": gemma_tokenizer, "BertTokenizer": bert_tokenizer, "ChatGLMTokenizer": chatglm_tokenizer}
 
 
 def _tokenizers(directory: Path, facts: Mapping[str, Any]) -> int:
@@ -254,8 +268,8 @@ def _tokenizers(directory: Path, facts: Mapping[str, Any]) -> int:
             sizes.append(_write_clip(folder, limit, "!" if second else END_TOKEN))
         elif cls in ("T5Tokenizer", "T5TokenizerFast"):
             sizes.append(_write_t5(folder, limit))
-        elif cls in ("GemmaTokenizerFast", "BertTokenizer"):
-            tokenizer = gemma_tokenizer() if cls == "GemmaTokenizerFast" else bert_tokenizer()
+        elif cls in _OWN:
+            tokenizer = _OWN[cls]()
             tokenizer.save_pretrained(folder)
             sizes.append(len(tokenizer.get_vocab()))
         else:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import math
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 from transformers import (
     BertConfig,
     BertModel,
@@ -100,6 +107,53 @@ def bert_tokenizer() -> Any:
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
     tokens += [word for word in T5_WORDS if word not in tokens]
     return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=77)
+
+
+def chatglm(width: int, seed: str, **more: Any) -> dict[str, Any]:
+    """ChatGLM in small; ``more``: what else its configuration says."""
+    tokenizer = chatglm_tokenizer()
+    config = ChatGLMConfig(
+        num_layers=3,
+        padded_vocab_size=tokenizer.vocab_size,
+        hidden_size=width,
+        ffn_hidden_size=2 * width,
+        kv_channels=width // 4,
+        num_attention_heads=4,
+        seq_length=300,
+        original_rope=True,
+        **more,
+    )
+    return {"text_encoder": draw(ChatGLMModel(config).eval(), seed), "tokenizer": tokenizer}
+
+
+def chatglm_tokenizer() -> Any:
+    """ChatGLM's kind of tokenizer: pairs of letters, the words of T5's, and its special tokens behind them."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tokenizer.model"
+        file.write_bytes(_pairs_of_letters())
+        tokenizer = ChatGLMTokenizer(str(file))
+
+    def save(directory: str, filename_prefix: str | None = None) -> tuple[str]:  # its own copies a file that is gone
+        target = Path(directory) / "tokenizer.model"
+        target.write_bytes(_pairs_of_letters())
+        return (str(target),)
+
+    tokenizer.save_vocabulary = save
+    return tokenizer
+
+
+@functools.cache
+def _pairs_of_letters() -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(T5_WORDS), "".join(map(chr, range(33, 127)))] * 5),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=150,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 def umt5(width: int, seed: str) -> dict[str, Any]:

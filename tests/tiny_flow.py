@@ -7,7 +7,7 @@ Their text encoders and tokenizers are of the published kinds, a few hundred tho
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import diffusers
 import torch
 
 from tests.draw import draw
-from tests.tiny_encoders import bert, clip_with_projection, gemma, t5, umt5
+from tests.tiny_encoders import bert, chatglm, clip_with_projection, gemma, t5, umt5
 
 Shape = tuple[int, ...]
 
@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True, kw_only=True)
 class TinyFlow:
     """One variant: ``model`` is the name for ``--model``, ``latents`` the shape of one result's, ``pixels`` those of a
-    latent pixel, ``frames`` those of a video. ``network``, ``vae``: arguments of those classes."""
+    latent pixel, ``frames`` those of a video. ``network``, ``vae``, ``encoder``: arguments of those classes."""
 
     model: str
     pipeline: str
@@ -34,6 +34,7 @@ class TinyFlow:
     vae: Mapping[str, Any]
     scheduler: Callable[[], Any]
     frames: int = 1
+    encoder: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _sana(heads: int, head_width: int, cross_heads: int, **more: Any) -> dict[str, Any]:
@@ -124,6 +125,35 @@ def _ddpm() -> Any:
     )
 
 
+def _kolors(channels: Shape, blocks: tuple[str, ...], heads: Shape, text_width: int, **more: Any) -> dict[str, Any]:
+    return {
+        "block_out_channels": channels,
+        "down_block_types": blocks,
+        "up_block_types": tuple(name.replace("Down", "Up") for name in reversed(blocks)),
+        "layers_per_block": 1,
+        "attention_head_dim": heads,
+        "norm_num_groups": 8,
+        "sample_size": 16,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + text_width,
+        **more,
+    }
+
+
+def _euler() -> Any:
+    """As published with Kolors."""
+    return diffusers.EulerDiscreteScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.014,
+        num_train_timesteps=1100,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+
+
 def _flow_unipc() -> Any:
     """As published with Wan."""
     return diffusers.UniPCMultistepScheduler(
@@ -210,6 +240,7 @@ def _flow_euler() -> Any:
 
 
 _RES, _VIT = "ResBlock", "EfficientViTBlock"
+_PLAIN, _CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
 
 FLOW_VARIANTS: Mapping[str, TinyFlow] = {
     "sana_a": TinyFlow(
@@ -285,6 +316,40 @@ FLOW_VARIANTS: Mapping[str, TinyFlow] = {
         network=_hunyuan(3, 8, (24, 16), num_layers=3, mlp_ratio=2.5),
         vae={**_kl(4), "shift_factor": None},
         scheduler=_ddpm,
+    ),
+    # A U-Net as SDXL's, and no flow matching either.
+    "kolors_a": TinyFlow(
+        model="kolors",
+        pipeline="KolorsPipeline",
+        latents=(4, 8, 12),
+        pixels=8,
+        text_width=32,
+        network=_kolors(
+            (16, 32),
+            (_PLAIN, _CROSS),
+            (1, 2),
+            32,
+            encoder_hid_dim_type="text_proj",
+            encoder_hid_dim=32,
+            cross_attention_dim=24,
+            transformer_layers_per_block=(1, 2),
+        ),
+        vae={**_kl(4), "shift_factor": None, "use_quant_conv": True, "use_post_quant_conv": True},
+        scheduler=_euler,
+        encoder={"add_qkv_bias": True, "multi_query_attention": True, "multi_query_group_num": 2},
+    ),
+    "kolors_b": TinyFlow(
+        model="kolors",
+        pipeline="KolorsPipeline",
+        latents=(4, 12, 8),
+        pixels=4,
+        text_width=16,
+        network=_kolors(
+            (8, 16, 32), (_CROSS, _CROSS, _PLAIN), (2, 1, 4), 16, cross_attention_dim=16, norm_num_groups=4
+        ),
+        vae={**_kl(3), "shift_factor": None},
+        scheduler=_euler,
+        encoder={"rmsnorm": False, "add_bias_linear": True, "apply_residual_connection_post_layernorm": True},
     ),
     "wan_a": TinyFlow(
         model="wan21-t2v-1.3b",
@@ -411,6 +476,15 @@ def _build_hunyuan(tiny: TinyFlow, variant: str) -> Any:
     )
 
 
+def _build_kolors(tiny: TinyFlow, variant: str) -> Any:
+    return diffusers.KolorsPipeline(
+        unet=draw(diffusers.UNet2DConditionModel(**tiny.network).eval(), f"{variant}/unet"),
+        vae=draw(diffusers.AutoencoderKL(**tiny.vae).eval(), f"{variant}/vae"),
+        scheduler=tiny.scheduler(),
+        **chatglm(tiny.text_width, f"{variant}/text", **tiny.encoder),
+    )
+
+
 def _build_wan(tiny: TinyFlow, variant: str) -> Any:
     return diffusers.WanPipeline(
         transformer=draw(diffusers.WanTransformer3DModel(**tiny.network).eval(), f"{variant}/transformer"),
@@ -439,4 +513,5 @@ _BUILD: Mapping[str, Callable[[TinyFlow, str], Any]] = {
     "WanPipeline": _build_wan,
     "LTXPipeline": _build_ltx,
     "HunyuanDiTPipeline": _build_hunyuan,
+    "KolorsPipeline": _build_kolors,
 }

@@ -62,7 +62,7 @@ def load(family: Family, checkpoint: Checkpoint, index: int) -> Any:
     name = family.tokenizers[index]
     directory = checkpoint.tokenizer(name)
     kind = family.tokenizer_kind(index)
-    with checked_vocabulary(directory) as checked:
+    with checked_vocabulary(directory, kind.vocab_files_names.values(), family.brought) as checked:
         _check_class(family, checkpoint, index)
         with quiet(), refusing(f"{directory} does not load as a {kind.__name__}", _DAMAGED):
             loaded: Any = kind.from_pretrained(checked, local_files_only=True)

@@ -17,13 +17,15 @@ from safetensors.numpy import save
 
 from tests.fuzz.mutations import mutate_bytes, mutate_json, mutate_safetensors
 from tests.fuzz.target import Target, workspace, written
+from tests.tiny_flow import make_tiny_flow
 from tgate_export.checkpoints.directory import DirectoryCheckpoint, TensorFiles
 from tgate_export.checkpoints.headers import read_header
 from tgate_export.families import MODELS, location
 from tgate_export.families.base import Size
+from tgate_export.libraries import refusing
 from tgate_export.lora import Lora, fuse_loras
 from tgate_export.sampling import compile_sampler
-from tgate_export.tokenizers import export_tokenizers
+from tgate_export.tokenizers import export_tokenizers, load
 
 _MODELS = ("mini-sdxl", "mini-pixart")
 Tensors = dict[str, NDArray[Any]]
@@ -83,6 +85,26 @@ def _read(model: str, part: str, _file: str = "") -> None:
         export_tokenizers(family, checkpoint, workspace() / "exported")
     else:
         family.skeleton(checkpoint, part)
+
+
+def pieces(data: bytes) -> None:
+    """A vocabulary that SentencePiece's own library reads: ChatGLM's."""
+    checkpoint = _kolors()
+    (checkpoint.root / "tokenizer" / "tokenizer.model").write_bytes(data)
+    loaded = load(MODELS["kolors"].family, checkpoint, 0)
+    with refusing("it reads no prompt", "the vocabulary is damaged"):
+        loaded(
+            ["a large red circle", "", "\u6f22 <pad> x " * 99], padding="max_length", max_length=256, truncation=True
+        )
+
+
+@functools.cache
+def _kolors() -> DirectoryCheckpoint:
+    return DirectoryCheckpoint(make_tiny_flow(workspace() / "kolors", "kolors_a"))
+
+
+def _pieces() -> Sequence[bytes]:
+    return [(make_tiny_flow(workspace() / "sound", "kolors_a") / "tokenizer" / "tokenizer.model").read_bytes()]
 
 
 # --- weights ------------------------------------------------------------------------------------
@@ -176,6 +198,7 @@ TARGETS = tuple(
     for name, run, sound, mutate, examples in (
         ("config", checkpoint_file, partial(_named, False), mutate_named, 60),
         ("vocabulary", checkpoint_file, partial(_named, True), mutate_named, 12),
+        ("pieces", pieces, _pieces, mutate_bytes, 40),
         ("header", header, _headers, mutate_safetensors, 100),
         ("index", index, _indices, mutate_json, 60),
         ("lora", lora, _loras, mutate_safetensors, 30),

@@ -35,7 +35,7 @@ from tgate_runtime.pipeline import Pipeline
 
 PROMPT, NEGATIVE = "A large red circle above a small blue square", "a photo of a green circle"
 GATED = [name for name, tiny in FLOW_VARIANTS.items() if MODELS[tiny.model].facts.cross_attention]
-ONE_OF_EACH = ("sana_a", "sd3_a", "wan_a", "hunyuan_a", "ltx_a")
+ONE_OF_EACH = ("sana_a", "sd3_a", "wan_a", "hunyuan_a", "ltx_a", "kolors_a")
 """In every run of the tests; the other shapes are slow."""
 EMBEDDED = [name for name, tiny in FLOW_VARIANTS.items() if not MODELS[tiny.model].facts.text_graph]
 

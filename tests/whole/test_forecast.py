@@ -6,6 +6,7 @@ through its last two guided outputs.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ def extrapolating(unet: Any, left_out: tuple[int, ...]) -> Iterator[list[int]]:
     calls = 0
     forward = unet.forward
 
+    @functools.wraps(forward)
     def forecast(sample: torch.Tensor, *arguments: Any, **more: Any) -> Any:
         nonlocal calls
         i, calls = calls, calls + 1

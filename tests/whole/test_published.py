@@ -317,6 +317,7 @@ FULL: Mapping[str, Full] = {
     "sdxl": Full(denoiser=2_567_463_684, latents=(4, 128, 128), size=(1, 1024, 1024)),
     "ssd-1b": Full(denoiser=1_331_334_404, latents=(4, 128, 128), size=(1, 1024, 1024)),
     "lcm-sdxl": Full(denoiser=2_567_463_684 + 256 * 320, latents=(4, 128, 128), size=(1, 1024, 1024)),
+    "kolors": Full(denoiser=2_579_458_820, latents=(4, 128, 128), size=(1, 1024, 1024)),
     "pixart-alpha": Full(denoiser=611_349_152, latents=(4, 128, 128), size=(1, 1024, 1024)),
     "pixart-sigma": Full(denoiser=610_856_096, latents=(4, 128, 128), size=(1, 1024, 1024), decoder_bytes=2 * DECODER),
     "lcm-pixart": Full(denoiser=611_349_152, latents=(4, 128, 128), size=(1, 1024, 1024)),

@@ -14,6 +14,8 @@ from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.files import quoted
 
 _LIBRARIES = ("diffusers", "transformers")
+_WITHIN = ("kolors",)
+"""Pipelines of diffusers whose classes model_index.json names by the pipeline."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Checkpoint(ABC):
         library, name = entry
         if name is None:
             raise ExportError(f"{self.where}: model_index.json says that there is no {component}, which is needed")
-        if library not in _LIBRARIES or not name.isidentifier():
+        if library not in (*_LIBRARIES, *_WITHIN) or not name.isidentifier():
             raise ExportError(
                 f"{self.where}: model_index.json has {component} = {quoted(entry)}, and classes are taken from "
                 f"{' and '.join(_LIBRARIES)} alone: code of the checkpoint's own is never run"

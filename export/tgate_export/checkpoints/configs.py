@@ -12,7 +12,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,9 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
     "patch_size": (1, 1024),
     **dict.fromkeys(("video_length", "num_frames"), (1, 1024)),
     "max_position_embeddings": (1, 1 << 16),
-    "vocab_size": (1, 1 << 20),
+    **dict.fromkeys(("vocab_size", "padded_vocab_size"), (1, 1 << 20)),
+    "seq_length": (1, 1 << 16),
+    "quantization_bit": (0, 64),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"), (-1, 1 << 20)),
     **dict.fromkeys(("freq_shift", "downsample_padding", "chunk_size_feed_forward"), (0, 64)),
     "num_labels": (0, MOST_ITEMS),
@@ -104,6 +106,15 @@ def check_code(where: str, config: Mapping[str, Any]) -> None:
                 f"{where} has {key} = {quoted(config[key])}: code of the checkpoint's own, which is never run; give a "
                 "checkpoint of a class that diffusers or transformers bring"
             )
+
+
+def without_code(config: Mapping[str, Any], brought: Collection[str]) -> dict[str, Any]:
+    """A configuration without the code it names, where that is none but modules that diffusers brings itself."""
+    named = config.get("auto_map")
+    classes = named.values() if isinstance(named, dict) else ()
+    files = [file for value in classes for file in (value if isinstance(value, list) else [value]) if file is not None]
+    known = bool(files) and all(isinstance(file, str) and file.partition(".")[0] in brought for file in files)
+    return {key: value for key, value in config.items() if key != "auto_map" or not known}
 
 
 def class_name(where: str, config: Mapping[str, Any]) -> str | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 from tgate_engine.errors import ExportError
 from tgate_engine.underway import unfinished
-from tgate_export.checkpoints.configs import check_code
+from tgate_export.checkpoints.configs import check_code, without_code
 from tgate_export.checkpoints.files import kind_of, parse_object, present, quoted, read_bytes
 from tgate_export.libraries import refusing
 
@@ -35,6 +36,8 @@ MOST_CHARACTERS = 256
 _CONFIG = "tokenizer_config.json"
 _JSON = (_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json")
 _FILES = (*_JSON, "merges.txt", "vocab.txt", "spiece.model")
+_PIECES = "tokenizer.model"
+"""SentencePiece's file, where a class reads no other vocabulary (ChatGLM's). Others have it lying beside theirs."""
 
 _ARGUMENTS = (
     *("gguf_file", "tokenizer_object", "vocab", "merges", "init_inputs", "post_processor"),
@@ -75,17 +78,25 @@ _MOST_PIECE_BYTES = 64
 
 
 @contextlib.contextmanager
-def checked_vocabulary(directory: Path) -> Iterator[Path]:
+def checked_vocabulary(
+    directory: Path, reads: Collection[str] = VOCABULARIES, brought: Collection[str] = ()
+) -> Iterator[Path]:
     """While open, a directory of what was checked of a tokenizer's files, as they are.
 
-    Raises :class:`ExportError` for one without a vocabulary, and naming the file and what is wrong in it.
+    ``reads``: files that its class takes a vocabulary from. ``brought``: modules of code that its configuration may
+    name, and is handed on without (:func:`~tgate_export.checkpoints.configs.without_code`). Raises
+    :class:`ExportError` for one without a vocabulary, and naming the file and what is wrong in it.
     """
-    if not any(present(directory / file) for file in VOCABULARIES):  # transformers would make one up
-        raise ExportError(f"{directory} holds no vocabulary (one of {', '.join(VOCABULARIES)}); it is incomplete")
+    known = (_PIECES,) if _PIECES in reads else VOCABULARIES
+    if not any(present(directory / file) for file in known):  # transformers would make one up
+        raise ExportError(f"{directory} holds no vocabulary (one of {', '.join(known)}); it is incomplete")
     with tempfile.TemporaryDirectory(prefix="tgate-") as folder, unfinished(Path(folder)):
-        for name in _FILES:
+        for name in dict.fromkeys((*_FILES, *known)):
             if present(directory / name):
                 content = read_bytes(directory / name, FILE_BYTES)
+                if name == _CONFIG and brought:
+                    named = parse_object(content, str(directory / name))
+                    content = json.dumps(without_code(named, brought)).encode()
                 _check(name, content, str(directory / name))
                 (Path(folder) / name).write_bytes(content)
         yield Path(folder)
@@ -96,7 +107,7 @@ def _check(name: str, content: bytes, where: str) -> None:
         _check_merges(content, where)
     elif name == "vocab.txt":
         _check_lines(content, where)
-    elif name == "spiece.model":
+    elif name in ("spiece.model", _PIECES):
         _check_pieces(content, where)
     else:
         data = parse_object(content, where)

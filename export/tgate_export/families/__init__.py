@@ -17,7 +17,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from tgate_engine.errors import ExportError, shown
-from tgate_export.families.facts import HUNYUAN, LATTE, LTX, PIXART, SANA, SD, SD3, SDXL, SVD, WAN, Facts
+from tgate_export.families.facts import HUNYUAN, KOLORS, LATTE, LTX, PIXART, SANA, SD, SD3, SDXL, SVD, WAN, Facts
 
 if TYPE_CHECKING:
     from tgate_export.families.base import Family
@@ -126,6 +126,16 @@ MODELS: Mapping[str, Model] = {
         warm_up=0,
         guidance_scale=8.0,
         sampler="lcm",
+    ),
+    "kolors": Model(
+        facts=KOLORS,
+        checkpoint="Kwai-Kolors/Kolors-diffusers",
+        licence="kolors",
+        steps=50,
+        gate=20,
+        self_interval=5,
+        guidance_scale=5.0,
+        sampler="euler",
     ),
     "pixart-alpha": Model(
         facts=PIXART,

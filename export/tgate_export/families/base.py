@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning, Guidance
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.checkpoints.configs import bounded_module, check_code, check_config, class_name
+from tgate_export.checkpoints.configs import bounded_module, check_code, check_config, class_name, without_code
 from tgate_export.checkpoints.files import plain, quoted
 from tgate_export.families.facts import Facts
 from tgate_export.libraries import refusing
@@ -93,6 +93,8 @@ class Family(ABC):
     text_components: tuple[str, ...] = ()
     tokenizers: tuple[str, ...] = ()
     """One for each text component."""
+    brought: tuple[str, ...] = ()
+    """Modules of code that its checkpoints name as their own (``auto_map``), in whose place diffusers' classes run."""
     lower_prompts: bool = False
     """Whether the pipeline strips prompts and writes them in lower case before the tokenizer sees them."""
     tokenizer_class: type[Any] = transformers.CLIPTokenizer
@@ -176,7 +178,8 @@ class Family(ABC):
     def build(self, checkpoint: Checkpoint, component: str) -> nn.Module:
         """A component's module in evaluation mode, its weights uninitialised."""
         cls: Any = self.classes[component]
-        where, config = f"{checkpoint.where}: {component}/config.json", dict(checkpoint.config(component))
+        where = f"{checkpoint.where}: {component}/config.json"
+        config = without_code(checkpoint.config(component), self.brought)
         own = issubclass(cls, transformers.PreTrainedModel)
         if own:
             check_code(where, config)  # what lies around the component's part

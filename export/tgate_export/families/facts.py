@@ -33,6 +33,7 @@ class Facts:
 
 SD = Facts(name="sd", cls="StableDiffusion", clip_skips=True, rescales_guidance=True, from_pictures=True)
 SDXL = Facts(name="sdxl", cls="Sdxl", clip_skips=True, rescales_guidance=True, from_pictures=True)
+KOLORS = Facts(name="kolors", cls="Kolors", text_graph=False, from_pictures=True)
 PIXART = Facts(name="pixart", cls="PixArt")
 SVD = Facts(name="svd", cls="StableVideo", source="image", video=True)
 LATTE = Facts(name="latte", cls="Latte", video=True)

@@ -15,10 +15,7 @@ from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Scaling, Size, Texts
 from tgate_export.families.facts import SDXL
-from tgate_export.families.unet import TextUNet
-
-TIME_IDS = 6
-"""Original height and width, crop top and left, target height and width."""
+from tgate_export.families.unet import TIME_IDS, TextUNet, time_ids
 
 
 class Sdxl(TextUNet):
@@ -77,17 +74,15 @@ class Sdxl(TextUNet):
         return self.predict(denoiser, latents, timesteps, guidance, conditioning["prompt_embeds"], added)
 
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
-        """Text and pooled text from both encoders, and the size row: no crop, original and target size the output's."""
+        """Text and pooled text from both encoders, and the size row."""
         first, second = (self.config(checkpoint, component) for component in self.text_components)
         width = int(first["hidden_size"]) + int(second["hidden_size"])
-        row = (float(size.height), float(size.width), 0.0, 0.0, float(size.height), float(size.width))
         text = Conditioning(name="prompt_embeds", source="text")
         pooled = Conditioning(name="pooled", source="text")
-        ids = Conditioning(name="time_ids", source="constant")
         return (
             ConditioningInput(text, (self.token_length(checkpoint, 0), width), attended=True),
             ConditioningInput(pooled, (int(second["projection_dim"]),)),
-            ConditioningInput(ids, (TIME_IDS,), follows_dtype=False, value=row),
+            time_ids(size),
         )
 
     def text(self, encoders: Sequence[nn.Module], clip_skip: int = 0) -> nn.Module:

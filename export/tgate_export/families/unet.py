@@ -1,4 +1,4 @@
-"""What Stable Diffusion and SDXL share: a U-Net that CLIP's text conditions."""
+"""What Stable Diffusion, SDXL and Kolors share: a U-Net that text conditions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
-from tgate_engine.manifest import Guidance
+from tgate_engine.manifest import Conditioning, Guidance
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.families.base import Family, Size, side
+from tgate_export.families.base import ConditioningInput, Family, Size, side
+
+TIME_IDS = 6
+"""Original height and width, crop top and left, target height and width."""
 
 _FURTHER_INPUTS = ("class_embed_type", "num_class_embeds")
 """Keys that give the network an input which the pipelines do not have."""
@@ -56,7 +59,7 @@ class TextUNet(Family):
                 f"{checkpoint.where}: the unet takes {config['in_channels']} channels and gives "
                 f"{config['out_channels']}; samplers want as many"
             )
-        check_clip(self, checkpoint, self.text_components)
+        check_clip(self, checkpoint, self.text_components if self.facts.clip_skips else ())
 
     def guidance(self, checkpoint: Checkpoint, scale: float) -> Guidance:
         if self.config(checkpoint, "unet")["time_cond_proj_dim"] is not None:
@@ -92,6 +95,13 @@ class TextUNet(Family):
             return_dict=False,
         )[0]
         return output
+
+
+def time_ids(size: Size) -> ConditioningInput:
+    """The size row, [:data:`TIME_IDS`]: no crop, original and target size the output's."""
+    row = (float(size.height), float(size.width), 0.0, 0.0, float(size.height), float(size.width))
+    ids = Conditioning(name="time_ids", source="constant")
+    return ConditioningInput(ids, (TIME_IDS,), follows_dtype=False, value=row)
 
 
 def deep_module(checkpoint: Checkpoint, unet: nn.Module, branch: int) -> str | None:

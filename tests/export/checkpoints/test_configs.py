@@ -28,6 +28,7 @@ from tgate_export.checkpoints.configs import (
     check_code,
     check_config,
     declared,
+    without_code,
 )
 from tgate_export.checkpoints.directory import DirectoryCheckpoint
 from tgate_export.checkpoints.published import facts
@@ -112,6 +113,24 @@ def test_what_transformers_would_fetch_or_look_up_is_refused(changes: dict[str, 
 def test_code_of_the_checkpoints_own_is_refused(key: str) -> None:
     with pytest.raises(ExportError, match=key):
         check_code("model_index.json", {key: ["x.py"]})
+
+
+@pytest.mark.parametrize(
+    ("named", "kept"),
+    [
+        ({"AutoModel": "modeling_own.Model", "AutoTokenizer": ["tokens_own.Slow", None]}, False),
+        ({"AutoModel": "modeling_own.Model", "AutoConfig": "evil.Config"}, True),
+        ({"AutoModel": "somebody/repo--modeling_own.Model"}, True),
+        ({"AutoTokenizer": [None, None]}, True),
+        ({"AutoModel": [["modeling_own"]]}, True),
+        ({}, True),
+        (["modeling_own.Model"], True),
+    ],
+)
+def test_code_that_diffusers_brings_is_left_out(named: Any, kept: bool) -> None:
+    config = {"auto_map": named, "hidden_size": 8}
+    assert without_code(config, ("modeling_own", "tokens_own")) == (config if kept else {"hidden_size": 8})
+    assert without_code(config, ()) == config
 
 
 @pytest.mark.parametrize("model", MODELS)

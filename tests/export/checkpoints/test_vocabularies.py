@@ -266,6 +266,21 @@ def test_a_model_of_sentencepiece_is_let_through(tmp_path: Path) -> None:
         assert (checked / "spiece.model").read_bytes() == pieces()
 
 
+def test_a_vocabulary_is_the_one_that_its_class_reads(tmp_path: Path) -> None:
+    """ChatGLM's has a name under which others have something lying beside theirs; only that class is given it."""
+    (tmp_path / "tokenizer.model").write_bytes(pieces())
+    with pytest.raises(ExportError, match="holds no vocabulary"), checked_vocabulary(tmp_path):
+        pass
+    with checked_vocabulary(tmp_path, ("tokenizer.model",)) as checked:
+        assert (checked / "tokenizer.model").read_bytes() == pieces()
+    (tmp_path / "tokenizer.model").write_bytes(b"\xff" * 100)
+    with (
+        pytest.raises(ExportError, match="is no model of SentencePiece"),
+        checked_vocabulary(tmp_path, ("tokenizer.model",)),
+    ):
+        pass
+
+
 def test_damaged_files_are_read_or_refused(directory: Path, model: str) -> None:
     """Thirty of each: bytes of all kinds changed, where only the library could find fault."""
     path, generator = directory / "tokenizer.json", random.Random(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -48,8 +47,7 @@ def test_a_signal_at_any_line_or_call_leaves_a_whole_file_alone(
     path = tmp_path / "x"
     if there:
         path.write_bytes(b"old")
-    with ended_at(monkeypatch, at):
-        write_atomically(path, b"new")
+    ended_at(monkeypatch, at, lambda: write_atomically(path, b"new"))
     assert left_behind(tmp_path, "x") == []
     assert not path.exists() or path.read_bytes() in (b"old", b"new")
     assert path.exists() or not there
@@ -57,8 +55,12 @@ def test_a_signal_at_any_line_or_call_leaves_a_whole_file_alone(
 
 @pytest.mark.parametrize("at", range(0, 120, 2))
 def test_a_signal_at_any_line_or_call_leaves_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    with ended_at(monkeypatch, at), staging(tmp_path / "b") as stage:
-        (stage / "x").write_bytes(b"new")
+
+    def stage() -> None:
+        with staging(tmp_path / "b") as folder:
+            (folder / "x").write_bytes(b"new")
+
+    ended_at(monkeypatch, at, stage)
     assert left_behind(tmp_path, "b") == []
     assert not (tmp_path / "b").exists() or (tmp_path / "b" / "x").read_bytes() == b"new"
 
@@ -67,9 +69,12 @@ def test_a_signal_at_any_line_or_call_leaves_no_stage(tmp_path: Path, monkeypatc
 def test_a_signal_while_places_are_tried_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    with ended_at(monkeypatch, at):
+
+    def look() -> None:
         check_target(tmp_path / "b", force=False)
         atomic.check_place(tmp_path / "x", BundleError)
+
+    ended_at(monkeypatch, at, look)
     assert left_behind(tmp_path, "") == []
 
 
@@ -77,11 +82,13 @@ class Ended(BaseException):
     """What a signal raises, in the main thread, between two of Python's instructions."""
 
 
-@contextlib.contextmanager
-def ended_at(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[None]:
-    """Raises :class:`Ended` once in the block: at the line of ``atomic`` or after the call of the system that comes
+def ended_at(monkeypatch: pytest.MonkeyPatch, at: int, work: Callable[[], None]) -> None:
+    """Raises :class:`Ended` once in ``work``: at the line of ``atomic`` or after the call of the system that comes
     after ``at`` others, if there are as many. A call that succeeded gives nothing back then: a signal may come before
-    Python has bound its result."""
+    Python has bound its result.
+
+    In a thread of its own: where a line of an except clause is not run to its end so, Python goes on holding the
+    exception as the one at hand, and the next test's errors would have it as their context."""
     left = at
 
     def may_end() -> None:
@@ -110,14 +117,23 @@ def ended_at(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[None]:
     with monkeypatch.context() as patch:
         for name in ("open", "mkdir", "replace", "rename", "fdopen", "fsync"):
             patch.setattr(os, name, calling(getattr(os, name)))
-        before = sys.gettrace()
-        sys.settrace(traced)
-        try:
-            yield
-        except Ended:
-            pass
-        finally:
-            sys.settrace(before)
+
+        def run() -> None:
+            sys.settrace(traced)
+            try:
+                work()
+            except Ended:
+                pass
+            except BaseException as error:
+                failed.append(error)
+            finally:
+                sys.settrace(None)
+
+        failed: list[BaseException] = []
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert failed == []
 
 
 def fail(*_: object, **__: object) -> None:

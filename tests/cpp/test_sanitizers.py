@@ -18,7 +18,7 @@ SUITE = ("test_abi.py", "test_requests.py", "test_damaged.py")
 """What does wrong things to the library on purpose."""
 
 
-@pytest.mark.parametrize("preset", ["asan", "tsan"])
+@pytest.mark.parametrize("preset", [pytest.param("asan", marks=pytest.mark.slow), "tsan"])
 def test_eight_requests_at_once(cpp_preset: Callable[[str], Path], tmp_path: Path, preset: str) -> None:
     # ONNX Runtime is not instrumented: what it synchronises by itself looks like races inside it.
     (tmp_path / "races.txt").write_text("race:libonnxruntime.so\n")

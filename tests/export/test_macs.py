@@ -48,6 +48,7 @@ def test_the_full_graph_counts_what_pytorch_counts(
     assert graphs["reuse_both"].macs.all == graphs["reuse_both"].macs.paper, "no attention product is left"
 
 
+@pytest.mark.slow
 def test_a_symbolic_batch_counts_one_image(tiny_bundle: Callable[..., Path]) -> None:
     one = Bundle.open(tiny_bundle("conv_projection")).manifest.shapes[0].graphs
     many = Bundle.open(tiny_bundle("conv_projection", batch=(1, 4))).manifest.shapes[0].graphs

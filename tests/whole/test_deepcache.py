@@ -189,6 +189,7 @@ def test_with_a_lead_in_latents_equal_the_rule(subject_of: Subjects, case: Case)
     assert [step.graph for step in subject.plan(case).steps][:3] == ["full", "full", "shallow"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(n=4, c=2), Case(n=4, m=1, c=2), Case(n=6, m=4, c=3)], ids=str)
 def test_without_guidance_latents_equal_the_rule(subject_of: Subjects, case: Case) -> None:
     """One half all along: nothing is averaged, and what is kept before the gate serves after it in kind."""
@@ -199,6 +200,7 @@ def test_without_guidance_latents_equal_the_rule(subject_of: Subjects, case: Cas
         assert relative(subject.engine(case), subject.package(case)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(n=4, c=2), Case(n=4, m=1, c=2), Case(n=4, m=2, c=2)], ids=str)
 def test_a_consistency_model_equals_the_rule(subject_of: Subjects, case: Case) -> None:
     subject = subject_of("lcm_sdxl")
@@ -278,7 +280,7 @@ def test_the_helper_counts_a_doubled_timestep_as_one(subject_of: Subjects) -> No
         subject.package(doubled)
 
 
-@pytest.mark.parametrize("method", [ALONE, GATED])
+@pytest.mark.parametrize("method", [pytest.param(ALONE, marks=pytest.mark.slow), GATED])
 def test_a_bundle_proves_itself_and_has_no_more_graphs_than_it_needs(
     tiny_bundle: Callable[..., Path], method: str
 ) -> None:

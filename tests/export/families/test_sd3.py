@@ -22,7 +22,7 @@ from tgate_export.modules import real_module
 SIZE = Size(height=1024, width=1024)
 
 
-@pytest.mark.parametrize("name", ["sd3-medium", "sd35-medium"])
+@pytest.mark.parametrize("name", ["sd3-medium", pytest.param("sd35-medium", marks=pytest.mark.slow)])
 def test_texts_lie_one_behind_the_other(name: str) -> None:
     model, checkpoint = published(name)
     text, pooled = model.family.conditioning(checkpoint, SIZE)

@@ -1,7 +1,7 @@
 """Eager references for the flow-matching families: diffusers' own pipeline, and the methods written out inside it.
 
 The pipeline calls its transformer with both halves of guidance in one batch, the negative one first, and combines what
-it gives; Wan's calls it twice, the prompt's half first. So a method is written out in the transformer's place: a call
+it gives; Wan's and Qwen-Image's call it twice, the prompt's half first. So a method is written out in the transformer's place: a call
 that is to run one half is given that half alone, and what it gives is returned as the two halves whose combination the
 pipeline then takes to be that.
 """
@@ -26,8 +26,11 @@ Rule = Callable[[int, Call, Call, Call], Tensor]
 
 def plain_run(pipe: Any, prompt: str, negative: str, **options: Any) -> Tensor:
     """Final latents of diffusers' own pipeline. ``options``: of its call."""
+    packs = type(pipe).__name__ == "QwenImagePipeline"
     with torch.no_grad():
         result: Tensor = pipe(prompt, negative_prompt=negative, output_type="latent", **options)[0]
+    if packs:  # [B, C, 1, h, w] of what it gives
+        return pipe._unpack_latents(result, options["height"], options["width"], pipe.vae_scale_factor)[:, :, 0]
     return result
 
 
@@ -114,9 +117,31 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
         positive.copy_(prompts)
         return (negative,)
 
+    def run_apart(**options: Any) -> tuple[Tensor]:
+        """Texts of their own lengths, which lie in no batch together."""
+        if not waiting:
+            waiting.append((options, torch.zeros_like(options["hidden_states"])))
+            return (waiting[0][1],)
+        first, positive = waiting.pop()
+
+        def negative_half() -> tuple[Tensor]:
+            return (forward(**options)[0],)
+
+        def positive_half() -> tuple[Tensor]:
+            return (forward(**first)[0],)
+
+        def both() -> tuple[Tensor]:
+            return (torch.cat([negative_half()[0], positive_half()[0]]),)
+
+        negative, prompts = rule(next(steps), both, negative_half, positive_half).chunk(2)
+        positive.copy_(prompts)
+        return (negative,)
+
+    ways = {"WanPipeline": run_twice, "QwenImagePipeline": run_apart}
+
     def named(*args: Any, **options: Any) -> tuple[Tensor]:
         given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **options}
-        return run_twice(**given) if type(pipe).__name__ == "WanPipeline" else run(**given)
+        return ways.get(type(pipe).__name__, run)(**given)
 
     with mock.patch.object(pipe.transformer, "forward", named):
         yield

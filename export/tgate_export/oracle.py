@@ -190,10 +190,11 @@ class Oracle:
 
         @functools.wraps(step)
         def watched(*args: Any, **options: Any) -> Any:
-            drawn = step_noise.get(len(latents) - 1, torch.zeros_like(noise))
+            drawn = job.family.packed(step_noise.get(len(latents) - 1, torch.zeros_like(noise)))
             with drawing(scheduler, drawn):
                 result = step(*args, **options)
-            latents.append((result[0] if isinstance(result, tuple) else result.prev_sample).float().clone())
+            following = (result[0] if isinstance(result, tuple) else result.prev_sample).float()
+            latents.append(job.family.unpacked(following, job.latents).clone())
             return result
 
         scheduler.step = watched
@@ -201,7 +202,7 @@ class Oracle:
             vae.decode = _recording(vae.decode, decoded)
         options = {
             "num_inference_steps": steps,
-            "latents": noise.clone(),
+            "latents": job.family.packed(noise).clone(),
             "height": job.size.height,
             "width": job.size.width,
             "output_type": "pt" if decodes else "latent",

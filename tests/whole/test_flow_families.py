@@ -35,7 +35,7 @@ from tgate_runtime.pipeline import Pipeline
 
 PROMPT, NEGATIVE = "A large red circle above a small blue square", "a photo of a green circle"
 GATED = [name for name, tiny in FLOW_VARIANTS.items() if MODELS[tiny.model].facts.cross_attention]
-ONE_OF_EACH = ("sana_a", "sd3_a", "wan_a", "hunyuan_a")
+ONE_OF_EACH = ("sana_a", "sd3_a", "wan_a", "hunyuan_a", "qwen_a")
 """In every run of the tests; the other shapes are slow."""
 EMBEDDED = [name for name, tiny in FLOW_VARIANTS.items() if not MODELS[tiny.model].facts.text_graph]
 
@@ -78,10 +78,12 @@ class Subject:
         )
         if self.tiny.frames > 1:
             options["num_frames"] = self.tiny.frames
+        noise, scale = flow_noise(self.variant), self.bundle.manifest.guidance_scale
+        qwen = self.model.facts.name == "qwen"
         return options | {
             "num_inference_steps": steps,
-            "guidance_scale": self.bundle.manifest.guidance_scale,
-            "latents": flow_noise(self.variant),
+            "true_cfg_scale" if qwen else "guidance_scale": scale,
+            "latents": self.eager._pack_latents(noise, *noise.shape) if qwen else noise,
             "height": shape.height,
             "width": shape.width,
         }
@@ -118,7 +120,8 @@ def test_ungated_latents_and_picture_are_those_of_diffusers(subject_of: Callable
     """From the prompt on, by every sampler that knows flow matching."""
     subject = subject_of(variant, _method(variant))
     shifted = subject.bundle.manifest.scheduler.get("use_dynamic_shifting")
-    for sampler in ("euler",) if shifted else ("unipc", "euler", "dpmpp_2m"):
+    spaced = subject.bundle.manifest.scheduler.get("pipeline_sigmas")
+    for sampler in ("euler",) if shifted or spaced else ("unipc", "euler", "dpmpp_2m"):
         options = subject.options(sampler, 4)
         want = plain_run(subject.eager, PROMPT, NEGATIVE, **options)
         other = plain_run(subject.eager, NEGATIVE, PROMPT, **options)

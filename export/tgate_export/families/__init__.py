@@ -17,7 +17,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from tgate_engine.errors import ExportError, shown
-from tgate_export.families.facts import HUNYUAN, LATTE, PIXART, SANA, SD, SD3, SDXL, SVD, WAN, Facts
+from tgate_export.families.facts import HUNYUAN, LATTE, PIXART, QWEN, SANA, SD, SD3, SDXL, SVD, WAN, Facts
 
 if TYPE_CHECKING:
     from tgate_export.families.base import Family
@@ -183,6 +183,16 @@ MODELS: Mapping[str, Model] = {
         gate=24,
         self_interval=1,
         guidance_scale=4.5,
+        sampler="euler",
+    ),
+    "qwen-image": Model(
+        facts=QWEN,
+        checkpoint="Qwen/Qwen-Image",
+        licence="apache-2.0",
+        steps=50,
+        gate=30,
+        self_interval=1,
+        guidance_scale=4.0,
         sampler="euler",
     ),
     "sana-1.6b": Model(

@@ -9,7 +9,7 @@ pipeline then takes to be that.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -89,6 +89,29 @@ def delta_run(pipe: Any, prompt: str, negative: str, m: int, **options: Any) -> 
             return halves
         own = positive()[0]
         return torch.cat([own - kept[0], own])
+
+    with _ruled(pipe, rule):
+        return plain_run(pipe, prompt, negative, **options)
+
+
+def forecast_run(
+    pipe: Any, prompt: str, negative: str, left_out: Collection[int], scale: float, **options: Any
+) -> Tensor:
+    """Calls ``left_out``, whose guided outputs are the line through those of the last two that are made."""
+    seen: list[tuple[int, Tensor]] = []
+
+    def rule(step: int, both: Call, _negative: Call, _positive: Call) -> Tensor:
+        if step in left_out:
+            (before, first), (at, then) = seen[-2:]
+            guided = then + (step - at) / (at - before) * (then - first)
+            return torch.cat([guided, guided])  # both halves alike: guidance changes nothing
+        halves = both()[0]
+        other, own = halves.chunk(2)
+        guided = other + scale * (own - other)
+        if type(pipe).__name__ == "QwenImagePipeline":  # of each place, as long as the prompt's half
+            guided = guided * (own.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        seen.append((step, guided))
+        return halves
 
     with _ruled(pipe, rule):
         return plain_run(pipe, prompt, negative, **options)

@@ -205,10 +205,11 @@ def set_timesteps(scheduler: Any, steps: int) -> None:
     """Set a scheduler's timesteps as the checkpoint's pipeline does (:data:`MU`, :data:`PIPELINE_SIGMAS`)."""
     mu = scheduler.config.get(MU) if scheduler.config.get("use_dynamic_shifting") else None
     shift = {} if mu is None else {"mu": mu}
-    if scheduler.config.get(PIPELINE_SIGMAS):
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **shift)
-    else:
-        scheduler.set_timesteps(steps, **shift)
+    with np.errstate(invalid="ignore"):  # of one step, the noise level that shift_terminal asks for is none
+        if scheduler.config.get(PIPELINE_SIGMAS):
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **shift)
+        else:
+            scheduler.set_timesteps(steps, **shift)
 
 
 def from_config(cls: Any, config: Mapping[str, Any], **options: Fact) -> Any:

@@ -20,7 +20,7 @@ from diffusers.utils import is_ftfy_available
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from tests.oracle_flow import delta_run, gated_run, plain_run, stopped_run
+from tests.oracle_flow import delta_run, forecast_run, gated_run, plain_run, stopped_run
 from tests.tiny_flow import FLOW_VARIANTS, flow_noise, load_tiny_flow, make_tiny_flow
 from tests.whole.cases import GUIDANCE_STOPPED, NAME, TOLERANCE, UNGATED, plans_of, relative
 from tgate_engine.bundle import Bundle
@@ -35,6 +35,7 @@ from tgate_runtime.pipeline import Pipeline
 
 PROMPT, NEGATIVE = "A large red circle above a small blue square", "a photo of a green circle"
 GATED = [name for name, tiny in FLOW_VARIANTS.items() if MODELS[tiny.model].facts.cross_attention]
+JOINT = [name for name in FLOW_VARIANTS if name not in GATED]
 ONE_OF_EACH = ("sana_a", "sd3_a", "wan_a", "hunyuan_a", "qwen_a")
 """In every run of the tests; the other shapes are slow."""
 EMBEDDED = [name for name, tiny in FLOW_VARIANTS.items() if not MODELS[tiny.model].facts.text_graph]
@@ -88,7 +89,7 @@ class Subject:
             "width": shape.width,
         }
 
-    def engine(self, sampler: str, plan: str, **settings: int) -> Any:
+    def engine(self, sampler: str, plan: str, **settings: Any) -> Any:
         walked = plans_of(self.bundle, sampler=sampler, **settings)[plan]
         given: dict[str, Any] = (
             {"prompt": PROMPT, "negative_prompt": NEGATIVE} if self.embeds is None else {"prompt_embeds": self.embeds}
@@ -161,6 +162,18 @@ def test_guidance_by_its_last_difference_and_stopped(subject_of: Callable[..., S
     stopped = stopped_run(subject.eager, PROMPT, NEGATIVE, 3, **subject.options(own, 6))
     assert relative(subject.engine(own, GUIDANCE_STOPPED, n=6, m=3).latents, stopped) < TOLERANCE
     assert relative(stopped.numpy(), want) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("variant", _marked(JOINT, ("qwen_a",)))
+def test_forecasts_are_guided_outputs_extrapolated(subject_of: Callable[..., Subject], variant: str) -> None:
+    subject = subject_of(variant, "guidance_delta")
+    n, m, r = 9, 3, 2
+    options, scale = subject.options("euler", n), subject.bundle.manifest.guidance_scale
+    left_out = [i for i in range(m, n) if (i - m) % r]
+    want = forecast_run(subject.eager, PROMPT, NEGATIVE, left_out, scale, **options)
+    got = subject.engine("euler", NAME, method="forecast", n=n, m=m, r=r).latents
+    assert relative(got, want) < TOLERANCE
+    assert relative(got, plain_run(subject.eager, PROMPT, NEGATIVE, **options)) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("variant", _marked(EMBEDDED))

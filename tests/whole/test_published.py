@@ -60,7 +60,7 @@ SCHEDULERS: Mapping[str, str] = {
     "lcm-pixart": "LCMScheduler",
     "svd": "EulerDiscreteScheduler",
     "opensora": "DDIMScheduler",
-    **dict.fromkeys(("sd3-medium", "sd35-medium"), "FlowMatchEulerDiscreteScheduler"),
+    **dict.fromkeys(("sd3-medium", "sd35-medium", "qwen-image"), "FlowMatchEulerDiscreteScheduler"),
 }
 """diffusers' class of the sampler that a model is exported with. Elsewhere:"""
 SCHEDULER = "DPMSolverMultistepScheduler"
@@ -93,6 +93,8 @@ def test_nothing_but_sizes_is_shrunken(model: str) -> None:
     def same_kind(one: Any, other: Any) -> bool:
         if isinstance(one, list):
             return len(one) == len(other) and all(map(same_kind, one, other))
+        if isinstance(one, dict):
+            return one.keys() == other.keys() and all(same_kind(one[key], other[key]) for key in one)
         if isinstance(one, int) and not isinstance(one, bool):
             return isinstance(other, int) and other <= one
         return bool(one == other)

@@ -287,8 +287,10 @@ class _Attention:
         value, text_value = heads(attention.to_v(hidden_states)), heads(attention.add_v_proj(encoder_hidden_states))
         pairs = ((text_query, query), (text_key, key), (text_value, value))
         joint = [torch.cat(pair, dim=1).transpose(1, 2) for pair in pairs]
-        counts = torch.cat([encoder_hidden_states_mask, torch.ones_like(hidden_states[..., 0], dtype=torch.bool)], dim=1)
-        result = nn.functional.scaled_dot_product_attention(*joint, attn_mask=counts[:, None, None])
+        # Of one element, so that passes see that every block's mask is the same.
+        all_of_it = encoder_hidden_states_mask.new_ones((1, 1)).expand(*hidden_states.shape[:2])
+        counts = torch.cat([encoder_hidden_states_mask, all_of_it], dim=1)[:, None, None]
+        result = nn.functional.scaled_dot_product_attention(*joint, attn_mask=counts)
         length = encoder_hidden_states.shape[1]
         merged = result.transpose(1, 2).flatten(2)
         return attention.to_out[0](merged[:, length:]), attention.to_add_out(merged[:, :length])

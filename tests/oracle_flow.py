@@ -1,9 +1,9 @@
 """Eager references for the flow-matching families: diffusers' own pipeline, and the methods written out inside it.
 
 The pipeline calls its transformer with both halves of guidance in one batch, the negative one first, and combines what
-it gives; Wan's and Qwen-Image's call it twice, the prompt's half first. So a method is written out in the transformer's place: a call
-that is to run one half is given that half alone, and what it gives is returned as the two halves whose combination the
-pipeline then takes to be that.
+it gives; Wan's and Qwen-Image's call it twice, the prompt's half first. So a method is written out in the transformer's
+place: a call that is to run one half is given that half alone, and what it gives is returned as the two halves whose
+combination the pipeline then takes to be that.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ Rule = Callable[[int, Call, Call, Call], Tensor]
 
 def plain_run(pipe: Any, prompt: str, negative: str, **options: Any) -> Tensor:
     """Final latents of diffusers' own pipeline. ``options``: of its call."""
-    packs = type(pipe).__name__ == "QwenImagePipeline"
     with torch.no_grad():
         result: Tensor = pipe(prompt, negative_prompt=negative, output_type="latent", **options)[0]
-    if packs:  # [B, C, 1, h, w] of what it gives
+    if type(pipe).__name__ == "QwenImagePipeline":  # [B, h/2 * w/2, 4 C]
         return pipe._unpack_latents(result, options["height"], options["width"], pipe.vae_scale_factor)[:, :, 0]
     return result
 

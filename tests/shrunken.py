@@ -207,6 +207,7 @@ _DC_AE = {
     **dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), _over(16)),
     **dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block"), _over(3)),
 }
+_CAUSAL = {"base_dim": _over(12), "num_res_blocks": _over(2)}
 _SMALLER: Mapping[str, Mapping[str, Any]] = {
     "UNet2DConditionModel": _UNET,
     "UNetSpatioTemporalConditionModel": _UNET,
@@ -220,7 +221,8 @@ _SMALLER: Mapping[str, Mapping[str, Any]] = {
     "HunyuanDiT2DModel": _HUNYUAN,
     "AutoencoderDC": _DC_AE,
     "QwenImageTransformer2DModel": _QWEN,
-    **dict.fromkeys(("AutoencoderKLWan", "AutoencoderKLQwenImage"), {"base_dim": _over(12), "num_res_blocks": _over(2)}),
+    "AutoencoderKLWan": _CAUSAL,
+    "AutoencoderKLQwenImage": _CAUSAL,
     "bert": _CLIP,
     "clip_text_model": _CLIP,
     "clip_vision_model": _CLIP,

@@ -172,8 +172,8 @@ def qwen(width: int, seed: str) -> dict[str, Any]:
         },
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
-    ids = {name: tokens - 1 for name in ("image_token_id", "video_token_id")}  # no prompt has them
-    ids |= {name: tokens - 1 for name in ("vision_start_token_id", "vision_end_token_id")}
+    seen = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = dict.fromkeys(seen, tokens - 1)  # no prompt has it
     config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "fullatt_block_indexes": [0]}, **ids)
     return {"text_encoder": draw(Qwen2_5_VLForConditionalGeneration(config).eval(), seed), "tokenizer": tokenizer}
 

@@ -89,7 +89,7 @@ class Subject:
             "width": shape.width,
         }
 
-    def engine(self, sampler: str, plan: str, **settings: Any) -> Any:
+    def engine(self, sampler: str, plan: str, **settings: int) -> Any:
         walked = plans_of(self.bundle, sampler=sampler, **settings)[plan]
         given: dict[str, Any] = (
             {"prompt": PROMPT, "negative_prompt": NEGATIVE} if self.embeds is None else {"prompt_embeds": self.embeds}
@@ -171,7 +171,7 @@ def test_forecasts_are_guided_outputs_extrapolated(subject_of: Callable[..., Sub
     options, scale = subject.options("euler", n), subject.bundle.manifest.guidance_scale
     left_out = [i for i in range(m, n) if (i - m) % r]
     want = forecast_run(subject.eager, PROMPT, NEGATIVE, left_out, scale, **options)
-    got = subject.engine("euler", NAME, method="forecast", n=n, m=m, r=r).latents
+    got = subject.engine("euler", NAME, n=n, m=m, r=r).latents
     assert relative(got, want) < TOLERANCE
     assert relative(got, plain_run(subject.eager, PROMPT, NEGATIVE, **options)) > 10 * TOLERANCE
 

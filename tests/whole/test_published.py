@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
 
+from tests.export.families.published import published as published_family
 from tests.hub import cached, hub
 from tests.oracle_families import Request, plain_latents
 from tests.plain import plain
@@ -286,7 +287,8 @@ SD3_DECODER, DC_AE_DECODER = 49_545_475, 159_223_171
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """``denoiser``: its parameters, as its authors count them. ``size``: frames, height, width."""
+    """``denoiser``: its parameters, as its authors count them. ``size``: frames, height, width. ``weights``: none of a
+    model that would fill the disk."""
 
     denoiser: int
     latents: tuple[int, ...]
@@ -294,6 +296,7 @@ class Full:
     components: str = "denoiser,decoder"
     decoder_bytes: int = 4 * DECODER  # their configurations ask for float32, or are silent, which means the same
     further_bytes: int = 0
+    weights: str = "random"
 
 
 FULL: Mapping[str, Full] = {
@@ -312,6 +315,7 @@ FULL: Mapping[str, Full] = {
     "sd35-medium": Full(
         denoiser=2_469_663_936, latents=(16, 128, 128), size=(1, 1024, 1024), decoder_bytes=4 * SD3_DECODER
     ),
+    "qwen-image": Full(denoiser=20_430_401_088, latents=(16, 166, 166), size=(1, 1328, 1328), weights="none"),
     "sana-1.6b": Full(
         denoiser=1_604_462_752, latents=(32, 32, 32), size=(1, 1024, 1024), decoder_bytes=2 * DC_AE_DECODER
     ),
@@ -345,7 +349,7 @@ def test_full_size_with_random_weights(model: str, tmp_path: Path, capsys: pytes
     """It exports at the size that its configuration names, and says of itself what is known of the model."""
     full, target = FULL[model], tmp_path / "bundle"
     try:
-        arguments = ["--model", model, "--weights", "random", "--components", full.components, "--dtype", "fp16"]
+        arguments = ["--model", model, "--weights", full.weights, "--components", full.components, "--dtype", "fp16"]
         assert export_main([*arguments, "--output", str(target), "--quiet"]) == 0
         capsys.readouterr()
         assert main(["inspect", str(target), "--json"]) == 0
@@ -363,7 +367,12 @@ def test_full_size_with_random_weights(model: str, tmp_path: Path, capsys: pytes
     assert shape["graphs"].keys() >= {"full", *gated}
     expected = 2 * full.denoiser + full.decoder_bytes + full.further_bytes
     # Beside parameters there are tables that are computed, such as places; equal tensors are written once.
-    assert found["bytes"]["weights"] == pytest.approx(expected, rel=0.01)
+    if full.weights == "none":
+        _, checkpoint = published_family(model)
+        denoiser = find_model(model).family.skeleton(checkpoint, "transformer")
+        assert (found["bytes"]["weights"], sum(p.numel() for p in denoiser.parameters())) == (0, full.denoiser)
+    else:
+        assert found["bytes"]["weights"] == pytest.approx(expected, rel=0.01)
     settings = manifest.plan("default").settings
     assert (settings["n"], settings["m"]) == (MODELS[model].steps, MODELS[model].gate)
 

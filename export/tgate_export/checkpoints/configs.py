@@ -47,7 +47,8 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
     "max_position_embeddings": (1, 1 << 17),
     "vocab_size": (1, 1 << 20),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"), (-1, 1 << 20)),
-    **dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), (-1, 1 << 20)),
+    **dict.fromkeys(("image_token_id", "video_token_id"), (-1, 1 << 20)),
+    **dict.fromkeys(("vision_start_token_id", "vision_end_token_id"), (-1, 1 << 20)),
     **dict.fromkeys(("freq_shift", "downsample_padding", "chunk_size_feed_forward"), (0, 64)),
     "num_labels": (0, MOST_ITEMS),
     # Of schedulers.

@@ -63,8 +63,8 @@ class QwenImage(Family):
     decodes_frames_together = True
 
     def build(self, checkpoint: Checkpoint, component: str) -> nn.Module:
-        """With rotations by real numbers in place of complex ones, and a decoder of one frame, which doubles pictures by
-        "nearest": the same as "nearest-exact", whose graph holds tables of places."""
+        """With rotations by real numbers in place of complex ones, and a decoder of one frame, which doubles pictures
+        by "nearest": the same as "nearest-exact", whose graph holds tables of places."""
         if component == "text_encoder":
             where, config = f"{checkpoint.where}: {component}/config.json", checkpoint.config(component)
             # Those from before transformers 5 have the text's part among their own keys.
@@ -308,6 +308,7 @@ class _Frame(QwenImageCausalConv3d):
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         """[B, C, 1, h, w] to the same with its own channels."""
-        assert x.shape[2] == 1 and cache_x is None  # the pipeline decodes one frame
+        assert x.shape[2] == 1  # the pipeline decodes one frame
+        assert cache_x is None
         padding = (self._padding[2], self._padding[0])
         return nn.functional.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=padding).unsqueeze(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,12 @@ def test_noise_levels_are_shifted_by_the_size_and_end_where_they_are_told_to() -
 
 def test_attention_is_joint_and_the_papers_method_refused(tmp_path: Path) -> None:
     root = make_tiny_flow(tmp_path / "checkpoint", "qwen_b")
-    settings = {"model": "qwen-image", "checkpoint": str(root), "components": ("denoiser",), "height": 40, "width": 24}
-    job = prepare(ExportSettings(**settings))
+    settings = ExportSettings(model="qwen-image", checkpoint=str(root), components=("denoiser",), sizes=[(24, 40)])
+    job = prepare(settings)
     assert [site.kind for site in job.sites] == ["joint"] * 3
     assert job.method.name == "guidance_delta"
     with pytest.raises(ExportError, match="noise levels depend on the size"):
-        prepare(ExportSettings(**{**settings, "height": None, "width": None, "sizes": [(24, 40), (24, 24)]}))
+        prepare(replace(settings, sizes=[(24, 40), (24, 24)]))
     with pytest.raises(ExportError, match="method tgate reuses cross-attention, and qwen-image has none of its own"):
         prepare(ExportSettings(model="qwen-image", method="tgate", weights="none", components=("denoiser",)))
 
@@ -143,9 +144,11 @@ def test_a_vocabulary_as_published_reads_the_same(tmp_path: Path) -> None:
     write_qwen(root / "tokenizer", 1024)
     embed("qwen-image", PROMPTS, files[1], checkpoint=str(root))
     first, second = map(load_file, files)
-    assert first.keys() == second.keys() == {
-        f"{name}.{half}" for name in ("prompt_embeds", "prompt_mask") for half in ("positive", "negative")
-    }
+    assert (
+        first.keys()
+        == second.keys()
+        == {f"{name}.{half}" for name in ("prompt_embeds", "prompt_mask") for half in ("positive", "negative")}
+    )
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name])
 

@@ -28,8 +28,9 @@ def plain_run(pipe: Any, prompt: str, negative: str, **options: Any) -> Tensor:
     """Final latents of diffusers' own pipeline. ``options``: of its call."""
     with torch.no_grad():
         result: Tensor = pipe(prompt, negative_prompt=negative, output_type="latent", **options)[0]
-    if type(pipe).__name__ == "QwenImagePipeline":  # [B, h/2 * w/2, 4 C]
-        return pipe._unpack_latents(result, options["height"], options["width"], pipe.vae_scale_factor)[:, :, 0]
+    if hasattr(pipe, "_unpack_latents"):  # [B, h/2 * w/2, 4 C]
+        latents: Tensor = pipe._unpack_latents(result, options["height"], options["width"], pipe.vae_scale_factor)
+        return latents[:, :, 0] if latents.ndim == 5 else latents
     return result
 
 
@@ -98,14 +99,15 @@ def forecast_run(
 ) -> Tensor:
     """Calls ``left_out``, whose guided outputs are the line through those of the last two that are made."""
     seen: list[tuple[int, Tensor]] = []
+    count = 1 if type(pipe).__name__ == "FluxPipeline" else 2  # which knows no halves
 
     def rule(step: int, both: Call, _negative: Call, _positive: Call) -> Tensor:
         if step in left_out:
             (before, first), (at, then) = seen[-2:]
             guided = then + (step - at) / (at - before) * (then - first)
-            return torch.cat([guided, guided])  # both halves alike: guidance changes nothing
+            return torch.cat([guided] * count)  # halves alike: guidance changes nothing
         halves = both()[0]
-        other, own = halves.chunk(2)
+        other, own = halves.chunk(2) if count == 2 else (halves, halves)
         guided = other + scale * (own - other)
         if type(pipe).__name__ == "QwenImagePipeline":  # of each place, as long as the prompt's half
             guided = guided * (own.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
@@ -159,7 +161,15 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
         positive.copy_(prompts)
         return (negative,)
 
-    ways = {"WanPipeline": run_twice, "QwenImagePipeline": run_apart}
+    def run_alone(**options: Any) -> tuple[Tensor]:
+        """No halves at all."""
+
+        def whole() -> tuple[Tensor]:
+            return (forward(**options)[0],)
+
+        return (rule(next(steps), whole, whole, whole),)
+
+    ways = {"WanPipeline": run_twice, "QwenImagePipeline": run_apart, "FluxPipeline": run_alone}
 
     def named(*args: Any, **options: Any) -> tuple[Tensor]:
         given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **options}

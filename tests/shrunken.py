@@ -176,6 +176,15 @@ _HUNYUAN = {
     "pooled_projection_dim": _TEXT,
     "num_layers": _layers,
 }
+_FLUX = {
+    "num_attention_heads": _over(12),
+    "attention_head_dim": _over(4),
+    "axes_dims_rope": _over(4),
+    "joint_attention_dim": _TEXT,
+    "pooled_projection_dim": _TEXT,
+    "num_layers": _layers,
+    "num_single_layers": _layers,
+}
 _QWEN = {
     "num_attention_heads": _over(12),
     "attention_head_dim": _over(4),
@@ -220,6 +229,7 @@ _SMALLER: Mapping[str, Mapping[str, Any]] = {
     "WanTransformer3DModel": _WAN,
     "HunyuanDiT2DModel": _HUNYUAN,
     "AutoencoderDC": _DC_AE,
+    "FluxTransformer2DModel": _FLUX,
     "QwenImageTransformer2DModel": _QWEN,
     "AutoencoderKLWan": _CAUSAL,
     "AutoencoderKLQwenImage": _CAUSAL,

@@ -15,7 +15,7 @@ import diffusers
 import torch
 
 from tests.draw import draw
-from tests.tiny_encoders import bert, clip_with_projection, gemma, qwen, t5, umt5
+from tests.tiny_encoders import bert, clip, clip_with_projection, gemma, qwen, t5, umt5
 
 Shape = tuple[int, ...]
 
@@ -89,6 +89,21 @@ def _qwen_flow() -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_image_seq_len=8, max_image_seq_len=64, max_shift=0.9, shift_terminal=0.02
     )
+
+
+def _flux(heads: int, axes: Shape, widths: tuple[int, int], **more: Any) -> dict[str, Any]:
+    return {
+        "in_channels": 16,
+        "num_attention_heads": heads,
+        "attention_head_dim": sum(axes),
+        "axes_dims_rope": axes,
+        "joint_attention_dim": widths[0],
+        "pooled_projection_dim": widths[1],
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "guidance_embeds": True,
+        **more,
+    }
 
 
 def _wan(heads: int, head_width: int, text_width: int, **more: Any) -> dict[str, Any]:
@@ -302,6 +317,29 @@ FLOW_VARIANTS: Mapping[str, TinyFlow] = {
         vae=_qwen_vae((2, 1), (True,)),
         scheduler=lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0),  # noise levels spaced all the same
     ),
+    "flux_a": TinyFlow(
+        model="flux1-dev",
+        pipeline="FluxPipeline",
+        latents=(4, 8, 12),
+        pixels=8,
+        text_width=24,
+        network=_flux(2, (4, 6, 6), (24, 16)),
+        vae=_kl(4),
+        scheduler=lambda: diffusers.FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=True, base_image_seq_len=8, max_image_seq_len=64
+        ),
+    ),
+    # As FLUX.1-schnell, which knows no guidance.
+    "flux_b": TinyFlow(
+        model="flux1-schnell",
+        pipeline="FluxPipeline",
+        latents=(4, 10, 6),
+        pixels=4,
+        text_width=40,
+        network=_flux(3, (2, 4, 2), (40, 16), num_layers=2, num_single_layers=2, guidance_embeds=False),
+        vae=_kl(3),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler,
+    ),
     "wan_a": TinyFlow(
         model="wan21-t2v-1.3b",
         pipeline="WanPipeline",
@@ -392,6 +430,16 @@ def _build_qwen(tiny: TinyFlow, variant: str) -> Any:
     )
 
 
+def _build_flux(tiny: TinyFlow, variant: str) -> Any:
+    return diffusers.FluxPipeline(
+        transformer=draw(diffusers.FluxTransformer2DModel(**tiny.network).eval(), f"{variant}/transformer"),
+        vae=draw(diffusers.AutoencoderKL(**tiny.vae).eval(), f"{variant}/vae"),
+        scheduler=tiny.scheduler(),
+        **clip(tiny.network["pooled_projection_dim"], length=24, second=False),
+        **{f"{name}_2": part for name, part in t5(tiny.text_width).items()},
+    )
+
+
 def _build_wan(tiny: TinyFlow, variant: str) -> Any:
     return diffusers.WanPipeline(
         transformer=draw(diffusers.WanTransformer3DModel(**tiny.network).eval(), f"{variant}/transformer"),
@@ -406,5 +454,6 @@ _BUILD: Mapping[str, Callable[[TinyFlow, str], Any]] = {
     "StableDiffusion3Pipeline": _build_sd3,
     "WanPipeline": _build_wan,
     "QwenImagePipeline": _build_qwen,
+    "FluxPipeline": _build_flux,
     "HunyuanDiTPipeline": _build_hunyuan,
 }

@@ -72,10 +72,12 @@ CASES = [
     *(
         pytest.param(model, MODELS[model].method, id=f"{model}-{MODELS[model].method}", marks=pytest.mark.slow)
         for model in PUBLISHED
-        if DEFAULT.get(model) != "tgate" and (MODELS[model].facts.text_graph or model == "svd")
+        if DEFAULT.get(model) != "tgate"
+        and (MODELS[model].facts.text_graph or model == "svd")
+        and MODELS[model].facts.name != "flux"
     ),
 ]
-"""Models whose prompts ``tgate embed`` encodes have tests of their own, from the prompt on
+"""FLUX.1 and models whose prompts ``tgate embed`` encodes have tests of their own, from the prompt on
 (``tests/whole/test_flow_families.py``)."""
 
 
@@ -315,6 +317,8 @@ FULL: Mapping[str, Full] = {
     "sd35-medium": Full(
         denoiser=2_469_663_936, latents=(16, 128, 128), size=(1, 1024, 1024), decoder_bytes=4 * SD3_DECODER
     ),
+    "flux1-dev": Full(denoiser=11_901_408_320, latents=(16, 128, 128), size=(1, 1024, 1024), weights="none"),
+    "flux1-schnell": Full(denoiser=11_891_178_560, latents=(16, 128, 128), size=(1, 1024, 1024), weights="none"),
     "qwen-image": Full(denoiser=20_430_401_088, latents=(16, 166, 166), size=(1, 1328, 1328), weights="none"),
     "sana-1.6b": Full(
         denoiser=1_604_462_752, latents=(32, 32, 32), size=(1, 1024, 1024), decoder_bytes=2 * DC_AE_DECODER
@@ -363,8 +367,8 @@ def test_full_size_with_random_weights(model: str, tmp_path: Path, capsys: pytes
     assert found["dtype"] == "float16"
     roles = {"image": "image", "denoiser": "denoise", "decoder": "decode"}
     assert _roles(manifest) == {roles[component] for component in full.components.split(",")}
-    gated = {"reuse_cross", "reuse_self"} if MODELS[model].method == "tgate" else {"reuse_delta", "unguided"}
-    assert shape["graphs"].keys() >= {"full", *gated}
+    gated = {"tgate": {"reuse_cross", "reuse_self"}, "guidance_delta": {"reuse_delta", "unguided"}, "forecast": set()}
+    assert shape["graphs"].keys() >= {"full", *gated[MODELS[model].method]}
     expected = 2 * full.denoiser + full.decoder_bytes + full.further_bytes
     # Beside parameters there are tables that are computed, such as places; equal tensors are written once.
     if full.weights == "none":

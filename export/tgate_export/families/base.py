@@ -276,6 +276,18 @@ class Family(ABC):
                 )
         return Scaling(scale=self._scaling_factor(checkpoint))
 
+    def _scaling_shifted(self, checkpoint: Checkpoint) -> Scaling:
+        """Of pipelines that add a shift."""
+        config = self.config(checkpoint, self.decoder)
+        shift = config["shift_factor"]
+        if shift is None or config["latents_mean"] is not None or config["latents_std"] is not None:
+            raise ExportError(
+                f"{checkpoint.where}: {self.decoder}/config.json has shift_factor = {shift}, latents_mean = "
+                f"{config['latents_mean']} and latents_std = {config['latents_std']}; {self.pipeline_classes[0]} wants "
+                "a shift_factor, and ignores the others: set them to null"
+            )
+        return Scaling(scale=self._scaling_factor(checkpoint), mean=(float(shift),))
+
     def _scaling_by_channel(self, checkpoint: Checkpoint) -> Scaling:
         """Of pipelines that undo a normalisation of each channel."""
         config, channels = self.config(checkpoint, self.decoder), self.latent_channels(checkpoint)

@@ -18,12 +18,10 @@ from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.checkpoints.configs import check_config
-from tgate_export.checkpoints.files import plain
-from tgate_export.families.base import ConditioningInput, Family, Scaling, Size, Texts
+from tgate_export.families.base import ConditioningInput, Scaling, Size, Texts
 from tgate_export.families.facts import QWEN
+from tgate_export.families.packed import PATCH, Packed
 from tgate_export.quiet import quiet
-from tgate_export.recipes import FLOW_EULER
-from tgate_export.schedulers import MU, PIPELINE_SIGMAS
 
 TOKENS = 512
 """Tokens of a prompt: what diffusers' pipeline keeps, the instruction before it not counted."""
@@ -31,26 +29,22 @@ TOKENS = 512
 DEFAULT_SIZE = Size(height=1328, width=1328)
 """Its authors'; no configuration names one, and the pipeline's own is another model's."""
 
-PATCH = 2
-"""Latent pixels of a side that the pipeline packs into one place."""
-
 _OTHERS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 """Switches of the transformers that edit pictures, or draw in layers: none of them is the pipeline's."""
 
 
-class QwenImage(Family):
+class QwenImage(Packed):
     """Qwen-Image (arXiv 2508.02324), text to image, in diffusers layout.
 
     Picture and text attend to each other in one attention, so there is no cross-attention to reuse. A prompt lies in a
     conversation that diffusers' pipeline writes, and is encoded by that pipeline itself (``tgate embed``): of any
     length there, and here filled up with zeros that are masked, which comes to the same. Guided output is brought back
     to the length that the prompt's half has at each place.
-
-    Latents are [C, h, w]; the pipeline's, [h/2 * w/2, 4 C], are made of them around the network.
     """
 
     facts = QWEN
     pipeline_classes = ("QwenImagePipeline",)
+    pipeline_module = "qwenimage.pipeline_qwenimage"
     classes: Mapping[str, type[nn.Module]] = {
         "transformer": diffusers.QwenImageTransformer2DModel,
         "vae": diffusers.AutoencoderKLQwenImage,
@@ -95,14 +89,8 @@ class QwenImage(Family):
                     "expect: it edits pictures, draws in layers or takes the guidance scale; give a checkpoint of "
                     "Qwen-Image, text to image"
                 )
-        inputs, channels = config["in_channels"], self.latent_channels(checkpoint)
-        outputs = config["patch_size"] ** 2 * (config["out_channels"] or inputs)
-        if inputs != channels * PATCH**2 or outputs != inputs:
-            raise ExportError(
-                f"{checkpoint.where}: the transformer takes {inputs} channels and gives {outputs}; its latents have "
-                f"{channels}, and the pipeline packs {PATCH}x{PATCH} places of them into one: {channels * PATCH**2} "
-                "both times are wanted"
-            )
+        outputs = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
+        self.check_channels(checkpoint, outputs)
         if config["joint_attention_dim"] != text["hidden_size"]:
             raise ExportError(
                 f"{checkpoint.where}: the transformer has joint_attention_dim = {config['joint_attention_dim']}, the "
@@ -142,15 +130,6 @@ class QwenImage(Family):
         )[0]
         return self.unpacked(output, latents.shape[1:])
 
-    def packed(self, latents: Tensor) -> Tensor:
-        places = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, C, h/2, 2, w/2, 2]
-        return places.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-    def unpacked(self, latents: Tensor, shape: Sequence[int]) -> Tensor:
-        channels, height, width = shape
-        places = latents.unflatten(2, (channels, PATCH, PATCH)).unflatten(1, (height // PATCH, width // PATCH))
-        return places.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-
     def lengths(self, output: Tensor) -> Tensor:
         """Of what the network gives for each place: over its channels and its 2x2 latent pixels."""
         squares = (output * output).unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))
@@ -174,27 +153,6 @@ class QwenImage(Family):
 
     def scaling(self, checkpoint: Checkpoint) -> Scaling:
         return self._scaling_by_channel(checkpoint)
-
-    def scheduler_config(self, checkpoint: Checkpoint, size: Size) -> Mapping[str, Any]:
-        """With the noise levels that the pipeline hands to its scheduler, and how far they are shifted by the size."""
-        config = dict(super().scheduler_config(checkpoint, size))
-        if config.get("_class_name") != FLOW_EULER:
-            raise ExportError(
-                f"{checkpoint.where}: its scheduler is {plain(config.get('_class_name'))}; {self.pipeline_classes[0]} "
-                f"hands noise levels of its own to a {FLOW_EULER}, and that is wanted"
-            )
-        config[PIPELINE_SIGMAS] = True
-        if config.get("use_dynamic_shifting"):
-            with quiet():  # imported late: the module tells of libraries for pictures that nothing here needs
-                from diffusers.pipelines.qwenimage import pipeline_qwenimage as own
-            _, height, width = self.latents(checkpoint, size)
-            known = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-            numbers = [config.get(key, default) for key, default in known.items()]  # checked where it is compiled
-            config[MU] = float(own.calculate_shift((height // PATCH) * (width // PATCH), *numbers))
-        return config
-
-    def size_multiple(self, checkpoint: Checkpoint) -> int:
-        return PATCH * self.pixels(checkpoint)
 
     def default_size(self, checkpoint: Checkpoint) -> Size:
         return DEFAULT_SIZE

@@ -28,7 +28,6 @@ from tgate_export.families.base import Size
 from tgate_export.families.qwen import _Frame, _Places
 from tgate_export.job import ExportSettings, prepare
 from tgate_export.modules import fake_module, real_module
-from tgate_export.schedulers import make_scheduler, set_timesteps
 
 FAMILY: Any = find_model("qwen-image").family
 PROMPTS = ("A large red circle above a small blue square", "green")
@@ -45,19 +44,6 @@ def test_what_it_is_exported_as_where_nothing_is_said() -> None:
     assert (scaling.scale, len(scaling.mean), scaling.std[0]) == (1.0, 16, 2.8184)
     with pytest.raises(ExportError, match="the width must be a multiple of 16 pixels for this model, got 1000"):
         FAMILY.check_size(checkpoint, Size(height=1328, width=1000))
-
-
-def test_noise_levels_are_shifted_by_the_size_and_end_where_they_are_told_to() -> None:
-    """Against the formula: sigma / (sigma + exp(-mu) (1 - sigma)), stretched to end at shift_terminal."""
-    _, checkpoint = published("qwen-image")
-    config = FAMILY.scheduler_config(checkpoint, FAMILY.default_size(checkpoint))
-    assert config["mu"] == pytest.approx(0.5 + 0.4 * (83 * 83 - 256) / (8192 - 256))
-    scheduler = make_scheduler("euler", config)
-    set_timesteps(scheduler, 50)
-    plain = np.linspace(1, 1 / 50, 50)
-    shifted = 1 / (1 + np.exp(-config["mu"]) * (1 / plain - 1))
-    want = 1 - (1 - shifted) * (1 - 0.02) / (1 - shifted[-1])
-    np.testing.assert_allclose(scheduler.sigmas.numpy(), [*want, 0.0], atol=1e-6)
 
 
 def test_attention_is_joint_and_the_papers_method_refused(tmp_path: Path) -> None:
@@ -82,11 +68,9 @@ def test_places_are_diffusers(height: int, width: int) -> None:
         assert torch.equal(sin, want.imag)
 
 
-def test_latents_are_packed_and_measured_as_the_pipeline_does() -> None:
+def test_outputs_are_measured_as_the_pipeline_does() -> None:
     latents = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     packed = diffusers.QwenImagePipeline._pack_latents(latents, *latents.shape)
-    assert torch.equal(FAMILY.packed(latents), packed)
-    assert torch.equal(FAMILY.unpacked(packed, latents.shape[1:]), latents)
     places = packed.norm(dim=-1, keepdim=True).expand_as(packed)
     assert torch.allclose(FAMILY.lengths(latents).expand_as(latents), FAMILY.unpacked(places, latents.shape[1:]))
 
@@ -169,17 +153,12 @@ def test_a_vocabulary_as_published_reads_the_same(tmp_path: Path) -> None:
         ("vae/config.json", {"latents_std": [1.0]}, "4 latents_mean and 1 latents_std for 4 channels"),
         ("text_encoder/config.json", {"text_config": {"hidden_size": "16"}}, "hidden_size = '16'"),
         ("text_encoder/config.json", {"vision_config": {"depth": 1000}}, "depth = 1000"),
-        ("scheduler/scheduler_config.json", {"_class_name": "UniPCMultistepScheduler"}, "is wanted"),
     ],
 )
 def test_other_models_of_the_kind_are_refused(tmp_path: Path, file: str, changes: dict[str, Any], said: str) -> None:
     root = make_tiny_flow(tmp_path / "checkpoint", "qwen_a")
     path = root / file
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
-    if "scheduler" in file:
-        index = root / "model_index.json"
-        named = json.loads(index.read_text("utf-8")) | {"scheduler": ["diffusers", changes["_class_name"]]}
-        index.write_text(json.dumps(named), "utf-8")
     with pytest.raises(ExportError, match=said):
         _check(root)
 
@@ -189,4 +168,3 @@ def _check(root: Path) -> None:
     FAMILY.check_pipeline(checkpoint)
     FAMILY.check(checkpoint)
     FAMILY.scaling(checkpoint)
-    FAMILY.scheduler_config(checkpoint, Size(height=64, width=64))

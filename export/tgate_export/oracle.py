@@ -190,11 +190,11 @@ class Oracle:
 
         @functools.wraps(step)
         def watched(*args: Any, **options: Any) -> Any:
-            drawn = job.family.packed(step_noise.get(len(latents) - 1, torch.zeros_like(noise)))
-            with drawing(scheduler, drawn):
+            drawn = step_noise.get(len(latents) - 1, torch.zeros_like(noise))
+            with drawing(scheduler, job.family.as_pipeline(drawn)):
                 result = step(*args, **options)
-            following = (result[0] if isinstance(result, tuple) else result.prev_sample).float()
-            latents.append(job.family.unpacked(following, job.latents).clone())
+            after = (result[0] if isinstance(result, tuple) else result.prev_sample).float()
+            latents.append(job.family.from_pipeline(after, noise.shape).clone())
             return result
 
         scheduler.step = watched
@@ -202,7 +202,7 @@ class Oracle:
             vae.decode = _recording(vae.decode, decoded)
         options = {
             "num_inference_steps": steps,
-            "latents": job.family.packed(noise).clone(),
+            "latents": job.family.as_pipeline(noise).clone(),
             "height": job.size.height,
             "width": job.size.width,
             "output_type": "pt" if decodes else "latent",

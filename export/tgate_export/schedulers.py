@@ -205,7 +205,7 @@ def set_timesteps(scheduler: Any, steps: int) -> None:
     """Set a scheduler's timesteps as the checkpoint's pipeline does (:data:`MU`, :data:`PIPELINE_SIGMAS`)."""
     mu = scheduler.config.get(MU) if scheduler.config.get("use_dynamic_shifting") else None
     shift = {} if mu is None else {"mu": mu}
-    with np.errstate(invalid="ignore"):  # of one step, the noise level that shift_terminal asks for is none
+    with np.errstate(all="ignore"):  # shift_terminal divides one step's by zero; coefficients tell
         if scheduler.config.get(PIPELINE_SIGMAS):
             scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **shift)
         else:

@@ -321,12 +321,12 @@ class Family(ABC):
         """How a guidance scale acts on this checkpoint's network."""
         return "classifier-free" if scale > 1 else "none"
 
-    def packed(self, latents: Tensor) -> Tensor:
-        """Latents [B, ...] as diffusers' pipeline lays them out."""
+    def as_pipeline(self, latents: Tensor) -> Tensor:
+        """Latents [B, ...] as diffusers' pipeline holds them in its loop."""
         return latents
 
-    def unpacked(self, latents: Tensor, shape: Sequence[int]) -> Tensor:
-        """The reverse of :meth:`packed`, to latents [B, *shape]."""
+    def from_pipeline(self, latents: Tensor, shape: Sequence[int]) -> Tensor:
+        """The reverse, to latents of that shape."""
         return latents
 
     def lengths(self, output: Tensor) -> Tensor | None:

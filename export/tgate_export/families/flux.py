@@ -95,7 +95,7 @@ class Flux(Packed):
         rows, columns = (range(side // PATCH) for side in latents.shape[-2:])
         places = [(0, row, column) for row in rows for column in columns]
         output: Tensor = denoiser(
-            hidden_states=self.packed(latents),
+            hidden_states=self.as_pipeline(latents),
             timestep=timesteps / 1000,
             guidance=guidance if denoiser.config["guidance_embeds"] else None,
             pooled_projections=conditioning["pooled"],
@@ -104,7 +104,7 @@ class Flux(Packed):
             img_ids=torch.tensor(places, device=latents.device),
             return_dict=False,
         )[0]
-        return self.unpacked(output, latents.shape[1:])
+        return self.from_pipeline(output, latents.shape)
 
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
         """T5's text, its padding not masked, and CLIP's, pooled."""

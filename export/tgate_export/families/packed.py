@@ -38,12 +38,12 @@ class Packed(Family):
                 "both times are wanted"
             )
 
-    def packed(self, latents: Tensor) -> Tensor:
+    def as_pipeline(self, latents: Tensor) -> Tensor:
         places = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, C, h/2, 2, w/2, 2]
         return places.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-    def unpacked(self, latents: Tensor, shape: Sequence[int]) -> Tensor:
-        channels, height, width = shape
+    def from_pipeline(self, latents: Tensor, shape: Sequence[int]) -> Tensor:
+        _, channels, height, width = shape
         places = latents.unflatten(2, (channels, PATCH, PATCH)).unflatten(1, (height // PATCH, width // PATCH))
         return places.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 

@@ -121,14 +121,14 @@ class QwenImage(Packed):
     ) -> Tensor:
         height, width = (side // PATCH for side in latents.shape[-2:])
         output: Tensor = denoiser(
-            hidden_states=self.packed(latents),
+            hidden_states=self.as_pipeline(latents),
             timestep=timesteps / 1000,
             encoder_hidden_states=conditioning["prompt_embeds"],
             encoder_hidden_states_mask=conditioning["prompt_mask"],
             img_shapes=[[(1, height, width)]],
             return_dict=False,
         )[0]
-        return self.unpacked(output, latents.shape[1:])
+        return self.from_pipeline(output, latents.shape)
 
     def lengths(self, output: Tensor) -> Tensor:
         """Of what the network gives for each place: over its channels and its 2x2 latent pixels."""

@@ -27,8 +27,8 @@ def test_latents_are_packed_as_the_pipeline_does(name: str) -> None:
     family, pipeline = find_model(name).family, PIPELINES[name]
     latents = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     packed = pipeline._pack_latents(latents, *latents.shape)
-    assert torch.equal(family.packed(latents), packed)
-    assert torch.equal(family.unpacked(packed, latents.shape[1:]), latents)
+    assert torch.equal(family.as_pipeline(latents), packed)
+    assert torch.equal(family.from_pipeline(packed, latents.shape), latents)
 
 
 @pytest.mark.parametrize(

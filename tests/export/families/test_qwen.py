@@ -72,7 +72,7 @@ def test_outputs_are_measured_as_the_pipeline_does() -> None:
     latents = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     packed = diffusers.QwenImagePipeline._pack_latents(latents, *latents.shape)
     places = packed.norm(dim=-1, keepdim=True).expand_as(packed)
-    assert torch.allclose(FAMILY.lengths(latents).expand_as(latents), FAMILY.unpacked(places, latents.shape[1:]))
+    assert torch.allclose(FAMILY.lengths(latents).expand_as(latents), FAMILY.from_pipeline(places, latents.shape))
 
 
 def test_a_frame_of_a_convolution_over_time() -> None:
@@ -106,7 +106,7 @@ def test_prompts_of_any_length_are_filled_up_and_masked(tmp_path: Path) -> None:
                 return_dict=False,
             )[0]
             got = FAMILY.denoise(own, latents, torch.tensor([700.0]), torch.ones(1), filled)
-        outputs.append(FAMILY.packed(got))
+        outputs.append(FAMILY.as_pipeline(got))
         assert (outputs[-1] - want).abs().max() < 1e-5 * want.abs().max()
     assert (outputs[0] - outputs[1]).abs().max() > 1e-2
 

@@ -1,17 +1,17 @@
 """Eager references for the flow-matching families: diffusers' own pipeline, and the methods written out inside it.
 
 The pipeline calls its transformer with both halves of guidance in one batch, the negative one first, and combines what
-it gives; Wan's calls it twice, the prompt's half first. So a method is written out in the transformer's place: a call
-that is to run one half is given that half alone, and what it gives is returned as the two halves whose combination the
-pipeline then takes to be that.
+it gives; Wan's and Qwen-Image's call it twice, the prompt's half first. So a method is written out in the transformer's
+place: a call that is to run one half is given that half alone, and what it gives is returned as the two halves whose
+combination the pipeline then takes to be that.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -31,16 +31,25 @@ def plain_run(pipe: Any, prompt: str, negative: str, *, latents: Tensor, **optio
         result: Tensor = pipe(
             prompt, negative_prompt=negative, output_type="latent", latents=held(pipe, latents), **options
         )[0]
-    return pipe._unpack_latents(result, *latents.shape[2:]) if _packs(pipe) else result
+    kind = type(pipe).__name__
+    if kind == "LTXPipeline":
+        return cast(Tensor, pipe._unpack_latents(result, *latents.shape[2:]))
+    if kind in _PATCHED:
+        result = pipe._unpack_latents(result, options["height"], options["width"], pipe.vae_scale_factor)
+        return result[:, :, 0] if result.ndim == 5 else result
+    return result
 
 
 def held(pipe: Any, latents: Tensor) -> Tensor:
-    """Latents as the pipeline's loop holds them: LTX-Video's as one row of places."""
-    return pipe._pack_latents(latents) if _packs(pipe) else latents
+    """Latents as the pipeline's loop holds them: some have them as one row of places."""
+    kind = type(pipe).__name__
+    if kind == "LTXPipeline":
+        return cast(Tensor, pipe._pack_latents(latents))
+    return cast(Tensor, pipe._pack_latents(latents, *latents.shape)) if kind in _PATCHED else latents
 
 
-def _packs(pipe: Any) -> bool:
-    return type(pipe).__name__ == "LTXPipeline"
+_PATCHED = ("QwenImagePipeline", "FluxPipeline")
+"""Whose places are of 2 by 2 latents."""
 
 
 def gated_run(pipe: Any, prompt: str, negative: str, m: int, k: int, f: int, w: int, **options: Any) -> Tensor:
@@ -114,6 +123,30 @@ def _half(given: Any, index: int) -> Any:
     return given.chunk(2)[index] if isinstance(given, Tensor) and given.ndim else given
 
 
+def forecast_run(
+    pipe: Any, prompt: str, negative: str, left_out: Collection[int], scale: float, **options: Any
+) -> Tensor:
+    """Calls ``left_out``, whose guided outputs are the line through those of the last two that are made."""
+    seen: list[tuple[int, Tensor]] = []
+    count = 1 if type(pipe).__name__ == "FluxPipeline" else 2  # which knows no halves
+
+    def rule(step: int, both: Call, _negative: Call, _positive: Call) -> Tensor:
+        if step in left_out:
+            (before, first), (at, then) = seen[-2:]
+            guided = then + (step - at) / (at - before) * (then - first)
+            return torch.cat([guided] * count)  # halves alike: guidance changes nothing
+        halves = both()[0]
+        other, own = halves.chunk(2) if count == 2 else (halves, halves)
+        guided = other + scale * (own - other)
+        if type(pipe).__name__ == "QwenImagePipeline":  # of each place, as long as the prompt's half
+            guided = guided * (own.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        seen.append((step, guided))
+        return halves
+
+    with _ruled(pipe, rule):
+        return plain_run(pipe, prompt, negative, **options)
+
+
 @contextmanager
 def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
     network = _network(pipe)
@@ -137,9 +170,39 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
         positive.copy_(prompts)
         return (negative,)
 
+    def run_apart(**options: Any) -> tuple[Tensor]:
+        """Texts of their own lengths, which lie in no batch together."""
+        if not waiting:
+            waiting.append((options, torch.zeros_like(options["hidden_states"])))
+            return (waiting[0][1],)
+        first, positive = waiting.pop()
+
+        def negative_half() -> tuple[Tensor]:
+            return (forward(**options)[0],)
+
+        def positive_half() -> tuple[Tensor]:
+            return (forward(**first)[0],)
+
+        def both() -> tuple[Tensor]:
+            return (torch.cat([negative_half()[0], positive_half()[0]]),)
+
+        negative, prompts = rule(next(steps), both, negative_half, positive_half).chunk(2)
+        positive.copy_(prompts)
+        return (negative,)
+
+    def run_alone(**options: Any) -> tuple[Tensor]:
+        """No halves at all."""
+
+        def whole() -> tuple[Tensor]:
+            return (forward(**options)[0],)
+
+        return (rule(next(steps), whole, whole, whole),)
+
+    ways = {"WanPipeline": run_twice, "QwenImagePipeline": run_apart, "FluxPipeline": run_alone}
+
     def named(*args: Any, **options: Any) -> tuple[Tensor]:
         given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **options}
-        return run_twice(**given) if type(pipe).__name__ == "WanPipeline" else run(**given)
+        return ways.get(type(pipe).__name__, run)(**given)
 
     with mock.patch.object(network, "forward", named):
         yield

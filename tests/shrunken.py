@@ -24,7 +24,7 @@ import transformers
 from diffusers.pipelines.kolors.text_encoder import ChatGLMModel
 
 from tests.draw import draw
-from tests.tiny_encoders import T5_WORDS, bert_tokenizer, chatglm_tokenizer, gemma_tokenizer
+from tests.tiny_encoders import T5_WORDS, bert_tokenizer, chatglm_tokenizer, gemma_tokenizer, qwen_tokenizer
 from tests.tiny_models import END_TOKEN, _save_vocabulary, _vocabulary
 from tgate_export.checkpoints import published
 
@@ -87,7 +87,7 @@ def shrink(config: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
     for key in ("vocab_size", "padded_vocab_size"):
         if key in small:
             small[key] = vocabulary
-    return small
+    return small | {k: shrink(part, vocabulary) for k, part in small.items() if k in ("text_config", "vision_config")}
 
 
 def _over(divisor: int) -> Any:
@@ -187,6 +187,34 @@ _HUNYUAN = {
     "pooled_projection_dim": _TEXT,
     "num_layers": _layers,
 }
+_FLUX = {
+    "num_attention_heads": _over(12),
+    "attention_head_dim": _over(4),
+    "axes_dims_rope": _over(4),
+    "joint_attention_dim": _TEXT,
+    "pooled_projection_dim": _TEXT,
+    "num_layers": _layers,
+    "num_single_layers": _layers,
+}
+_QWEN = {
+    "num_attention_heads": _over(12),
+    "attention_head_dim": _over(4),
+    "axes_dims_rope": _over(4),
+    "joint_attention_dim": _TEXT,
+    "num_layers": _layers,
+}
+# Its layers are counted by a list beside their number, and so stay as many.
+_QWEN_TEXT = {
+    "hidden_size": _TEXT,
+    "intermediate_size": _TEXT,
+    "num_attention_heads": _over(4),
+    "num_key_value_heads": _over(4),
+    "rope_scaling": lambda scaling: {**scaling, "mrope_section": _over(8)(scaling["mrope_section"])},
+    # What sees pictures:
+    "depth": _layers,
+    "num_heads": _over(8),
+    "out_hidden_size": _TEXT,
+}
 _T5 = {
     "d_model": _TEXT,
     "d_ff": _TEXT,
@@ -199,6 +227,7 @@ _DC_AE = {
     **dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), _over(16)),
     **dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block"), _over(3)),
 }
+_CAUSAL = {"base_dim": _over(12), "num_res_blocks": _over(2)}
 _SMALLER: Mapping[str, Mapping[str, Any]] = {
     "UNet2DConditionModel": _UNET,
     "UNetSpatioTemporalConditionModel": _UNET,
@@ -216,7 +245,10 @@ _SMALLER: Mapping[str, Mapping[str, Any]] = {
         **dict.fromkeys(("block_out_channels", "decoder_block_out_channels"), _over(16)),
         **dict.fromkeys(("layers_per_block", "decoder_layers_per_block"), _layers),
     },
-    "AutoencoderKLWan": {"base_dim": _over(12), "num_res_blocks": _over(2)},
+    "FluxTransformer2DModel": _FLUX,
+    "QwenImageTransformer2DModel": _QWEN,
+    "AutoencoderKLWan": _CAUSAL,
+    "AutoencoderKLQwenImage": _CAUSAL,
     "bert": _CLIP,
     "chatglm": {
         "hidden_size": _TEXT,
@@ -236,6 +268,8 @@ _SMALLER: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": _over(4),
         "num_hidden_layers": _layers,
     },
+    "qwen2_5_vl": _QWEN_TEXT,
+    "qwen2_5_vl_text": _QWEN_TEXT,
     "t5": _T5,
     "umt5": _T5,
 }
@@ -272,6 +306,8 @@ def _tokenizers(directory: Path, facts: Mapping[str, Any]) -> int:
             tokenizer = _OWN[cls]()
             tokenizer.save_pretrained(folder)
             sizes.append(len(tokenizer.get_vocab()))
+        elif cls == "Qwen2Tokenizer":
+            sizes.append(write_qwen(folder, limit))
         else:
             raise ValueError(f"no small {cls} here")
     return max(sizes, default=0)
@@ -311,6 +347,26 @@ def _write_t5(folder: Path, limit: int) -> int:
     _write_json(folder / "tokenizer_config.json", {**config, **special})
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     return int(processor.vocab_size()) + len(extra) + 28  # published tables are larger than the vocabulary, too
+
+
+def write_qwen(folder: Path, limit: int) -> int:
+    """As published with Qwen-Image: vocabulary and merges, and no ``tokenizer.json``."""
+    tokenizer = qwen_tokenizer()
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    _write_json(folder / "vocab.json", model["vocab"])
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
+    special = {name: getattr(tokenizer, name) for name in ("eos_token", "pad_token", "unk_token")}
+    added = {
+        str(i): {"content": str(token), "special": token.special, **dict.fromkeys(_PLAIN_TOKEN, False)}
+        for i, token in tokenizer.added_tokens_decoder.items()
+    }
+    config = {"added_tokens_decoder": added, "model_max_length": limit, "tokenizer_class": "Qwen2Tokenizer"}
+    _write_json(folder / "tokenizer_config.json", {**config, **special})
+    return len(tokenizer.get_vocab())
+
+
+_PLAIN_TOKEN = ("lstrip", "normalized", "rstrip", "single_word")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

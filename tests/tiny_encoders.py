@@ -13,6 +13,7 @@ import sentencepiece
 import torch
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+from tokenizers import pre_tokenizers
 from transformers import (
     BertConfig,
     BertModel,
@@ -26,6 +27,9 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -199,6 +203,53 @@ def gemma(width: int, seed: str) -> dict[str, Any]:
         query_pre_attn_scalar=8,
     )
     return {"text_encoder": draw(Gemma2Model(config).eval(), seed), "tokenizer": tokenizer}
+
+
+def qwen(width: int, seed: str) -> dict[str, Any]:
+    """Qwen2.5-VL in small, of which a prompt runs the text's part."""
+    tokenizer = qwen_tokenizer()
+    tokens = len(tokenizer.get_vocab())
+    text = {
+        "vocab_size": tokens,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [width // 4 - 2, 1, 1],  # of half a head
+        },
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
+    seen = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = dict.fromkeys(seen, tokens - 1)  # no prompt has it
+    config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "fullatt_block_indexes": [0]}, **ids)
+    return {"text_encoder": draw(Qwen2_5_VLForConditionalGeneration(config).eval(), seed), "tokenizer": tokenizer}
+
+
+def qwen_tokenizer() -> Any:
+    """Qwen's kind of tokenizer: bytes as letters, with the words of T5's and a space before each."""
+    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
+    merges = []
+    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[letter] = len(vocabulary)
+    for word in T5_WORDS:
+        whole = "\u0120"  # a space
+        for letter in word:
+            if whole + letter not in vocabulary:
+                merges.append((whole, letter))
+                vocabulary[whole + letter] = len(vocabulary)
+            whole += letter
+    return Qwen2Tokenizer(
+        vocab={**vocabulary, "<|vision_pad|>": len(vocabulary)},
+        merges=merges,
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
 
 
 def gemma_tokenizer() -> Any:

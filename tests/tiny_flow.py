@@ -15,7 +15,7 @@ import diffusers
 import torch
 
 from tests.draw import draw
-from tests.tiny_encoders import bert, chatglm, clip_with_projection, gemma, t5, umt5
+from tests.tiny_encoders import bert, chatglm, clip, clip_with_projection, gemma, qwen, t5, umt5
 
 Shape = tuple[int, ...]
 
@@ -64,6 +64,46 @@ def _dc_ae(channels: Shape, blocks: tuple[str, ...], layers: Shape, upsample: st
     return {**halves, "latent_channels": 8, "attention_head_dim": 8, "scaling_factor": 0.7} | {
         "upsample_block_type": upsample,
         "downsample_block_type": "conv" if upsample == "interpolate" else "pixel_unshuffle",
+    }
+
+
+def _qwen(heads: int, axes: Shape, text_width: int, **more: Any) -> dict[str, Any]:
+    return {
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_attention_heads": heads,
+        "attention_head_dim": sum(axes),
+        "axes_dims_rope": axes,
+        "joint_attention_dim": text_width,
+        "num_layers": 2,
+        **more,
+    }
+
+
+def _qwen_vae(levels: Shape, halves_time: tuple[bool, ...], **more: Any) -> dict[str, Any]:
+    vae = _wan_vae(levels, halves_time)
+    return {key: value for key, value in vae.items() if not key.startswith("scale_factor")} | more
+
+
+def _qwen_flow() -> Any:
+    """As published with Qwen-Image, but for the length that shifts are told by."""
+    return diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=8, max_image_seq_len=64, max_shift=0.9, shift_terminal=0.02
+    )
+
+
+def _flux(heads: int, axes: Shape, widths: tuple[int, int], **more: Any) -> dict[str, Any]:
+    return {
+        "in_channels": 16,
+        "num_attention_heads": heads,
+        "attention_head_dim": sum(axes),
+        "axes_dims_rope": axes,
+        "joint_attention_dim": widths[0],
+        "pooled_projection_dim": widths[1],
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "guidance_embeds": True,
+        **more,
     }
 
 
@@ -351,6 +391,60 @@ FLOW_VARIANTS: Mapping[str, TinyFlow] = {
         scheduler=_euler,
         encoder={"rmsnorm": False, "add_bias_linear": True, "apply_residual_connection_post_layernorm": True},
     ),
+    "qwen_a": TinyFlow(
+        model="qwen-image",
+        pipeline="QwenImagePipeline",
+        latents=(4, 8, 12),
+        pixels=8,
+        text_width=16,
+        network=_qwen(2, (4, 6, 6), 16),
+        vae=_qwen_vae((1, 2, 2, 2), (False, True, True)),
+        scheduler=_qwen_flow,
+    ),
+    # Odd numbers of places a side, whose middle is no place.
+    "qwen_b": TinyFlow(
+        model="qwen-image",
+        pipeline="QwenImagePipeline",
+        latents=(4, 10, 6),
+        pixels=4,
+        text_width=24,
+        network=_qwen(3, (2, 4, 2), 24, num_layers=3),
+        vae=_qwen_vae((1, 1, 2), (True, False), num_res_blocks=2),
+        scheduler=_qwen_flow,
+    ),
+    "qwen_c": TinyFlow(
+        model="qwen-image",
+        pipeline="QwenImagePipeline",
+        latents=(4, 4, 14),
+        pixels=2,
+        text_width=32,
+        network=_qwen(1, (8, 4, 12), 32, num_layers=1),
+        vae=_qwen_vae((2, 1), (True,)),
+        scheduler=lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0),  # noise levels spaced all the same
+    ),
+    "flux_a": TinyFlow(
+        model="flux1-dev",
+        pipeline="FluxPipeline",
+        latents=(4, 8, 12),
+        pixels=8,
+        text_width=24,
+        network=_flux(2, (4, 6, 6), (24, 16)),
+        vae=_kl(4),
+        scheduler=lambda: diffusers.FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=True, base_image_seq_len=8, max_image_seq_len=64
+        ),
+    ),
+    # As FLUX.1-schnell, which knows no guidance.
+    "flux_b": TinyFlow(
+        model="flux1-schnell",
+        pipeline="FluxPipeline",
+        latents=(4, 10, 6),
+        pixels=4,
+        text_width=40,
+        network=_flux(3, (2, 4, 2), (40, 16), num_layers=2, num_single_layers=2, guidance_embeds=False),
+        vae=_kl(3),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler,
+    ),
     "wan_a": TinyFlow(
         model="wan21-t2v-1.3b",
         pipeline="WanPipeline",
@@ -485,6 +579,25 @@ def _build_kolors(tiny: TinyFlow, variant: str) -> Any:
     )
 
 
+def _build_qwen(tiny: TinyFlow, variant: str) -> Any:
+    return diffusers.QwenImagePipeline(
+        transformer=draw(diffusers.QwenImageTransformer2DModel(**tiny.network).eval(), f"{variant}/transformer"),
+        vae=draw(diffusers.AutoencoderKLQwenImage(**tiny.vae).eval(), f"{variant}/vae"),
+        scheduler=tiny.scheduler(),
+        **qwen(tiny.text_width, f"{variant}/text"),
+    )
+
+
+def _build_flux(tiny: TinyFlow, variant: str) -> Any:
+    return diffusers.FluxPipeline(
+        transformer=draw(diffusers.FluxTransformer2DModel(**tiny.network).eval(), f"{variant}/transformer"),
+        vae=draw(diffusers.AutoencoderKL(**tiny.vae).eval(), f"{variant}/vae"),
+        scheduler=tiny.scheduler(),
+        **clip(tiny.network["pooled_projection_dim"], length=24, second=False),
+        **{f"{name}_2": part for name, part in t5(tiny.text_width).items()},
+    )
+
+
 def _build_wan(tiny: TinyFlow, variant: str) -> Any:
     return diffusers.WanPipeline(
         transformer=draw(diffusers.WanTransformer3DModel(**tiny.network).eval(), f"{variant}/transformer"),
@@ -512,6 +625,8 @@ _BUILD: Mapping[str, Callable[[TinyFlow, str], Any]] = {
     "StableDiffusion3Pipeline": _build_sd3,
     "WanPipeline": _build_wan,
     "LTXPipeline": _build_ltx,
+    "QwenImagePipeline": _build_qwen,
+    "FluxPipeline": _build_flux,
     "HunyuanDiTPipeline": _build_hunyuan,
     "KolorsPipeline": _build_kolors,
 }

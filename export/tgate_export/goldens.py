@@ -188,6 +188,7 @@ def walk(
             torch.float32,
             ramp,
             job.settings.guidance_rescale,
+            family.lengths,
         )
         named = {
             **conditioning,

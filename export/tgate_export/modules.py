@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import accelerate
@@ -20,23 +20,23 @@ def fake_module(
 ) -> nn.Module:
     """A component whose parameters are fake: shapes and dtypes, no memory. Its buffers are real constants.
 
-    Parameters that the module's authors keep in float32 (T5's, which overflow in half precision) stay so.
+    Parameters and buffers of what is kept in float32 (T5's, which overflow in half precision) stay so.
     """
     with accelerate.init_empty_weights(include_buffers=False):
         module = family.build(checkpoint, component)
-    kept: Sequence[str] = getattr(module, "_keep_in_fp32_modules", None) or ()
+    kept = frozenset[str](getattr(module, "_keep_in_fp32_modules", None) or ())
     fakes: dict[int, nn.Parameter] = {}  # by the parameter replaced, so that what was shared stays shared
     with mode:
         for path, child in module.named_modules():
             for name, parameter in list(child._parameters.items()):
                 if parameter is not None:
-                    own = torch.float32 if any(part in kept for part in (*path.split("."), name)) else dtype
+                    own = torch.float32 if kept.intersection((*path.split("."), name)) else dtype
                     if id(parameter) not in fakes:
                         fakes[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=own), False)
                     child._parameters[name] = fakes[id(parameter)]
-    for child in module.modules():
+    for path, child in module.named_modules():
         for name, buffer in child._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
+            if buffer is not None and buffer.is_floating_point() and not kept.intersection((*path.split("."), name)):
                 child._buffers[name] = buffer.to(dtype)
     return module
 
@@ -94,6 +94,8 @@ class Decoder(nn.Module):
         if self._frames_axis is not None and not self._together:
             frames = latents.shape[self._frames_axis]
             latents = latents.movedim(self._frames_axis, 1).flatten(0, 1)
+        if self._frames_axis is None and self._together:
+            latents = latents.unsqueeze(2)
         std, mean = self._statistics()
         if std is not None:
             latents = latents * self._by_channel(std, latents)

@@ -145,7 +145,8 @@ def check_settings(settings: ExportSettings) -> Asked:
     if "k" in method.takes and not model.facts.cross_attention:
         raise ExportError(
             f"method {method.name} reuses cross-attention, and {settings.model} has none of its own: its text and its "
-            "picture attend to each other in one (joint attention); take --method guidance_delta or forecast"
+            "picture attend to each other in one (joint attention); take --method "
+            f"{'guidance_delta or ' if model.facts.guided else ''}forecast"
         )
     steps = model.steps if settings.steps is None else settings.steps
     method_settings = method.settings(

@@ -33,6 +33,9 @@ Denoise = Callable[[nn.Module, Tensor, Tensor, Tensor, Mapping[str, Tensor]], Te
 """(denoiser, latents [N, ...], timesteps [N], guidance scales [N], conditioning by name, each [N, ...]) -> model output
 [N, ...], of the latents' shape."""
 
+Lengths = Callable[[Tensor], Tensor | None]
+"""Model output [B, ...] -> how long it is, numbers that broadcast to it, or None."""
+
 
 class DenoisingStep(nn.Module):
     """The module of one graph.
@@ -46,6 +49,7 @@ class DenoisingStep(nn.Module):
     ``ramp``: None, or guidance over the frames, a tensor that broadcasts to [B, ...] with numbers from 0 to 1: the
     scale is then 1 where it is 0, and the step row's where it is 1. ``rescale``: how far the guided output is brought
     back to the deviation of the prompt's half, from 0, not at all, to 1 (arXiv 2305.08891, equations 15 and 16).
+    ``lengths``: the guided output is then brought to the lengths of the prompt's half, where that gives any.
 
     The denoiser is borrowed: :meth:`attached` has the parts work in it, and takes them off again.
     """
@@ -59,10 +63,12 @@ class DenoisingStep(nn.Module):
         dtype: torch.dtype,
         ramp: Tensor | None = None,
         rescale: float = 0.0,
+        lengths: Lengths = lambda _: None,
     ) -> None:
         super().__init__()
         self._ramp = ramp
         self._rescale = rescale
+        self._lengths = lengths
         self.denoiser = denoiser
         self._denoise = denoise
         self._parts = variant.parts
@@ -132,6 +138,9 @@ class DenoisingStep(nn.Module):
         if self._rescale:
             rescaled = guided * (_deviation(positive) / _deviation(guided))
             guided = self._rescale * rescaled + (1 - self._rescale) * guided
+        wanted, own = self._lengths(positive), self._lengths(guided)
+        if wanted is not None and own is not None:
+            guided = guided * (wanted / own)
         return guided, difference
 
     def _repeat(self, rows: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def load(family: Family, checkpoint: Checkpoint, index: int) -> Any:
         with quiet(), refusing(f"{directory} does not load as a {kind.__name__}", _DAMAGED):
             loaded: Any = kind.from_pretrained(checked, local_files_only=True)
     encoder, largest = family.text_components[index], max(loaded.get_vocab().values())
-    known = int(family.config(checkpoint, encoder)["vocab_size"])
+    known = family.vocabulary(checkpoint, encoder)
     if largest >= known:
         raise ExportError(
             f"{directory} has tokens up to {largest}, and the {encoder} knows {known} (vocab_size); "

@@ -107,6 +107,7 @@ def trace_step(
         getattr(torch, job.dtype),
         job.family.guidance_ramp(job.latents),
         job.settings.guidance_rescale,
+        job.family.lengths,
     )
 
     def spec(name: str) -> TensorSpec:

@@ -117,6 +117,25 @@ def test_rescaled_guidance_is_diffusers(rescale: float) -> None:
     assert torch.allclose(got["next_latents"], expected, atol=1e-6)
 
 
+def test_guided_output_is_brought_to_the_lengths_of_the_prompts_half() -> None:
+    """And left alone where there is no guidance."""
+
+    def lengths(output: torch.Tensor) -> torch.Tensor:
+        return output.norm(dim=1, keepdim=True)
+
+    generator = torch.Generator().manual_seed(0)
+    negative, positive = torch.randn(2, 2, *SHAPE, generator=generator)
+    both = torch.stack([negative[0], positive[0], negative[1], positive[1]])
+    numbers = rows(2, guidance=SCALES)
+    step = DenoisingStep(nn.Identity(), lambda *_: both, BOTH, (), torch.float32, lengths=lengths)
+    guided = negative + SCALES.view(2, 1, 1, 1) * (positive - negative)
+    want = guided / guided.norm(dim=1, keepdim=True) * positive.norm(dim=1, keepdim=True)
+    assert torch.allclose(outputs(step, values(step, numbers))["output"], want, atol=1e-5)
+    alone = Variant(name="one", halves="positive")
+    step = DenoisingStep(nn.Identity(), lambda *_: positive, alone, (), torch.float32, lengths=lengths)
+    assert torch.equal(outputs(step, values(step, numbers))["output"], positive)
+
+
 def test_guidance_grows_over_the_frames() -> None:
     """From 1 at the first to the step row's at the last."""
     frames = 4

@@ -28,20 +28,21 @@ def plans_of(
     f: int = 1,
     w: int = 2,
     g: int = 0,
+    r: int = 0,
     sampler: str,
     guidance_scale: float | None = None,
 ) -> dict[str, Plan]:
     """The plan :data:`NAME` over a bundle's graphs, and its baselines. Settings that its method has not are left out.
 
-    ``guidance_scale``: None is the bundle's.
+    ``r``: with it, the method is forecasts alone. ``guidance_scale``: None is the bundle's.
     """
     manifest = bundle.manifest
-    method = find_method(str(manifest.plan(DEFAULT).settings["method"]))
-    named = {name: value for name, value in {"k": k, "f": f, "w": w, "g": g}.items() if name in method.takes}
+    made = find_method("forecast" if r else str(manifest.plan(DEFAULT).settings["method"]))
+    named = {name: value for name, value in {"k": k, "f": f, "w": w, "g": g}.items() if name in made.takes}
     return make_plans(
         NAME,
-        method,
-        method.settings(steps=n, gate=m, defaults={}, **named),
+        made,
+        made.settings(steps=n, gate=m, r=r or None, defaults={}, **named),
         sampler=compile_sampler(sampler, manifest.scheduler, n),
         guidance_scale=manifest.guidance_scale if guidance_scale is None else guidance_scale,
         guided=manifest.guided,

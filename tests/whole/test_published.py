@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
 
+from tests.export.families.published import published as published_family
 from tests.hub import cached, hub
 from tests.oracle_families import Request, plain_latents
 from tests.oracle_flow import plain_run
@@ -61,7 +62,7 @@ SCHEDULERS: Mapping[str, str] = {
     "lcm-pixart": "LCMScheduler",
     "svd": "EulerDiscreteScheduler",
     "opensora": "DDIMScheduler",
-    **dict.fromkeys(("sd3-medium", "sd35-medium", "ltx-video"), "FlowMatchEulerDiscreteScheduler"),
+    **dict.fromkeys(("sd3-medium", "sd35-medium", "ltx-video", "qwen-image"), "FlowMatchEulerDiscreteScheduler"),
 }
 """diffusers' class of the sampler that a model is exported with. Elsewhere:"""
 SCHEDULER = "DPMSolverMultistepScheduler"
@@ -72,10 +73,12 @@ CASES = [
     *(
         pytest.param(model, MODELS[model].method, id=f"{model}-{MODELS[model].method}", marks=pytest.mark.slow)
         for model in PUBLISHED
-        if DEFAULT.get(model) != "tgate" and (MODELS[model].facts.text_graph or model == "svd")
+        if DEFAULT.get(model) != "tgate"
+        and (MODELS[model].facts.text_graph or model == "svd")
+        and MODELS[model].facts.name != "flux"
     ),
 ]
-"""Models whose prompts ``tgate embed`` encodes have tests of their own, from the prompt on
+"""FLUX.1 and models whose prompts ``tgate embed`` encodes have tests of their own, from the prompt on
 (``tests/whole/test_flow_families.py``)."""
 
 
@@ -94,6 +97,8 @@ def test_nothing_but_sizes_is_shrunken(model: str) -> None:
     def same_kind(one: Any, other: Any) -> bool:
         if isinstance(one, list):
             return len(one) == len(other) and all(map(same_kind, one, other))
+        if isinstance(one, dict):
+            return one.keys() == other.keys() and all(same_kind(one[key], other[key]) for key in one)
         if isinstance(one, int) and not isinstance(one, bool):
             return isinstance(other, int) and other <= one
         return bool(one == other)
@@ -301,7 +306,8 @@ SD3_DECODER, DC_AE_DECODER = 49_545_475, 159_223_171
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """``denoiser``: its parameters, as its authors count them. ``size``: frames, height, width."""
+    """``denoiser``: its parameters, as its authors count them. ``size``: frames, height, width. ``weights``: none of a
+    model that would fill the disk."""
 
     denoiser: int
     latents: tuple[int, ...]
@@ -309,6 +315,7 @@ class Full:
     components: str = "denoiser,decoder"
     decoder_bytes: int = 4 * DECODER  # their configurations ask for float32, or are silent, which means the same
     further_bytes: int = 0
+    weights: str = "random"
 
 
 FULL: Mapping[str, Full] = {
@@ -328,6 +335,9 @@ FULL: Mapping[str, Full] = {
     "sd35-medium": Full(
         denoiser=2_469_663_936, latents=(16, 128, 128), size=(1, 1024, 1024), decoder_bytes=4 * SD3_DECODER
     ),
+    "flux1-dev": Full(denoiser=11_901_408_320, latents=(16, 128, 128), size=(1, 1024, 1024), weights="none"),
+    "flux1-schnell": Full(denoiser=11_891_178_560, latents=(16, 128, 128), size=(1, 1024, 1024), weights="none"),
+    "qwen-image": Full(denoiser=20_430_401_088, latents=(16, 166, 166), size=(1, 1328, 1328), weights="none"),
     "sana-1.6b": Full(
         denoiser=1_604_462_752, latents=(32, 32, 32), size=(1, 1024, 1024), decoder_bytes=2 * DC_AE_DECODER
     ),
@@ -364,7 +374,7 @@ def test_full_size_with_random_weights(model: str, tmp_path: Path, capsys: pytes
     """It exports at the size that its configuration names, and says of itself what is known of the model."""
     full, target = FULL[model], tmp_path / "bundle"
     try:
-        arguments = ["--model", model, "--weights", "random", "--components", full.components, "--dtype", "fp16"]
+        arguments = ["--model", model, "--weights", full.weights, "--components", full.components, "--dtype", "fp16"]
         assert export_main([*arguments, "--output", str(target), "--quiet"]) == 0
         capsys.readouterr()
         assert main(["inspect", str(target), "--json"]) == 0
@@ -378,11 +388,16 @@ def test_full_size_with_random_weights(model: str, tmp_path: Path, capsys: pytes
     assert found["dtype"] == "float16"
     roles = {"image": "image", "denoiser": "denoise", "decoder": "decode"}
     assert _roles(manifest) == {roles[component] for component in full.components.split(",")}
-    gated = {"reuse_cross", "reuse_self"} if MODELS[model].method == "tgate" else {"reuse_delta", "unguided"}
-    assert shape["graphs"].keys() >= {"full", *gated}
+    gated = {"tgate": {"reuse_cross", "reuse_self"}, "guidance_delta": {"reuse_delta", "unguided"}, "forecast": set()}
+    assert shape["graphs"].keys() >= {"full", *gated[MODELS[model].method]}
     expected = 2 * full.denoiser + full.decoder_bytes + full.further_bytes
     # Beside parameters there are tables that are computed, such as places; equal tensors are written once.
-    assert found["bytes"]["weights"] == pytest.approx(expected, rel=0.01)
+    if full.weights == "none":
+        _, checkpoint = published_family(model)
+        denoiser = find_model(model).family.skeleton(checkpoint, "transformer")
+        assert (found["bytes"]["weights"], sum(p.numel() for p in denoiser.parameters())) == (0, full.denoiser)
+    else:
+        assert found["bytes"]["weights"] == pytest.approx(expected, rel=0.01)
     settings = manifest.plan("default").settings
     assert (settings["n"], settings["m"]) == (MODELS[model].steps, MODELS[model].gate)
 

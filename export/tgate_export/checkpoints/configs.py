@@ -37,17 +37,20 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
     # Layers, and what may be 0 of them.
     **dict.fromkeys(("layers_per_block", "num_layers", "num_decoder_layers", "num_hidden_layers"), (0, 256)),
     **dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block", "dual_attention_layers"), (0, 256)),
+    **dict.fromkeys(("depth", "fullatt_block_indexes", "max_window_layers"), (0, 256)),
     **dict.fromkeys(("transformer_layers_per_block", "reverse_transformer_layers_per_block"), (0, 256)),
     # Sides of pictures, in pixels or latent pixels, of which tables of places are made.
     **dict.fromkeys(("sample_size", "image_size"), (1, 4096)),
     **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (1, 64)),
     "patch_size": (1, 1024),
     **dict.fromkeys(("video_length", "num_frames"), (1, 1024)),
-    "max_position_embeddings": (1, 1 << 16),
+    "max_position_embeddings": (1, 1 << 17),
     **dict.fromkeys(("vocab_size", "padded_vocab_size"), (1, 1 << 20)),
     "seq_length": (1, 1 << 16),
     "quantization_bit": (0, 64),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"), (-1, 1 << 20)),
+    **dict.fromkeys(("image_token_id", "video_token_id"), (-1, 1 << 20)),
+    **dict.fromkeys(("vision_start_token_id", "vision_end_token_id"), (-1, 1 << 20)),
     **dict.fromkeys(("freq_shift", "downsample_padding", "chunk_size_feed_forward"), (0, 64)),
     "num_labels": (0, MOST_ITEMS),
     # Of schedulers.

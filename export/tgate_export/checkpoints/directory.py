@@ -41,6 +41,9 @@ _HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors")
 # T5 shares one table of embeddings under two names; files hold either.
 _T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 
+# Where the parts of a model of pictures and text lay before transformers 5, which still writes them there.
+_OLD_PLACES = {"model.language_model.": "model.", "model.visual.": "visual."}
+
 # Names that older checkpoints use for the autoencoder's attention.
 _OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
@@ -199,6 +202,9 @@ def spellings(key: str) -> Iterable[str]:
     yield key.removeprefix("text_model.")
     if key in _T5_EMBEDDINGS:
         yield from _T5_EMBEDDINGS
+    for new, old in _OLD_PLACES.items():
+        if key.startswith(new):
+            yield old + key.removeprefix(new)
     for new, old in _OLD_NAMES.items():
         if new in key:
             yield key.replace(new, old)

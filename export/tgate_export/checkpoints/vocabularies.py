@@ -69,6 +69,8 @@ _REGEXES = frozenset(
         r" {2,}",
         r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
         r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+",
     )
 )
 """Regular expressions of the same. Others may take a lifetime."""
@@ -248,8 +250,8 @@ def _check_component(part: Any, known: frozenset[str], where: str, place: str) -
         regex = part.get("Regex")
         if regex is not None and (not isinstance(regex, str) or regex not in _REGEXES):
             raise ExportError(
-                f"{where}: {place} has the regular expression {quoted(regex)}, which is none of CLIP's or T5's; "
-                "give the tokenizer as vocab.json and merges.txt, or as spiece.model"
+                f"{where}: {place} has the regular expression {quoted(regex)}, which is none of CLIP's, T5's or "
+                "Qwen's; give the tokenizer as vocab.json and merges.txt, or as spiece.model"
             )
         if "precompiled_charsmap" in part:
             _check_charsmap(_decoded(part["precompiled_charsmap"], where, place), f"{where}: {place}")

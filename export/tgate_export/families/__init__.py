@@ -17,7 +17,22 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from tgate_engine.errors import ExportError, shown
-from tgate_export.families.facts import HUNYUAN, KOLORS, LATTE, LTX, PIXART, SANA, SD, SD3, SDXL, SVD, WAN, Facts
+from tgate_export.families.facts import (
+    FLUX,
+    HUNYUAN,
+    KOLORS,
+    LATTE,
+    LTX,
+    PIXART,
+    QWEN,
+    SANA,
+    SD,
+    SD3,
+    SDXL,
+    SVD,
+    WAN,
+    Facts,
+)
 
 if TYPE_CHECKING:
     from tgate_export.families.base import Family
@@ -50,7 +65,9 @@ class Model:
     @property
     def method(self) -> str:
         """The method where the user names none: the paper's, or where it has nothing to reuse, one that has."""
-        return "tgate" if self.facts.cross_attention else "guidance_delta"
+        if self.facts.cross_attention:
+            return "tgate"
+        return "guidance_delta" if self.facts.guided else "forecast"
 
     @property
     def family(self) -> Family:
@@ -193,6 +210,36 @@ MODELS: Mapping[str, Model] = {
         gate=24,
         self_interval=1,
         guidance_scale=4.5,
+        sampler="euler",
+    ),
+    "flux1-dev": Model(
+        facts=FLUX,
+        checkpoint="black-forest-labs/FLUX.1-dev",
+        licence="flux-1-dev-non-commercial-license",
+        steps=50,
+        gate=30,
+        self_interval=1,
+        guidance_scale=3.5,
+        sampler="euler",
+    ),
+    "flux1-schnell": Model(
+        facts=FLUX,
+        checkpoint="black-forest-labs/FLUX.1-schnell",
+        licence="apache-2.0",
+        steps=4,
+        gate=2,
+        self_interval=1,
+        guidance_scale=0.0,
+        sampler="euler",
+    ),
+    "qwen-image": Model(
+        facts=QWEN,
+        checkpoint="Qwen/Qwen-Image",
+        licence="apache-2.0",
+        steps=50,
+        gate=30,
+        self_interval=1,
+        guidance_scale=4.0,
         sampler="euler",
     ),
     "sana-1.6b": Model(

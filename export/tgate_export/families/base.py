@@ -107,7 +107,8 @@ class Family(ABC):
     frames_argument: str = ""
     """What diffusers' pipeline calls the number of frames; empty for pictures."""
     decodes_frames_together: bool = False
-    """Whether the decoder takes a video's latents as they are, [1, C, F, h, w], instead of frame by frame."""
+    """Whether the decoder takes a video's latents as they are, [1, C, F, h, w], instead of frame by frame; a picture's
+    are then those of a video of one frame."""
     picture_pipeline: str = ""
     """diffusers' pipeline that begins from a picture; empty where there is none."""
     fps: int = 8
@@ -280,6 +281,29 @@ class Family(ABC):
                 )
         return Scaling(scale=self._scaling_factor(checkpoint))
 
+    def _scaling_shifted(self, checkpoint: Checkpoint) -> Scaling:
+        """Of pipelines that add a shift."""
+        config = self.config(checkpoint, self.decoder)
+        shift = config["shift_factor"]
+        if shift is None or config["latents_mean"] is not None or config["latents_std"] is not None:
+            raise ExportError(
+                f"{checkpoint.where}: {self.decoder}/config.json has shift_factor = {shift}, latents_mean = "
+                f"{config['latents_mean']} and latents_std = {config['latents_std']}; {self.pipeline_classes[0]} wants "
+                "a shift_factor, and ignores the others: set them to null"
+            )
+        return Scaling(scale=self._scaling_factor(checkpoint), mean=(float(shift),))
+
+    def _scaling_by_channel(self, checkpoint: Checkpoint) -> Scaling:
+        """Of pipelines that undo a normalisation of each channel."""
+        config, channels = self.config(checkpoint, self.decoder), self.latent_channels(checkpoint)
+        mean, std = config["latents_mean"], config["latents_std"]
+        if len(mean) != channels or len(std) != channels or not all(map(math.isfinite, (*mean, *std))):
+            raise ExportError(
+                f"{checkpoint.where}: {self.decoder}/config.json has {len(mean)} latents_mean and {len(std)} "
+                f"latents_std for {channels} channels; as many finite numbers of each are wanted"
+            )
+        return Scaling(scale=1.0, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
+
     def _scaling_factor(self, checkpoint: Checkpoint) -> float:
         value = self.config(checkpoint, self.decoder)["scaling_factor"]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < abs(value) < math.inf:
@@ -288,14 +312,6 @@ class Family(ABC):
                 "by it, so it must be a finite number other than 0"
             )
         return float(value)
-
-    def as_pipeline(self, latents: Tensor) -> Tensor:
-        """Latents [B, ...] as diffusers' pipeline holds them in its loop."""
-        return latents
-
-    def from_pipeline(self, latents: Tensor, shape: Sequence[int]) -> Tensor:
-        """The reverse, to latents of that shape."""
-        return latents
 
     def scheduler_config(self, checkpoint: Checkpoint, size: Size) -> Mapping[str, Any]:
         """The scheduler's configuration as the pipeline uses it for a size, with what it hands over beside it
@@ -309,6 +325,19 @@ class Family(ABC):
     def guidance(self, checkpoint: Checkpoint, scale: float) -> Guidance:
         """How a guidance scale acts on this checkpoint's network."""
         return "classifier-free" if scale > 1 else "none"
+
+    def as_pipeline(self, latents: Tensor) -> Tensor:
+        """Latents [B, ...] as diffusers' pipeline holds them in its loop."""
+        return latents
+
+    def from_pipeline(self, latents: Tensor, shape: Sequence[int]) -> Tensor:
+        """The reverse, to latents of that shape."""
+        return latents
+
+    def lengths(self, output: Tensor) -> Tensor | None:
+        """How long a model output [B, ...] is, a number that broadcasts to it, where the pipeline brings guided output
+        back to the length of the prompt's half; None where guided output stays as it is."""
+        return None
 
     def guidance_ramp(self, latents: Sequence[int]) -> Tensor | None:
         """How guidance grows over the frames; see :class:`~tgate_export.step.DenoisingStep`."""
@@ -349,6 +378,10 @@ class Family(ABC):
                 f"{component} has places for {places} tokens; set it to {places} at most"
             )
         return limit
+
+    def vocabulary(self, checkpoint: Checkpoint, component: str) -> int:
+        """Tokens that a text encoder knows."""
+        return int(self.config(checkpoint, component)["vocab_size"])
 
     def tokenizer_kind(self, index: int) -> type[Any]:
         """The class of tokenizer ``index``."""

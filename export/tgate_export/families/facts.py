@@ -16,6 +16,8 @@ class Facts:
     2305.08891, section 3.4). ``text_graph``: whether its text encoders are exported as a graph; where they are not,
     requests bring what ``tgate embed`` made of their prompts. ``cross_attention``: whether cross-attention is a layer
     of its own; where text and picture attend to each other in one (joint attention), it cannot be reused by itself.
+    ``guided``: whether there are two halves of guidance, and so a difference to reuse, and not a scale that the network
+    takes as an input.
     ``from_pictures``: whether diffusers has a pipeline that begins from a picture in place of noise, and so export an
     encoder.
     """
@@ -28,6 +30,7 @@ class Facts:
     rescales_guidance: bool = False
     text_graph: bool = True
     cross_attention: bool = True
+    guided: bool = True
     from_pictures: bool = False
 
 
@@ -41,4 +44,6 @@ SANA = Facts(name="sana", cls="Sana", text_graph=False)
 SD3 = Facts(name="sd3", cls="StableDiffusion3", cross_attention=False)
 WAN = Facts(name="wan", cls="Wan", video=True, text_graph=False)
 LTX = Facts(name="ltx", cls="Ltx", video=True, rescales_guidance=True)
+QWEN = Facts(name="qwen", cls="QwenImage", text_graph=False, cross_attention=False)
+FLUX = Facts(name="flux", cls="Flux", cross_attention=False, guided=False)
 HUNYUAN = Facts(name="hunyuan", cls="HunyuanDiT", text_graph=False, rescales_guidance=True)

@@ -113,15 +113,7 @@ class StableDiffusion3(Family):
         return T5_TOKENS if index == 2 else super().token_length(checkpoint, 0)
 
     def scaling(self, checkpoint: Checkpoint) -> Scaling:
-        config = self.config(checkpoint, "vae")
-        shift = config["shift_factor"]
-        if shift is None or config["latents_mean"] is not None or config["latents_std"] is not None:
-            raise ExportError(
-                f"{checkpoint.where}: vae/config.json has shift_factor = {shift}, latents_mean = "
-                f"{config['latents_mean']} and latents_std = {config['latents_std']}; {self.pipeline_classes[0]} wants "
-                "a shift_factor, and ignores the others: set them to null"
-            )
-        return Scaling(scale=self._scaling_factor(checkpoint), mean=(float(shift),))
+        return self._scaling_shifted(checkpoint)
 
     def scheduler_config(self, checkpoint: Checkpoint, size: Size) -> Mapping[str, Any]:
         """Where noise levels are shifted by the size, with how far, as the pipeline computes it."""

@@ -149,14 +149,7 @@ class Wan(Family):
         return int(self.config(checkpoint, "vae")["scale_factor_temporal"])
 
     def scaling(self, checkpoint: Checkpoint) -> Scaling:
-        config, channels = self.config(checkpoint, "vae"), self.latent_channels(checkpoint)
-        mean, std = config["latents_mean"], config["latents_std"]
-        if len(mean) != channels or len(std) != channels or not all(map(math.isfinite, (*mean, *std))):
-            raise ExportError(
-                f"{checkpoint.where}: vae/config.json has {len(mean)} latents_mean and {len(std)} latents_std for "
-                f"{channels} channels; as many finite numbers of each are wanted"
-            )
-        return Scaling(scale=1.0, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
+        return self._scaling_by_channel(checkpoint)
 
     def size_multiple(self, checkpoint: Checkpoint) -> int:
         """The pipeline takes none but multiples of 16."""

@@ -100,11 +100,11 @@ LIBRARY: dict[str, tuple[Change, str]] = {
         set_(
             "pre_tokenizer", to={"type": "Split", "pattern": {"Regex": NEVER}, "behavior": "Removed", "invert": False}
         ),
-        "which is none of CLIP's or T5's",
+        "which is none of CLIP's, T5's or Qwen's",
     ),
     "regex bomb": (
         set_("normalizer", to={"type": "Replace", "pattern": {"Regex": BOMB}, "content": ""}),
-        "which is none of CLIP's or T5's",
+        "which is none of CLIP's, T5's or Qwen's",
     ),
     "regex of a number": (
         set_("normalizer", to={"type": "Replace", "pattern": {"Regex": 1}, "content": ""}),

@@ -139,8 +139,11 @@ def _sorted(node: fx.Node) -> Call | None:
     """The largest, or smallest, of as many as there are."""
     if node.kwargs:
         return None
-    tensor, *how = node.args
-    dim, largest = [*how, *[-1, False][len(how) :]]
+    tensor, dim, largest = node.args[0], -1, False
+    if len(node.args) > 1:
+        dim = node.args[1]
+    if len(node.args) > 2:
+        largest = node.args[2]
     size = node.meta["val"][0].shape[dim]
     return Call(aten.topk.default, (tensor, size, dim, largest), {}) if isinstance(size, int) else None
 

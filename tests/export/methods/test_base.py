@@ -149,7 +149,8 @@ def test_settings_that_ask_for_reuse_and_bring_none_are_told(name: str, settings
 @pytest.mark.parametrize("name", METHODS)
 def test_facts_say_what_the_settings_were(name: str) -> None:
     method = find_method(name)
-    named = {letter: value for letter, value in {"k": 3, "w": 1, "c": 2, "g": 4}.items() if letter in method.takes}
+    numbers = {"k": 3, "w": 1, "c": 2, "g": 4}
+    named: dict[str, Any] = {letter: value for letter, value in numbers.items() if letter in method.takes}
     named |= {} if method.takes & {"c", "g"} or name == "tome" else {"r": 2}
     named |= {"ratio": 0.3} if method.merges else {}
     settings = method.settings(steps=12, gate=6 if method.gated else None, defaults={}, **named)

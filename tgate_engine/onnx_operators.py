@@ -20,8 +20,8 @@ _MOST_SIDE = 1 << 16  # pixels, channels, heads
 _OF_ONE = """Abs ArgMax AveragePool Cast Ceil Cos DepthToSpace Erf Exp Flatten Floor Gelu GlobalAveragePool Identity
     IsInf IsNaN LeakyRelu Log MaxPool Neg Not Reciprocal Relu Round Shape Sigmoid Sign Sin Softmax Softplus Sqrt Tanh
     Transpose"""
-_OF_TWO = """Add And Div Equal Expand Gather GatherND Greater GreaterOrEqual Less LessOrEqual MatMul Mod Mul Or PRelu
-    Pow RMSNormalization Reshape Sub Tile Unsqueeze"""
+_OF_TWO = """Add And Div Equal Expand Gather GatherElements GatherND Greater GreaterOrEqual Less LessOrEqual MatMul Mod
+    Mul Or PRelu Pow RMSNormalization Reshape Sub Tile TopK Unsqueeze"""
 INPUTS: Mapping[str, str] = {
     **dict.fromkeys(_OF_ONE.split(), "1"),
     **dict.fromkeys(_OF_TWO.split(), "11"),
@@ -69,11 +69,12 @@ OUTPUTS: Mapping[str, int] = {
     "SkipGroupNorm": 2,
     "SkipLayerNormalization": 4,
     "Split": MOST_TENSORS,
+    "TopK": 2,
 }
 """How many outputs an operator has at most, where that is more than one. The first has to be there."""
 
 NAMES: Mapping[str, str] = {
-    **dict.fromkeys(("Concat", "Flatten", "Gather", "Softmax"), "axis"),
+    **dict.fromkeys(("Concat", "Flatten", "Gather", "GatherElements", "Softmax"), "axis"),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization"), "axis epsilon stash_type"),
     **dict.fromkeys(
         ("ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), "keepdims noop_with_empty_axes"
@@ -104,6 +105,7 @@ NAMES: Mapping[str, str] = {
     "keep_aspect_ratio_policy mode nearest_mode",
     "Shape": "start end",
     "Split": "axis num_outputs",
+    "TopK": "axis largest sorted",
     "Transpose": "perm",
     "Trilu": "upper",
 }
@@ -136,8 +138,8 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("alpha", "beta", "cubic_coeff_a", "epsilon", "extrapolation_value", "scale", "softcap"), _FINITE),
     **dict.fromkeys(("activation", "allowzero", "antialias", "ceil_mode", "channels_last"), _FLAG),
     **dict.fromkeys(("count_include_pad", "detect_negative"), _FLAG),
-    **dict.fromkeys(("detect_positive", "exclude_outside", "fmod", "is_causal", "keepdims"), _FLAG),
-    **dict.fromkeys(("noop_with_empty_axes", "saturate", "select_last_index", "storage_order"), _FLAG),
+    **dict.fromkeys(("detect_positive", "exclude_outside", "fmod", "is_causal", "keepdims", "largest"), _FLAG),
+    **dict.fromkeys(("noop_with_empty_axes", "saturate", "select_last_index", "sorted", "storage_order"), _FLAG),
     **dict.fromkeys(("transA", "transB", "upper"), _FLAG),
     **dict.fromkeys(("softmax_precision", "stash_type", "to"), _TYPE),
     **dict.fromkeys(("axis", "start", "end"), _whole(_DIMENSION)),

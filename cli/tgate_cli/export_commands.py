@@ -54,6 +54,7 @@ def export(args: argparse.Namespace, report: Reporter) -> Show:
         clip_skip=args.clip_skip,
         guidance_rescale=args.guidance_rescale,
         cache_branch=args.cache_branch,
+        merge_ratio=args.merge_ratio,
         sizes=args.size or (),
         height=args.height,
         width=args.width,

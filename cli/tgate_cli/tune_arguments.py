@@ -15,7 +15,8 @@ MOST_QUALITY = {"psnr": 58.9, "ssim": 1.0}
 MOST_LOSS = 100.0
 """Points that a judge's verdict can lose."""
 JUDGED = ("accuracy", "clip")
-METRICS = (*MOST_QUALITY, *JUDGED)
+DISTANCES = ("lpips",)
+METRICS = (*MOST_QUALITY, *DISTANCES, *JUDGED)
 
 
 def add_tune(parser: argparse.ArgumentParser) -> None:
@@ -23,15 +24,17 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     goal = parser.add_mutually_exclusive_group(required=True)
     fastest = (
         "the fastest plan whose pictures are so near the ungated ones, psnr=30 (dB) or ssim=0.95, or so little worse "
-        "by a judge, accuracy=-1 or clip=-0.3 (points)"
+        "by a judge, accuracy=-1 or clip=-0.3 (points) or lpips=-0.1 (LPIPS' distance)"
     )
     goal.add_argument("--budget", type=budget, metavar="NAME=NUMBER", help=fastest)
     best = "the plan whose pictures are best, of those that take a picture so many times as fast as ungated"
     goal.add_argument("--speedup", type=speedup, metavar="X", help=best)
-    which = "what --speedup goes by: psnr, if left out, ssim, accuracy or clip"
+    which = "what --speedup goes by: psnr, if left out, ssim, accuracy, clip or lpips"
     parser.add_argument("--metric", choices=METRICS, metavar="NAME", help=which)
     judge = "a CLIP model in a directory, as transformers saves it, for clip; needs [clip]"
     parser.add_argument("--clip-model", type=Path, metavar="DIR", help=judge)
+    trunk = "the weights of AlexNet as torchvision has them, .pth or .safetensors, for lpips; needs [lpips]"
+    parser.add_argument("--lpips-model", type=Path, metavar="FILE", help=trunk)
     yours = "yours, one a line, as for tgate generate; an embedded model has its own if left out"
     parser.add_argument("--prompts", type=Path, metavar="FILE", help=yours)
     several = "of each plan in the end; if left out 32, and for accuracy as many as can tell"
@@ -57,6 +60,10 @@ def check_tune(args: argparse.Namespace) -> None:
         error("clip needs a CLIP model of yours: --clip-model DIR")
     if args.metric != "clip" and args.clip_model is not None:
         error(f"--clip-model is for clip, and {args.metric} is asked for; leave it out")
+    if args.metric == "lpips" and args.lpips_model is None:
+        error("lpips needs the weights of an AlexNet: --lpips-model FILE")
+    if args.metric != "lpips" and args.lpips_model is not None:
+        error(f"--lpips-model is for lpips, and {args.metric} is asked for; leave it out")
     if args.floor_engine == args.engine:
         error(f"--floor-engine is to be another engine, and {args.engine} draws already; leave it out")
     written = [path for path in (args.state, args.html, args.markdown) if path is not None]
@@ -69,14 +76,14 @@ def budget(text: str) -> tuple[str, float]:
     metric, equals, least = text.partition("=")
     if not equals or metric not in METRICS:
         raise argparse.ArgumentTypeError(
-            f"expected psnr=NUMBER, in dB, ssim=NUMBER, up to 1, accuracy=-NUMBER or clip=-NUMBER, in points, got "
-            f"'{shown(text, 40)}'"
+            f"expected psnr=NUMBER, in dB, ssim=NUMBER, up to 1, accuracy=-NUMBER or clip=-NUMBER, in points, or "
+            f"lpips=-NUMBER, got '{shown(text, 40)}'"
         )
     quality = number(least)
-    if metric in JUDGED and not -MOST_LOSS < quality < 0:
+    if metric in (*JUDGED, *DISTANCES) and not -MOST_LOSS < quality < 0:
+        what = "minus the distance that may be" if metric in DISTANCES else "the points that may be lost"
         raise argparse.ArgumentTypeError(
-            f"expected {metric} below 0, the points that may be lost, and above {-MOST_LOSS:g}, got "
-            f"'{shown(least, 40)}'"
+            f"expected {metric} below 0, {what}, and above {-MOST_LOSS:g}, got '{shown(least, 40)}'"
         )
     if metric in MOST_QUALITY and not 0 < quality <= MOST_QUALITY[metric]:
         most = MOST_QUALITY[metric]

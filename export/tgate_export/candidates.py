@@ -146,7 +146,7 @@ def _programs(
     method: Method, default: Plan, n: int, sampler: Sampler, *, others: bool, guided: bool
 ) -> Iterator[tuple[Place, Settings, tuple[Call, ...]]]:
     """Every program to look at, by its place; plainer settings come before others of the same program."""
-    warm_up = int(default.settings.get("w") or 0)
+    warm_up, ratio = int(default.settings.get("w") or 0), settings_of(default.settings).merge_ratio
     own = {name: int(default.settings.get(name) or 1) for name in ("k", "f", "c")}
     k, f, c = (sorted({*INTERVALS, own[name]}) if name in method.takes else [1] for name in ("k", "f", "c"))
     w = sorted({0, warm_up}) if "w" in method.takes else [0]
@@ -165,6 +165,7 @@ def _programs(
                 forecast_interval=each_r,
                 cache_interval=each_c,
                 refresh_interval=each_g,
+                merge_ratio=ratio,
             )
             if each_g and not any(map(settings.refreshes, range(n))):
                 continue
@@ -198,4 +199,6 @@ def _label(settings: Settings, *, gated: bool) -> str:
         words.append(f"g={settings.refresh_interval}")
     if settings.cache_interval > 1:
         words.append(f"c={settings.cache_interval}")
+    if settings.merge_ratio:
+        words.append(f"merged={settings.merge_ratio:g}")
     return " ".join(words)

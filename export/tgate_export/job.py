@@ -129,6 +129,7 @@ def prepare(settings: ExportSettings) -> Job:
                 after_gate=family.after_gate,
                 deep=family.deep(checkpoint, settings.cache_branch),
                 rows=latents[0] if family.frames_axis == 1 else 1,
+                finest=family.finest(checkpoint, sites),
             ),
             asked.method_settings,
         ),

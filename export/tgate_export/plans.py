@@ -19,7 +19,7 @@ from tgate_engine.plan_build import build_plan
 from tgate_engine.sampler import Sampler
 from tgate_engine.sampler_tables import load_tables
 from tgate_export.methods import METHODS, find_method
-from tgate_export.methods.base import Method, Settings
+from tgate_export.methods.base import Method, Settings, settings_of
 from tgate_export.methods.forecast.fold import FORECAST_OF, forecast
 from tgate_export.recipes import check_sampler
 
@@ -126,6 +126,7 @@ def add_plan(
         c=cache_interval,
         g=refresh_interval,
         r=forecast_interval,
+        ratio=settings_of(default.settings).merge_ratio or None,
         defaults={"w": int(default.settings.get("w") or 0)},
     )
     scale = _guidance(manifest, guidance_scale)

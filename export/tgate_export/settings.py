@@ -81,9 +81,9 @@ class ExportSettings:
     everything for a checkpoint, and the denoiser alone without one. ``clip_skip``: last layers of CLIP's text encoders
     to leave out of a prompt's text. ``guidance_rescale``: from 0 to 1, see :class:`~tgate_export.step.DenoisingStep`.
     ``method``: one of :data:`~tgate_export.methods.METHODS`. ``cache_branch``: how many layers beside the last one the
-    shallow calls of such a method compute. ``sizes``: (width, height) of each, the default first, or
-    ``height`` and ``width`` of the only one. ``batches``: least and largest number of images in a call, one for each
-    set of graphs.
+    shallow calls of such a method compute. ``merge_ratio``: the share of tokens that a method merges; None is its own.
+    ``sizes``: (width, height) of each, the default first, or ``height`` and ``width`` of the only one. ``batches``:
+    least and largest number of images in a call, one for each set of graphs.
     """
 
     model: str
@@ -105,6 +105,7 @@ class ExportSettings:
     clip_skip: int = 0
     guidance_rescale: float = 0.0
     cache_branch: int = 0
+    merge_ratio: float | None = None
     sizes: Sequence[tuple[int, int]] = ()
     height: int | None = None
     width: int | None = None
@@ -158,6 +159,7 @@ def check_settings(settings: ExportSettings) -> Asked:
         c=settings.cache_interval,
         g=settings.refresh_interval,
         r=settings.forecast_interval,
+        ratio=settings.merge_ratio,
         defaults={"k": model.self_interval, "w": model.warm_up},
     )
     if settings.cache_branch and "c" not in method.takes:

@@ -135,6 +135,19 @@ def _part(node: fx.Node) -> Call | None:
     return Call(aten.expand.default, (Call(aten.unsqueeze.default, (vector, 1 - along), {}), sizes), {})
 
 
+def _sorted(node: fx.Node) -> Call | None:
+    """The largest, or smallest, of as many as there are."""
+    if node.kwargs:
+        return None
+    tensor, dim, largest = node.args[0], -1, False
+    if len(node.args) > 1:
+        dim = node.args[1]
+    if len(node.args) > 2:
+        largest = node.args[2]
+    size = node.meta["val"][0].shape[dim]
+    return Call(aten.topk.default, (tensor, size, dim, largest), {}) if isinstance(size, int) else None
+
+
 def _out_of_place(operation: Any) -> Callable[[fx.Node], Call | None]:
     """An operation in place is the same out of place where what it changes is new and nothing else reads it."""
 
@@ -175,6 +188,7 @@ _REWRITES: dict[Any, Callable[[fx.Node], Call | None]] = {
     aten.outer.default: _outer,
     aten.reshape.default: _view,
     aten.rsub.Scalar: _subtracted,
+    aten.sort.default: _sorted,
     aten.to.device: _cast,
     aten.to.dtype: _cast,
     aten.to.dtype_layout: _cast,

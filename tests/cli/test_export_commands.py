@@ -96,6 +96,11 @@ def test_what_is_left_out_is_left_to_the_model(run: Run, exports: list[Any]) -> 
         (["--method", "guidance_delta", "--k", "5"], "--k 5 would change nothing"),
         (["--method", "deepcache", "--m", "5"], "--m 5 would change nothing: method deepcache has no gate"),
         (["--cache-branch", "1"], "--cache-branch 1 would change nothing: method tgate makes no shallow call"),
+        (
+            ["--merge-ratio", "0.5"],
+            "--merge-ratio 0.5 would change nothing: method tgate merges no tokens; leave it out",
+        ),
+        (["--method", "tome", "--merge-ratio", "0.9"], "the merge ratio must be above 0 and at most 0.75"),
         (["--size", "128x128", "--height", "128"], "give --size, or --height and --width, not both"),
         (["--size", "128x128", "--size", "128x128"], "--size names 128x128 more than once"),
         (["--size", "128x100"], "the height must be a multiple of 8 pixels"),

@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cli.running import Run, fails
+from tests.tiny_alexnet import alexnet
 from tests.tiny_clip import save_clip
 from tests.toy_bundle import Toy, build, edit_manifest
 from tgate_engine.bundle import Bundle
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_engine.plan_report import report_of
 from tgate_runtime.mini import MODELS
+from tgate_runtime.tuning.lpips import lpips
 from training.grammar import held_out_scenes
 
 QUICK = ("--images", 4, "--threads", 1, "--quiet")
@@ -167,6 +170,21 @@ def test_a_clip_model_of_yours_judges(run: Run, toy: Path, prompts: Path, tmp_pa
     assert report["quality"]["mean"] != 0
 
 
+@pytest.mark.slow
+def test_distances_that_a_network_sees_are_kept_to(run: Run, cached: Path, toy: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lpips", reason="[lpips] brings torchvision, which is built for one torch alone")
+    file = tmp_path / "alexnet.pth"
+    torch.save(alexnet(), file)
+    goal = ("--budget", "lpips=-50", "--lpips-model", file)
+    status, out, err = run("tune", "mini", *goal, *QUICK, "--json")
+    assert status == 0, err
+    report = json.loads(out)["report"]
+    assert report["metric"] == "lpips"
+    assert report["judge"] == lpips(file).judge
+    assert -50 < report["quality"]["low"] <= report["quality"]["mean"] < 0
+    fails(run("tune", toy, *goal, *QUICK, "--prompts", MODELS / "prompts.txt"), "these have 4x4; take psnr")
+
+
 def test_a_speed_is_looked_for_by_the_metric_that_is_named(run: Run, toy: Path, prompts: Path) -> None:
     asked = ("--speedup", 1.05, "--prompts", prompts, *QUICK, "--json", "--force")
     told = json.loads(run("tune", toy, *asked, "--metric", "psnr")[1])
@@ -189,6 +207,10 @@ def test_what_a_judge_needs_is_told_before_anything_is_drawn(
     fails(run(*clip, "--clip-model", tmp_path / "none"), "there is no directory")
     fails(run(*clip, "--clip-model", tmp_path), "holds no CLIP model")
     fails(run("tune", good, "--prompts", prompts, "--budget", "psnr=22", "--floor-engine", "none"), "no engine 'none'")
+    looks = ("tune", good, "--prompts", prompts, "--budget", "lpips=-0.1", "--lpips-model", tmp_path / "none")
+    with monkeypatch.context() as absent:
+        absent.setitem(sys.modules, "lpips", None)
+        fails(run(*looks, "--quiet"), "lpips needs lpips", "pip install 'tgate-engine[lpips]'")
     monkeypatch.setitem(sys.modules, "transformers", None)
     fails(run(*clip, "--clip-model", tmp_path), "clip needs transformers", "pip install 'tgate-engine[clip]'")
 

@@ -13,7 +13,16 @@ from tests.toy_bundle import build, edit_manifest
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError
 from tgate_engine.manifest_json import bundle_digest
-from tgate_engine.plan_report import Estimate, PlanReport, program_digest, report_of, save_report, told
+from tgate_engine.plan_report import (
+    DIFFERENCES,
+    NEARNESS,
+    Estimate,
+    PlanReport,
+    program_digest,
+    report_of,
+    save_report,
+    told,
+)
 
 
 @pytest.fixture
@@ -108,6 +117,14 @@ def test_a_file_that_is_no_report_is_refused(bundle: Bundle, edit: dict[str, Any
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("metric", [*NEARNESS, *DIFFERENCES])
+def test_a_report_by_any_metric_is_read_again(bundle: Bundle, metric: str) -> None:
+    save_report(bundle, replace(report(bundle), metric=metric))
+    found = report_of(bundle, bundle.manifest.plan("default"))
+    assert found is not None
+    assert found.metric == metric
+
+
 def test_a_link_or_half_a_file_is_refused(bundle: Bundle) -> None:
     file = bundle.path / save_report(bundle, report(bundle))
     content = file.read_text()
@@ -131,4 +148,5 @@ def test_for_a_reader() -> None:
     assert Estimate(mean=0.95123, low=0.94, high=0.96).told("ssim") == "0.9512 (0.9400 to 0.9600)"
     assert Estimate(mean=-0.84, low=-2.1, high=0.4).told("accuracy") == "-0.8 points (-2.1 to +0.4)"
     assert told("clip", 0.125) == "+0.12 points"
+    assert told("lpips", -0.125) == "-0.1250"
     assert told("unheard of", 0.125) == "0.1250"

@@ -78,6 +78,15 @@ class Places(nn.Module):
         return torch.where(seen, x + (columns - rows).reshape(4, 6) + table, x)
 
 
+class Sorted(nn.Module):
+    """Both ways, along different axes; of all there are."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        order = x.sort(dim=1, descending=True).indices
+        return x.sort().values + order.sort(dim=1).indices + torch.sort(x, -2).indices
+
+
 class InPlace(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         y = inputs[0].clone()
@@ -147,6 +156,7 @@ def test_a_graph_is_the_same_without_what_is_left_out(monkeypatch: pytest.Monkey
         (Turned(), (1, 4), 0),
         (Places(), (1, 4), 0),
         (Places("ij"), (1, 1), 0),
+        (Sorted(), (1, 4), 0),
         (InPlace(), (1, 4), 1),
         (ReadBefore(), (1, 1), 1),
         (Shown(), (1, 1), 1),
@@ -158,6 +168,7 @@ def test_a_graph_is_the_same_without_what_is_left_out(monkeypatch: pytest.Monkey
         "turned, of any batch",
         "places",
         "places of rows first",
+        "sorted",
         "in place",
         "read before",
         "shown",

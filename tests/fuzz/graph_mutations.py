@@ -33,8 +33,10 @@ def mutate_graph(data: bytes, rng: Random) -> bytes:
 _OPERATORS = sorted(OPERATORS)
 _TAKES = {
     **dict.fromkeys(
-        ("Gather", "Split", "Expand", "Tile", "Reshape", "Unsqueeze", "Squeeze", "GatherND", "Trilu"), "vi"
+        ("Gather", "GatherElements", "GatherND", "Split", "Expand", "Tile", "TopK", "Reshape", "Unsqueeze", "Squeeze"),
+        "vi",
     ),
+    "Trilu": "vi",
     **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), "vi"),
     **dict.fromkeys(("Conv", "MatMul", "RMSNormalization", "Concat", "Einsum", "PRelu", "Pow", "Mod", "Div"), "vn"),
     **dict.fromkeys(("GroupNormalization", "LayerNormalization", "InstanceNormalization", "Gemm", "Clip"), "vnn"),

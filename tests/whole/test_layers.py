@@ -35,6 +35,7 @@ ENGINE_LIBRARIES: dict[str, frozenset[str]] = {
 
 JUDGES: dict[str, frozenset[str]] = {
     "tgate_runtime.tuning.clip": frozenset({"torch", "transformers"}),
+    "tgate_runtime.tuning.lpips": frozenset({"lpips", "torch"}),
     "tgate_runtime.tuning.quality": frozenset({"skimage"}),
 }
 """The same of what compares pictures, inside the function that needs it."""

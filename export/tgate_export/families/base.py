@@ -16,6 +16,7 @@ from transformers.initialization import no_init_weights
 
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning, Guidance
+from tgate_export.attention import AttentionSite
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.checkpoints.configs import bounded_module, check_code, check_config, class_name, without_code
 from tgate_export.checkpoints.files import plain, quoted
@@ -247,6 +248,11 @@ class Family(ABC):
         skip connections from its first ones; None where the architecture has no such connections. Raises
         :class:`ExportError` where it has not so many layers."""
         return None
+
+    def finest(self, checkpoint: Checkpoint, sites: Sequence[AttentionSite]) -> tuple[str, ...]:
+        """Those of the denoiser's self-attention modules that attend over its finest grid, each the first layer of a
+        transformer block; empty where the architecture has no such levels. ``sites``: all of its attention."""
+        return ()
 
     @abstractmethod
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning, Guidance
+from tgate_export.attention import AttentionSite
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Family, Size, side
 
@@ -69,6 +71,9 @@ class TextUNet(Family):
     def deep(self, checkpoint: Checkpoint, branch: int) -> str | None:
         return deep_module(checkpoint, self.skeleton(checkpoint, "unet"), branch)
 
+    def finest(self, checkpoint: Checkpoint, sites: Sequence[AttentionSite]) -> tuple[str, ...]:
+        return finest_modules(self.skeleton(checkpoint, "unet"), sites)
+
     def default_size(self, checkpoint: Checkpoint) -> Size:
         height, width = side(checkpoint, "unet", self.config(checkpoint, "unet")["sample_size"])
         factor = self.pixels(checkpoint)
@@ -126,6 +131,22 @@ def deep_module(checkpoint: Checkpoint, unet: nn.Module, branch: int) -> str | N
             "more layers on its way up"
         )
     return names[-branch - 2]
+
+
+def finest_modules(unet: nn.Module, sites: Sequence[AttentionSite]) -> tuple[str, ...]:
+    """The self-attention modules of a U-Net's first level, counted from the finest, that has any; none where one of
+    them is no first layer of a transformer block, whose input it attends to once that is normalised."""
+    network: Any = unet
+    levels = len(network.down_blocks)
+    for level in range(levels):
+        places = [f"down_blocks.{level}.", f"up_blocks.{levels - 1 - level}."]
+        places += ["mid_block."] if level == levels - 1 else []
+        found = [site.module for site in sites if site.kind == "self" and site.module.startswith(tuple(places))]
+        if found:
+            blocks = [name.removesuffix(".attn1") for name in found]
+            plain = all(type(unet.get_submodule(block)) is BasicTransformerBlock for block in blocks)
+            return tuple(found) if plain else ()
+    return ()
 
 
 def check_clip(family: Family, checkpoint: Checkpoint, components: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from tgate_export.methods.deepcache import DeepCache, TgateDeepCache
 from tgate_export.methods.forecast import Forecast
 from tgate_export.methods.guidance_delta import GuidanceDelta
 from tgate_export.methods.tgate import Tgate
+from tgate_export.methods.tome import TgateTome, Tome
 
 METHODS: Mapping[str, Method] = {
     method.name: method
@@ -20,6 +21,8 @@ METHODS: Mapping[str, Method] = {
         DeepCache(),
         TgateDeepCache(Tgate()),
         Forecast(),
+        Tome(),
+        TgateTome(Tgate()),
     )
 }
 """The methods there are, by the name that ``--method`` takes."""

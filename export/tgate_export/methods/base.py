@@ -19,6 +19,8 @@ Halves = Literal["both", "negative", "positive"]
 
 FULL = "full"
 """Everything is computed, for both halves of guidance where there are two; what a method stores, this graph gives."""
+MOST_MERGED = 0.75
+"""Of the tokens of a grid: one of each four stays, for the others to be merged into."""
 UNGUIDED = "unguided"
 """Everything is computed for the prompt's half alone: guidance stopped, nothing reused."""
 
@@ -39,6 +41,8 @@ class Settings:
     ``cache_interval``: c, at least 1: every c-th network call is a full one, and the others compute the network's last
     layers alone over what it left; 1 makes all of them full. ``refresh_interval``: g: from the gate on, both halves of
     guidance are computed at every g-th step, and what is kept of them is kept anew; 0 never does, 1 would change all.
+    ``merge_ratio``: the share of tokens that are merged into others for self-attention, up to :data:`MOST_MERGED`; 0
+    merges none. It shapes graphs: all plans over them have the same.
 
     Raises :class:`MethodError` naming the value and what it must be.
     """
@@ -51,9 +55,10 @@ class Settings:
     forecast_interval: int = 1
     cache_interval: int = 1
     refresh_interval: int = 0
+    merge_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        intervals = [each.name for each in fields(self) if each.name not in ("steps", "gate")]
+        intervals = [each.name for each in fields(self) if each.name not in ("steps", "gate", "merge_ratio")]
         for name in ("steps", "gate", *intervals):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -95,6 +100,11 @@ class Settings:
                 "the refresh interval g must be at least 2 (0 refreshes nothing, 1 would leave nothing to reuse), "
                 f"got g = {self.refresh_interval}"
             )
+        if not 0 <= self.merge_ratio <= MOST_MERGED:
+            raise MethodError(
+                f"the merge ratio must be above 0 and at most {MOST_MERGED}: one token of each four stays for the "
+                f"others to be merged into; got {self.merge_ratio}"
+            )
 
     def refreshes(self, i: int) -> bool:
         """Whether step ``i``, 0-based, comes after the gate and computes both halves of guidance."""
@@ -115,7 +125,8 @@ class Network:
     halves of classifier-free guidance. ``after_gate``: the half that the paper goes on with after the gate. ``deep``:
     the module whose output is all that the network's last layers take of those below, beside skip connections; None
     where there are none. ``rows``: of that output for one half of one image, 1 but for videos,
-    whose frames are rows.
+    whose frames are rows. ``finest``: its self-attention modules over the finest grid that has any, of a U-Net's
+    transformer blocks; empty where there are none that are known.
     """
 
     sites: Sequence[Any]
@@ -123,6 +134,7 @@ class Network:
     after_gate: Halves = "negative"
     deep: str | None = None
     rows: int = 1
+    finest: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +150,7 @@ class Method(ABC):
     """One way to reuse. Immutable.
 
     ``takes``: the settings that mean something to it beside n, m and r, of k, w, f, c and g. ``gated``: whether m does.
-    ``forecasts``: r where a user names none, and ``caches``: c.
+    ``forecasts``: r where a user names none, ``caches``: c, and ``merges``: the merge ratio, 0 where it merges none.
     """
 
     name: str
@@ -146,6 +158,7 @@ class Method(ABC):
     gated: bool = True
     forecasts: int = 1
     caches: int = 1
+    merges: float = 0.0
 
     @abstractmethod
     def program(self, settings: Settings, lead_in: int = 0) -> tuple[Call, ...]:
@@ -190,6 +203,7 @@ class Method(ABC):
         own |= {"c": settings.cache_interval}
         facts |= {name: value for name, value in own.items() if name in self.takes}
         facts |= {"g": settings.refresh_interval} if settings.refresh_interval else {}
+        facts |= {"ratio": settings.merge_ratio} if settings.merge_ratio else {}
         return facts | ({"r": settings.forecast_interval} if settings.forecast_interval > 1 else {})
 
     def settings(
@@ -204,6 +218,7 @@ class Method(ABC):
         c: int | None = None,
         g: int | None = None,
         r: int | None = None,
+        ratio: float | None = None,
     ) -> Settings:
         """Settings from what a user names. None takes ``defaults``, by "k", "w" and "f", where the method knows it.
 
@@ -220,6 +235,9 @@ class Method(ABC):
                     name, "reuses no self-attention"
                 )
                 raise MethodError(f"{words[name]} {value} would change nothing: method {self.name} {why}; leave it out")
+        if ratio is not None and not (ratio and self.merges):
+            why = "merges tokens, and this is none; take more" if self.merges else "merges no tokens; leave it out"
+            raise MethodError(f"--merge-ratio {ratio:g} would change nothing: method {self.name} {why}")
         if gate is None and self.gated:
             raise MethodError(f"method {self.name} wants the step at which its gate closes; give --m")
         if gate is not None and not self.gated:
@@ -238,6 +256,7 @@ class Method(ABC):
             forecast_interval=self.forecasts if r is None else r,
             cache_interval=values["c"],
             refresh_interval=values["g"],
+            merge_ratio=self.merges if ratio is None else ratio,
         )
         if settings.refresh_interval and not any(map(settings.refreshes, range(settings.steps))):
             raise MethodError(
@@ -288,6 +307,7 @@ def settings_of(facts: Mapping[str, Fact]) -> Settings:
         forecast_interval=r,
         cache_interval=c,
         refresh_interval=g,
+        merge_ratio=float(facts.get("ratio") or 0),
     )
 
 

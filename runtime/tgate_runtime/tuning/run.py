@@ -13,7 +13,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import RequestError
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
-from tgate_engine.plan_report import Estimate, PlanReport, program_digest
+from tgate_engine.plan_report import DIFFERENCES, Estimate, PlanReport, program_digest
 from tgate_engine.report import Reporter
 from tgate_runtime.benchmark import cpu_model
 from tgate_runtime.engines.protocol import Engine
@@ -145,7 +145,7 @@ def tune(
             report.stage(f"looking at the pictures of {best.name} as a whole")
             beside |= judge.together(plan, asked.images)
         pairs = judge.worst(plan, best.values, asked.pairs)
-    if not metric.judge and best.bounds[0] <= interval(unrelated)[1]:
+    if metric.name not in DIFFERENCES and best.bounds[0] <= interval(unrelated)[1]:
         report.warn(f"pictures of {best.name} are not surely nearer to the ungated ones than those of other seeds are")
     report.stage(f"timing {best.name} and ungated, in turns")
     measured = kept.fact(f"ms {program_digest(plan)}", lambda: measure_plan(bundle, plan, ungated, **timed))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import diffusers
 import pytest
+import torch
 
 from tests.export.families.published import published
 from tgate_engine.errors import ExportError
+from tgate_export.attention import AttentionSite, Kind
 from tgate_export.families.base import Size
-from tgate_export.families.unet import deep_module
+from tgate_export.families.unet import deep_module, finest_modules
 
 
 @pytest.mark.parametrize(("model", "channels"), [("sd15", 4), ("sdxl", 4), ("ssd-1b", 4)])
@@ -43,6 +45,50 @@ def test_what_the_last_layers_take_of_those_below() -> None:
         assert model.family.deep(checkpoint, 0) == "up_blocks.3.attentions.1"
     model, checkpoint = published("pixart-alpha")
     assert model.family.deep(checkpoint, 0) is None
+
+
+def sites(network: torch.nn.Module) -> list[AttentionSite]:
+    """As a call would show them where attn1 attends to the picture, attn2 to the text."""
+    kinds: dict[str, Kind] = {"attn1": "self", "attn2": "cross"}
+    names = (name for name, _ in network.named_modules())
+    return [AttentionSite(name, kinds[name[-5:]]) for name in names if name[-5:] in kinds]
+
+
+def test_the_self_attention_of_the_finest_level() -> None:
+    """Stable Diffusion's attends to the latents' own grid, two layers on the way down and three up; SDXL's first one
+    has no attention, and the next five blocks of two. Their middle is at the last level."""
+    finest = {}
+    for name in ("sd15", "sdxl"):
+        model, checkpoint = published(name)
+        finest[name] = model.family.finest(checkpoint, sites(model.family.skeleton(checkpoint, "unet")))
+    block = "attentions.{}.transformer_blocks.{}.attn1"
+    assert list(finest["sd15"]) == [
+        *(f"down_blocks.0.{block.format(i, 0)}" for i in range(2)),
+        *(f"up_blocks.3.{block.format(i, 0)}" for i in range(3)),
+    ]
+    assert list(finest["sdxl"]) == [
+        *(f"down_blocks.1.{block.format(i, j)}" for i in range(2) for j in range(2)),
+        *(f"up_blocks.1.{block.format(i, j)}" for i in range(3) for j in range(2)),
+    ]
+    for name in ("pixart-alpha", "svd"):
+        model, checkpoint = published(name)
+        assert model.family.finest(checkpoint, []) == ()
+
+
+def test_attention_that_is_no_blocks_first_layer_is_merged_nowhere() -> None:
+    middle = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    assert finest_modules(middle, sites(middle)) == ("mid_block.attentions.0.transformer_blocks.0.attn1",)
+    odd = [AttentionSite("mid_block.attentions.0.transformer_blocks.0.attn2", "self")]
+    assert finest_modules(middle, [*sites(middle), *odd]) == ()
+    assert finest_modules(middle, []) == ()
 
 
 def test_blocks_of_another_kind_have_no_known_layers() -> None:

@@ -49,6 +49,8 @@ def test_a_user_who_names_nothing_gets_the_models_defaults_where_they_mean_somet
         "deepcache": replace(idle, gate=25, cache_interval=3),
         "tgate+deepcache": replace(idle, cache_interval=3),
         "forecast": replace(idle, forecast_interval=2),
+        "tome": replace(idle, gate=25, merge_ratio=0.5),
+        "tgate+tome": replace(taken, merge_ratio=0.5),
     }
     assert settings == own.get(name, taken)
 
@@ -92,6 +94,8 @@ def test_a_setting_that_says_what_is_so_anyway_is_not_refused() -> None:
         ("tgate+guidance_delta", {"method": "tgate+guidance_delta", "n": 25, "m": 10, "k": 5, "w": 2, "f": 1}),
         ("deepcache", {"method": "deepcache", "n": 25, "c": 3}),
         ("tgate+deepcache", {"method": "tgate+deepcache", "n": 25, "m": 10, "c": 3}),
+        ("tome", {"method": "tome", "n": 25, "ratio": 0.5}),
+        ("tgate+tome", {"method": "tgate+tome", "n": 25, "m": 10, "k": 5, "w": 2, "f": 1, "ratio": 0.5}),
     ],
 )
 def test_facts_of_a_plan_name_what_the_method_takes(name: str, facts: dict[str, Any]) -> None:
@@ -145,7 +149,9 @@ def test_settings_that_ask_for_reuse_and_bring_none_are_told(name: str, settings
 @pytest.mark.parametrize("name", METHODS)
 def test_facts_say_what_the_settings_were(name: str) -> None:
     method = find_method(name)
-    named = {letter: value for letter, value in {"k": 3, "w": 1, "c": 2, "g": 4}.items() if letter in method.takes}
-    named |= {} if method.takes & {"c", "g"} else {"r": 2}
+    numbers = {"k": 3, "w": 1, "c": 2, "g": 4}
+    named: dict[str, Any] = {letter: value for letter, value in numbers.items() if letter in method.takes}
+    named |= {} if method.takes & {"c", "g"} or name == "tome" else {"r": 2}
+    named |= {"ratio": 0.3} if method.merges else {}
     settings = method.settings(steps=12, gate=6 if method.gated else None, defaults={}, **named)
     assert settings_of(method.facts(settings)) == settings

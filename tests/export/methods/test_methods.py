@@ -48,6 +48,8 @@ def test_every_method_has_the_name_it_is_listed_by() -> None:
         "deepcache",
         "tgate+deepcache",
         "forecast",
+        "tome",
+        "tgate+tome",
     ]
     assert all(find_method(name).name == name for name in METHODS)
 
@@ -86,5 +88,7 @@ def test_a_plan_is_of_the_bundles_own_method(tiny_bundle: Callable[..., Path], m
         "deepcache": [*shallow, "shallow", "shallow"],
         "tgate+deepcache": [*shallow, "reuse_cross", "shallow_reuse_cross"],
         "forecast": [*before, "full"],
+        "tome": ["merged"] * 6,
+        "tgate+tome": [*["merged"] * 4, "merged_reuse_cross", "merged_reuse_cross"],
     }
     assert [step.graph for step in plans["other"].steps] == wanted[method]

@@ -65,12 +65,14 @@ CASES: dict[str, Case] = {
     "Gather": ("Gather", [X], [whole([2, 0], [1, 3])], {"axis": 1}),
     "Gather one": ("Gather", [X], [whole(3)[0]], {"axis": -1}),
     "GatherND": ("GatherND", [X], [whole([0, 1], [1, 3])], {}),
+    "GatherElements": ("GatherElements", [X], [np.tile(whole([[3], [0], [3]]), (2, 1, 6))], {"axis": 1}),
     "Gelu": ("Gelu", [X], [], {}),
     "Gelu tanh": ("Gelu", [X], [], {"approximate": "tanh"}),
     "GroupNormalization": ("GroupNormalization", [PICTURE, CHANNELS, floats(4)], [], {"num_groups": 2}),
     "Identity": ("Identity", [X], [], {}),
     "LayerNormalization": ("LayerNormalization", [X, floats(6), floats(6)], [], {"axis": -1, "epsilon": 1e-3}),
     "LayerNormalization of two axes": ("LayerNormalization", [X, floats(4, 6)], [], {"axis": 1}),
+    "Less": ("Less", [whole(1, 2, 3)], [whole(2)], {}),
     "LessOrEqual": ("LessOrEqual", [X, X[:1]], [], {}),
     "MatMul": ("MatMul", [X, floats(6, 3)], [], {}),
     "Max": ("Max", [X, X[:1], floats(6)], [], {}),
@@ -114,11 +116,14 @@ CASES: dict[str, Case] = {
     "Sum": ("Sum", [X, floats(6), floats(4, 1)], [], {}),
     "Tanh": ("Tanh", [X], [], {}),
     "Tile": ("Tile", [X], [whole(2, 1, 3)], {}),
+    "TopK": ("TopK", [X], [whole(3)], {"axis": 1}),
+    "TopK of equal numbers": ("TopK", [np.round(X)], [whole(6)], {}),
+    "TopK smallest": ("TopK", [np.round(X)], [whole(2)], {"largest": 0}),
     "Transpose": ("Transpose", [X], [], {"perm": [2, 0, 1]}),
     "Unsqueeze": ("Unsqueeze", [X], [whole(0, -1)], {}),
 }
 LOGIC = ("And", "Not", "Where")
-TWO_OUTPUTS = ("Split", "Split evenly")
+TWO_OUTPUTS = ("Split", "TopK")
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +176,9 @@ def test_an_operator(tmp_path: Path, weights: Weights, case: str) -> None:
     operator, inputs, more, attributes = CASES[case]
     initializers = {f"c{i}": array for i, array in enumerate(more) if array is not None}
     names = [f"c{i}" if f"c{i}" in initializers else "" for i in range(len(more))]
-    outputs = ["y0", "y1"] if case in TWO_OUTPUTS else ["y"]
+    outputs = ["y0", "y1"] if operator in TWO_OUTPUTS else ["y"]
     nodes = [helper.make_node(operator, [*(f"x{i}" for i in range(len(inputs))), *names], outputs, **attributes)]
-    if operator in ("Equal", "LessOrEqual"):  # no bundle's tensor is a truth value
+    if operator in ("Equal", "Less", "LessOrEqual"):  # no bundle's tensor is a truth value
         nodes = [
             helper.make_node(operator, nodes[0].input, ["truth"]),
             helper.make_node("Cast", ["truth"], ["y"], to=TensorProto.FLOAT),

@@ -42,6 +42,7 @@ HOST: Mapping[str, tuple[int, ...]] = {
     "Split": (1,),
     "Squeeze": (1,),
     "Tile": (1,),
+    "TopK": (1,),
     "Unsqueeze": (1,),
 }
 
@@ -147,6 +148,13 @@ def _squeeze(_: Attributes, x: Tensor, axes: Sequence[int] | None = None) -> Ten
     return x.squeeze() if axes is None else x.squeeze(tuple(axes))
 
 
+def _top_k(a: Attributes, x: Tensor, count: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The first ``count`` of all, sorted; of equal ones the lower first, as ONNX has it."""
+    axis = a.get("axis", -1)
+    found = torch.sort(x, dim=axis, descending=bool(a.get("largest", 1)), stable=True)
+    return found.values.narrow(axis, 0, count[0]), found.indices.narrow(axis, 0, count[0])
+
+
 def _unsqueeze(_: Attributes, x: Tensor, axes: Sequence[int]) -> Tensor:
     rank = x.ndim + len(axes)
     for axis in sorted(axis % rank for axis in axes):
@@ -212,11 +220,13 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Expand": _expand,
     "Flatten": lambda a, x: x.flatten(a.get("axis", 1)) if a.get("axis", 1) == 1 else x.reshape(1, -1),
     "Gather": _gather,
+    "GatherElements": lambda a, x, index: torch.gather(x, a.get("axis", 0), index),
     "GatherND": lambda a, x, index: x[tuple(index.unbind(-1))],
     "Gelu": lambda a, x: F.gelu(x, approximate=a.get("approximate", b"none").decode()),
     "GroupNormalization": _group_norm,
     "Identity": _plain(lambda x: x),
     "LayerNormalization": _layer_norm,
+    "Less": _plain(torch.lt),
     "LessOrEqual": _plain(torch.le),
     "MatMul": _plain(torch.matmul),
     "Max": _pairwise(torch.maximum),
@@ -244,6 +254,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Sum": _pairwise(torch.add),
     "Tanh": _plain(torch.tanh),
     "Tile": lambda _, x, repeats: x.repeat(repeats),
+    "TopK": _top_k,
     "Transpose": lambda a, x: x.permute(a["perm"]),
     "Unsqueeze": _unsqueeze,
     "Where": _plain(torch.where),

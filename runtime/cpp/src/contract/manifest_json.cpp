@@ -164,10 +164,10 @@ Golden read_golden(Reader& r) {
 
 /// An adapter's file.
 std::string read_adapter(Reader& r) {
-  std::string file = r.name("file");
+  std::string own = r.name("file");
   r.whole("layers", 1);
   r.whole("rank", 1);
-  return file;
+  return own;
 }
 
 bool is_nested(const json::Value& value, int levels) {

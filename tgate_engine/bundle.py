@@ -176,14 +176,11 @@ class Bundle:
                 raise BundleError(
                     f"{self.path} already has an adapter {name!r}; use another --name, or --force to replace it"
                 )
-            file = now.path / check_name(adapter.file)
-            file.parent.mkdir(exist_ok=True)
-            write_atomically(file, content)
             digest = FileDigest(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
             files = {**now.manifest.files, adapter.file: digest}
             return _with_adapters(now, {**now.manifest.adapters, name: adapter}, files)
 
-        return self._rewritten(add)._swept(self)
+        return self._rewritten(add, {adapter.file: content})
 
     def remove_adapters(self, names: Collection[str]) -> Bundle:
         """The bundle as it lies on disk by now, without these adapters. Raises :class:`BundleError` for a name that is
@@ -199,28 +196,45 @@ class Bundle:
                 del adapters[name]
             return _with_adapters(now, adapters, now.manifest.files)
 
-        return self._rewritten(remove)._swept(self)
+        return self._rewritten(remove)
 
-    def _swept(self, before: Bundle) -> Bundle:
-        """Without the files of adapters that the manifest of ``before`` listed, and this one's does not any more."""
-        for adapter in before.manifest.adapters.values():
-            if adapter.file not in self.manifest.files:
-                with contextlib.suppress(OSError):
-                    (self.path / check_name(adapter.file)).unlink()
-        return self
-
-    def _rewritten(self, change: Callable[[Bundle], Bundle]) -> Bundle:
-        """What ``change`` makes of the bundle as it lies on disk, once its manifest is written, under its lock."""
+    def _rewritten(self, change: Callable[[Bundle], Bundle], added: Mapping[str, bytes] | None = None) -> Bundle:
+        """What ``change`` makes of the bundle as it lies on disk, once its manifest is written, under its lock; the
+        files ``added`` are written before it. Raises :class:`BundleError` for what could not be opened again."""
         file = self.path / MANIFEST_FILE
         try:
             with locked(file):
-                bundle = change(Bundle.open(self.path, check_digests=False))
-                write_atomically(file, dump_manifest(bundle.manifest).encode())
+                before = Bundle.open(self.path, check_digests=False)
+                bundle = change(before)
+                text = dump_manifest(bundle.manifest).encode()
+                parse_manifest(text)
+                try:
+                    for name, content in (added or {}).items():
+                        bundle._add(name, content)
+                    write_atomically(file, text)
+                finally:
+                    bundle._sweep({*(added or ()), *(adapter.file for adapter in before.manifest.adapters.values())})
         except OSError as error:
             raise BundleError(
                 f"{file} cannot be written ({error.strerror or error}); copy the bundle to where it can, and plan there"
             ) from error
         return bundle
+
+    def _add(self, name: str, content: bytes) -> None:
+        """Write a file of a folder, and see that it is where the bundle is: the folder may be a link."""
+        file = self.path / check_name(name)
+        file.parent.mkdir(exist_ok=True)
+        if file.parent.is_symlink():
+            raise BundleError(f"{file.parent} is a link, and links in a bundle are not followed; remove it")
+        write_atomically(file, content)
+
+    def _sweep(self, names: Iterable[str]) -> None:
+        """Remove those files that the manifest on disk does not list, whoever wrote it last and whatever ended that."""
+        listed = parse_manifest(_read_manifest(self.path)).files
+        for name in names:
+            if name not in listed:
+                with contextlib.suppress(OSError):
+                    (self.path / check_name(name)).unlink()
 
     def size_bytes(self) -> int:
         """The size of all files on disk, the manifest included."""

@@ -193,6 +193,14 @@ def test_what_is_loaded_is_kept_for_the_next_and_no_more(pipe: Pipeline) -> None
         first.adapted({"face": 1.0})
 
 
+def test_a_session_with_adapters_draws_as_any_does(pipe: Pipeline) -> None:
+    session = pipe.session.adapted({"style": 1.0})
+    assert session.adapted(None) is session
+    own = Pipeline(session)(PROMPT, seed=3)
+    assert np.array_equal(own.latents, pipe(PROMPT, seed=3, loras={"style": 1.0}).latents)
+    assert own.records[0].loras["style"].scale == 1.0
+
+
 def test_a_closed_session_takes_none(adapted: Bundle) -> None:
     session = Session.open(adapted, threads=1)
     other = session.adapted({"style": 1.0})

@@ -267,6 +267,29 @@ def test_what_is_no_safetensors_file_is_refused(bundle: Bundle) -> None:
         weights_with(kept, (("odd", 1.0),))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_scale_that_changes_nothing_is_refused(tmp_path: Path, dtype: str) -> None:
+    """Too small for the dtype; the least that is not has its effect."""
+    bundle = Bundle.open(build(tmp_path / "toy"))
+    tensor = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+    stored = encode(np.ones((3, 4), np.float32), dtype)
+    header = f'{{"net.weight":{{"dtype":"{tensor}","shape":[3,4],"data_offsets":[0,{stored.nbytes}]}}}}'
+    content = len(header).to_bytes(8, "little") + header.encode() + stored.tobytes()
+    (bundle.path / bundle.manifest.weights).write_bytes(content)
+    parts = {
+        "net.weight" + UP: np.ones((3, 1)),
+        "net.weight" + DOWN: np.ones((1, 4)),
+        "net.weight" + FACTOR: np.ones(1),
+    }
+    kept = _kept(bundle, "faint", {key: values.astype(np.float32) for key, values in parts.items()})
+    least = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}[dtype]
+    (found,) = weights_with(kept, (("faint", least),)).values()
+    assert np.array_equal(decode(found.array, dtype), np.full((3, 4), 1 + least, np.float32))
+    for scale in (least / 4, -least / 8, 1e-320):
+        with pytest.raises(RequestError, match=r"with faint:.*, no weight changes in .*; take larger scales"):
+            weights_with(kept, (("faint", scale),))
+
+
 def test_a_weight_beyond_its_dtype_is_refused(bundle: Bundle) -> None:
     name = matrices(bundle)[0]
     shape = map_weights(bundle.file(bundle.manifest.weights))[name].array.shape

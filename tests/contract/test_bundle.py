@@ -20,10 +20,9 @@ from typing import Any
 
 import pytest
 
-import tgate_engine.bundle
 from tests.hostile import Place, bad_values, leaves, put, sign
 from tests.toy_bundle import Toy, build, edit_manifest, make_plan
-from tgate_engine.atomic import staging
+from tgate_engine.atomic import locked, staging, write_atomically
 from tgate_engine.bundle import Bundle, digests_of, sha256_of
 from tgate_engine.errors import BundleError, PlanError, TgateError
 from tgate_engine.footprint import memory
@@ -393,7 +392,7 @@ def test_what_cannot_be_opened_again_is_not_written(toy: Path, tmp_path: Path) -
 def test_what_ends_before_the_manifest_is_written_leaves_no_file(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what ends after it leaves the file that is listed."""
     before = (toy / MANIFEST_FILE).read_bytes()
-    adapter, real = Adapter(file="adapters/1.safetensors", layers=2, rank=4), tgate_engine.bundle.write_atomically
+    adapter, real = Adapter(file="adapters/1.safetensors", layers=2, rank=4), write_atomically
 
     def ends(path: Path, content: bytes, *, late: bool) -> None:
         if path.name != MANIFEST_FILE or late:
@@ -402,7 +401,7 @@ def test_what_ends_before_the_manifest_is_written_leaves_no_file(toy: Path, monk
             raise KeyboardInterrupt
 
     for late in (False, True):
-        monkeypatch.setattr(tgate_engine.bundle, "write_atomically", partial(ends, late=late))
+        monkeypatch.setattr("tgate_engine.bundle.write_atomically", partial(ends, late=late))
         with pytest.raises(KeyboardInterrupt):
             Bundle.open(toy).save_adapter("a", adapter, b"first")
         assert (toy / adapter.file).exists() == late
@@ -414,16 +413,16 @@ def test_a_file_that_another_lists_by_now_stays(toy: Path, monkeypatch: pytest.M
     """Files go under the manifest's lock: whoever adds the same again waits for it."""
     adapter = Adapter(file="adapters/1.safetensors", layers=2, rank=4)
     bundle = Bundle.open(toy).save_adapter("a", adapter, b"first")
-    real = tgate_engine.bundle.locked
+    real = locked
 
     @contextmanager
     def then(path: Path) -> Iterator[None]:
         with real(path):
             yield
-        monkeypatch.setattr(tgate_engine.bundle, "locked", real)
+        monkeypatch.setattr("tgate_engine.bundle.locked", real)
         Bundle.open(toy).save_adapter("b", adapter, b"first")
 
-    monkeypatch.setattr(tgate_engine.bundle, "locked", then)
+    monkeypatch.setattr("tgate_engine.bundle.locked", then)
     bundle.remove_adapters(["a"])
     assert Bundle.open(toy).manifest.adapters == {"b": adapter}
 

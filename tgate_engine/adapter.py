@@ -17,6 +17,8 @@ TURNED = "^T"
 """How the name of a weight ends that the bundle holds as [inputs, outputs]."""
 MOST_SCALE = 1e4
 """Of an adapter in a request; what is usual is 0.5 to 1.5."""
+MOST_BYTES = 1 << 31
+"""Of an adapter's file."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

@@ -198,7 +198,7 @@ class Bundle:
 
         return self._rewritten(remove)
 
-    def _rewritten(self, change: Callable[[Bundle], Bundle], added: Mapping[str, bytes] = MappingProxyType({})) -> Bundle:
+    def _rewritten(self, change: Callable[[Bundle], Bundle], added: Mapping[str, bytes] | None = None) -> Bundle:
         """What ``change`` makes of the bundle as it lies on disk, once its manifest is written, under its lock; the
         files ``added`` are written before it. Raises :class:`BundleError` for what could not be opened again."""
         file = self.path / MANIFEST_FILE
@@ -209,11 +209,11 @@ class Bundle:
                 text = dump_manifest(bundle.manifest).encode()
                 parse_manifest(text)
                 try:
-                    for name, content in added.items():
+                    for name, content in (added or {}).items():
                         bundle._add(name, content)
                     write_atomically(file, text)
                 finally:
-                    bundle._sweep({*added, *(adapter.file for adapter in before.manifest.adapters.values())})
+                    bundle._sweep({*(added or ()), *(adapter.file for adapter in before.manifest.adapters.values())})
         except OSError as error:
             raise BundleError(
                 f"{file} cannot be written ({error.strerror or error}); copy the bundle to where it can, and plan there"

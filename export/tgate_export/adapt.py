@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tgate_engine.adapter import BIAS, DOWN, FACTOR, TURNED, UP, check_adapter_name
+from tgate_engine.adapter import BIAS, DOWN, FACTOR, MOST_BYTES, TURNED, UP, check_adapter_name
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Adapter
@@ -75,6 +75,11 @@ def adapt(place: Path, lora: Path, *, name: str, force: bool = False) -> Adapted
             f"(they read {', '.join(weights.components)}); export more --components, or take another LoRA"
         )
     content = save({key: tensors[key].contiguous() for key in sorted(tensors)})
+    if len(content) > MOST_BYTES:
+        raise ExportError(
+            f"LoRA {lora} would take {len(content)} bytes in the bundle, and {MOST_BYTES} are the most of an adapter; "
+            "fuse it at export (--lora), or make one of a lower rank"
+        )
     own = f"adapters/{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
     rank = max(tensor.shape[1] for key, tensor in tensors.items() if key.endswith(UP))
     adapter = Adapter(file=own, layers=layers.total(), rank=rank)

@@ -84,6 +84,12 @@ class Change:
     def rank(self) -> int:
         return int(self.down.shape[0])
 
+    @property
+    def changes(self) -> bool:
+        """Whether its product or its bias is anything at all: training begins with zeros in one of the matrices."""
+        factors = bool(self.up.float().any() and self.down.float().any())
+        return factors or (self.bias is not None and bool(self.bias.float().any()))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Takes:
@@ -214,6 +220,8 @@ def read_lora(path: Path, pipeline: Takes) -> LoraFile:
             )
         parts_of_layer[part] = key
     changes = tuple(_change(path, tensors, layer, keys) for layer, keys in layers.items())
+    if not any(change.changes for change in changes):
+        raise ExportError(f"LoRA {path} changes nothing: it is as training begins, all zeros; give a trained one")
     settings = {name: _of_component(header, name) for name in takes}
     if bare and not settings[bare]:
         settings[bare] = _neighbour(path)

@@ -15,15 +15,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from tgate_engine.adapter import BIAS, DOWN, FACTOR, MOST_SCALE, TURNED, UP
+from tgate_engine.adapter import BIAS, DOWN, FACTOR, MOST_BYTES, MOST_SCALE, TURNED, UP
 from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import decode, encode
 from tgate_engine.errors import BundleError, RequestError, shown
 from tgate_engine.manifest import Manifest
 from tgate_runtime.weights import Weight, map_weights
-
-MOST_BYTES = 1 << 31
-"""Of an adapter's file."""
 
 Scales = tuple[tuple[str, float], ...]
 """Adapters with their scales, in the order of their names."""
@@ -58,7 +55,7 @@ def weights_with(bundle: Bundle, scales: Scales) -> dict[str, Weight]:
     """The weights that those adapters change, changed, by their names: copies, in the dtype of the bundle's.
 
     Raises :class:`BundleError` for an adapter's file that does not fit the weights, and :class:`RequestError` where a
-    changed weight is beyond its dtype.
+    changed weight is beyond its dtype, or none of them changes in it.
     """
     mapped = map_weights(bundle.file(bundle.manifest.weights))
     added: dict[str, list[tuple[str, float, dict[str, NDArray[Any]]]]] = defaultdict(list)
@@ -67,7 +64,13 @@ def weights_with(bundle: Bundle, scales: Scales) -> dict[str, Weight]:
             if weight not in mapped:
                 raise _unfit(bundle, name, f"weight {weight!r:.80} is not there")
             added[weight].append((name, scale, parts))
-    return {weight: _changed(bundle, weight, mapped[weight], changes) for weight, changes in added.items()}
+    changed = {weight: _changed(bundle, weight, mapped[weight], changes) for weight, changes in added.items()}
+    if all(np.array_equal(weight.array, mapped[name].array) for name, weight in changed.items()):
+        raise RequestError(
+            f"with {', '.join(f'{name}:{scale:g}' for name, scale in scales)}, no weight changes in "
+            f"{bundle.manifest.dtype}; take larger scales"
+        )
+    return changed
 
 
 def _read(bundle: Bundle, name: str) -> dict[str, dict[str, NDArray[Any]]]:

@@ -223,11 +223,11 @@ class Session:
         :class:`RequestError` for an adapter that is not there, or a scale that fits none; :class:`EngineError` where
         the engine takes none.
         """
-        if self._plain is not None:
-            raise RequestError("the session has adapters already; ask the one that it came from")
         scales = scales_of_adapters(loras, self.manifest)
         if not scales:
             return self
+        if self._plain is not None:
+            raise RequestError("the session has adapters already; ask the one that it came from")
         with self._loading:
             if scales in self._adapted:
                 self._adapted.move_to_end(scales)
@@ -236,6 +236,9 @@ class Session:
             if executables is None:
                 raise EngineError(f"the session of {self.bundle.path} is closed; open another one")
             self.check_unchanged()
+            with self._lock:
+                while len(self._adapted) >= self._most_adapted:  # before the next one takes memory
+                    self._adapted.popitem(last=False)  # who draws with it goes on
             instead = weights_with(self.bundle, scales)
             specs = {spec.file: spec for shape in self._shapes for spec in shape.graphs.values()}
             graphs = [specs[file] for file in executables if specs[file].role != ENCODE]
@@ -248,8 +251,6 @@ class Session:
                 if self._executables is None:
                     raise EngineError(f"the session of {self.bundle.path} is closed; open another one")
                 self._adapted[scales] = session
-                while len(self._adapted) > self._most_adapted:
-                    self._adapted.popitem(last=False)  # who draws with it goes on
             return session
 
     def trim(self) -> None:

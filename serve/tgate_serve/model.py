@@ -185,7 +185,7 @@ class Model:
         strength = strength_of(wish.strength, self.session.manifest, wish.picture, wish.mask)
         beginning, taken = None, plan
         with self._entrance(size, wish.images):
-            session = self.session.adapted(wish.loras)
+            session = self.worker.adapted(size, wish.loras)
             encoder = self._encoder if session is self.session else Encoder(session)
             rows, cuts = self._encoded(encoder, wish, seeds, size)
             if strength is not None:

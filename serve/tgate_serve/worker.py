@@ -26,6 +26,7 @@ from tgate_engine.errors import EngineError, RequestError, TgateError, shown
 from tgate_engine.graph import DECODE
 from tgate_engine.plan import Plan
 from tgate_engine.plan import Step as PlanStep
+from tgate_runtime.adapters import scales_of_adapters
 from tgate_runtime.beginning import Beginning
 from tgate_runtime.decoder import decode
 from tgate_runtime.finite import check_computed
@@ -211,24 +212,41 @@ class Worker:
         name = Lane.name_of(size, session.loras)
         with self._entering:
             if name not in self._lanes:
-                with self._changed, self._refusals():
-                    others = [lane for lane in self._lanes.values() if lane.name not in self._rooms]
-                    while len(others) >= self._most_adapted:
-                        idle = next((lane for lane in others if self._scheduler.close(lane.name)), None)
-                        if idle is None:
-                            raise Busy(
-                                f"{len(others)} other combinations of adapters are drawn, as many as are served at "
-                                "once; ask again later",
-                                self._scheduler.steps_left,
-                            )
-                        del self._lanes[idle.name]
-                        others.remove(idle)
+                self._make_way()
                 made = Lane.of(session, self.plans, size, self._rooms[size])
                 with self._changed:
                     self._scheduler.open(name, self._rooms[size])
                     self._scheduler.added[name] = self._scheduler.added[size]
                     self._lanes[name] = made
             yield
+
+    def _make_way(self) -> None:
+        """Close lanes of adapters that nobody is in, until one more may be opened. Raises :class:`Busy` where all of
+        them are needed."""
+        with self._changed, self._refusals():
+            others = [lane for lane in self._lanes.values() if lane.name not in self._rooms]
+            while len(others) >= self._most_adapted:
+                idle = next((lane for lane in others if self._scheduler.close(lane.name)), None)
+                if idle is None:
+                    raise Busy(
+                        f"{len(others)} other combinations of adapters are drawn, as many as are served at once; ask "
+                        "again later",
+                        self._scheduler.steps_left,
+                    )
+                del self._lanes[idle.name]
+                others.remove(idle)
+
+    def adapted(self, size: str, loras: Mapping[str, float] | None) -> Session:
+        """The session for a request's adapters: the one whose lane is open, or else as
+        :meth:`~tgate_runtime.session.Session.adapted` gives it. Raises :class:`Busy` as :meth:`submit` does where there
+        is no lane for it, before any weights are loaded that would then only be in the way."""
+        scales = scales_of_adapters(loras, self.session.manifest)
+        if scales:
+            with self._entering:
+                if lane := self._lanes.get(Lane.name_of(size, scales)):
+                    return lane.session
+                self._make_way()
+        return self.session.adapted(loras)
 
     def check_room(self, size: str, images: int, *, entering: int = 0) -> None:
         """Raises as :meth:`submit` does where so many images of one request would find the queue full now, if
@@ -407,7 +425,8 @@ class Worker:
         with self._changed:
             if ticket not in self._orders:  # called off since, or failed with another image of its request
                 return
-        place, dtype = self._lanes[order.lane].place, self.session.manifest.dtype
+            place = self._lanes[order.lane].place  # once it is called off, the lane may go
+        dtype = self.session.manifest.dtype
         seed, generator = order.seeds[order.tickets.index(ticket)], order.request.generator
 
         def drawn(draw: int) -> NDArray[np.float32]:

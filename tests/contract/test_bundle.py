@@ -12,7 +12,9 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import pytest
 
 from tests.hostile import Place, bad_values, leaves, put, sign
 from tests.toy_bundle import Toy, build, edit_manifest, make_plan
-from tgate_engine.atomic import staging
+from tgate_engine.atomic import locked, staging, write_atomically
 from tgate_engine.bundle import Bundle, digests_of, sha256_of
 from tgate_engine.errors import BundleError, PlanError, TgateError
 from tgate_engine.footprint import memory
@@ -369,6 +371,62 @@ def test_adapters_are_added_and_taken_out_in_place(toy: Path) -> None:
         bundle.remove_adapters(["a"])
 
 
+def test_what_cannot_be_opened_again_is_not_written(toy: Path, tmp_path: Path) -> None:
+    before = (toy / MANIFEST_FILE).read_bytes()
+    adapter = Adapter(file="adapters/1.safetensors", layers=2, rank=4)
+    (toy / "adapters").symlink_to(tmp_path)
+    with pytest.raises(BundleError, match=r"adapters is a link, and links in a bundle are not followed; remove it"):
+        Bundle.open(toy).save_adapter("a", adapter, b"first")
+    assert not list(tmp_path.glob("*.safetensors"))
+    (toy / "adapters").unlink()
+    assert (toy / MANIFEST_FILE).read_bytes() == before
+    bundle = Bundle.open(toy).save_adapter("a", adapter, b"first")
+    full = replace(bundle.manifest, adapters={str(number): adapter for number in range(1000)})
+    (toy / MANIFEST_FILE).write_text(dump_manifest(full))
+    with pytest.raises(BundleError, match="expected at most 1000 entries, got 1001"):
+        bundle.save_adapter("a", Adapter(file="adapters/2.safetensors", layers=2, rank=4), b"second")
+    assert Bundle.open(toy).manifest == full
+    assert [path.name for path in (toy / "adapters").iterdir()] == ["1.safetensors"]
+
+
+def test_what_ends_before_the_manifest_is_written_leaves_no_file(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what ends after it leaves the file that is listed."""
+    before = (toy / MANIFEST_FILE).read_bytes()
+    adapter, real = Adapter(file="adapters/1.safetensors", layers=2, rank=4), write_atomically
+
+    def ends(path: Path, content: bytes, *, late: bool) -> None:
+        if path.name != MANIFEST_FILE or late:
+            real(path, content)
+        if path.name == MANIFEST_FILE:
+            raise KeyboardInterrupt
+
+    for late in (False, True):
+        monkeypatch.setattr("tgate_engine.bundle.write_atomically", partial(ends, late=late))
+        with pytest.raises(KeyboardInterrupt):
+            Bundle.open(toy).save_adapter("a", adapter, b"first")
+        assert (toy / adapter.file).exists() == late
+        assert ((toy / MANIFEST_FILE).read_bytes() != before) == late
+    assert Bundle.open(toy).manifest.adapters == {"a": adapter}
+
+
+def test_a_file_that_another_lists_by_now_stays(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files go under the manifest's lock: whoever adds the same again waits for it."""
+    adapter = Adapter(file="adapters/1.safetensors", layers=2, rank=4)
+    bundle = Bundle.open(toy).save_adapter("a", adapter, b"first")
+    real = locked
+
+    @contextmanager
+    def then(path: Path) -> Iterator[None]:
+        with real(path):
+            yield
+        monkeypatch.setattr("tgate_engine.bundle.locked", real)
+        Bundle.open(toy).save_adapter("b", adapter, b"first")
+
+    monkeypatch.setattr("tgate_engine.bundle.locked", then)
+    bundle.remove_adapters(["a"])
+    assert Bundle.open(toy).manifest.adapters == {"b": adapter}
+
+
 def test_an_adapters_file_is_listed(toy: Path) -> None:
     data = json.loads((toy / MANIFEST_FILE).read_bytes())
     del data["digest"]
@@ -453,6 +511,7 @@ def test_plans_that_are_added_at_once_are_all_kept(toy: Path) -> None:
 ADD = """
 import os, signal, sys
 from dataclasses import replace
+from functools import partial
 from tgate_engine.bundle import Bundle
 bundle = Bundle.open(sys.argv[1])
 plan = replace(bundle.manifest.plan("default"), name=sys.argv[2], baselines=())
@@ -478,6 +537,7 @@ def test_a_killed_writer_holds_no_lock_and_its_leftover_goes(toy: Path) -> None:
 BOTH = """
 import sys
 from dataclasses import replace
+from functools import partial
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError
 bundle, turns = Bundle.open(sys.argv[1]), 0

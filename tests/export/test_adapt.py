@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tgate_export.adapt
 from tests.export.loras import directory, eager, text_keys, write_kohya, write_lora
 from tests.oracle import plain_latents, tgate_latents
 from tests.whole.cases import NAME, TOLERANCE, UNGATED, plans_of, relative
@@ -117,6 +118,16 @@ def test_what_is_kept_and_told(place: Path, loras: dict[str, Path]) -> None:
     assert left == before
     assert Bundle.open(place).manifest == before.manifest
     assert not (place / replaced.adapter.file).exists()
+
+
+def test_what_no_request_could_read_is_not_kept(
+    place: Path, loras: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Bundle.open(place).manifest
+    monkeypatch.setattr(tgate_export.adapt, "MOST_BYTES", 1000)
+    with pytest.raises(ExportError, match=r"would take \d+ bytes in the bundle, and 1000 are the most of an adapter"):
+        adapt(place, loras["style"], name="style")
+    assert Bundle.open(place).manifest == before
 
 
 def test_two_names_of_one_file_share_it(place: Path, loras: dict[str, Path]) -> None:

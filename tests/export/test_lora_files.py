@@ -74,6 +74,11 @@ def resized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             id="a norm",
         ),
         pytest.param(
+            lambda d: {key: t * (".lora_A." in key) for key, t in d.items()},
+            "changes nothing: it is as training begins, all zeros; give a trained one",
+            id="untrained",
+        ),
+        pytest.param(
             lambda d: {**d, "unet.conv_in.dora_scale": torch.zeros(1)}, "is a DoRA; only a plain LoRA", id="DoRA"
         ),
         pytest.param(lambda d: {"lora_unet_conv_in.hada_w1_a": torch.zeros(1)}, "is a LyCORIS network", id="LyCORIS"),

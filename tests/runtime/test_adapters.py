@@ -193,6 +193,14 @@ def test_what_is_loaded_is_kept_for_the_next_and_no_more(pipe: Pipeline) -> None
         first.adapted({"face": 1.0})
 
 
+def test_a_session_with_adapters_draws_as_any_does(pipe: Pipeline) -> None:
+    session = pipe.session.adapted({"style": 1.0})
+    assert session.adapted(None) is session
+    own = Pipeline(session)(PROMPT, seed=3)
+    assert np.array_equal(own.latents, pipe(PROMPT, seed=3, loras={"style": 1.0}).latents)
+    assert own.records[0].loras["style"].scale == 1.0
+
+
 def test_a_closed_session_takes_none(adapted: Bundle) -> None:
     session = Session.open(adapted, threads=1)
     other = session.adapted({"style": 1.0})
@@ -257,6 +265,29 @@ def test_what_is_no_safetensors_file_is_refused(bundle: Bundle) -> None:
     kept = bundle.save_adapter("odd", Adapter(file="adapters/x.safetensors", layers=1, rank=1), content)
     with pytest.raises(BundleError, match="is not a whole safetensors file"):
         weights_with(kept, (("odd", 1.0),))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_scale_that_changes_nothing_is_refused(tmp_path: Path, dtype: str) -> None:
+    """Too small for the dtype; the least that is not has its effect."""
+    bundle = Bundle.open(build(tmp_path / "toy"))
+    tensor = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+    stored = encode(np.ones((3, 4), np.float32), dtype)
+    header = f'{{"net.weight":{{"dtype":"{tensor}","shape":[3,4],"data_offsets":[0,{stored.nbytes}]}}}}'
+    content = len(header).to_bytes(8, "little") + header.encode() + stored.tobytes()
+    (bundle.path / bundle.manifest.weights).write_bytes(content)
+    parts = {
+        "net.weight" + UP: np.ones((3, 1)),
+        "net.weight" + DOWN: np.ones((1, 4)),
+        "net.weight" + FACTOR: np.ones(1),
+    }
+    kept = _kept(bundle, "faint", {key: values.astype(np.float32) for key, values in parts.items()})
+    least = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}[dtype]
+    (found,) = weights_with(kept, (("faint", least),)).values()
+    assert np.array_equal(decode(found.array, dtype), np.full((3, 4), 1 + least, np.float32))
+    for scale in (least / 4, -least / 8, 1e-320):
+        with pytest.raises(RequestError, match=r"with faint:.*, no weight changes in .*; take larger scales"):
+            weights_with(kept, (("faint", scale),))
 
 
 def test_a_weight_beyond_its_dtype_is_refused(bundle: Bundle) -> None:

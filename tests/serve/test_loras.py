@@ -23,6 +23,7 @@ from tgate_runtime.files import load_notes
 from tgate_runtime.session import Session
 from tgate_runtime.state import State
 from tgate_serve.model import Model, Wish
+from tgate_serve.places import Lane
 from tgate_serve.scheduler import Busy
 from tgate_serve.worker import Worker
 
@@ -93,11 +94,13 @@ def test_more_combinations_than_are_served_wait_outside(adapted: Session) -> Non
         patch.setattr(State, "take", lambda self, rows: held.wait(WAIT_S) and real(self, rows))
         model = Model("mini", adapted, worker)
         first = model.submit(Wish(prompt="a green star", seed=1, loras={"style": 1.0}))
+        loaded = adapted.adapted({"style": 1.0})
         with pytest.raises(
             Busy, match="1 other combinations of adapters are drawn, as many as are served at once"
         ) as full:
             model.submit(Wish(prompt="a green star", seed=1, loras={"face": 1.0}))
         assert full.value.after_s is not None
+        assert [*adapted._adapted][-1] == loaded.loras, "nothing was loaded for the one that was refused"
         assert worker.counts.refused == 1
         plain = model.submit(Wish(prompt="a green star", seed=1))
         held.set()
@@ -129,6 +132,39 @@ def test_a_lane_whose_images_were_called_off_can_go(adapted: Session) -> None:
         found = worker.pictures(second.handle.result(WAIT_S))[0][0]
         assert not worker.failed
     np.testing.assert_array_equal(np.asarray(found), alone(adapted, seed=2, loras={"face": 1.0})[0])
+
+
+def test_a_session_whose_lane_is_open_is_not_loaded_again(adapted: Session) -> None:
+    """Also where others have pushed it out of what the session keeps."""
+    with Worker(adapted, adapted=1) as worker:
+        model = Model("mini", adapted, worker)
+        model.submit(Wish(prompt="a green star", seed=1, loras={"style": 1.0})).handle.result(WAIT_S)
+        (lane,) = (lane for lane in worker._lanes.values() if lane.session is not adapted)
+        adapted.trim()
+        assert worker.adapted(lane.size, {"style": 1.0}) is lane.session
+        assert worker.adapted(lane.size, None) is adapted
+        model.submit(Wish(prompt="a green star", seed=1, loras={"style": 1.0})).handle.result(WAIT_S)
+        assert not adapted._adapted
+
+
+def test_a_lane_may_go_while_its_image_begins(adapted: Session) -> None:
+    """Called off, and the lane closed for another, wherever the thread looks for it without the lock."""
+    handles: list[Any] = []
+
+    class Lanes(dict[str, Lane]):
+        def __getitem__(self, name: str) -> Lane:
+            if threading.current_thread() is worker._thread and not worker._changed._is_owned():  # type: ignore[attr-defined]
+                handles[0].cancel()
+                worker._make_way()
+            return super().__getitem__(name)
+
+    with Worker(adapted, adapted=1) as worker:
+        worker._lanes = Lanes(worker._lanes)
+        model = Model("mini", adapted, worker)
+        with worker._changed:  # the thread takes it up once the handle is known
+            handles.append(model.submit(Wish(prompt="a green star", seed=1, loras={"style": 1.0})).handle)
+        handles[0].result(WAIT_S)
+        assert not worker.failed
 
 
 def test_the_picture_says_what_it_was_drawn_with(server: Server, adapted: Session, tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def read_lora(path: Path, pipeline: Takes) -> LoraFile:
 def _stored(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
     """A file's tensors, and the settings in its header, which diffusers' training scripts write there."""
     if not present(path):
-        raise ExportError(f"LoRA {path} does not exist; --lora wants a .safetensors file")
+        raise ExportError(f"LoRA {path} does not exist; a .safetensors file is wanted")
     if path.suffix in _PICKLES:
         raise ExportError(f"LoRA {path} is a pickle by its name, which is never read; convert it to .safetensors")
     said = read_header(path)

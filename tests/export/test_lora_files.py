@@ -108,7 +108,7 @@ def test_files_that_are_refused(
 
 def test_no_such_file_and_no_safetensors_file(directory: Path, tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
-    with pytest.raises(ExportError, match=r"does not exist; --lora wants a \.safetensors file"):
+    with pytest.raises(ExportError, match=r"does not exist; a \.safetensors file is wanted"):
         fused(directory, [(path, 1.0)])
     path.write_bytes(b"nothing")
     with pytest.raises(ExportError, match="is not a whole safetensors file"):

@@ -216,7 +216,7 @@ class Bundle:
                     bundle._sweep({*(added or ()), *(adapter.file for adapter in before.manifest.adapters.values())})
         except OSError as error:
             raise BundleError(
-                f"{file} cannot be written ({error.strerror or error}); copy the bundle to where it can, and change that"
+                f"{file} cannot be written ({error.strerror or error}); copy the bundle to where it can, and change it"
             ) from error
         return bundle
 

@@ -308,8 +308,12 @@ def export_parser(list_models: Callable[[], int] = lambda: 0) -> Parser:
         metavar="B",
         help="of deepcache: how many layers beside the last one a shallow call computes; 0 if left out",
     )
-    merged = "of tome: the share of the finest grid's tokens that are merged for self-attention; 0.5 if left out"
-    add("--merge-ratio", type=number, metavar="R", help=merged)
+    add(
+        "--merge-ratio",
+        type=number,
+        metavar="R",
+        help="of tome: the share of the finest grid's tokens that are merged for self-attention; 0.5 if left out",
+    )
     rescaled = "bring guided outputs back to the prompt's deviation: 0 not at all, 1 wholly; 0.7 is usual"
     add("--guidance-rescale", type=number, default=0.0, metavar="R", help=rescaled)
     sizes = "in pixels, such as 1024x1024; repeatable, the first one is the default"

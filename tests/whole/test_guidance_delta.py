@@ -237,14 +237,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def words() -> re.Pattern[str]:
     """Everything that methods name, but for words of people's own: a plan that is "full" or "ungated", "--forecast"."""
-    network = Network(sites=(AttentionSite("x", "self"), AttentionSite("y", "cross")), guided=True, deep="z")
-    settings = Settings(steps=6, gate=3, fidelity_interval=2)
+    sites = (AttentionSite("x", "self"), AttentionSite("y", "cross"))
+    network = Network(sites=sites, guided=True, deep="z", finest=("x",))
+    settings = Settings(steps=6, gate=3, fidelity_interval=2, merge_ratio=0.5)
     names = {FIDELITY, PLANNING, "self-attention", "cross-attention"}
     for method in METHODS.values():
         names |= {method.name, *method.baselines(settings, guided=True)}
         for variant in method.variants(network, settings):
             names |= {variant.name} | {name for part in variant.parts for name in (*part.reads, *part.writes)}
-    names -= {"full", "tgate", "ungated", "forecast"}
+    names -= {"full", "merged", "tgate", "ungated", "forecast"}
     assert {
         "reuse_cross",
         "reuse_delta",
@@ -252,6 +253,7 @@ def words() -> re.Pattern[str]:
         "guidance_difference",
         "guidance_stopped",
         "deep_feature",
+        "merged_reuse_cross",
     } <= names
     stems = {re.escape(name.partition(".0")[0]) + (r"\.\d" if ".0" in name else "") for name in names}
     return re.compile("|".join(sorted(stems)))

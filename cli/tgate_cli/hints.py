@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 _PLAN = "steps, sampler and reuse belong to a plan: add one with `tgate plan BUNDLE --name NAME {}`, then --plan NAME"
 _SIZE = "a bundle has fixed sizes: --size WIDTHxHEIGHT takes one, `tgate-export --size` makes more"
 _SEED = "--seed S draws the same noise on every machine; --generator torch-cuda the noise of a GPU"
+_LORA = "`tgate adapt BUNDLE FILE --name NAME` keeps it, and a request names it: `tgate generate --lora NAME[:SCALE]`"
 _FIXED = "it is settled at export: `tgate-export {}`"
 
 _AT_RUN_TIME: Mapping[str, str] = {
@@ -31,8 +32,7 @@ _AT_RUN_TIME: Mapping[str, str] = {
     "--latents": "--initial-latents X.npy",
     "--output-type": "the ending of --output says it: .png, .jpg, .webp; .mp4 or .gif for videos",
     "--manual-seed": _SEED,
-    "--lora-path": "`tgate adapt BUNDLE FILE --name NAME` keeps it, then --lora NAME[:SCALE]",
-    "--lora-weights": "`tgate adapt BUNDLE FILE --name NAME` keeps it, then --lora NAME[:SCALE]",
+    **dict.fromkeys(("--lora-path", "--lora-weights"), _LORA),
     "--dtype": f"{_FIXED.format('--dtype')}; --precision says what an engine computes in",
     "--torch-dtype": f"{_FIXED.format('--dtype')}; --precision says what an engine computes in",
     "--clip-skip": _FIXED.format("--clip-skip N"),

@@ -219,9 +219,9 @@ class Session:
 
         Graphs that the adapters change are loaded anew, over copies of the weights that they change, and nothing is
         written to this session's. The combinations of late are kept for the next request, as many as the session was
-        opened for. Raises
-        :class:`RequestError` for an adapter that is not there, or a scale that fits none; :class:`EngineError` where
-        the engine takes none.
+        opened for. Raises :class:`RequestError` for an adapter that is not there, and scales that change nothing or
+        too much; :class:`~tgate_engine.errors.BundleError` for an adapter's file that fits no weights; and
+        :class:`EngineError` where the engine takes none.
         """
         scales = scales_of_adapters(loras, self.manifest)
         if not scales:

@@ -192,8 +192,8 @@ class Worker:
         graphs = tuple(step.graph for step in order.plan.steps)
         deadline = None if within_s is None else order.came_s + within_s
         job = Job(size=order.lane, graphs=graphs, priority=request.priority, deadline=deadline)
-        adapts = request.session is not None and bool(request.session.loras)
-        with self._lane_for(request.session, order.size) if adapts else nullcontext(), self._changed:
+        own = request.session
+        with self._lane_for(own, order.size) if own is not None and own.loras else nullcontext(), self._changed:
             if self._broken is not None:
                 raise Stopped(_FAILED)
             if not self._open:
@@ -205,10 +205,9 @@ class Worker:
         return order.handle
 
     @contextmanager
-    def _lane_for(self, session: Session | None, size: str) -> Iterator[None]:
+    def _lane_for(self, session: Session, size: str) -> Iterator[None]:
         """While open, nobody closes the lane that images of a size have over the weights of a session with adapters; it
         is opened if need be, in place of one that nobody is in any more. Raises :class:`Busy` where all of them are."""
-        assert session is not None  # whoever asks has seen it
         name = Lane.name_of(size, session.loras)
         with self._entering:
             if name not in self._lanes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.oracle import plain_latents, tgate_latents
 from tests.whole.cases import NAME, TOLERANCE, UNGATED, plans_of, relative
 from tgate_engine.bundle import Bundle, digests_of
 from tgate_engine.errors import BundleError, ExportError, RequestError, TgateError
-from tgate_engine.manifest_json import bundle_digest
+from tgate_engine.manifest_json import bundle_digest, dump_manifest
 from tgate_export.adapt import adapt
 from tgate_export.sampling import make_scheduler
 from tgate_runtime.pipeline import Pipeline
@@ -186,10 +187,6 @@ def test_files_and_names_that_are_none(place: Path, tmp_path: Path, loras: dict[
 
 
 def test_a_bundle_without_weights_is_told(tmp_path: Path, place: Path, loras: dict[str, Path]) -> None:
-    from dataclasses import replace
-
-    from tgate_engine.manifest_json import dump_manifest
-
     bundle = Bundle.open(place)
     files = {name: digest for name, digest in bundle.manifest.files.items() if name != bundle.manifest.weights}
     manifest = replace(bundle.manifest, weights="", files=files)
@@ -200,10 +197,6 @@ def test_a_bundle_without_weights_is_told(tmp_path: Path, place: Path, loras: di
 
 def test_layers_that_share_a_tensor_are_refused(place: Path, tmp_path: Path) -> None:
     """Tensors of one content are kept once; what changes one layer would change the other."""
-    from dataclasses import replace
-
-    from tgate_engine.manifest_json import dump_manifest
-
     bundle = Bundle.open(place)
     file = place / "full.onnx"
     model = onnx.load_model(file, load_external_data=False)

@@ -83,7 +83,7 @@ def test_those_of_the_same_adapters_share_calls(adapted: Session) -> None:
         for drawing in drawings:
             drawing.handle.result(WAIT_S)
         calls = worker.counts.calls
-    assert {images for _, _, images in calls} == {1, 2} or {images for _, _, images in calls} == {2}
+    assert max(images for _, _, images in calls) == 2, "of four, two with adapters and two without"
     assert sum(count * images for (_, _, images), count in calls.items()) == 4 * len(adapted.plan("default").steps)
     assert {size for size, _, _ in calls} == {"128x128"}
 
@@ -195,7 +195,7 @@ def test_what_cannot_be_drawn_is_refused(server: Server, loras: Any, says: str) 
 
 def test_a_model_names_its_adapters(server: Server) -> None:
     (model,) = server.http.get("/v1/models").json()["data"]
-    assert model["tgate"]["loras"] == ["face", "style"] or model["tgate"]["loras"] == ["style", "face"]
+    assert sorted(model["tgate"]["loras"]) == ["face", "style"]
     assert until(lambda: server.worker.load() == (0, 0))
 
 

@@ -43,6 +43,7 @@ def test_eight_requests_at_once(cpp_preset: Callable[[str], Path], tmp_path: Pat
     assert "Sanitizer" not in done.stderr, done.stderr[-6000:]
 
 
+@pytest.mark.slow  # what the others draw and libFuzzer makes up is read under AddressSanitizer in any case
 def test_the_tests_of_the_abi_pass_under_them(cpp_preset: Callable[[str], Path], tmp_path: Path) -> None:
     """In a Python of their own that has the sanitizer's runtime from the start."""
     cpp_preset("asan")

@@ -22,7 +22,7 @@ TOGETHER = {
     "serve/tgate_serve/api/app.py": "tests/serve/test_guards.py",
     "serve/tgate_serve/api/errors.py": "tests/serve/test_images.py",
     "serve/tgate_serve/api/events.py": "tests/serve/test_status.py",
-    "serve/tgate_serve/api/forms.py": "tests/serve/test_videos_asked.py",
+    "serve/tgate_serve/api/forms.py": "tests/serve/test_asked.py",
     "serve/tgate_serve/api/jobs.py": "tests/serve/test_videos.py",
     "serve/tgate_serve/api/openapi.py": "tests/serve/test_status.py",
     "serve/tgate_serve/api/pictures.py": "tests/serve/test_images.py",

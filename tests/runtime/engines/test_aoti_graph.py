@@ -56,6 +56,7 @@ def test_the_small_sdxl(mini_bundle: Path) -> None:
     every_graph_agrees(mini_bundle)
 
 
+@pytest.mark.slow
 def test_a_batch_that_varies(shipped_bundle: Path, tiny_bundle: Callable[..., Path]) -> None:
     every_graph_agrees(shipped_bundle)
     every_graph_agrees(tiny_bundle("conv_projection", batch=(1, 4)))

@@ -1,4 +1,4 @@
-"""What AOTInductor's engine does on a GPU alone, as far as a CPU can try it: captures by a stand-in, channels last."""
+"""A stand-in for a GPU: what AOTInductor does on one alone, as far as a CPU can try it; captures, channels last."""
 
 from __future__ import annotations
 

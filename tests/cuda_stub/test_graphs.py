@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -26,6 +26,7 @@ from tgate_engine.step import STEP_ROW
 from tgate_runtime.engines.ort_cuda import OrtCuda
 from tgate_runtime.engines.protocol import EngineOptions
 from tgate_runtime.pipeline import Pipeline
+from tgate_runtime.weights import Weight, map_weights
 
 MODELS = ("mini", "mini-sdxl")
 DOCS = HERE.parents[1] / "docs" / "engines.md"
@@ -79,6 +80,30 @@ def test_weights_are_uploaded_once(model: str, opened: Opening) -> None:
         fast = OrtCuda(EngineOptions(memory="fast")).load(own.bundle, tuple(own.specs.values()))
     assert len(fast) == len(own.graphs)
     assert sum(event.size_bytes for event in of(events, Kind.COPY) if event.across) > 1.5 * weights
+
+
+@pytest.mark.parametrize("memory", ["shared", "fast"])
+def test_weights_in_place_of_the_files_go_there_alone(opened: Opening, memory: Literal["shared", "fast"]) -> None:
+    """As adapters change them. What else a graph reads is shared with those that were loaded before, or, where each
+    has its own, uploaded as it would be without."""
+    own = opened("mini-sdxl")
+    spec = own.specs["full"]
+    mapped = map_weights(own.bundle.file(own.bundle.manifest.weights))
+    read = {each.source for each in own.engine.lowered(own.bundle.read(spec.file)).weights.values()}
+    large = [name for name in sorted(read) if mapped[name].array.size > 1000]
+    instead = {name: Weight(mapped[name].dtype, mapped[name].array * 2) for name in large[::3]}
+    changed = sum(weight.array.nbytes for weight in instead.values())
+    assert changed > 100_000
+    engine = own.engine if memory == "shared" else OrtCuda(EngineOptions(memory="fast"))
+    uploaded, loaded = [], []
+    for weights in (None, instead):
+        with recorded() as events:
+            loaded.append(engine.load(own.bundle, (spec,), instead=weights))
+        uploaded.append(sum(event.size_bytes for event in of(events, Kind.COPY) if event.across))
+    plain, adapted = uploaded
+    wanted = changed + plain if memory == "shared" else plain
+    assert 0.99 * wanted < adapted < 1.05 * wanted
+    assert plain < 0.1 * changed or memory == "fast"
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import tgate_export.adapt
 from tests.export.loras import directory, eager, text_keys, write_kohya, write_lora
 from tests.oracle import plain_latents, tgate_latents
+from tests.runtime.engines.ways import WAYS
 from tests.whole.cases import NAME, TOLERANCE, UNGATED, plans_of, relative
 from tgate_engine.bundle import Bundle, digests_of
 from tgate_engine.errors import BundleError, ExportError, RequestError, TgateError
@@ -48,7 +49,7 @@ def loras(directory: Path, tmp_path: Path) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("engine", ["ort-cpu", "openvino"])
+@pytest.mark.parametrize("engine", ["ort-cpu", "openvino", "ort-cuda shared, on the CPU", "ort-cuda fast, on the CPU"])
 def test_a_request_draws_what_diffusers_draws(
     place: Path, loras: dict[str, Path], directory: Path, engine: str
 ) -> None:
@@ -68,8 +69,7 @@ def test_a_request_draws_what_diffusers_draws(
     }
     gate = {name: SETTINGS[name] for name in ("m", "k", "f", "w")}
     wanted = {UNGATED: plain_latents(pipe, **asked), NAME: tgate_latents(pipe, **asked, **gate)}
-    options: dict[str, Any] = {"precision": "f32"} if engine == "openvino" else {}
-    with Pipeline.open(bundle, engine=engine, plans=[*plans.values()], threads=1, **options) as own:
+    with Pipeline.open(bundle, engine=(WAYS.get(engine) or WAYS[f"{engine} fast"])(), plans=[*plans.values()]) as own:
         for plan, want in wanted.items():
             before = own(PROMPT, plan=plans[plan], initial_latents=noise).latents
             found = own(PROMPT, plan=plans[plan], initial_latents=noise, loras=SCALES).latents

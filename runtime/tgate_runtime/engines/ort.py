@@ -23,6 +23,7 @@ from tgate_engine.underway import Cancellable
 from tgate_runtime.engines.host import CpuBuffer
 from tgate_runtime.engines.protocol import EngineOptions, Instead, OnBuild, check_buffers, check_interface
 from tgate_runtime.graph_check import ModelMessage, read_graphs
+from tgate_runtime.weights import Weight
 
 _LONGEST = 500  # characters of a message of the engine's
 _DTYPE_OF = {f"tensor({dtype})": dtype for dtype in DTYPES} | {"tensor(float)": "float32"}
@@ -109,7 +110,8 @@ class OrtCpu:
         :meth:`load` does."""
         options = self._session_options()
         find_weights(options, folder)
-        values = _take_weights(options, data, instead or {})
+        values = {name: on_the_host(weight) for name, weight in (instead or {}).items()}
+        take_weights(options, data, values)
         try:
             session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # see _OrtCall
@@ -144,19 +146,20 @@ class OrtCpu:
         return options
 
 
-def _take_weights(options: ort.SessionOptions, data: bytes, instead: Instead) -> dict[str, ort.OrtValue]:
-    """Have a session take weights in place of those that its graph names, before the graph is optimised: what is given
-    as shared initializers comes too late for whatever is folded. What it returns has to stay as long as the session."""
-    if not instead:
-        return {}
+def on_the_host(weight: Weight) -> ort.OrtValue:
+    """A view of a weight for ONNX Runtime."""
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(weight.array, DTYPES[weight.dtype].onnx)
+
+
+def take_weights(options: ort.SessionOptions, data: bytes, values: Mapping[str, ort.OrtValue]) -> None:
+    """Have a session take ``values`` in place of the weights of those names in its graph, the file ``data``, before the
+    graph is optimised: what is given as shared initializers comes too late for whatever is folded. They lie in the
+    host's memory, and have to stay as long as the session."""
+    if not values:
+        return
     names = {initializer.name for initializer in ModelMessage.FromString(data).graph.initializer}
-    values = {
-        name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(weight.array, DTYPES[weight.dtype].onnx)
-        for name, weight in instead.items()
-        if name in names
-    }
-    options.add_external_initializers([*values], [*values.values()])
-    return values
+    own = {name: value for name, value in values.items() if name in names}
+    options.add_external_initializers([*own], [*own.values()])
 
 
 @functools.cache

@@ -44,7 +44,7 @@ from tgate_runtime.engines.ort_cuda import OrtCuda, memory
 from tgate_runtime.engines.ort_cuda.limits import multiplies_in_half, refuse_bfloat16
 from tgate_runtime.engines.ort_cuda.memory import CudaBuffer
 from tgate_runtime.engines.protocol import EngineOptions
-from tgate_runtime.weights import read_places
+from tgate_runtime.weights import Weight, map_weights, read_places
 
 
 def bound(engine: Any, graph: Any, spec: GraphSpec, batch: int = 1) -> tuple[Any, dict[str, CudaBuffer]]:
@@ -241,6 +241,23 @@ def test_weights_are_uploaded_once_as_kernels_want_them(tmp_path: Path, memory: 
             call()
             results.append(buffers["y"].read())
         assert np.abs(results[0] - results[1]).max() <= 4e-3 * np.abs(results[1]).max()
+
+
+def test_what_is_loaded_with_other_weights_shares_the_rest(tmp_path: Path) -> None:
+    """And holds no weight any longer than its graphs are there."""
+    bundle = convolving(tmp_path / "bundle")
+    spec = bundle.manifest.shapes[0].graphs["one"]
+    engine = OnTheCpu(EngineOptions())
+    first = engine.load(bundle, [spec])[spec.file]
+    weights = map_weights(bundle.file(WEIGHTS))
+    instead = {name: Weight(weights[name].dtype, weights[name].array * 2) for name in ("w", "shift")}
+    other = engine.load(bundle, [spec], instead=instead)[spec.file]
+    same = {name for name in first._weights if first._weights[name] is other._weights[name]}
+    assert same == {*first._weights} - {"w:0231", "shift:float32"}
+    assert len(engine._uploaded) == len(first._weights)
+    del first, other
+    gc.collect()
+    assert not engine._uploaded
 
 
 def test_a_weight_that_the_engine_reads_instead_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

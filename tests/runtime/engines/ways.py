@@ -31,9 +31,16 @@ class OnTheCpu(OrtCuda):
         return replace(lowered, data=in_plain_operators(lowered.data))
 
     def _load(
-        self, data: bytes, folder: Path, spec: GraphSpec, weights: Mapping[str, Any], captured: bool
+        self,
+        data: bytes,
+        folder: Path,
+        spec: GraphSpec,
+        weights: Mapping[str, Any],
+        captured: bool,
+        given: Mapping[str, Any],
     ) -> ort.InferenceSession:
-        return super()._load(with_weights(data, weights), folder, spec, weights, captured)
+        within = {name: value for name, value in weights.items() if name not in given}
+        return super()._load(with_weights(data, within), folder, spec, weights, captured, given)
 
 
 WAYS: Mapping[str, Callable[[], Engine]] = {

@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import onnxruntime as ort
 
@@ -33,7 +34,7 @@ from tgate_engine.dtypes import DTYPES
 from tgate_engine.errors import EngineError
 from tgate_engine.garbage import uncollected
 from tgate_engine.graph import DENOISE, GraphSpec, Role, TensorSpec
-from tgate_runtime.engines.ort import check_nodes, find_weights, run_cancellable
+from tgate_runtime.engines.ort import check_nodes, find_weights, on_the_host, run_cancellable, take_weights
 from tgate_runtime.engines.ort_cuda.ahead import OrtCudaBuilder, refuse_options
 from tgate_runtime.engines.ort_cuda.limits import multiplies_in_half, refuse_bfloat16
 from tgate_runtime.engines.ort_cuda.log import captured_stderr, failing
@@ -42,7 +43,7 @@ from tgate_runtime.engines.ort_cuda.lowering.laid import Laid
 from tgate_runtime.engines.ort_cuda.memory import CudaBuffer, lasting, on_the_gpu, one_arena
 from tgate_runtime.engines.protocol import EngineOptions, Instead, OnBuild, check_buffers
 from tgate_runtime.graph_check import read_graphs
-from tgate_runtime.weights import map_weights
+from tgate_runtime.weights import Weight, map_weights
 
 _ALIGNMENT_BYTES = 16  # what a kernel may read at a time
 _COPIED = "Cannot use user supplied initializer"  # what ONNX Runtime logs where it makes a private copy
@@ -157,7 +158,8 @@ class OrtCuda:
     """The ``ort-cuda`` engine.
 
     ``memory="shared"``, the default, uploads the weights once; every graph uses that copy in place, and one that
-    made its own would be refused. ``"fast"`` leaves each graph to upload its own weights, laid out as it likes.
+    made its own would be refused. ``"fast"`` leaves each graph to upload its own weights, laid out as it likes. What
+    is loaded with weights in place of the file's has copies of those, and shares the rest with what was loaded before.
 
     Graphs are lowered for CUDA's kernels when they are loaded: :mod:`~tgate_runtime.engines.ort_cuda.lowering`. Weights
     that kernels want laid out otherwise are uploaded so, once for all graphs, with either ``memory``.
@@ -181,6 +183,7 @@ class OrtCuda:
             )
         self.options = replace(options, memory=options.memory or "shared")
         self.device = (self.kind, options.device)
+        self._uploaded: WeakValueDictionary[tuple[str, str, str], ort.OrtValue] = WeakValueDictionary()
         self._start()
 
     def build(self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None) -> dict[str, Path]:
@@ -195,18 +198,19 @@ class OrtCuda:
         on_build: OnBuild | None = None,
         instead: Instead | None = None,
     ) -> dict[str, OrtCudaExecutable]:
-        if instead:
-            raise EngineError("ort-cuda takes no adapters yet; fuse the LoRA at export (tgate-export --lora)")
+        instead = instead or {}
         files = read_graphs(bundle, graphs)
         for spec in graphs:
             refuse_bfloat16(files[spec.file], spec)
         lowered = {name: self.lowered(data) for name, data in files.items()}
         laid = {name: each for graph in lowered.values() for name, each in graph.weights.items()}
+        changed = {name: each.of(instead[each.source]) for name, each in laid.items() if each.source in instead}
         if self.options.memory == "fast":
-            laid = {name: each for name, each in laid.items() if each != Laid(name)}
-        weights = self._upload(bundle, laid) if laid else {}
+            laid = {name: each for name, each in laid.items() if each != Laid(name) or name in changed}
+        weights = self._upload(bundle, laid, changed) if laid else {}
+        given = {name: on_the_host(weight) for name, weight in changed.items()}
         return {
-            spec.file: self._executable(spec, files[spec.file], lowered[spec.file].data, bundle.path, weights)
+            spec.file: self._executable(spec, files[spec.file], lowered[spec.file].data, bundle.path, weights, given)
             for spec in graphs
         }
 
@@ -226,42 +230,70 @@ class OrtCuda:
             lasting((1,), DTYPES["float32"].onnx, self.device)
             one_arena(self.device)
 
-    def _upload(self, bundle: Bundle, laid: Mapping[str, Laid]) -> dict[str, ort.OrtValue]:
-        """Weights of the bundle on the device, by their initializers' names."""
+    def _upload(
+        self, bundle: Bundle, laid: Mapping[str, Laid], changed: Mapping[str, Weight]
+    ) -> dict[str, ort.OrtValue]:
+        """Weights on the device, by their initializers' names: the bundle's, which are there once for as long as any
+        graph has them, and those that are ``changed``."""
         values = {}
-        mapped = map_weights(bundle.file(bundle.manifest.weights))
+        file = bundle.manifest.weights
+        place = (str(bundle.path), bundle.manifest.files[file].sha256)
+        mapped = map_weights(bundle.file(file))
         for name, each in laid.items():
-            weight = each.of(mapped[each.source])
-            shape = weight.array.shape
-            with failing(f"ONNX Runtime cannot put weight {name} {list(shape)} on the GPU"):
-                value = lasting(shape, DTYPES[weight.dtype].onnx, self.device)
-                value.update_inplace(weight.array)
-                values[name] = ort.OrtValue.from_dlpack(value)  # a view: memory that ONNX Runtime owns is not shared
+            if name in changed:
+                values[name] = self._on_the_device(name, changed[name])
+                continue
+            key = (*place, name)
+            there = self._uploaded.get(key)
+            if there is None:
+                there = self._uploaded[key] = self._on_the_device(name, each.of(mapped[each.source]))
+            values[name] = there
         return values
 
+    def _on_the_device(self, name: str, weight: Weight) -> ort.OrtValue:
+        shape = weight.array.shape
+        with failing(f"ONNX Runtime cannot put weight {name} {list(shape)} on the GPU"):
+            value = lasting(shape, DTYPES[weight.dtype].onnx, self.device)
+            value.update_inplace(weight.array)
+            return ort.OrtValue.from_dlpack(value)  # a view: memory that ONNX Runtime owns is not shared
+
     def _executable(
-        self, spec: GraphSpec, file: bytes, whole: bytes, folder: Path, weights: Mapping[str, ort.OrtValue]
+        self,
+        spec: GraphSpec,
+        file: bytes,
+        whole: bytes,
+        folder: Path,
+        weights: Mapping[str, ort.OrtValue],
+        given: Mapping[str, ort.OrtValue],
     ) -> OrtCudaExecutable:
-        """``file``: the bundle's; ``whole``: what was made of it for all of its outputs."""
+        """``file``: the bundle's; ``whole``: what was made of it for all of its outputs; ``given``: values in the
+        host's memory that the graph has in place of those in the weight file."""
         captured = spec.role in self.captured
 
         def load(outputs: Collection[str]) -> ort.InferenceSession:
             rest = replace(spec, outputs=tuple(tensor for tensor in spec.outputs if tensor.name in outputs))
             data = whole if rest == spec else self.lowered(file, outputs).data
-            return self._load(data, folder, rest, weights, captured)
+            return self._load(data, folder, rest, weights, captured, given)
 
         executable = OrtCudaExecutable(load, spec, self.device, weights, captured)
         executable.session(spec.output_names())  # what cannot be loaded is told now
         return executable
 
     def _load(
-        self, data: bytes, folder: Path, spec: GraphSpec, weights: Mapping[str, ort.OrtValue], captured: bool
+        self,
+        data: bytes,
+        folder: Path,
+        spec: GraphSpec,
+        weights: Mapping[str, ort.OrtValue],
+        captured: bool,
+        given: Mapping[str, ort.OrtValue],
     ) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 2  # warnings: where a weight is copied, one says so
         find_weights(options, folder)
+        take_weights(options, data, given)
         # One arena for what graphs work in, and nothing in it that is to last: a graph that was captured there writes
         # over it whenever it is replayed. (Memory patterns stay: without them the third run, which is captured, may
         # find the arena in pieces other than the second left, and allocate.)

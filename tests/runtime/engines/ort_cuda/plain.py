@@ -26,10 +26,12 @@ def in_plain_operators(data: bytes) -> bytes:
 
 def with_weights(data: bytes, weights: Mapping[str, Any]) -> bytes:
     """An ONNX file that holds the weights which it says lie beyond the end of their file: the CPU's rewrites read them,
-    where CUDA is only handed them. ``weights``: ONNX Runtime's values, by name."""
+    where CUDA is only handed them. ``weights``: ONNX Runtime's values, by name; others stay as they are."""
     model = onnx.load_model_from_string(data)
     for tensor in model.graph.initializer:
-        if any(entry.key == "offset" and int(entry.value) > 1 << 40 for entry in tensor.external_data):
+        if tensor.name in weights and any(
+            entry.key == "offset" and int(entry.value) > 1 << 40 for entry in tensor.external_data
+        ):
             tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name].numpy(), tensor.name))
     return bytes(model.SerializeToString())
 

@@ -67,6 +67,10 @@ class Ids(Structure):
     _fields_ = (("ids", POINTER(c_int64)), ("count", c_size_t))
 
 
+class Adapter(Structure):
+    _fields_ = (("name", c_char_p), ("scale", c_double))
+
+
 class Tensor(Structure):
     _fields_ = (("name", c_char_p), ("data", POINTER(c_float)), ("count", c_size_t))
 
@@ -119,6 +123,7 @@ class Library:
             "error_text",
             "bundle_plan",
             "bundle_size",
+            "bundle_adapter",
             "session_engine",
             "session_advice",
             "request_cut",
@@ -191,7 +196,7 @@ class Bundle(_Owned):
         return found
 
     def names(self, kind: str) -> list[str]:
-        """``kind``: "plan" or "size"."""
+        """``kind``: "plan", "size" or "adapter"."""
         give = getattr(self.library.c, f"tgate_bundle_{kind}")
         names: list[str] = []
         while (name := give(self.handle, c_size_t(len(names)))) is not None:
@@ -230,6 +235,14 @@ class Session(_Owned):
             asked.sizes, asked.size_count = _texts(sizes), len(sizes)
         bundle.library.call("session_open", bundle.handle, byref(asked), byref(handle))
         super().__init__(bundle.library, handle, "session")
+
+    def adapted(self, scales: Mapping[str, float]) -> Session:
+        handle = Handle()
+        adapters = (Adapter * len(scales))(*(Adapter(name.encode(), scale) for name, scale in scales.items()))
+        self.library.call("session_adapted", self.handle, adapters, c_size_t(len(scales)), byref(handle))
+        made = Session.__new__(Session)
+        _Owned.__init__(made, self.library, handle, "session")
+        return made
 
     def engine(self) -> str:
         return str(self.library.c.tgate_session_engine(self.handle).decode())

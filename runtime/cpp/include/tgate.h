@@ -53,8 +53,8 @@
  * time, and a pool with all of its requests to one thread at a time, decoding and freeing among it; only
  * tgate_request_cancel may be called by any, while the request is there. Requests of different pools run at once, and no
  * call takes a lock while an engine runs; but all calls of a process that go to a GPU (ort-cuda) take turns, and with
- * cuda_graphs a request is stepped in the thread that made it. The library starts no threads of its own, but to check digests; the engine has
- * a pool for each loaded graph.
+ * cuda_graphs a request is stepped in the thread that made it. The library starts no threads of its own, but to check digests and
+ * to add adapters to weights, which end with the call; the engine has a pool for each loaded graph.
  *
  * Signals, locale and standard streams are left alone, and no exception leaves the library.
  */
@@ -141,6 +141,9 @@ TGATE_API tgate_code tgate_bundle_facts_get(const tgate_bundle *bundle, tgate_bu
 TGATE_API const char *tgate_bundle_plan(const tgate_bundle *bundle, size_t index);
 TGATE_API const char *tgate_bundle_size(const tgate_bundle *bundle, size_t index);
 
+/* The names of its adapters, in the order of the alphabet. */
+TGATE_API const char *tgate_bundle_adapter(const tgate_bundle *bundle, size_t index);
+
 /* One conditioning tensor of a bundle, for requests that bring their own. */
 typedef struct tgate_tensor_facts {
   size_t size;
@@ -195,6 +198,20 @@ TGATE_API tgate_code tgate_session_options_init(tgate_session_options *options, 
 TGATE_API tgate_code tgate_session_open(const tgate_bundle *bundle, const tgate_session_options *options,
                                         tgate_session **session, tgate_error **error);
 TGATE_API void tgate_session_free(tgate_session *session);
+
+/* An adapter of the bundle (a LoRA that `tgate adapt` added), and what its changes are multiplied with: 0.5 to 1.5 are
+ * usual, any number but 0 up to 10000 is taken. */
+typedef struct tgate_adapter {
+  const char *name;
+  double scale;
+} tgate_adapter;
+/* A session of the same graphs, plans and sizes whose weights include `count` adapters, none of them twice. It holds
+ * copies of the weights that they change, and shares everything else with `session`, of which nothing changes: requests
+ * of the one are bit for bit what they are without the other. What it takes is the loading of those graphs, as long as
+ * opening them did, on all cores for a moment; requests then cost what they cost without. Keep one for each combination
+ * that is asked for often, and free it as any other; `session` may be freed before. */
+TGATE_API tgate_code tgate_session_adapted(const tgate_session *session, const tgate_adapter *adapters, size_t count,
+                                           tgate_session **adapted, tgate_error **error);
 /* The engine's name and version, "ort-cpu 1.31.1"; lives as long as the session. */
 TGATE_API const char *tgate_session_engine(const tgate_session *session);
 /* One line for whoever runs the host, where the engine could do better with these graphs: "ort-cuda takes 2 of 6 graphs

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -108,6 +109,7 @@ class Bundle {
   }
   [[nodiscard]] std::vector<std::string> plans() const { return names(tgate_bundle_plan); }
   [[nodiscard]] std::vector<std::string> sizes() const { return names(tgate_bundle_size); }
+  [[nodiscard]] std::vector<std::string> adapters() const { return names(tgate_bundle_adapter); }
   /// What requests take, in bytes, before any of it is taken. Empty texts are the defaults.
   [[nodiscard]] tgate_memory memory(const std::string& plan = {}, const std::string& size = {}, std::size_t images = 1) const {
     tgate_memory memory;
@@ -170,6 +172,22 @@ class Session {
       return code;
     });
   }
+  /// A session of the same graphs whose weights include adapters of the bundle: their names, and what each is multiplied
+  /// with. See tgate_session_adapted.
+  [[nodiscard]] Session adapted(const std::map<std::string, double>& scales) const {
+    std::vector<tgate_adapter> adapters;
+    for (const auto& [name, scale] : scales) {
+      adapters.push_back({detail::in_c(name), scale});
+    }
+    Session made;
+    detail::call([&](tgate_error** error) {
+      tgate_session* session = nullptr;
+      const tgate_code code = tgate_session_adapted(get(), adapters.data(), adapters.size(), &session, error);
+      made.handle_.reset(session);
+      return code;
+    });
+    return made;
+  }
   [[nodiscard]] const tgate_session* get() const noexcept { return handle_.get(); }
   [[nodiscard]] std::string engine() const { return tgate_session_engine(get()); }
   [[nodiscard]] std::string advice() const { return tgate_session_advice(get()); }
@@ -189,6 +207,7 @@ class Session {
   }
 
  private:
+  Session() = default;
   detail::Owner<tgate_session, tgate_session_free> handle_;
 };
 

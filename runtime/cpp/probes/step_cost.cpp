@@ -72,8 +72,9 @@ class WatchedEngine final : public tgate::Engine {
   explicit WatchedEngine(std::shared_ptr<const tgate::Engine> engine) : engine_(std::move(engine)) {}
   [[nodiscard]] const std::string& title() const noexcept override { return engine_->title(); }
   [[nodiscard]] tgate::Loaded load(const tgate::Bundle& bundle,
-                                   const std::vector<const tgate::GraphSpec*>& graphs) const override {
-    tgate::Loaded loaded = engine_->load(bundle, graphs);
+                                   const std::vector<const tgate::GraphSpec*>& graphs,
+                                   std::shared_ptr<const tgate::Instead> instead) const override {
+    tgate::Loaded loaded = engine_->load(bundle, graphs, std::move(instead));
     for (auto& graph : loaded.graphs) {
       graph = std::make_shared<WatchedGraph>(graph);
     }

@@ -23,6 +23,7 @@ Draw with a bundle, without Python.
   --plan NAME               "default" by default
   --size WxH                one of the bundle's
   --guidance-scale G        the plan's by default
+  --lora NAME[:SCALE]       an adapter of the bundle's, and what it is multiplied with (1 by default); may be repeated
   --num-images N            1 by default
   --initial-latents X.npy   standard normal noise in place of the seed's
   --save-latents Y.npy      the final latents, before decoding
@@ -63,6 +64,20 @@ std::vector<std::int64_t> numbers(const std::string& option, const std::string& 
   return ids;
 }
 
+void add_lora(const std::string& option, const std::string& text, std::map<std::string, double>& loras) {
+  const std::size_t colon = text.rfind(':');
+  const std::string name = text.substr(0, colon), number = colon == std::string::npos ? "1" : text.substr(colon + 1);
+  char* rest = nullptr;
+  const double scale = std::strtod(number.c_str(), &rest);
+  const bool odd = number.empty() || *rest != '\0' || number.find_first_of("xX ") != std::string::npos;
+  if (name.empty() || odd || !std::isfinite(scale)) {
+    throw Refusal{option + " takes an adapter's name, or NAME:SCALE, got '" + text.substr(0, 80) + "'", 2};
+  }
+  if (!loras.emplace(name, scale).second) {
+    throw Refusal{option + " names '" + name.substr(0, 80) + "' twice", 2};
+  }
+}
+
 }  // namespace
 
 Arguments parse(int count, char** words) {
@@ -88,6 +103,7 @@ Arguments parse(int count, char** words) {
            throw Refusal{name + " takes a number other than 0, got '" + value.substr(0, 60) + "'; leave it out for the plan's", 2};
          }
        }},
+      {"--lora", [&](auto& name, auto& value) { add_lora(name, value, asked.loras); }},
       {"--num-images", [&](auto& name, auto& value) { asked.images = static_cast<std::size_t>(whole(name, value, 1, 65536)); }},
       {"--initial-latents", text(asked.initial_latents)},
       {"--save-latents", text(asked.save_latents)},

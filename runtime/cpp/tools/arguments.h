@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,7 @@ struct Arguments {
   std::string bundle, prompt, negative_prompt, plan, size, generator = "numpy", output, initial_latents, save_latents, image;
   std::string engine = "ort-cpu", library, memory;
   std::vector<std::vector<std::int64_t>> token_ids, negative_token_ids;  ///< of each tokenizer
+  std::map<std::string, double> loras;
   bool has_prompt = false, has_negative_prompt = false, quiet = false, cuda_graphs = false, help = false, version = false;
   std::uint64_t seed = 0;
   std::size_t images = 1;

@@ -79,7 +79,10 @@ int run(const tool::Arguments& asked) {
       throw tool::Refusal{asked.image + " has " + size + " pixels, and " + loading.sizes.front() + " are wanted; resize it first", 1};
     }
   }
-  const tgate::Session session(bundle, loading);
+  tgate::Session session(bundle, loading);
+  if (!asked.loras.empty()) {
+    session = session.adapted(asked.loras);
+  }
   if (const std::string advice = session.advice(); !advice.empty() && !asked.quiet) {
     std::fprintf(stderr, "tgate-run: %s\n", advice.c_str());
   }

@@ -91,6 +91,7 @@ tgate_code tgate_bundle_open(const char* path, const tgate_bundle_options* optio
     made->bundle = std::make_shared<const tgate::Bundle>(tgate::Bundle::open(place, chosen.check_digests != 0));
     const tgate::Manifest& manifest = made->bundle->manifest();
     made->sizes = manifest.sizes();
+    for (const auto& adapter : manifest.adapters) made->adapters.push_back(adapter.first);
     for (const std::string& size : made->sizes) {
       made->tensors.push_back(tgate::capi::brought(manifest, *manifest.shapes_of(size).front()));
     }
@@ -132,6 +133,10 @@ const char* tgate_bundle_plan(const tgate_bundle* bundle, size_t index) {
 
 const char* tgate_bundle_size(const tgate_bundle* bundle, size_t index) {
   return bundle != nullptr && index < bundle->sizes.size() ? bundle->sizes[index].c_str() : nullptr;
+}
+
+const char* tgate_bundle_adapter(const tgate_bundle* bundle, size_t index) {
+  return bundle != nullptr && index < bundle->adapters.size() ? bundle->adapters[index].c_str() : nullptr;
 }
 
 tgate_code tgate_tensor_facts_init(tgate_tensor_facts* facts, size_t size) { return initialise(facts, size, {}); }

@@ -21,7 +21,7 @@ struct tgate_error {
 
 struct tgate_bundle {
   std::shared_ptr<const tgate::Bundle> bundle;
-  std::vector<std::string> sizes;
+  std::vector<std::string> sizes, adapters;
   std::vector<std::vector<tgate::TensorSpec>> tensors;  // of each size, those that a request may bring
 };
 

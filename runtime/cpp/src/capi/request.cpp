@@ -153,6 +153,25 @@ tgate_code tgate_session_open(const tgate_bundle* bundle, const tgate_session_op
   });
 }
 
+tgate_code tgate_session_adapted(const tgate_session* session, const tgate_adapter* adapters, size_t count,
+                                 tgate_session** adapted, tgate_error** error) {
+  return guarded(error, [&] {
+    const tgate_session& own = needed(session, "session");
+    auto*& target = needed(adapted, "adapted");
+    tgate::Scales scales;
+    for (size_t i = 0; i < count; ++i) {
+      const tgate_adapter& each = (&needed(adapters, "adapters"))[i];
+      const std::string name = &needed(each.name, "the name of an adapter");
+      if (!scales.emplace(name, each.scale).second) {
+        throw Error(Code::request, "adapter '" + tgate::shown(name) + "' is given twice");
+      }
+    }
+    auto made = std::make_unique<tgate_session>();
+    made->session = own.session->adapted(scales);
+    target = made.release();
+  });
+}
+
 void tgate_session_free(tgate_session* session) { delete session; }
 
 const char* tgate_session_engine(const tgate_session* session) {

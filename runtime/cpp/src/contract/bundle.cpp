@@ -1,16 +1,13 @@
 #include "contract/bundle.h"
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
 #include <set>
-#include <system_error>
-#include <thread>
 #include <unordered_map>
 #include <unordered_set>
 
 #include <sys/stat.h>
 
+#include "contract/all_cores.h"
 #include "contract/error.h"
 #include "contract/reader.h"
 #include "contract/sha256.h"
@@ -68,34 +65,6 @@ void check_digest(const std::string& root, const std::string& name, const std::s
        wanted.sha256.substr(0, 16) + "…; the bundle is damaged: copy or export it again");
 }
 
-/// Does each of `count` pieces of work, on as many threads as there are cores. Throws what the first piece that failed
-/// threw, by its number.
-template <class Work>
-void on_all_cores(std::size_t count, Work work) {
-  std::atomic<std::size_t> next{0};
-  std::vector<std::exception_ptr> faults(count);
-  const auto run = [&] {
-    for (std::size_t i; (i = next.fetch_add(1)) < count;) {
-      try {
-        work(i);
-      } catch (...) {
-        faults[i] = std::current_exception();
-      }
-    }
-  };
-  std::vector<std::thread> threads;
-  const std::size_t most = std::min<std::size_t>(count, std::max(1u, std::thread::hardware_concurrency()));
-  try {
-    while (threads.size() + 1 < most) threads.emplace_back(run);
-  } catch (const std::system_error&) {  // no more threads are to be had; this one is there
-  }
-  run();
-  for (std::thread& thread : threads) thread.join();
-  for (const std::exception_ptr& fault : faults) {
-    if (fault) std::rethrow_exception(fault);
-  }
-}
-
 void check_digests(const std::string& root, const Manifest& manifest,
                    const std::map<std::string, FileState, std::less<>>& states) {
   // The largest first, so that no thread is left with one at the end.
@@ -126,7 +95,7 @@ void check_references(const std::string& root, const Manifest& manifest) {
     for (const auto& graph : shape.graphs) listed(graph.second.file);
   }
   for (const TokenizerSpec& tokenizer : manifest.tokenizers) listed(tokenizer.file);
-  for (const std::string& adapter : manifest.adapters) listed(adapter);
+  for (const auto& adapter : manifest.adapters) listed(adapter.second);
   for (const Shape& shape : manifest.shapes) {
     for (const Conditioning& tensor : manifest.conditioning) {
       if (tensor.source != Source::constant) continue;

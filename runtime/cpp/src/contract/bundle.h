@@ -12,6 +12,9 @@
 
 namespace tgate {
 
+/// How large a graph's file may be, whose weights lie elsewhere.
+inline constexpr std::size_t most_graph_bytes = std::size_t{64} << 20;
+
 /// A tensor of the weight file: where its bytes lie, from the file's beginning.
 struct Placed {
   Dtype dtype{};

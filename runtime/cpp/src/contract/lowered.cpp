@@ -17,7 +17,6 @@ constexpr std::int64_t version = 2;
 constexpr char folder[] = "engines/ort-cuda/";
 constexpr char index_file[] = "engines/ort-cuda/lowered.json";
 constexpr std::size_t most_index_bytes = std::size_t{32} << 20;
-constexpr std::size_t most_graph_bytes = std::size_t{64} << 20;
 constexpr std::size_t most_graphs = 10'000, most_variants = 64, most_weights = 100'000;
 constexpr std::int64_t most_dimensions = 8;
 constexpr std::int64_t beyond = std::int64_t{1} << 50;  // tgate_runtime.engines.ort_cuda.lowering.laid has the same

@@ -72,7 +72,7 @@ struct Manifest {
   std::vector<std::pair<std::string, Plan>> plans;      ///< in the manifest's order
   std::vector<std::pair<std::string, Golden>> goldens;  ///< in the manifest's order
   std::map<std::string, FileDigest> files;
-  std::vector<std::string> adapters;  ///< their files; requests take none here
+  std::map<std::string, std::string, std::less<>> adapters;  ///< their files, by their names
 
   [[nodiscard]] bool guided() const { return guidance == Guidance::classifier_free; }
   /// Whether the graphs go by such a guidance scale: those of both halves by one above 1, those of one half by none.

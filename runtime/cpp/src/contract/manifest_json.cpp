@@ -236,7 +236,7 @@ Manifest read_manifest(Reader& r) {
   check_scheduler(r);
   check_tools(r);
   if (r.has("adapters")) {
-    for (auto& adapter : r.table("adapters", read_adapter, most_adapters)) m.adapters.push_back(adapter.second);
+    for (auto& [name, own] : r.table("adapters", read_adapter, most_adapters)) m.adapters.emplace(name, std::move(own));
   }
   return m;
 }

@@ -1,73 +1,49 @@
 #include "engine/cuda_weights.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include "contract/error.h"
+#include "contract/mapped_weights.h"
 
 namespace tgate::ort {
-namespace {
-
-/// A file's bytes, mapped for as long as this is there.
-class Mapped {
- public:
-  explicit Mapped(const std::string& path) {
-    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
-    struct stat found {};
-    if (file < 0 || fstat(file, &found) != 0) {
-      if (file >= 0) ::close(file);
-      throw Error(Code::bundle, path + " cannot be opened; copy or export the bundle again");
-    }
-    bytes_ = static_cast<std::size_t>(found.st_size);
-    memory_ = mmap(nullptr, bytes_, PROT_READ, MAP_PRIVATE, file, 0);
-    ::close(file);
-    if (memory_ == MAP_FAILED) {
-      throw Error(Code::memory, path + " cannot be mapped");
-    }
-  }
-  ~Mapped() { munmap(memory_, bytes_); }
-  Mapped(const Mapped&) = delete;
-  Mapped& operator=(const Mapped&) = delete;
-  [[nodiscard]] const std::byte* at(const Placed& place) const {
-    return static_cast<const std::byte*>(memory_) + place.offset;
-  }
-
- private:
-  void* memory_ = nullptr;
-  std::size_t bytes_ = 0;
-};
-
-}  // namespace
-
 CudaWeights::CudaWeights(const std::shared_ptr<Library>& library, const std::shared_ptr<const CudaRuntime>& cuda,
-                         const Bundle& bundle, const Places& places, const LaidWeights& laid, const OrtMemoryInfo* memory) {
+                         const Bundle& bundle, const Places& places, const LaidWeights& laid, const Instead* instead,
+                         const OrtMemoryInfo* memory, CudaUploaded& uploaded) {
   if (laid.empty()) {
     return;
   }
-  const Mapped file(bundle.path() + "/" + bundle.manifest().weights);
+  const MappedWeights file(bundle);
+  const Manifest& manifest = bundle.manifest();
+  const std::string& digest = manifest.files.at(manifest.weights).sha256;
   std::vector<std::byte> staged;
   for (const auto& [name, each] : laid) {
+    const auto changed = instead == nullptr ? Instead::const_iterator{} : instead->find(name);
+    const bool own = instead != nullptr && changed != instead->end();
+    std::weak_ptr<const CudaWeight>* known = own ? nullptr : &uploaded[{bundle.path() + ":" + digest, name}];
+    if (known != nullptr) {
+      if (auto there = known->lock()) {
+        values_.emplace(name, std::move(there));
+        continue;
+      }
+    }
     const Placed& source = places.at(each.source);
     const Placed made = place_of(each, places);
     const auto bytes = static_cast<std::size_t>(made.length);
-    blocks_.push_back(std::make_unique<CudaBlock>(cuda, bytes));
-    std::byte* to = blocks_.back()->address();
-    const std::byte* from = file.at(source);
-    if (!each.order.empty() || each.dtype != source.dtype) {
+    DeviceMemory block = std::make_unique<CudaBlock>(cuda, bytes);
+    const std::byte* from = own ? changed->second.data.data() : file.at(source);
+    if (!own && (!each.order.empty() || each.dtype != source.dtype)) {
       staged.resize(bytes);
       lay(each, source, from, staged.data());
       from = staged.data();
     }
-    cuda->copy(to, from, bytes);
+    cuda->copy(block->address(), from, bytes);
     cuda->wait();  // what is staged is written to again
     OrtValue* value = nullptr;
     library->check(
-        library->api().CreateTensorWithDataAsOrtValue(memory, to, bytes, made.shape.data(), made.shape.size(),
+        library->api().CreateTensorWithDataAsOrtValue(memory, block->address(), bytes, made.shape.data(), made.shape.size(),
                                                       static_cast<ONNXTensorElementDataType>(facts_of(made.dtype).onnx), &value),
         "ONNX Runtime cannot take weight " + shown(name));
-    values_.emplace(name, Handle<OrtValue>(value, Release{library}));
+    const auto weight = std::make_shared<const CudaWeight>(CudaWeight{std::move(block), {value, Release{library}}});
+    if (known != nullptr) *known = weight;
+    values_.emplace(name, weight);
   }
 }
 

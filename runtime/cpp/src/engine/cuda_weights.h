@@ -1,4 +1,4 @@
-// A bundle's weights on a GPU, laid as graphs want them: one copy for all graphs of a session.
+// A bundle's weights on a GPU, laid as graphs want them: one copy for all graphs of an engine.
 #pragma once
 
 #include <map>
@@ -12,20 +12,29 @@
 
 namespace tgate::ort {
 
-/// Device memory for each of them, and a view of it for ONNX Runtime, which owns none of it. Must outlive every session
-/// that was given the views.
+/// Device memory of one weight, and a view of it for ONNX Runtime, which does not own it.
+struct CudaWeight {
+  DeviceMemory memory;
+  Handle<OrtValue> value;
+};
+/// What is on the device of weight files, by the file's digest and the name that graphs have for a tensor; for as long as
+/// any graph has it. Under CudaRuntime::turn.
+using CudaUploaded = std::map<std::pair<std::string, std::string>, std::weak_ptr<const CudaWeight>>;
+
+/// The weights of graphs that are loaded together. Must outlive every session that was given the views.
 class CudaWeights {
  public:
-  /// Uploads `laid`, by the names that graphs have for them. Throws Error of Code::bundle where the weight file cannot be
-  /// read, of Code::memory where the GPU has not so much memory.
+  /// Uploads `laid`, by the names that graphs have for them, but for what is there already; `instead`, which may be null:
+  /// what is taken in place of tensors of `laid`, by the same names. Throws Error of Code::bundle where the weight file
+  /// cannot be read, of Code::memory where the GPU has not so much memory.
   CudaWeights(const std::shared_ptr<Library>& library, const std::shared_ptr<const CudaRuntime>& cuda, const Bundle& bundle,
-              const Places& places, const LaidWeights& laid, const OrtMemoryInfo* memory);
+              const Places& places, const LaidWeights& laid, const Instead* instead, const OrtMemoryInfo* memory,
+              CudaUploaded& uploaded);
 
-  [[nodiscard]] const std::map<std::string, Handle<OrtValue>>& values() const noexcept { return values_; }
+  [[nodiscard]] const std::map<std::string, std::shared_ptr<const CudaWeight>>& values() const noexcept { return values_; }
 
  private:
-  std::vector<DeviceMemory> blocks_;
-  std::map<std::string, Handle<OrtValue>> values_;
+  std::map<std::string, std::shared_ptr<const CudaWeight>> values_;
 };
 
 }  // namespace tgate::ort

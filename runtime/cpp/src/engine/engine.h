@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "contract/adapters.h"
 #include "contract/bundle.h"
 
 namespace tgate {
@@ -79,9 +80,10 @@ class Engine {
   virtual ~Engine() = default;
   /// Such as "ort-cpu 1.31.1".
   [[nodiscard]] virtual const std::string& title() const noexcept = 0;
-  /// Those graphs of an opened bundle over one set of weights, each checked before the engine sees it. Throws Error of
-  /// Code::bundle or Code::engine.
-  [[nodiscard]] virtual Loaded load(const Bundle& bundle, const std::vector<const GraphSpec*>& graphs) const = 0;
+  /// Those graphs of an opened bundle over one set of weights, each checked before the engine sees it. `instead`: weights
+  /// to take in place of the file's; null for none. Throws Error of Code::bundle or Code::engine.
+  [[nodiscard]] virtual Loaded load(const Bundle& bundle, const std::vector<const GraphSpec*>& graphs,
+                                    std::shared_ptr<const Instead> instead) const = 0;
   [[nodiscard]] virtual std::unique_ptr<Interrupt> interrupt() const = 0;
 
   /// Throws Error of Code::memory.

@@ -54,9 +54,10 @@ class OrtCall final : public Call {
 class OrtGraph final : public LoadedGraph, public std::enable_shared_from_this<OrtGraph> {
  public:
   OrtGraph(const std::shared_ptr<Library>& its_library, const std::string& its_file, Handle<OrtSession> its_session,
-           Handle<OrtMemoryInfo> its_memory, bool is_captured)
+           Handle<OrtMemoryInfo> its_memory, bool is_captured, std::shared_ptr<const Given> its_given)
       : library(its_library),
         file(its_file),
+        given(std::move(its_given)),
         session(std::move(its_session)),
         memory(std::move(its_memory)),
         captured(is_captured) {}
@@ -68,6 +69,7 @@ class OrtGraph final : public LoadedGraph, public std::enable_shared_from_this<O
 
   std::shared_ptr<Library> library;
   std::string file;
+  std::shared_ptr<const Given> given;  // which the session reads
   Handle<OrtSession> session;
   Handle<OrtMemoryInfo> memory;
   bool captured;
@@ -169,15 +171,49 @@ OrtEngine::OrtEngine(const std::string& name, const EngineOptions& options)
 std::unique_ptr<Interrupt> OrtEngine::interrupt() const { return std::make_unique<RunInterrupt>(library_); }
 
 std::string read_graph(const Bundle& bundle, const GraphSpec& spec, const Places& places) {
-  constexpr std::size_t most_bytes = std::size_t{64} << 20;
-  std::string data = bundle.read(spec.file, most_bytes);
+  std::string data = bundle.read(spec.file, most_graph_bytes);
   check_graph(data, spec, bundle.manifest().weights, places);
   return data;
 }
 
+Given::Given(const std::shared_ptr<Library>& library, std::shared_ptr<const Instead> instead)
+    : library_(library), instead_(std::move(instead)) {
+  const OrtApi& api = library_->api();
+  const std::string what = "ONNX Runtime does not take a changed weight";
+  OrtMemoryInfo* info = nullptr;
+  library_->check(api.CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &info), what);
+  const Handle<OrtMemoryInfo> host(info, Release{library_});
+  for (const auto& [name, weight] : *instead_) {
+    OrtValue* value = nullptr;
+    // It is written to by nobody; the C API has one type for both.
+    void* data = const_cast<std::byte*>(weight.data.data());
+    library_->check(api.CreateTensorWithDataAsOrtValue(info, data, weight.data.size(), weight.shape.data(),
+                                                       weight.shape.size(),
+                                                       static_cast<ONNXTensorElementDataType>(facts_of(weight.dtype).onnx),
+                                                       &value),
+                    what);
+    values_.emplace(name, Handle<OrtValue>(value, Release{library_}));
+  }
+}
+
+void Given::add_to(OrtSessionOptions* options, const std::vector<std::string>& names) const {
+  std::vector<const char*> own;
+  std::vector<const OrtValue*> values;
+  for (const std::string& name : names) {
+    if (const auto found = values_.find(name); found != values_.end()) {
+      own.push_back(found->first.c_str());
+      values.push_back(found->second.get());
+    }
+  }
+  if (!own.empty()) {
+    library_->check(library_->api().AddExternalInitializers(options, own.data(), values.data(), own.size()),
+                    "ONNX Runtime does not take changed weights");
+  }
+}
+
 std::shared_ptr<const LoadedGraph> OrtEngine::load_graph(const std::string& folder, const GraphSpec& spec,
                                                          const std::string& data, Handle<OrtSessionOptions> options,
-                                                         bool captured) const {
+                                                         bool captured, std::shared_ptr<const Given> given) const {
   library_->check(library_->api().AddSessionConfigEntry(
                       options.get(), "session.model_external_initializers_file_folder_path", folder.c_str()),
                   "ONNX Runtime does not take a folder for weights");
@@ -187,7 +223,7 @@ std::shared_ptr<const LoadedGraph> OrtEngine::load_graph(const std::string& fold
                   "ONNX Runtime " + library_->version() + " cannot load " + spec.file);
   Handle<OrtSession> handle(session, Release{library_});
   check_interface(*library_, session, spec);
-  return std::make_shared<OrtGraph>(library_, spec.file, std::move(handle), memory_info(), captured);
+  return std::make_shared<OrtGraph>(library_, spec.file, std::move(handle), memory_info(), captured, std::move(given));
 }
 
 }  // namespace tgate::ort

@@ -59,12 +59,16 @@ class OrtCpu final : public OrtEngine {
     }
   }
 
-  [[nodiscard]] Loaded load(const Bundle& bundle, const std::vector<const GraphSpec*>& graphs) const override {
+  [[nodiscard]] Loaded load(const Bundle& bundle, const std::vector<const GraphSpec*>& graphs,
+                            std::shared_ptr<const Instead> instead) const override {
     const Places places = bundle.places();
+    const auto given = instead ? std::make_shared<const Given>(library_, std::move(instead)) : nullptr;
     Loaded loaded;
     for (const GraphSpec* spec : graphs) {
       const std::string data = read_graph(bundle, *spec, places);
-      loaded.graphs.push_back(load_graph(bundle.path(), *spec, data, session_options(*spec), false));
+      auto options = session_options(*spec);
+      if (given) given->add_to(options.get(), weights_of(data).names);
+      loaded.graphs.push_back(load_graph(bundle.path(), *spec, data, std::move(options), false, given));
     }
     return loaded;
   }

@@ -211,7 +211,8 @@ class OrtCuda final : public OrtEngine, public std::enable_shared_from_this<OrtC
     library_->share_arena(options_.device);
   }
 
-  [[nodiscard]] Loaded load(const Bundle& bundle, const std::vector<const GraphSpec*>& graphs) const override {
+  [[nodiscard]] Loaded load(const Bundle& bundle, const std::vector<const GraphSpec*>& graphs,
+                            std::shared_ptr<const Instead> instead) const override {
     const Places places = bundle.places();
     const auto lowered = LoweredGraphs::open(bundle);
     std::vector<std::vector<LoweredGraph>> variants;
@@ -224,19 +225,24 @@ class OrtCuda final : public OrtEngine, public std::enable_shared_from_this<OrtC
         variants.back().push_back({*spec, read_graph(bundle, *spec, places), {}});
       }
       for (const LoweredGraph& graph : variants.back()) {
-        add_weights(graph, places, laid);
+        add_weights(graph, places, instead.get(), laid);
       }
     }
+    std::shared_ptr<const Instead> changed = instead ? laid_as_graphs_want(*instead, places, laid) : nullptr;
+    const auto given = changed ? std::make_shared<const Given>(library_, changed) : nullptr;
     const auto held = CudaRuntime::turn();
     const Handle<OrtMemoryInfo> memory = memory_info();
-    const auto weights = std::make_shared<const CudaWeights>(library_, cuda_, bundle, places, laid, memory.get());
+    const auto weights = std::make_shared<const CudaWeights>(library_, cuda_, bundle, places, laid, changed.get(),
+                                                             memory.get(), uploaded_);
     Loaded loaded;
     for (std::vector<LoweredGraph>& each : variants) {
       const bool captured = options_.cuda_graphs && each.front().spec.role == Role::denoise;
-      auto load = [self = shared_from_this(), folder = bundle.path(), weights, captured](const LoweredGraph& graph) {
+      auto load = [self = shared_from_this(), folder = bundle.path(), weights, given, captured](const LoweredGraph& graph) {
         const Listening listening;
-        auto options = self->session_options(graph.spec, *weights, captured, weights_of(graph.data).half);
-        auto made = self->load_graph(folder, graph.spec, graph.data, std::move(options), captured);
+        const GraphWeights facts = weights_of(graph.data);
+        auto options = self->session_options(graph.spec, *weights, captured, facts.half);
+        if (given) given->add_to(options.get(), facts.names);
+        auto made = self->load_graph(folder, graph.spec, graph.data, std::move(options), captured, given);
         refuse_copies(graph.spec, listening.lines());
         return made;
       };
@@ -295,7 +301,7 @@ class OrtCuda final : public OrtEngine, public std::enable_shared_from_this<OrtC
     const char* left_out = "MatMulAddFusion";
     library_->check(api.AddSessionConfigEntry(options.get(), "optimization.disable_specified_optimizers", left_out), what);
     for (const auto& [name, value] : weights.values()) {
-      library_->check(api.AddInitializer(options.get(), name.c_str(), value.get()), what);
+      library_->check(api.AddInitializer(options.get(), name.c_str(), value->value.get()), what);
     }
     return options;
   }
@@ -324,17 +330,32 @@ class OrtCuda final : public OrtEngine, public std::enable_shared_from_this<OrtC
   }
 
   /// What is to be uploaded for a graph. Throws Error.
-  void add_weights(const LoweredGraph& graph, const Places& places, LaidWeights& laid) const {
+  void add_weights(const LoweredGraph& graph, const Places& places, const Instead* instead, LaidWeights& laid) const {
     const GraphWeights facts = weights_of(graph.data);
     refuse_bfloat16(graph.spec, facts);
     for (const std::string& name : facts.names) {
       const auto turned = graph.weights.find(name);
       if (turned != graph.weights.end()) {
         laid.emplace(name, turned->second);  // the name says how
-      } else if (options_.memory == "shared") {
+      } else if (options_.memory == "shared" || (instead != nullptr && instead->find(name) != instead->end())) {
         laid.emplace(name, Laid{name, {}, places.at(name).dtype});
       }
     }
+  }
+
+  /// Changed weights by the names, and in the layouts, that graphs have for them.
+  static std::shared_ptr<const Instead> laid_as_graphs_want(const Instead& instead, const Places& places,
+                                                            const LaidWeights& laid) {
+    auto all = std::make_shared<Instead>();
+    for (const auto& [name, each] : laid) {
+      const auto found = instead.find(each.source);
+      if (found == instead.end()) continue;
+      const Placed made = place_of(each, places);
+      HostWeight weight{made.dtype, made.shape, std::vector<std::byte>(static_cast<std::size_t>(made.length))};
+      lay(each, places.at(each.source), found->second.data.data(), weight.data.data());
+      all->emplace(name, std::move(weight));
+    }
+    return all;
   }
 
   /// A U-Net's or a decoder's: what both have, ONNX Runtime has no kernel for in bfloat16, on any device.
@@ -357,6 +378,7 @@ class OrtCuda final : public OrtEngine, public std::enable_shared_from_this<OrtC
   }
 
   std::shared_ptr<const CudaRuntime> cuda_;
+  mutable CudaUploaded uploaded_;
 };
 
 }  // namespace

@@ -173,7 +173,7 @@ std::shared_ptr<const Session> Session::open(std::shared_ptr<const Bundle> bundl
   session->load_tokenizers();
   session->engine_ = engine != nullptr ? std::move(engine) : Engine::open(options.engine);
   session->watch_weights();
-  auto loaded = session->engine_->load(*bundle, graphs);
+  auto loaded = session->engine_->load(*bundle, graphs, nullptr);
   session->advice_ = std::move(loaded.advice);
   std::vector<std::string> names{manifest.weights};
   for (std::size_t i = 0; i < graphs.size(); ++i) {
@@ -183,6 +183,56 @@ std::shared_ptr<const Session> Session::open(std::shared_ptr<const Bundle> bundl
   // The engine opened the weights by their name: it led to what was checked all the while.
   bundle->check_unchanged(names);
   return session;
+}
+
+std::shared_ptr<const Session> Session::adapted(const Scales& scales) const {
+  if (scales.empty()) {
+    throw Error(Code::argument, "no adapter is named; the session itself has none");
+  }
+  if (adapted_) {
+    throw Error(Code::request, "the session has adapters already; ask the one that it came from");
+  }
+  check_unchanged();
+  const auto instead = std::make_shared<const Instead>(weights_with(*bundle_, scales));
+  const std::shared_ptr<Session> made(new Session);
+  made->bundle_ = bundle_;
+  made->engine_ = engine_;
+  made->adapted_ = true;
+  made->plan_files_ = plan_files_;
+  for (const Plan* plan : plans_) {
+    const auto own = std::find_if(plan_files_.begin(), plan_files_.end(), [&](const auto& file) { return &file.second == plan; });
+    made->plans_.push_back(own == plan_files_.end() ? plan
+                                                    : &made->plan_files_[static_cast<std::size_t>(own - plan_files_.begin())].second);
+  }
+  made->sizes_ = sizes_;
+  made->shapes_ = shapes_;
+  made->tokenizers_ = tokenizers_;
+  made->graphs_ = graphs_;
+  made->watch_weights();
+  std::vector<const GraphSpec*> graphs;
+  std::vector<std::string> names{manifest().weights};
+  const Places places = bundle_->places();
+  std::set<std::string> seen;
+  for (const auto& [size, shapes] : shapes_) {
+    for (const Shape* shape : shapes) {
+      for (const auto& [name, spec] : shape->graphs) {
+        if (graphs_.count(spec.file) == 0 || !seen.insert(spec.file).second) continue;
+        const std::vector<std::string> read = weights_of(bundle_->read(spec.file, most_graph_bytes)).names;
+        const auto is_changed = [&](const std::string& weight) { return instead->find(weight) != instead->end(); };
+        if (std::any_of(read.begin(), read.end(), is_changed)) {
+          graphs.push_back(&spec);
+          names.push_back(spec.file);
+        }
+      }
+    }
+  }
+  auto loaded = engine_->load(*bundle_, graphs, instead);
+  made->advice_ = std::move(loaded.advice);
+  for (std::size_t i = 0; i < graphs.size(); ++i) {
+    made->graphs_[graphs[i]->file] = std::move(loaded.graphs[i]);
+  }
+  bundle_->check_unchanged(names);
+  return made;
 }
 
 void Session::find_plans(const std::vector<std::string>& names) {
@@ -231,7 +281,8 @@ void Session::load_tokenizers() {
   }
   for (const TokenizerSpec& spec : manifest().tokenizers) {
     const std::string name = bundle_->path() + "/" + spec.file;
-    tokenizers_.push_back(Tokenizer::parse(bundle_->read(spec.file, most_tokenizer_bytes), spec.length, spec.pad_id, name));
+    tokenizers_.push_back(std::make_shared<const Tokenizer>(
+        Tokenizer::parse(bundle_->read(spec.file, most_tokenizer_bytes), spec.length, spec.pad_id, name)));
     const TensorSpec* input = graph->input(spec.input);
     if (input == nullptr || input->dtype != Dtype::int64 || input->shape != std::vector<std::int64_t>{1, spec.length}) {
       throw Error(Code::bundle, name + " gives " + std::to_string(spec.length) + " tokens as " + shown(spec.input) +
@@ -286,8 +337,8 @@ void Session::check_unchanged() const {
 
 std::vector<Encoding> Session::tokenize(std::string_view prompt) const {
   std::vector<Encoding> encodings;
-  for (const Tokenizer& tokenizer : tokenizers_) {
-    encodings.push_back(tokenizer.encode(prompt));
+  for (const auto& tokenizer : tokenizers_) {
+    encodings.push_back(tokenizer->encode(prompt));
   }
   return encodings;
 }

@@ -65,6 +65,10 @@ class Session {
                                              std::shared_ptr<const Engine> engine = nullptr);
   ~Session();
 
+  /// A session of the same graphs whose weights include those adapters. Graphs that they change are loaded anew; the
+  /// others, and the plans and tokenizers, are this session's. Nothing of this session changes. Throws Error.
+  [[nodiscard]] std::shared_ptr<const Session> adapted(const Scales& scales) const;
+
   [[nodiscard]] const Manifest& manifest() const { return bundle_->manifest(); }
   [[nodiscard]] const std::shared_ptr<const Engine>& engine() const { return engine_; }
   /// See Loaded.
@@ -116,7 +120,8 @@ class Session {
   std::vector<const Plan*> plans_;                        // those that it is for
   std::vector<std::string> sizes_;
   std::map<std::string, std::vector<const Shape*>, std::less<>> shapes_;
-  std::vector<Tokenizer> tokenizers_;
+  std::vector<std::shared_ptr<const Tokenizer>> tokenizers_;
+  bool adapted_ = false;
   int weights_file_ = -1;
   std::int64_t weights_bytes_ = 0, weights_written_ns_ = 0;
   mutable std::mutex guard_;

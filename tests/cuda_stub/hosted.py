@@ -3,8 +3,8 @@ copy:
 
     python -m tests.cuda_stub.hosted LIBTGATE ONNXRUNTIME BUNDLE PLAN
 
-over the stub. Draws with CUDA graphs, begins once more, makes room for a second request, and prints what each asked as
-JSON.
+over the stub. Draws with CUDA graphs, begins once more, makes room for a second request, loads what adapters
+change, and prints what each asked as JSON.
 """
 
 from __future__ import annotations
@@ -60,12 +60,16 @@ def main() -> None:
     with recorded() as again:
         pool = Pool(session, 1, plans=[plan])
     buffers_bytes = pool.bytes
+    with recorded() as adapting:
+        adapted = session.adapted(dict.fromkeys(bundle.names("adapter"), 1.0))
+    adapted.close()
     with recorded() as releasing:
         pool.close()
         request.close()
         session.close()
     assert "onnxruntime" not in sys.modules
-    found = {"loading": loading, "binding": binding, "stepping": stepping, "again": again, "releasing": releasing}
+    found = {"loading": loading, "binding": binding, "stepping": stepping, "again": again, "adapting": adapting}
+    found["releasing"] = releasing
     print(
         json.dumps(
             {

@@ -11,16 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from safetensors.numpy import save
 
 from tests.cuda_stub.build import HERE
 from tests.cuda_stub.conftest import Opened
 from tests.cuda_stub.log import Kind, of, recorded
+from tgate_engine.adapter import DOWN, FACTOR, TURNED, UP
 from tgate_engine.bundle import Bundle
+from tgate_engine.manifest import Adapter
 from tgate_engine.step import STEP_OUTPUTS
 from tgate_runtime.engines import open_builder
+from tgate_runtime.weights import map_weights
 
 LIBRARY = HERE.parents[1] / "build" / "cpp" / "release" / "libtgate.so"
 MODEL = "mini-sdxl"
@@ -46,7 +51,25 @@ def as_exported(bundle_of: Callable[[str], Path], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="module")
-def lowered(as_exported: Path) -> Told:
+def changed(as_exported: Path) -> list[int]:
+    """The sizes of the weights that an adapter changes which this adds: every third linear layer of a graph."""
+    bundle = Bundle.open(as_exported)
+    graph = onnx.load(bundle.file(bundle.manifest.shapes[0].graphs["full"].file), load_external_data=False).graph
+    weights = map_weights(bundle.file(bundle.manifest.weights))
+    names = sorted(t.name for t in graph.initializer if t.name in weights and t.name.endswith(TURNED))[::3]
+    tensors: dict[str, Any] = {}
+    for name in names:
+        inputs, outputs = weights[name].array.shape
+        tensors |= {name + UP: np.ones((outputs, 1), np.float16), name + DOWN: np.ones((1, inputs), np.float16)}
+        tensors[name + FACTOR] = np.ones(1, np.float32)
+    adapter = Adapter(file="adapters/bright.safetensors", layers=len(names), rank=1)
+    bundle.save_adapter("bright", adapter, save(tensors))
+    return [weights[name].array.nbytes for name in names]
+
+
+@pytest.fixture(scope="module")
+def lowered(as_exported: Path, changed: list[int]) -> Told:
+    assert changed
     path = Path(shutil.copytree(as_exported, as_exported.with_name("lowered")))
     bundle = Bundle.open(path)
     open_builder("ort-cuda").build(bundle, [*bundle.manifest.shapes[0].graphs.values()])
@@ -103,6 +126,13 @@ def test_weights_are_uploaded_once(lowered: Told, opened: Callable[[str], Opened
     loading = lowered["loading"]
     assert 0.99 * weights < loading["uploaded_bytes"] < 1.05 * weights
     assert sum(size for _, size in loading["allocated"]) < 1.05 * weights
+
+
+def test_adapters_upload_what_they_change_alone(lowered: Told, changed: list[int]) -> None:
+    """Beside a few constants; the rest is what the session that they come from has there."""
+    adapting = lowered["adapting"]
+    assert sum(changed) > 100_000
+    assert sum(changed) <= adapting["uploaded_bytes"] < 1.1 * sum(changed)
 
 
 def test_captures_are_whole(lowered: Told) -> None:

@@ -287,6 +287,8 @@ def export_parser(list_models: Callable[[], int] = lambda: 0) -> Parser:
         metavar="A,B",
         help="of text, image, denoiser, decoder, encoder; all, or without weights the denoiser",
     )
+    small = "a small decoder for previews: a directory of diffusers' AutoencoderTiny"
+    add("--preview-decoder", type=Path, metavar="DIR", help=small)
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="fuse a LoRA into the weights; repeatable")
     add(
         "--clip-skip",

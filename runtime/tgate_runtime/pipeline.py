@@ -28,7 +28,7 @@ from tgate_runtime.engines.protocol import Engine, OnBuild, Options
 from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import check_generator, in_dtype, in_step, noise
 from tgate_runtime.names import with_hints
-from tgate_runtime.preview import Colours, Look
+from tgate_runtime.preview import Look, Previews
 from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given, loras_of
 from tgate_runtime.request import (
     check_call,
@@ -82,10 +82,12 @@ class Progress:
         return self.look.latents()
 
     def preview(self) -> list[Image.Image]:
-        """Of each image, a small RGB picture, one pixel for each place of the latents: where it is heading, roughly.
+        """Of each image, an RGB picture of where it is heading, roughly: by the bundle's small decoder where it has one
+        (``tgate-export --preview-decoder``), as large as the image will be.
 
-        Latents become colours by a linear map, which is fitted at the first preview of a Pipeline, for a few calls of
-        the decoder. Raises :class:`RequestError` for a bundle without a decoder, or one of videos.
+        Otherwise it has one pixel for each place of the latents. They become colours by a linear map, which is fitted
+        at the first preview of a Pipeline, for a few calls of the decoder. Raises :class:`RequestError` for a bundle
+        without a decoder, or one of videos.
         """
         return self.look.pictures(self.plan.steps[self.step.index + 1 :])
 
@@ -102,7 +104,7 @@ class Pipeline:
         self.session = session
         self._encoder = Encoder(session)
         self._beginner = Beginner(session)
-        self._colours = Colours(session)
+        self._previews = Previews(session)
 
     @staticmethod
     def open(
@@ -243,7 +245,7 @@ class Pipeline:
         if session is self.session:
             return self
         own = Pipeline(session)
-        own._colours = self._colours  # of the decoder, which no adapter changes
+        own._previews = self._previews  # of decoders, which no adapter changes
         return own
 
     def _prompts(
@@ -362,7 +364,7 @@ class Pipeline:
                         done += 1
                         if on_step is not None:
                             own = range(step.rows.start, min(step.rows.stop, count))
-                            look = Look(self._colours, state, own)
+                            look = Look(partial(self._previews.picture, size=size), state, own)
                             seen = range(first + own.start, first + own.stop)
                             on_step(Progress(done=done, total=total, step=step, images=seen, plan=plan, look=look))
                             look.over()

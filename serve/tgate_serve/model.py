@@ -12,7 +12,7 @@ from functools import cached_property
 from PIL import Image
 
 from tgate_engine.errors import RequestError
-from tgate_engine.graph import DECODE, ENCODE
+from tgate_engine.graph import DECODE, ENCODE, PREVIEW
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
 from tgate_runtime.adapters import scales_of_adapters
@@ -96,12 +96,13 @@ class Drawing:
         return self.model.worker.pictures(drawn)
 
     def partial(self, step: Step) -> Image.Image:
-        """Where a step's image is heading, as the decoder sees it, or a video's first frame. The step is one of those
-        that were to be looked at."""
-        graph = self.model.session.graph(DECODE, self.size)
+        """Where a step's image is heading, as the small decoder sees it, or the only one; of a video the first frame.
+        The step is one of those that were to be looked at."""
+        session = self.model.session
+        graph = session.graph(PREVIEW, self.size) or session.graph(DECODE, self.size)
         assert graph is not None  # Model.submit has seen it
         assert step.towards is not None
-        return decode(self.model.session, graph, step.towards)[0]
+        return decode(session, graph, step.towards)[0]
 
 
 class Model:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import accelerate
 from diffusers import AutoencoderTiny
 
 from tgate_engine.errors import ExportError
@@ -17,6 +18,7 @@ from tgate_export.checkpoints.directory import TensorFiles
 from tgate_export.checkpoints.files import check_inside, present, quoted, read_json
 from tgate_export.families.base import Family, Scaling
 from tgate_export.libraries import refusing
+from tgate_export.quiet import quiet
 from tgate_export.storage import check_tensors
 
 COMPONENT = "preview_decoder"
@@ -42,7 +44,8 @@ class PreviewDecoder:
             raise ExportError(f"{path} has _class_name = {quoted(name)}; {_WANTED}")
         check_config(str(path), AutoencoderTiny, self.config)
         self._files = TensorFiles.open(root, prefer_half)
-        module = self.build()
+        with accelerate.init_empty_weights(include_buffers=False):
+            module = self.build()
         self.config = module.config  # with the class's defaults
         check_tensors(self, COMPONENT, module)
 
@@ -58,7 +61,8 @@ class PreviewDecoder:
     def build(self) -> Any:
         """The module in evaluation mode, its weights uninitialised."""
         where = f"{self.where}/config.json"
-        with refusing(f"{where} makes no AutoencoderTiny", "it is damaged: download it again"), bounded_module(where):
+        advice = "it is damaged: download it again"
+        with quiet(), refusing(f"{where} makes no AutoencoderTiny", advice), bounded_module(where):
             return AutoencoderTiny.from_config(dict(self.config)).eval()
 
     def check(self, family: Family, checkpoint: Checkpoint) -> None:

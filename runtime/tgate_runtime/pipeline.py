@@ -17,7 +17,7 @@ from PIL import Image
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import shown
-from tgate_engine.graph import DECODE
+from tgate_engine.graph import PREVIEW, Role
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
 from tgate_runtime.beginning import Beginner
@@ -37,6 +37,7 @@ from tgate_runtime.request import (
     check_prompts,
     check_room,
     check_source,
+    decoder_of,
     scales_of,
     seeds_of,
     strength_of,
@@ -147,6 +148,7 @@ class Pipeline:
         loras: Mapping[str, float] | None = None,
         initial_latents: NDArray[Any] | None = None,
         generator: str = "numpy",
+        decoder: str | None = None,
         on_step: Callable[[Progress], None] | None = None,
     ) -> Result:
         """Draw ``num_images`` pictures (or videos) of each prompt, or from ``image``.
@@ -167,8 +169,10 @@ class Pipeline:
         (:meth:`Session.adapted`).
         ``initial_latents``: float32 [N, ...], standard normal noise in place of the seeds', for videos also with
         frames; stochastic samplers still draw their steps' noise from the seeds. ``generator``: what draws the noise,
-        one of :data:`tgate_runtime.generators.GENERATORS`. ``on_step`` is called after each step in the calling thread,
-        and may look at the images (:class:`Progress`); an exception from it stops the request and comes out here.
+        one of :data:`tgate_runtime.generators.GENERATORS`. ``decoder``: "preview" has the pictures decoded by the
+        bundle's small decoder, "full" (or None) by the model's own. ``on_step`` is called after each step in the
+        calling thread, and may look at the images (:class:`Progress`); an exception from it stops the request and comes
+        out here.
 
         A prompt longer than the tokenizer takes is cut, with a warning in the log ``tgate`` that quotes what
         was cut. Raises :class:`RequestError` for a request that cannot be served, before any step is taken, and
@@ -181,6 +185,7 @@ class Pipeline:
         number = check_count(num_images)
         check_generator(generator)
         check_call(on_step, "on_step")
+        role = decoder_of(decoder, own.session.manifest)
         texts = own._prompts(prompt, negative_prompt, image, prompt_embeds)
         prompts = len(texts) or 1
         if prompt_embeds is not None:
@@ -216,15 +221,15 @@ class Pipeline:
         )
         taken = chosen if beginning is None else beginning.plan
         latents = own._denoise(chosen, taken, size, start, rows, scales, in_steps, mends, on_step)
-        decoder = own.session.graph(DECODE, size)
-        decoded = [decode(own.session, decoder, each) for each in latents] if decoder else []
+        graph = own.session.graph(role, size)
+        decoded = [decode(own.session, graph, each) for each in latents] if graph else []
         video = own.session.manifest.frames > 1
         return Result(
             images=[] if video else [frame for frames in decoded for frame in frames],
             videos=decoded if video else [],
             latents=latents,
             seeds=seeds,
-            records=own._records(chosen, size, texts, scales, seeds, generator, strength, given),
+            records=own._records(chosen, size, texts, scales, seeds, generator, strength, role, given),
         )
 
     def close(self) -> None:
@@ -297,6 +302,7 @@ class Pipeline:
         seeds: Sequence[int],
         generator: str,
         strength: float | None,
+        role: Role,
         given: Sequence[Mapping[str, str]],
     ) -> tuple[Record, ...]:
         """What each image was drawn from."""
@@ -313,6 +319,7 @@ class Pipeline:
                 generator=generator,
                 guidance_scale=scale,
                 strength=strength,
+                decoder="preview" if role == PREVIEW else None,
                 size=size,
                 plan=made,
                 model=manifest.model,

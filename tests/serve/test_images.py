@@ -452,9 +452,21 @@ def test_a_small_decoder_makes_the_looks_and_the_models_own_the_picture(tmp_path
             (final,) = alone(toy, "a red circle", seed=3)
             with running(toy, rows=2) as server:
                 *partial, last = server.events(prompt="a red circle", seed=3, partial_images=2)
+                quick = server.draw(prompt="a red circle", seed=3, decoder="preview")
+                (facts,) = server.http.get("/v1/models").json()["data"]
         np.testing.assert_array_equal(pixels(last["b64_json"]), final)
+        assert facts["tgate"]["decoders"] == ["full", "preview"][: 1 + small]
+        if not small:
+            assert quick.status_code == 400
+            assert "the bundle has no small decoder (--preview-decoder)" in quick.json()["error"]["message"]
         looks[small] = [pixels(event["b64_json"]).astype(float) - 127.5 for event in partial]
     for own, by_small in zip(looks[False], looks[True], strict=True):
         inside = np.abs(own) < 127  # neither black nor white
         assert np.count_nonzero(inside) > 10
         assert np.abs(by_small - own / 2)[inside].max() <= 1
+    by_small, own = (
+        pixels(text).astype(float) - 127.5 for text in (quick.json()["data"][0]["b64_json"], last["b64_json"])
+    )
+    assert np.abs(by_small - own / 2)[np.abs(own) < 127].max() <= 1
+    record = read_stamp(base64.b64decode(quick.json()["data"][0]["b64_json"]), "the answer")
+    assert record.decoder == "preview"

@@ -22,7 +22,20 @@ from tests.toy_model import BLOCKS, FEATURES, LATENTS, LENGTH, WIDTH, WORDS
 from tgate_engine.atomic import staging
 from tgate_engine.bundle import digests_of
 from tgate_engine.dtypes import DTYPES
-from tgate_engine.graph import BATCH, DECODE, DENOISE, ENCODE, IMAGE, TEXT, Dim, GraphSpec, Macs, Role, TensorSpec
+from tgate_engine.graph import (
+    BATCH,
+    DECODE,
+    DENOISE,
+    ENCODE,
+    IMAGE,
+    PREVIEW,
+    TEXT,
+    Dim,
+    GraphSpec,
+    Macs,
+    Role,
+    TensorSpec,
+)
 from tgate_engine.manifest import MANIFEST_FILE, Conditioning, Golden, Manifest, Shape, Tokenizer
 from tgate_engine.manifest_json import content_digest, dump_manifest
 from tgate_engine.plan import Plan
@@ -69,11 +82,13 @@ class Toy:
     the default first. ``carry_dtype``: of carries; the arithmetic stays float32. ``settings``: of each plan by its
     name; their baselines are stored beside them. ``pictured``: conditioned by a picture instead of a text. ``begins``:
     with an encoder, and starts for its samplers, of which those of 4 steps take no mask.
+    ``small``: with a small decoder, whose pictures have half the contrast.
     """
 
     guided: bool = True
     pictured: bool = False
     begins: bool = False
+    small: bool = False
     batches: Sequence[tuple[int, int]] = ((1, 4),)
     sizes: Sequence[tuple[int, int]] = ((4, 4),)
     zero_negative: bool = True
@@ -262,6 +277,8 @@ def _shape(stage: Path, offsets: Mapping[str, Any], toy: Toy, size: tuple[int, i
     else:
         graphs["text"] = _text(stage / "text.onnx", offsets)
     graphs["decoder"] = _decoder(stage / f"decoder{of_size}.onnx", offsets, latents)
+    if toy.small:
+        graphs["small"] = _decoder(stage / f"small{of_size}.onnx", offsets, latents, PREVIEW)
     if toy.begins:
         graphs["encoder"] = _encoder(stage / f"encoder{of_size}.onnx", offsets, latents)
     return Shape(
@@ -467,15 +484,16 @@ def _image(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...]) -> 
     return g.save(path, IMAGE, (1, 1), inputs, outputs, Macs(paper=0, all=0))
 
 
-def _decoder(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...]) -> GraphSpec:
+def _decoder(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...], role: Role = DECODE) -> GraphSpec:
     g = _Graph(offsets)
+    contrast = 60 if role == DECODE else 30
     inputs = [TensorSpec(name="latents", dtype="float32", shape=(1, *latents))]
     outputs = [TensorSpec(name="image", dtype="uint8", shape=(1, *latents[1:], 3))]
     colours = g.add("MatMul", g.add("Transpose", "latents", perm=[0, 2, 3, 1]), g.weight("image"))
-    scaled = g.add("Add", g.add("Mul", colours, g.constant(60, np.float32)), g.constant(127.5, np.float32))
+    scaled = g.add("Add", g.add("Mul", colours, g.constant(contrast, np.float32)), g.constant(127.5, np.float32))
     clipped = g.add("Clip", scaled, g.constant(0, np.float32), g.constant(255, np.float32))
     g.add("Cast", clipped, output="image", to=TensorProto.UINT8)
-    return g.save(path, DECODE, (1, 1), inputs, outputs, Macs(paper=96, all=96))
+    return g.save(path, role, (1, 1), inputs, outputs, Macs(paper=96, all=96))
 
 
 def _encoder(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...]) -> GraphSpec:

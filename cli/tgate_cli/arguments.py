@@ -151,6 +151,8 @@ def tgate_parser() -> Parser:
     p.add_argument("--no-metadata", dest="metadata", action="store_false", help=unnoted)
     p.add_argument("--preview", type=Path, metavar="P.png", help="a rough picture of where it is heading, as steps go")
     p.add_argument("--preview-every", type=count, default=5, metavar="N", help="steps; 5 if left out")
+    by = "what decodes the pictures: the model's own, or the small one of --preview-decoder; full if left out"
+    p.add_argument("--decoder", choices=("full", "preview"), help=by)
     _engine(p)
 
     p = command("embed", "Encode prompts ahead of time, for bundles without a text encoder.", bundle=False)
@@ -287,6 +289,8 @@ def export_parser(list_models: Callable[[], int] = lambda: 0) -> Parser:
         metavar="A,B",
         help="of text, image, denoiser, decoder, encoder; all, or without weights the denoiser",
     )
+    small = "a small decoder for previews: a directory of diffusers' AutoencoderTiny"
+    add("--preview-decoder", type=Path, metavar="DIR", help=small)
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="fuse a LoRA into the weights; repeatable")
     add(
         "--clip-skip",

@@ -48,6 +48,7 @@ def export(args: argparse.Namespace, report: Reporter) -> Show:
         sampler=args.sampler,
         guidance_scale=args.guidance_scale,
         checkpoint=args.checkpoint,
+        preview_decoder=args.preview_decoder,
         weights=args.weights,
         components=None if args.components is None else args.components.split(","),
         loras=tuple(Lora.parse(text) for text in args.lora),

@@ -26,7 +26,6 @@ from tgate_cli.command import (
 from tgate_cli.values import MOST
 from tgate_engine.atomic import write_atomically
 from tgate_engine.errors import RequestError, shown
-from tgate_engine.graph import DECODE
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plain_files import read_plain
@@ -82,7 +81,7 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     parts = list(_parts(request, given, args.num_images, count, most=shapes[-1].batch[1]))
     check_room(max(len(images) for images, _ in parts), shapes[0], manifest.frames)
     seeds = seeds_of(request["seed"], count)
-    output = _Output(args, manifest, count)
+    output = _Output(args, manifest, count, request["decoder"])
     if noted is not None:
         _tell_taken(args.source, noted, report)
     report.stage(f"loading {args.engine}")
@@ -132,14 +131,15 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
 class _Output:
     """Where results go: files that were named, the next free ones, or standard output."""
 
-    def __init__(self, args: argparse.Namespace, manifest: Manifest, count: int) -> None:
-        """Raises :class:`RequestError` where nothing can be written there."""
+    def __init__(self, args: argparse.Namespace, manifest: Manifest, count: int, decoder: str | None) -> None:
+        """``decoder``: what makes the pictures. Raises :class:`RequestError` where nothing can be written there."""
         from tgate_runtime import files
+        from tgate_runtime.request import decoder_of
 
         self.paths: list[Path] = []
         self.content: bytes | None = None
         """What goes to standard output."""
-        self._decoded = manifest.graph(DECODE, args.size) is not None
+        self._decoded = manifest.graph(decoder_of(decoder, manifest), args.size) is not None
         self._fps, self._metadata = manifest.fps, args.metadata
         video = manifest.frames > 1
         self._video = video
@@ -230,7 +230,7 @@ def _request(
     from tgate_runtime.request import begins_from
 
     request: dict[str, Any] = {"prompt": None, "negative_prompt": None, "seed": None, "size": None, "strength": None}
-    request |= {"generator": "numpy", "guidance_scale": None, "loras": None}
+    request |= {"generator": "numpy", "guidance_scale": None, "loras": None, "decoder": None}
     if record is not None:
         request |= record.request()
         request["prompt"] = None if record.prompt is None else [record.prompt]

@@ -33,7 +33,7 @@ from tgate_export.plans import make_plans
 from tgate_export.sampling import compile_tables
 from tgate_export.starts import compile_starts
 from tgate_export.tokenizers import export_tokenizers
-from tgate_export.tracing import trace_decoder, trace_encoder, trace_image, trace_step, trace_text
+from tgate_export.tracing import trace_decoder, trace_encoder, trace_image, trace_preview, trace_step, trace_text
 from tgate_export.weights import WEIGHTS_FILE, attach, collect, place_weights, save_graph, write_weights
 
 __all__ = ["ExportSettings", "export"]
@@ -85,7 +85,7 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
         placements = write_weights(
             stage / WEIGHTS_FILE,
             refs,
-            checkpoint,
+            job.holder,
             lambda done, total: report.progress(done >> 20, total >> 20, "MiB"),
         )
     report.stage("writing graphs")
@@ -177,7 +177,8 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
     """Every graph of every shape; those that do not differ between shapes are traced once."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     around = [c for c in job.components if c != "denoiser"]
-    per_size = len([c for c in around if c != "text"]) + len(job.batches) * len(job.variants)
+    small = job.preview is not None
+    per_size = len([c for c in around if c != "text"]) + small + len(job.batches) * len(job.variants)
     total, done = len(job.sizes) * per_size + ("text" in around), 0
 
     def trace(graph: Callable[[], TracedGraph], label: str) -> TracedGraph:
@@ -196,6 +197,8 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
             beside[size].append(trace(partial(trace_image, sized, mode), f"the image encoder, {size}"))
         if "decoder" in around:
             beside[size].append(trace(partial(trace_decoder, sized, mode), f"the decoder, {size}"))
+        if job.preview is not None:
+            beside[size].append(trace(partial(trace_preview, sized, mode), f"the small decoder, {size}"))
         if "encoder" in around:
             beside[size].append(trace(partial(trace_encoder, sized, mode), f"the encoder, {size}"))
     denoiser = fake_module(mode, job.family, job.checkpoint, job.family.denoiser, getattr(torch, job.dtype))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+import diffusers
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from tgate_export.methods.base import Settings, Variant, ungated
 from tgate_export.oracle import Oracle
 from tgate_export.sampling import compile_sampler
 from tgate_export.step import DenoisingStep
-from tgate_export.tracing import DECODER_GRAPH, ENCODER_GRAPH, IMAGE_GRAPH, TEXT_GRAPH
+from tgate_export.tracing import DECODER_GRAPH, ENCODER_GRAPH, IMAGE_GRAPH, PREVIEW_GRAPH, TEXT_GRAPH
 
 GOLDEN_PROMPT = "a large red circle above a small blue square"
 GOLDEN_NEGATIVE = "a photo"
@@ -95,6 +96,17 @@ def _record_size(
             oracle.name,
         )
 
+    if job.preview is not None:
+        latents = torch.randn((1, *job.latents), generator=torch.Generator().manual_seed(GOLDEN_SEED))
+        recorded["preview"] = _record_graph(
+            job,
+            directory / f"preview{suffix}.safetensors",
+            PREVIEW_GRAPH,
+            {"latents": latents},
+            {"decoded": oracle.previewed(latents)},
+            TOLERANCES[job.dtype],
+            f"AutoencoderTiny of diffusers {diffusers.__version__}",
+        )
     if not oracle.fits(family.denoiser, *([family.decoder] if "decoder" in job.components else [])):
         return recorded
     denoiser = oracle.module(family.denoiser)

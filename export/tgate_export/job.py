@@ -15,7 +15,7 @@ from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Guidance
 from tgate_engine.sampler import Sampler
 from tgate_export.attention import AttentionSite, observe
-from tgate_export.checkpoints import Checkpoint, open_checkpoint
+from tgate_export.checkpoints import Checkpoint, Holder, open_checkpoint
 from tgate_export.checkpoints.configs import check_code
 from tgate_export.families import Model, location
 from tgate_export.families.base import ConditioningInput, Family, Size
@@ -23,11 +23,12 @@ from tgate_export.lora import fuse_loras
 from tgate_export.methods.base import Method, Network, Settings, Variant
 from tgate_export.methods.forecast.fold import forecast
 from tgate_export.modules import fake_module
+from tgate_export.preview_decoder import COMPONENT, PreviewDecoder
 from tgate_export.sampling import compile_sampler
 from tgate_export.settings import DTYPES, ExportSettings, check_settings
 from tgate_export.storage import check_tensors
 
-__all__ = ["ExportSettings", "Job", "check_checkpoint", "directories", "prepare"]
+__all__ = ["ExportSettings", "Job", "check_checkpoint", "directories", "prepare", "preview_of"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Job:
     dtype: str
     decoder_dtype: str
     variants: tuple[Variant, ...]
+    preview: PreviewDecoder | None = None
 
     @property
     def guided(self) -> bool:
@@ -65,6 +67,10 @@ class Job:
     def dtype_of(self, component: str) -> str:
         """The dtype of a component's weights and arithmetic."""
         return self.decoder_dtype if component == self.family.decoder else self.dtype
+
+    def holder(self, component: str) -> Holder:
+        """What holds a component's tensors."""
+        return self.preview if self.preview is not None and component == COMPONENT else self.checkpoint
 
     def at(self, size: Size) -> Job:
         """The job at one of its sizes."""
@@ -92,6 +98,7 @@ def prepare(settings: ExportSettings) -> Job:
     latents, conditioning = family.latents(checkpoint, sizes[0]), tuple(family.conditioning(checkpoint, sizes[0]))
     sites = _observe(family, checkpoint, latents, conditioning)
     family.scaling(checkpoint)
+    preview = preview_of(settings, family, checkpoint)
     scheduler = family.scheduler_config(checkpoint, sizes[0])
     if any(family.scheduler_config(checkpoint, size) != scheduler for size in sizes):
         raise ExportError(
@@ -133,6 +140,7 @@ def prepare(settings: ExportSettings) -> Job:
             ),
             asked.method_settings,
         ),
+        preview=preview,
     )
 
 
@@ -148,6 +156,17 @@ def check_checkpoint(
     family.check(checkpoint)
     for component in components if weights else ():
         check_tensors(checkpoint, component, family.skeleton(checkpoint, component))
+
+
+def preview_of(settings: ExportSettings, family: Family, checkpoint: Checkpoint) -> PreviewDecoder | None:
+    """The small decoder that is asked for; None where none is. Raises :class:`ExportError` for what is none, and for
+    one of another model."""
+    if settings.preview_decoder is None:
+        return None
+    preview = PreviewDecoder(settings.preview_decoder, prefer_half=settings.dtype != "fp32")
+    preview.check(family, checkpoint)
+    preview.scaling()
+    return preview
 
 
 def directories(family: Family, components: Sequence[str]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import accelerate
@@ -22,8 +22,13 @@ def fake_module(
 
     Parameters and buffers of what is kept in float32 (T5's, which overflow in half precision) stay so.
     """
+    return faked(mode, lambda: family.build(checkpoint, component), dtype)
+
+
+def faked(mode: FakeTensorMode, build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """The module that ``build`` makes, as :func:`fake_module` has it."""
     with accelerate.init_empty_weights(include_buffers=False):
-        module = family.build(checkpoint, component)
+        module = build()
     kept = frozenset[str](getattr(module, "_keep_in_fp32_modules", None) or ())
     fakes: dict[int, nn.Parameter] = {}  # by the parameter replaced, so that what was shared stays shared
     with mode:

@@ -31,6 +31,7 @@ from tgate_export.families.base import Texts
 from tgate_export.job import Job
 from tgate_export.libraries import one_line, refusing
 from tgate_export.modules import real_module
+from tgate_export.preview_decoder import COMPONENT
 from tgate_export.quiet import quiet
 from tgate_export.recipes import SAMPLERS
 from tgate_export.sampling import drawing
@@ -165,6 +166,23 @@ class Oracle:
             mean = self._run(sample, 0.0)
             far = self._run(sample, _FAR)
         return mean, (far - mean) / _FAR
+
+    def previewed(self, latents: Tensor) -> Tensor:
+        """What diffusers' AutoencoderTiny makes of latents [1, C, h, w], given them as its pipelines do:
+        [1, 3, H, W]."""
+        preview = self._job.preview
+        assert preview is not None  # whoever asks has seen it
+        with quiet(), refusing(f"AutoencoderTiny does not load {preview.where}", "download it again"):
+            module: Any = diffusers.AutoencoderTiny.from_pretrained(
+                preview.root,
+                local_files_only=True,
+                use_safetensors=True,
+                variant=preview.variant,
+                torch_dtype=torch.float32,
+            )
+        with torch.no_grad(), self._in_range({COMPONENT: module}):
+            decoded: Tensor = module.decode(latents / module.config.scaling_factor).sample
+        return decoded
 
     def trajectory(
         self,

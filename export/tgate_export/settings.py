@@ -82,6 +82,7 @@ class ExportSettings:
     to leave out of a prompt's text. ``guidance_rescale``: from 0 to 1, see :class:`~tgate_export.step.DenoisingStep`.
     ``method``: one of :data:`~tgate_export.methods.METHODS`. ``cache_branch``: how many layers beside the last one the
     shallow calls of such a method compute. ``merge_ratio``: the share of tokens that a method merges; None is its own.
+    ``preview_decoder``: the directory of a diffusers AutoencoderTiny (:mod:`tgate_export.preview_decoder`).
     ``sizes``: (width, height) of each, the default first, or ``height`` and ``width`` of the only one. ``batches``:
     least and largest number of images in a call, one for each set of graphs.
     """
@@ -99,6 +100,7 @@ class ExportSettings:
     sampler: str | None = None
     guidance_scale: float | None = None
     checkpoint: str | None = None
+    preview_decoder: Path | None = None
     weights: str = "checkpoint"
     components: Sequence[str] | None = None
     loras: Sequence[Lora] = ()
@@ -204,6 +206,7 @@ def _check_options(settings: ExportSettings, model: Model) -> None:
         if not os.path.lexists(lora.path):
             raise ExportError(f"LoRA {lora.path} does not exist; --lora wants a .safetensors file")
     _check_place(settings.checkpoint)
+    _check_preview(settings.preview_decoder, settings.model, model)
     if settings.frames is not None and not model.facts.video:
         raise ExportError(f"--frames is for video models; {settings.model} makes pictures")
     if settings.sizes and (settings.height is not None or settings.width is not None):
@@ -226,6 +229,16 @@ def _check_place(checkpoint: str | None) -> None:
         raise ExportError(
             f"checkpoint {shown(place, _PATH)} does not exist; --checkpoint wants a diffusers directory, a single "
             ".safetensors file or a hub id"
+        )
+
+
+def _check_preview(place: Path | None, name: str, model: Model) -> None:
+    if place is not None and model.facts.video:
+        raise ExportError(f"--preview-decoder is for models of pictures; {name} makes videos: leave it out")
+    if place is not None and not place.is_dir():
+        raise ExportError(
+            f"--preview-decoder {shown(place, _PATH)}: there is no such directory; give that of a diffusers "
+            "AutoencoderTiny (config.json and safetensors weights)"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
-from tgate_export.checkpoints import Checkpoint, Stored
+from tgate_export.checkpoints import Holder, Stored
 from tgate_export.checkpoints.directory import spellings
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -35,7 +35,7 @@ _OTHER_HALVES = {
 """Beginnings of the names of what else a file of the whole model holds, by the class that reads a part of it."""
 
 
-def check_tensors(checkpoint: Checkpoint, component: str, module: nn.Module) -> None:
+def check_tensors(checkpoint: Holder, component: str, module: nn.Module) -> None:
     """Check the names, shapes and dtypes of a component's tensors, without reading their values.
 
     ``module``: the component, with or without memory for its weights. Raises :class:`ExportError` naming the first
@@ -71,7 +71,7 @@ def check_tensors(checkpoint: Checkpoint, component: str, module: nn.Module) -> 
         )
 
 
-def sound(checkpoint: Checkpoint, component: str, key: str, shape: tuple[int, ...]) -> Tensor:
+def sound(checkpoint: Holder, component: str, key: str, shape: tuple[int, ...]) -> Tensor:
     """The tensor of a parameter of that shape, read, in the checkpoint's dtype. The caller owns it.
 
     Raises :class:`ExportError` where it is no floating-point number, not finite, or of another shape.
@@ -89,7 +89,7 @@ def sound(checkpoint: Checkpoint, component: str, key: str, shape: tuple[int, ..
     return tensor.reshape(shape)
 
 
-def cast(checkpoint: Checkpoint, component: str, key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(checkpoint: Holder, component: str, key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A finite tensor in another dtype. Raises :class:`ExportError` where that cannot hold its numbers."""
     held = tensor.to(dtype)
     if dtype.itemsize < tensor.dtype.itemsize and not torch.isfinite(held).all():
@@ -108,7 +108,7 @@ def _tied(module: nn.Module, key: str) -> list[str]:
     return [spelling for name in same for spelling in spellings(name)]
 
 
-def _check_form(checkpoint: Checkpoint, component: str, name: str, stored: Stored, shape: tuple[int, ...]) -> None:
+def _check_form(checkpoint: Holder, component: str, name: str, stored: Stored, shape: tuple[int, ...]) -> None:
     if stored.dtype not in _FLOATS:
         raise ExportError(
             f"{checkpoint.where}: {component} tensor {name!r} is stored as {stored.dtype}: integers are no weights, so "
@@ -126,14 +126,14 @@ def _fits(stored: tuple[int, ...], own: tuple[int, ...]) -> bool:
     return len(short) == 2 and len(long) in (3, 4) and long[:2] == short and math.prod(long[2:]) == 1
 
 
-def _shapes(checkpoint: Checkpoint, component: str, name: str, stored: tuple[int, ...], own: tuple[int, ...]) -> str:
+def _shapes(checkpoint: Holder, component: str, name: str, stored: tuple[int, ...], own: tuple[int, ...]) -> str:
     return (
         f"{checkpoint.where}: {component} tensor {name!r} has shape {list(stored)}, the model wants {list(own)}; the "
         "checkpoint is of another architecture than its config.json says"
     )
 
 
-def _check_buffer(checkpoint: Checkpoint, component: str, name: str, own: Tensor) -> None:
+def _check_buffer(checkpoint: Holder, component: str, name: str, own: Tensor) -> None:
     """A table that a module computes from its config, and that its file holds too: they must agree."""
     held = checkpoint.tensors(component).read(name)
     if held.shape != own.shape or not torch.allclose(held.double(), own.double(), rtol=1e-2, atol=1e-3):

@@ -12,19 +12,21 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tgate_engine.errors import ExportError
-from tgate_engine.graph import BATCH, DECODE, DENOISE, ENCODE, IMAGE, TEXT, TensorSpec
+from tgate_engine.graph import BATCH, DECODE, DENOISE, ENCODE, IMAGE, PREVIEW, TEXT, TensorSpec
 from tgate_engine.manifest import Tokenizer
 from tgate_engine.step import STEP, STEP_ROW
 from tgate_export.graphs import TracedGraph, store_linears_transposed, trace
 from tgate_export.job import Job
 from tgate_export.methods.base import Variant
-from tgate_export.modules import Decoder, Encoder, fake_module
+from tgate_export.modules import Decoder, Encoder, fake_module, faked
+from tgate_export.preview_decoder import COMPONENT
 from tgate_export.step import DenoisingStep
 
 TEXT_GRAPH = "text_encoder"
 IMAGE_GRAPH = "image_encoder"
 DECODER_GRAPH = "vae_decoder"
 ENCODER_GRAPH = "vae_encoder"
+PREVIEW_GRAPH = "preview_decoder"
 
 
 def trace_text(job: Job, mode: FakeTensorMode, tokenizers: Sequence[Tokenizer]) -> TracedGraph:
@@ -66,6 +68,24 @@ def trace_decoder(job: Job, mode: FakeTensorMode) -> TracedGraph:
         outputs=["image", "decoded"],
         batch=(1, 1),
         components={"vae.": family.decoder},
+        transposed=store_linears_transposed(module),
+    )
+
+
+def trace_preview(job: Job, mode: FakeTensorMode) -> TracedGraph:
+    """One picture's latents to its pixels, and to what they were rounded from, by the small decoder."""
+    preview, dtype = job.preview, getattr(torch, job.dtype_of(COMPONENT))
+    assert preview is not None  # whoever asks has seen it
+    module = Decoder(faked(mode, preview.build, dtype), preview.scaling(), dtype)
+    return trace(
+        PREVIEW_GRAPH,
+        PREVIEW,
+        module,
+        mode=mode,
+        inputs=[TensorSpec(name="latents", dtype="float32", shape=(1, *job.latents))],
+        outputs=["image", "decoded"],
+        batch=(1, 1),
+        components={"vae.": COMPONENT},
         transposed=store_linears_transposed(module),
     )
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tgate_engine.errors import ExportError
-from tgate_export.checkpoints import Checkpoint
+from tgate_export.checkpoints import Holder
 from tgate_export.graphs import TracedGraph, WeightRef
 from tgate_export.passes.slim import slim
 from tgate_export.storage import cast, sound
@@ -52,9 +52,9 @@ def collect(graphs: Iterable[TracedGraph]) -> tuple[WeightRef, ...]:
 
 
 def write_weights(
-    path: Path, refs: Iterable[WeightRef], checkpoint: Checkpoint, progress: Callable[[int, int], None]
+    path: Path, refs: Iterable[WeightRef], holder: Callable[[str], Holder], progress: Callable[[int, int], None]
 ) -> dict[WeightRef, Placement]:
-    """Write the weight file. ``progress`` gets (bytes done, bytes in all).
+    """Write the weight file. ``holder``: of a component's tensors. ``progress`` gets (bytes done, bytes in all).
 
     Raises :class:`ExportError` for a tensor that is missing, not finite, beyond its dtype or of another shape than the
     graphs want, and before anything is written where the disk is too full.
@@ -75,7 +75,7 @@ def write_weights(
     with path.open("wb") as file:
         file.seek(8 + header_bytes)
         for ref in refs:
-            data = _bytes_of(_fetch(checkpoint, ref))
+            data = _bytes_of(_fetch(holder(ref.component), ref))
             content = (hashlib.sha256(data).hexdigest(), ref.dtype, ref.shape)
             if content not in by_content:
                 file.write(data)
@@ -142,7 +142,7 @@ def save_graph(graph: TracedGraph, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _fetch(checkpoint: Checkpoint, ref: WeightRef) -> Tensor:
+def _fetch(checkpoint: Holder, ref: WeightRef) -> Tensor:
     shape = tuple(reversed(ref.shape)) if ref.transposed else ref.shape
     tensor = sound(checkpoint, ref.component, ref.key, shape)
     tensor = cast(checkpoint, ref.component, ref.key, tensor, getattr(torch, ref.dtype))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import shown
-from tgate_engine.graph import DECODE
+from tgate_engine.graph import PREVIEW, Role
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
 from tgate_runtime.beginning import Beginner
@@ -28,7 +28,7 @@ from tgate_runtime.engines.protocol import Engine, OnBuild, Options
 from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import check_generator, in_dtype, in_step, noise
 from tgate_runtime.names import with_hints
-from tgate_runtime.preview import Colours, Look
+from tgate_runtime.preview import Look, Previews
 from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given, loras_of
 from tgate_runtime.request import (
     check_call,
@@ -37,6 +37,7 @@ from tgate_runtime.request import (
     check_prompts,
     check_room,
     check_source,
+    decoder_of,
     scales_of,
     seeds_of,
     strength_of,
@@ -82,10 +83,12 @@ class Progress:
         return self.look.latents()
 
     def preview(self) -> list[Image.Image]:
-        """Of each image, a small RGB picture, one pixel for each place of the latents: where it is heading, roughly.
+        """Of each image, an RGB picture of where it is heading, roughly: by the bundle's small decoder where it has one
+        (``tgate-export --preview-decoder``), as large as the image will be.
 
-        Latents become colours by a linear map, which is fitted at the first preview of a Pipeline, for a few calls of
-        the decoder. Raises :class:`RequestError` for a bundle without a decoder, or one of videos.
+        Otherwise it has one pixel for each place of the latents. They become colours by a linear map, which is fitted
+        at the first preview of a Pipeline, for a few calls of the decoder. Raises :class:`RequestError` for a bundle
+        without a decoder, or one of videos.
         """
         return self.look.pictures(self.plan.steps[self.step.index + 1 :])
 
@@ -102,7 +105,7 @@ class Pipeline:
         self.session = session
         self._encoder = Encoder(session)
         self._beginner = Beginner(session)
-        self._colours = Colours(session)
+        self._previews = Previews(session)
 
     @staticmethod
     def open(
@@ -145,6 +148,7 @@ class Pipeline:
         loras: Mapping[str, float] | None = None,
         initial_latents: NDArray[Any] | None = None,
         generator: str = "numpy",
+        decoder: str | None = None,
         on_step: Callable[[Progress], None] | None = None,
     ) -> Result:
         """Draw ``num_images`` pictures (or videos) of each prompt, or from ``image``.
@@ -165,8 +169,10 @@ class Pipeline:
         (:meth:`Session.adapted`).
         ``initial_latents``: float32 [N, ...], standard normal noise in place of the seeds', for videos also with
         frames; stochastic samplers still draw their steps' noise from the seeds. ``generator``: what draws the noise,
-        one of :data:`tgate_runtime.generators.GENERATORS`. ``on_step`` is called after each step in the calling thread,
-        and may look at the images (:class:`Progress`); an exception from it stops the request and comes out here.
+        one of :data:`tgate_runtime.generators.GENERATORS`. ``decoder``: "preview" has the pictures decoded by the
+        bundle's small decoder, "full" (or None) by the model's own. ``on_step`` is called after each step in the
+        calling thread, and may look at the images (:class:`Progress`); an exception from it stops the request and comes
+        out here.
 
         A prompt longer than the tokenizer takes is cut, with a warning in the log ``tgate`` that quotes what
         was cut. Raises :class:`RequestError` for a request that cannot be served, before any step is taken, and
@@ -179,6 +185,7 @@ class Pipeline:
         number = check_count(num_images)
         check_generator(generator)
         check_call(on_step, "on_step")
+        role = decoder_of(decoder, own.session.manifest)
         texts = own._prompts(prompt, negative_prompt, image, prompt_embeds)
         prompts = len(texts) or 1
         if prompt_embeds is not None:
@@ -214,15 +221,15 @@ class Pipeline:
         )
         taken = chosen if beginning is None else beginning.plan
         latents = own._denoise(chosen, taken, size, start, rows, scales, in_steps, mends, on_step)
-        decoder = own.session.graph(DECODE, size)
-        decoded = [decode(own.session, decoder, each) for each in latents] if decoder else []
+        graph = own.session.graph(role, size)
+        decoded = [decode(own.session, graph, each) for each in latents] if graph else []
         video = own.session.manifest.frames > 1
         return Result(
             images=[] if video else [frame for frames in decoded for frame in frames],
             videos=decoded if video else [],
             latents=latents,
             seeds=seeds,
-            records=own._records(chosen, size, texts, scales, seeds, generator, strength, given),
+            records=own._records(chosen, size, texts, scales, seeds, generator, strength, role, given),
         )
 
     def close(self) -> None:
@@ -243,7 +250,7 @@ class Pipeline:
         if session is self.session:
             return self
         own = Pipeline(session)
-        own._colours = self._colours  # of the decoder, which no adapter changes
+        own._previews = self._previews  # of decoders, which no adapter changes
         return own
 
     def _prompts(
@@ -295,6 +302,7 @@ class Pipeline:
         seeds: Sequence[int],
         generator: str,
         strength: float | None,
+        role: Role,
         given: Sequence[Mapping[str, str]],
     ) -> tuple[Record, ...]:
         """What each image was drawn from."""
@@ -311,6 +319,7 @@ class Pipeline:
                 generator=generator,
                 guidance_scale=scale,
                 strength=strength,
+                decoder="preview" if role == PREVIEW else None,
                 size=size,
                 plan=made,
                 model=manifest.model,
@@ -362,7 +371,7 @@ class Pipeline:
                         done += 1
                         if on_step is not None:
                             own = range(step.rows.start, min(step.rows.stop, count))
-                            look = Look(self._colours, state, own)
+                            look = Look(partial(self._previews.picture, size=size), state, own)
                             seen = range(first + own.start, first + own.stop)
                             on_step(Progress(done=done, total=total, step=step, images=seen, plan=plan, look=look))
                             look.over()

@@ -1,17 +1,17 @@
-"""Pictures of unfinished latents, at next to no cost: where a trajectory is heading, and a linear map to colours."""
+"""Pictures of unfinished latents, at little cost: where a trajectory is heading, by a small decoder or a linear map."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from tgate_engine.errors import RequestError
-from tgate_engine.graph import DECODE
+from tgate_engine.graph import DECODE, PREVIEW
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import Step
 from tgate_engine.sampler import HISTORY
@@ -23,6 +23,21 @@ _PLACES = 1024
 """Pairs of latents and a colour to fit on, at least: the map of 4 channels has 15 numbers, of 16 channels 51."""
 _SPOT = 4
 """Latents from one random value to the next: an autoencoder knows smooth fields, and noise means little to it."""
+
+
+class Previews:
+    """Pictures of latents: the bundle's small decoder's where it has one (``--preview-decoder``), or else
+    :class:`Colours`. Thread-safe."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._colours = Colours(session)
+
+    def picture(self, latents: NDArray[np.float32], size: str | None = None) -> Image.Image:
+        """Latents [C, h, w] of a size as a picture: of that size, or of h x w pixels where a linear map makes it.
+        Raises as :func:`check_previews` does."""
+        small = self._session.graph(PREVIEW, size)
+        return self._colours.picture(latents) if small is None else decode(self._session, small, latents)[0]
 
 
 class Colours:
@@ -59,7 +74,7 @@ class Colours:
 
 def check_previews(manifest: Manifest) -> None:
     """Raises :class:`RequestError` for a bundle that makes no pictures."""
-    if manifest.graph(DECODE) is None:
+    if manifest.graph(DECODE) is None and manifest.graph(PREVIEW) is None:
         raise RequestError("the bundle has no decoder (--components), which previews are fitted to; draw without them")
     if manifest.frames > 1 or len(manifest.shapes[0].latents) != 3:
         raise RequestError(f"{manifest.model} makes videos, and previews are of pictures; draw without them")
@@ -68,8 +83,11 @@ def check_previews(manifest: Manifest) -> None:
 class Look:
     """The images of a call as they are after its step, while ``on_step`` looks at them."""
 
-    def __init__(self, colours: Colours, state: State, rows: Sequence[int]) -> None:
-        self._colours = colours
+    def __init__(
+        self, picture: Callable[[NDArray[np.float32]], Image.Image], state: State, rows: Sequence[int]
+    ) -> None:
+        """``picture``: of latents [...]."""
+        self._picture = picture
         self._state: State | None = state
         self._rows = rows
 
@@ -81,7 +99,7 @@ class Look:
     def pictures(self, remaining: Sequence[Step]) -> list[Image.Image]:
         """Of each image, the latents that ``remaining`` steps would end in if the network gave what it gave last."""
         state = self._opened()
-        return [self._colours.picture(end_of(state, row, remaining)) for row in self._rows]
+        return [self._picture(end_of(state, row, remaining)) for row in self._rows]
 
     def over(self) -> None:
         """The next step begins."""

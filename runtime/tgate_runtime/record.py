@@ -101,9 +101,10 @@ class Record:
 
     ``prompt``: None where an image or embeddings stood for it. ``size``: WIDTHxHEIGHT. ``bundle``: its
     :func:`~tgate_engine.manifest_json.bundle_digest`. ``strength``: of one that began from a picture; None for others,
-    whose JSON has none. ``loras``: of one that was drawn with adapters, by their names; JSON has none where there are
-    none. ``version``: of tgate-engine. ``given``: the SHA-256, by its name
-    in :data:`GIVEN`, of what was given in arrays (:func:`digest_of_arrays`), this image's rows alone.
+    whose JSON has none. ``decoder``: "preview" where the small one made the picture; None, likewise, where the model's
+    own did. ``loras``: of one that was drawn with adapters, by their names; JSON has none where there are none.
+    ``version``: of tgate-engine. ``given``: the SHA-256, by its name in :data:`GIVEN`, of what was given in arrays
+    (:func:`digest_of_arrays`), this image's rows alone.
     """
 
     prompt: str | None
@@ -117,6 +118,7 @@ class Record:
     bundle: str
     engine: EngineRecord
     strength: float | None = None
+    decoder: str | None = None
     loras: Mapping[str, LoraRecord] = field(default_factory=dict)
     version: str = __version__
     given: Mapping[str, str]
@@ -124,8 +126,9 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values; :func:`parse_record` gives back an equal one."""
         data = asdict(self)
-        if self.strength is None:
-            del data["strength"]
+        for name in ("strength", "decoder"):
+            if data[name] is None:
+                del data[name]
         if not self.loras:
             del data["loras"]
         return {"form": FORM, **data}
@@ -133,7 +136,7 @@ class Record:
     def request(self) -> dict[str, Any]:
         """The arguments of :class:`~tgate_runtime.pipeline.Pipeline` that draw the image again, but for its plan
         (:func:`plan_for`) and what was :attr:`given`."""
-        names = ("prompt", "negative_prompt", "seed", "generator", "guidance_scale", "size", "strength")
+        names = ("prompt", "negative_prompt", "seed", "generator", "guidance_scale", "size", "strength", "decoder")
         loras = {name: lora.scale for name, lora in self.loras.items()}
         return {**{name: getattr(self, name) for name in names}, "loras": loras or None}
 
@@ -304,6 +307,7 @@ def _record(r: Reader) -> Record:
         generator=r.word("generator"),
         guidance_scale=r.number("guidance_scale"),
         strength=r.number("strength", 0, 1) if "strength" in r.data else None,
+        decoder=r.choice("decoder", ("preview",)) if "decoder" in r.data else None,
         loras=_loras(r) if "loras" in r.data else {},
         size=size,
         plan=PlanRecord(

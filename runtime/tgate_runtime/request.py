@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgate_engine.errors import RequestError, shown
-from tgate_engine.graph import ENCODE, IMAGE, TEXT
+from tgate_engine.graph import DECODE, ENCODE, IMAGE, PREVIEW, TEXT, Role
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plan import Plan
 from tgate_runtime.finite import not_finite
@@ -28,6 +28,9 @@ NO_ENCODER = (
     "the bundle has no encoder, and so no request begins from a picture: export it again, with an encoder among its "
     "--components (SD and SDXL have one where they are left out)"
 )
+
+DECODERS: Mapping[str, Role] = {"full": DECODE, "preview": PREVIEW}
+"""What a request may name to have its pictures decoded by, and the role of its graph."""
 
 MOST_CHARACTERS = 2**15
 """Of a prompt. Models take some hundred tokens of it; this keeps what a prompt can cost below a second."""
@@ -88,6 +91,22 @@ def strength_of(strength: object, manifest: Manifest, image: object, mask: objec
                 )
         return None
     return STRENGTH if strength is None else check_strength(strength)
+
+
+def decoder_of(decoder: object, manifest: Manifest) -> Role:
+    """The role of the graph that decodes a request's pictures, by a name of :data:`DECODERS`: the model's own decoder,
+    or the small one. None is the model's own, without which there are latents alone."""
+    if decoder is None:
+        return DECODE
+    if not isinstance(decoder, str) or decoder not in DECODERS:
+        raise RequestError(f"a decoder is one of {', '.join(DECODERS)}, got {type(decoder).__name__} {shown(decoder)}")
+    if manifest.graph(DECODERS[decoder]) is None:
+        raise RequestError(
+            "the bundle has no small decoder (--preview-decoder); export it again with one, or take decoder full"
+            if decoder == "preview"
+            else "the bundle has no decoder (--components); export it with one, or leave decoder out for the latents"
+        )
+    return DECODERS[decoder]
 
 
 def check_strength(strength: object) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tgate_engine.conditioning import half_names
 from tgate_engine.errors import BundleError
-from tgate_engine.graph import BATCH, DECODE, DENOISE, ENCODE, IMAGE, TEXT, Dim, GraphSpec, Role, TensorSpec
+from tgate_engine.graph import BATCH, DECODE, DENOISE, ENCODE, IMAGE, PREVIEW, TEXT, Dim, GraphSpec, Role, TensorSpec
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.step import LATENTS, STEP, STEP_INPUTS, STEP_OUTPUTS, STEP_ROW
 
@@ -25,6 +25,7 @@ def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> Non
         IMAGE: {PICTURE, PICTURE_NOISE},
         DECODE: {FINAL_LATENTS},
         ENCODE: {PICTURE},
+        PREVIEW: {FINAL_LATENTS},
     }
     needs: dict[Role, Iterable[str]] = {
         DENOISE: STEP_OUTPUTS,
@@ -32,6 +33,7 @@ def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> Non
         IMAGE: manifest.conditioned_by("image"),
         DECODE: (PIXELS,),
         ENCODE: (LATENTS, DEVIATION),
+        PREVIEW: (PIXELS,),
     }
     forms: dict[str, tuple[str, tuple[Dim, ...]]] = {}
     for name, spec in graphs.items():
@@ -63,6 +65,7 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
             PICTURE: ("uint8", (1, *picture)),
             **dict.fromkeys((LATENTS, DEVIATION), ("float32", (1, *latents))),
         },
+        PREVIEW: {FINAL_LATENTS: ("float32", (1, *latents))},
     }
     always: dict[Role, tuple[str, ...]] = {
         DENOISE: (LATENTS, STEP),
@@ -70,6 +73,7 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
         IMAGE: (PICTURE,),
         DECODE: (FINAL_LATENTS,),
         ENCODE: (PICTURE,),
+        PREVIEW: (FINAL_LATENTS,),
     }
     for name, spec in graphs.items():
         if missing := [i for i in always[spec.role] if i not in spec.input_names()]:
@@ -86,7 +90,7 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
                 )
             own = tensor.shape if spec.role == DENOISE else tensor.resolve(1)
             dtype, form = wanted[spec.role].get(tensor.name, (tensor.dtype, own))
-            if spec.role == DECODE and tensor.name == PIXELS:  # a video's frames come before
+            if spec.role in (DECODE, PREVIEW) and tensor.name == PIXELS:  # a video's frames come before
                 dtype, form = "uint8", (*(own[:-3] or (1,)), *picture)
             if (tensor.dtype, own) != (dtype, form):
                 fits = _shown(TensorSpec(name=tensor.name, dtype=dtype, shape=form))

@@ -12,7 +12,7 @@ from functools import cached_property
 from PIL import Image
 
 from tgate_engine.errors import RequestError
-from tgate_engine.graph import DECODE, ENCODE
+from tgate_engine.graph import DECODE, ENCODE, PREVIEW
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
 from tgate_runtime.adapters import scales_of_adapters
@@ -21,7 +21,16 @@ from tgate_runtime.decoder import decode
 from tgate_runtime.encoder import Encoder, Row
 from tgate_runtime.generators import check_generator
 from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given, loras_of
-from tgate_runtime.request import begins_from, check_prompts, check_source, scales_of, seeds_of, strength_of
+from tgate_runtime.request import (
+    DECODERS,
+    begins_from,
+    check_prompts,
+    check_source,
+    decoder_of,
+    scales_of,
+    seeds_of,
+    strength_of,
+)
 from tgate_runtime.session import Session
 from tgate_serve.choice import Choice
 from tgate_serve.handle import Drawn, Handle, Step
@@ -38,7 +47,8 @@ class Wish:
     seeds that count on from ``seed``; a random one where that is None. ``size``: one of the model's.
     ``guidance_scale``: above 1. ``generator``: of noise. ``priority``, ``within_s``: see
     :class:`~tgate_serve.worker.Request`. ``partials``: how many looks at each image before it is through, evenly spread
-    over its steps. ``loras``: scales by the names of the bundle's adapters.
+    over its steps. ``loras``: scales by the names of the bundle's adapters. ``decoder``: of its pictures, one of
+    :data:`~tgate_runtime.request.DECODERS`.
     """
 
     prompt: str | None = None
@@ -56,6 +66,7 @@ class Wish:
     within_s: float | None = None
     partials: int = 0
     loras: Mapping[str, float] | None = None
+    decoder: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,21 +98,23 @@ class Drawing:
             bundle=self.model.digest,
             engine=EngineRecord.of(self.model.session.engine),
             strength=self.strength,
+            decoder="preview" if wish.decoder == "preview" else None,
             loras=loras_of(scales_of_adapters(wish.loras, manifest), manifest),
             given=digests_of_given(1, image=wish.picture, mask=wish.mask)[0],
         )
 
     def pictures(self, drawn: Drawn) -> list[list[Image.Image]]:
         """Of each image, its picture, or a video's frames; decoded in the calling thread."""
-        return self.model.worker.pictures(drawn)
+        return self.model.worker.pictures(drawn, decoder_of(self.wish.decoder, self.model.session.manifest))
 
     def partial(self, step: Step) -> Image.Image:
-        """Where a step's image is heading, as the decoder sees it, or a video's first frame. The step is one of those
-        that were to be looked at."""
-        graph = self.model.session.graph(DECODE, self.size)
+        """Where a step's image is heading, as the small decoder sees it, or the only one; of a video the first frame.
+        The step is one of those that were to be looked at."""
+        session = self.model.session
+        graph = session.graph(PREVIEW, self.size) or session.graph(DECODE, self.size)
         assert graph is not None  # Model.submit has seen it
         assert step.towards is not None
-        return decode(self.model.session, graph, step.towards)[0]
+        return decode(session, graph, step.towards)[0]
 
 
 class Model:
@@ -139,6 +152,11 @@ class Model:
         """Whether its images can begin from a picture, beside a prompt."""
         return self.session.manifest.graph(ENCODE) is not None
 
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """What its pictures may be decoded by."""
+        return tuple(name for name, role in DECODERS.items() if self.session.manifest.graph(role) is not None)
+
     @cached_property
     def digest(self) -> str:
         """The :func:`~tgate_engine.manifest_json.bundle_digest` of its bundle."""
@@ -156,6 +174,7 @@ class Model:
         if wish.guidance_scale is not None and manifest.guidance == "none":
             raise RequestError(f"{self.name} has no guidance, and so guidance_scale no effect; leave it out")
         scales_of_adapters(wish.loras, manifest)
+        decoder_of(wish.decoder, manifest)
         plan = wish.choice.of(self.worker.plans)
         shape = self.session.shapes(wish.size)[0]
         check_generator(wish.generator, shape.latents)

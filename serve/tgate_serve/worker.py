@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tgate_engine.errors import EngineError, RequestError, TgateError, shown
-from tgate_engine.graph import DECODE
+from tgate_engine.graph import DECODE, Role
 from tgate_engine.plan import Plan
 from tgate_engine.plan import Step as PlanStep
 from tgate_runtime.adapters import scales_of_adapters
@@ -289,10 +289,10 @@ class Worker:
         with self._changed:
             return {size: self._scheduler.added[size] for size in self._rooms}
 
-    def pictures(self, drawn: Drawn) -> list[list[Image.Image]]:
-        """Of each image, its RGB picture, or a video's frames, decoded in the calling thread. Raises
-        :class:`RequestError` for a bundle without a decoder."""
-        graph = self.session.graph(DECODE, drawn.size)
+    def pictures(self, drawn: Drawn, role: Role = DECODE) -> list[list[Image.Image]]:
+        """Of each image, its RGB picture, or a video's frames, decoded in the calling thread by the graph of a role.
+        Raises :class:`RequestError` for a bundle without it."""
+        graph = self.session.graph(role, drawn.size)
         if graph is None:
             raise RequestError("the bundle has no decoder (--components); export it with one, or take the latents")
         return [decode(self.session, graph, latents) for latents in drawn.latents]

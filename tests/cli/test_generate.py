@@ -591,6 +591,26 @@ def test_another_programs_picture_needs_a_bundle(run: Run, tmp_path: Path) -> No
     fails(run("generate", "--from", source), "was drawn by another program, whose model is no bundle: tgate generate")
 
 
+# --- a small decoder ----------------------------------------------------------------------------
+
+
+def test_the_small_decoder_draws_and_its_record_says_so(run: Run, toy: Path, tmp_path: Path) -> None:
+    """And with --from the same picture again, or the one of the model's own decoder."""
+    small = build(tmp_path / "small", Toy(small=True), goldens=False)
+    named = {name: tmp_path / f"{name}.png" for name in ("full", "quick", "again", "finished")}
+    assert run("generate", small, PROMPT, "--seed", 3, "--output", named["full"])[0] == 0
+    assert run("generate", small, PROMPT, "--seed", 3, "--decoder", "preview", "--output", named["quick"])[0] == 0
+    assert run("generate", small, "--from", named["quick"], "--output", named["again"])[0] == 0
+    finished = ("generate", small, "--from", named["quick"], "--decoder", "full", "--output", named["finished"])
+    assert run(*finished)[0] == 0
+    assert pixels(named["again"]) == pixels(named["quick"]) != pixels(named["full"])
+    assert pixels(named["finished"]) == pixels(named["full"])
+    draw = ("generate", toy, PROMPT, "--output", tmp_path / "none.png")
+    fails(run(*draw, "--decoder", "preview"), "the bundle has no small decoder (--preview-decoder); export it again")
+    fails(run("generate", toy, "--from", named["quick"], "--output", tmp_path / "none.png"), "or take decoder full")
+    assert not (tmp_path / "none.png").exists()
+
+
 # --- from a picture -----------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@ Python reads."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -34,7 +35,7 @@ from tgate_engine.manifest_json import content_digest
 from tgate_engine.plan import Plan
 from tgate_engine.step import PAST, STEP_OUTPUTS
 from tgate_export.methods.base import Settings
-from tgate_runtime.session import graphs_of
+from tgate_runtime.session import Session, graphs_of
 
 LARGEST = 2**63 - 1
 
@@ -280,6 +281,32 @@ def test_image_graphs_are_for_the_pictures_of_their_size(probe: Path, tmp_path: 
 
     edit_manifest(toy, harm)
     assert lines(probe, "signatures", toy) == [{"code": "bundle", "text": python_says(toy)}]
+
+
+@pytest.mark.parametrize("what", ["nothing", "inputs", "outputs", "latents", "pictures"])
+def test_a_small_decoder_is_checked_and_not_loaded(probe: Path, library: Library, tmp_path: Path, what: str) -> None:
+    """Nobody looks at unfinished images here; a file that no engine could load shows that none is asked to."""
+    toy = build(tmp_path / "toy", Toy(small=True), goldens=False)
+
+    def harm(data: dict[str, Any]) -> None:
+        graph = _graph(data, "small")
+        if what in ("inputs", "outputs"):
+            graph[what].clear()
+        elif what != "nothing":
+            graph["inputs" if what == "latents" else "outputs"][0].update(shape=[1, 2, 8, 4])
+
+    edit_manifest(toy, harm)
+    says = python_says(toy)
+    assert (says is None) == (what == "nothing")
+    assert lines(probe, "signatures", toy) == [{"ok": None} if says is None else {"code": "bundle", "text": says}]
+    if says is None:
+        garbage = b"no graph"
+        (toy / "small.onnx").write_bytes(garbage)
+        digest = {"sha256": hashlib.sha256(garbage).hexdigest(), "bytes": len(garbage)}
+        edit_manifest(toy, lambda d: d["files"].update({"small.onnx": digest}))
+        LoadedSession(LoadedBundle(library, toy))
+        with pytest.raises(BundleError, match=r"small\.onnx is not an ONNX graph"):
+            Session.open(toy)
 
 
 @pytest.mark.parametrize("what", ["nothing", "latents", "a carry", "an input"])

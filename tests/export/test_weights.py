@@ -70,7 +70,7 @@ def graph(*refs: WeightRef) -> TracedGraph:
 def write(path: Path, *refs: WeightRef, **tensors: Tensor) -> Mapping[WeightRef, Any]:
     done: list[tuple[int, int]] = []
     held: Any = Held(**tensors)
-    placements = write_weights(path, refs, held, lambda *bytes_: done.append(bytes_))
+    placements = write_weights(path, refs, lambda component: held, lambda *bytes_: done.append(bytes_))
     assert done[-1][0] == done[-1][1]
     return placements
 

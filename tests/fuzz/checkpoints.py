@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from diffusers import AutoencoderTiny
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
@@ -24,6 +25,7 @@ from tgate_export.families import MODELS, location
 from tgate_export.families.base import Size
 from tgate_export.libraries import refusing
 from tgate_export.lora import Lora, fuse_loras
+from tgate_export.preview_decoder import PreviewDecoder
 from tgate_export.sampling import compile_sampler
 from tgate_export.tokenizers import export_tokenizers, load
 
@@ -193,6 +195,27 @@ def _loras() -> Sequence[bytes]:
     return [save(peft, {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}), save(kohya), save(peft)]
 
 
+def small_decoder(data: bytes) -> None:
+    """The configuration of an AutoencoderTiny, beside sound weights."""
+    folder = _small()
+    (folder / "config.json").write_bytes(data)
+    PreviewDecoder(folder).scaling()
+
+
+@functools.cache
+def _small() -> Path:
+    folder = workspace() / "small"
+    sides = {f"{side}_block_out_channels": (4, 4) for side in ("encoder", "decoder")}
+    AutoencoderTiny(**sides, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def _configs() -> Sequence[bytes]:
+    """As it was, whatever has been written in its place since."""
+    return [(_small() / "config.json").read_bytes()]
+
+
 TARGETS = tuple(
     Target(name=name, run=run, sound=sound, mutate=mutate, examples=examples, native=False)
     for name, run, sound, mutate, examples in (
@@ -201,6 +224,7 @@ TARGETS = tuple(
         ("pieces", pieces, _pieces, mutate_bytes, 40),
         ("header", header, _headers, mutate_safetensors, 100),
         ("index", index, _indices, mutate_json, 60),
+        ("autoencoder", small_decoder, _configs, mutate_json, 60),
         ("lora", lora, _loras, mutate_safetensors, 30),
     )
 )

@@ -50,7 +50,7 @@ def leaks(call: Callable[[Any], object]) -> list[str]:
 
 
 DRAWN = ("prompt", "image", "prompt_embeds", "seed", "negative_prompt", "guidance_scale", "plan", "size", "num_images")
-DRAWN_WITH = (*DRAWN, "initial_latents", "generator")
+DRAWN_WITH = (*DRAWN, "initial_latents", "generator", "decoder")
 
 
 @pytest.mark.parametrize("name", DRAWN_WITH)

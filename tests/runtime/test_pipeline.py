@@ -192,6 +192,22 @@ def test_a_bundle_without_a_decoder_gives_latents(pipe: Pipeline, monkeypatch: p
     assert result.latents.shape == (1, *LATENTS)
 
 
+def test_pictures_by_the_small_decoder_say_so_in_their_records(tmp_path: Path) -> None:
+    """The toy's has half the contrast; the latents are those of any request."""
+    with Pipeline.open(build(tmp_path / "toy", Toy(small=True), goldens=False), threads=1) as own:
+        full, small = own(PROMPT, seed=3, num_images=2), own(PROMPT, seed=3, num_images=2, decoder="preview")
+        again = own(**small.records[1].request())
+        named = own(**{**small.records[1].request(), "decoder": "full"})
+    np.testing.assert_array_equal(small.latents, full.latents)
+    for picture, latents in zip(small.images, small.latents, strict=True):
+        expected = np.clip(latents.transpose(1, 2, 0) @ toy_model.weights()["image"] * 30 + 127.5, 0, 255)
+        assert np.abs(np.asarray(picture, float) - expected).max() <= 1
+    assert [record.decoder for record in (*full.records, *small.records)] == [None, None, "preview", "preview"]
+    assert again.images[0].tobytes() == small.images[1].tobytes() != full.images[1].tobytes()
+    assert named.images[0].tobytes() == full.images[1].tobytes()
+    assert named.records[0].decoder is None
+
+
 # --- several pictures ---------------------------------------------------------------------------
 
 

@@ -65,6 +65,33 @@ def test_the_map_is_fitted_once_at_the_first_preview(pipe: Pipeline, monkeypatch
     assert len(decoded) == 128
 
 
+# --- a small decoder ----------------------------------------------------------------------------
+
+
+def test_a_small_decoder_shows_pictures_of_their_own_size(tmp_path: Path) -> None:
+    """The toy's has half the contrast of its own decoder, which is called for the result alone."""
+    shown: list[list[Image.Image]] = []
+    with Pipeline.open(build(tmp_path / "toy", Toy(small=True, sizes=((4, 4), (8, 2))), goldens=False)) as own:
+        for size, shape in (("4x4", (4, 4)), ("8x2", (2, 8))):
+            shown.clear()
+            result = own(PROMPT, seed=2, num_images=3, size=size, on_step=lambda p: shown.append(p.preview()))
+            assert [len(pictures) for pictures in shown] == [3] * 8
+            for picture, latents in zip(shown[-1], result.latents, strict=True):
+                expected = np.clip(latents.transpose(1, 2, 0) @ toy_model.weights()["image"] * 30 + 127.5, 0, 255)
+                assert expected.shape[:2] == shape
+                assert np.abs(np.asarray(picture, float) - expected).max() <= 1
+    assert own._previews._colours._map is None  # nothing was fitted
+
+
+def test_a_small_decoder_alone_is_enough_for_previews(tmp_path: Path) -> None:
+    path = build(tmp_path / "toy", Toy(small=True), goldens=False)
+    edit_manifest(path, lambda d: d["shapes"][0]["graphs"].pop("decoder"))
+    shown: list[Image.Image] = []
+    with Pipeline.open(path, threads=1, check_digests=False) as own:
+        assert own(PROMPT, on_step=lambda progress: shown.append(progress.preview()[0])).images == []
+    assert [picture.size for picture in shown] == [(4, 4)] * 8
+
+
 # --- where it is heading ------------------------------------------------------------------------
 
 

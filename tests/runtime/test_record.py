@@ -50,6 +50,18 @@ def manifest(place: Path) -> Manifest:
 # --- as JSON ------------------------------------------------------------------------------------
 
 
+def test_what_a_record_need_not_say_is_not_in_its_json() -> None:
+    usual = record()
+    assert not {"strength", "decoder", "loras"} & usual.to_json().keys()
+    small = replace(usual, decoder="preview")
+    assert small.to_json() == {**usual.to_json(), "decoder": "preview"}
+    assert parse_record(json.dumps(small.to_json()), "x") == small
+    assert (usual.request()["decoder"], small.request()["decoder"]) == (None, "preview")
+    for odd in ("full", "", None, 1, ["preview"]):
+        with pytest.raises(RequestError, match="decoder"):
+            parse_record(json.dumps({**usual.to_json(), "decoder": odd}), "x")
+
+
 @pytest.mark.parametrize("prompt", [*PROMPTS.values(), None])
 def test_a_record_there_and_back(prompt: str | None) -> None:
     of = record(prompt=prompt, negative_prompt=prompt, guidance_scale=0.1 + 0.2, given={"image": "0f" * 32})

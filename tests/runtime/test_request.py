@@ -11,10 +11,11 @@ import pytest
 from tests.toy_bundle import Toy, build
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import RequestError
+from tgate_engine.graph import DECODE
 from tgate_engine.manifest import Manifest
 from tgate_runtime import request
 from tgate_runtime.generators import SEED_LIMIT, noise
-from tgate_runtime.request import check_count, check_latents, check_prompts, check_room, scales_of, seeds_of
+from tgate_runtime.request import check_count, check_latents, check_prompts, check_room, decoder_of, scales_of, seeds_of
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,27 @@ def test_numbers_of_numpy_are_numbers(manifest: Manifest) -> None:
     assert check_count(np.int64(3)) == 3  # type: ignore[arg-type]
     assert seeds_of(np.uint64(7), 2) == (7, 8)  # type: ignore[arg-type]
     assert scales_of(np.float32(4), 1, plan, manifest) == [4.0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "says"),
+    [
+        (
+            "preview",
+            r"the bundle has no small decoder \(--preview-decoder\); export it again with one, or take decoder",
+        ),
+        ("full", r"the bundle has no decoder \(--components\); export it with one, or leave decoder out"),
+        ("taesd", "a decoder is one of full, preview, got str taesd"),
+        (1, "a decoder is one of full, preview, got int 1"),
+    ],
+)
+def test_decoders_that_are_not_there(manifest: Manifest, decoder: Any, says: str) -> None:
+    (shape,) = manifest.shapes
+    graphs = {name: graph for name, graph in shape.graphs.items() if graph.role != DECODE}
+    without = replace(manifest, shapes=(replace(shape, graphs=graphs),))
+    assert decoder_of(None, without) == decoder_of(None, manifest) == decoder_of("full", manifest) == DECODE
+    with pytest.raises(RequestError, match=says):
+        decoder_of(decoder, without)
 
 
 def test_more_images_than_the_machine_can_hold_are_refused(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from tgate_engine.errors import BundleError
-from tgate_engine.graph import BATCH, DECODE, DENOISE, IMAGE, GraphSpec, TensorSpec
+from tgate_engine.graph import BATCH, DECODE, DENOISE, IMAGE, PREVIEW, GraphSpec, TensorSpec
 from tgate_engine.manifest import Conditioning, Manifest, Shape
 from tgate_runtime.session import Session
 from tgate_runtime.signatures import check_forms, check_ranges, check_signatures
@@ -95,6 +95,23 @@ def test_an_image_graph(manifest: Manifest) -> None:
         check_signatures(pictured, {"image": without(spec, "latent", output=True)})
     with pytest.raises(BundleError, match="graph 'image' takes picture, noise, which nothing feeds"):
         check_signatures(pictured, {"image": replace(spec, role=DECODE)})
+
+
+def test_a_small_decoder_is_one_as_the_other_is(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> None:
+    small, shape = replace(graphs["decoder"], role=PREVIEW), manifest.shapes[0]
+    check_signatures(manifest, {"small": small})
+    check_forms(shape, {"small": small})
+    with pytest.raises(BundleError, match="graph 'small' does not give image"):
+        check_signatures(manifest, {"small": without(small, "image", output=True)})
+    with pytest.raises(BundleError, match="graph 'small' takes odd, which nothing feeds"):
+        check_signatures(manifest, {"small": replace(small, inputs=(*small.inputs, ODD))})
+    for odd, says in (
+        (without(small, "latents"), "has no input latents"),
+        (reshaped(small, "latents", 1, 5), r"has latents as float32 \[1, 5\], where"),
+        (reshaped(small, "image", 1, 2, 2, 3, dtype="uint8"), r"has image as uint8 \[1, 2, 2, 3\], where"),
+    ):
+        with pytest.raises(BundleError, match=says):
+            check_forms(shape, {"small": odd})
 
 
 def reshaped(spec: GraphSpec, name: str, *shape: int | str, dtype: str = "float32") -> GraphSpec:

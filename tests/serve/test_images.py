@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import openai
 import pytest
 
 from tests.serve.running import PATH, Server, alone, picture, pixels, running, until
+from tests.toy_bundle import Toy, build
 from tgate_engine.errors import EngineError
 from tgate_runtime.encoder import Encoder
 from tgate_runtime.session import Session
@@ -437,3 +439,34 @@ def test_who_asks_is_noted(server: Server, caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO, "tgate"):
         server.draw(user="somebody\n")
     assert re.search(r"img_[0-9a-f]{24}: 1 of plan default by mini for user 'somebody\\n'", caplog.text)
+
+
+# --- a small decoder ----------------------------------------------------------------------------
+
+
+def test_a_small_decoder_makes_the_looks_and_the_models_own_the_picture(tmp_path: Path) -> None:
+    """The toy's small decoder has half the contrast of its own."""
+    looks = {}
+    for small in (False, True):
+        with Session.open(build(tmp_path / f"toy{small}", Toy(small=small), goldens=False), threads=1) as toy:
+            (final,) = alone(toy, "a red circle", seed=3)
+            with running(toy, rows=2) as server:
+                *partial, last = server.events(prompt="a red circle", seed=3, partial_images=2)
+                quick = server.draw(prompt="a red circle", seed=3, decoder="preview")
+                (facts,) = server.http.get("/v1/models").json()["data"]
+        np.testing.assert_array_equal(pixels(last["b64_json"]), final)
+        assert facts["tgate"]["decoders"] == ["full", "preview"][: 1 + small]
+        if not small:
+            assert quick.status_code == 400
+            assert "the bundle has no small decoder (--preview-decoder)" in quick.json()["error"]["message"]
+        looks[small] = [pixels(event["b64_json"]).astype(float) - 127.5 for event in partial]
+    for own, by_small in zip(looks[False], looks[True], strict=True):
+        inside = np.abs(own) < 127  # neither black nor white
+        assert np.count_nonzero(inside) > 10
+        assert np.abs(by_small - own / 2)[inside].max() <= 1
+    by_small, own = (
+        pixels(text).astype(float) - 127.5 for text in (quick.json()["data"][0]["b64_json"], last["b64_json"])
+    )
+    assert np.abs(by_small - own / 2)[np.abs(own) < 127].max() <= 1
+    record = read_stamp(base64.b64decode(quick.json()["data"][0]["b64_json"]), "the answer")
+    assert record.decoder == "preview"

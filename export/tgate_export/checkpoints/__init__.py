@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from tgate_export.checkpoints.base import Checkpoint, Stored, Tensors
+from tgate_export.checkpoints.base import Checkpoint, Holder, Stored, Tensors
 from tgate_export.checkpoints.directory import DirectoryCheckpoint, locate
 from tgate_export.checkpoints.published import PublishedCheckpoint
 from tgate_export.checkpoints.single_file import SingleFileCheckpoint
 from tgate_export.places import local
 
-__all__ = ["Checkpoint", "Stored", "Tensors", "open_checkpoint"]
+__all__ = ["Checkpoint", "Holder", "Stored", "Tensors", "open_checkpoint"]
 
 
 def open_checkpoint(

@@ -52,6 +52,16 @@ class Tensors(Protocol):
         ...
 
 
+class Holder(Protocol):
+    """What holds tensors of components, whatever else it may be. ``where`` names it in messages."""
+
+    where: str
+
+    def tensors(self, component: str) -> Tensors:
+        """A component's tensors."""
+        ...
+
+
 class Checkpoint(ABC):
     """A model's configurations and tensors, by component, in diffusers' terms.
 

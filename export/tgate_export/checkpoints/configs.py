@@ -37,6 +37,7 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
     # Layers, and what may be 0 of them.
     **dict.fromkeys(("layers_per_block", "num_layers", "num_decoder_layers", "num_hidden_layers"), (0, 256)),
     **dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block", "dual_attention_layers"), (0, 256)),
+    **dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), (0, 256)),
     **dict.fromkeys(("depth", "fullatt_block_indexes", "max_window_layers"), (0, 256)),
     **dict.fromkeys(("transformer_layers_per_block", "reverse_transformer_layers_per_block"), (0, 256)),
     # Sides of pictures, in pixels or latent pixels, of which tables of places are made.

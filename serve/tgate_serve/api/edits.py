@@ -77,6 +77,7 @@ def _submit(service: Service, model: Model, asked: EditAsked, files: dict[str, b
         mask=_read(read_mask, files["mask"], "mask") if "mask" in files else None,
         strength=asked.strength,
         images=asked.n or 1,
+        decoder=asked.decoder,
         **asked.common(),
     )
     service.check(model, wish)

@@ -47,7 +47,13 @@ async def generate(asked: ImageAsked, request: Request, response: Response, serv
     check_quality(asked.output_format, asked.output_compression)
     identity = identity_of(request, "img")
     model = service.model(asked.model, video=False)
-    wish = Wish(prompt=asked.prompt, images=asked.n or 1, partials=asked.partial_images or 0, **asked.common())
+    wish = Wish(
+        prompt=asked.prompt,
+        images=asked.n or 1,
+        partials=asked.partial_images or 0,
+        decoder=asked.decoder,
+        **asked.common(),
+    )
     began_s = time.monotonic()
     drawing = await service.submit(model, wish)
     user = "" if asked.user is None else f" for user '{shown(asked.user)}'"

@@ -12,6 +12,7 @@ from tgate_serve.scheduler import PRIORITIES
 
 Format = Literal["png", "jpeg", "webp"]
 VideoFormat = Literal["mp4", "gif"]
+Decoder = Literal["full", "preview"]
 VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 MOST_PARTIALS = 3
 
@@ -75,6 +76,7 @@ class ImageAsked(Asked):
     )
     output_format: Annotated[Format | None, Field(description="png if left out")] = None
     output_compression: Annotated[int | None, Field(ge=0, le=100, description="quality of jpeg and webp; 100")] = None
+    decoder: Annotated[Decoder | None, Field(description="what decodes the pictures; full if left out")] = None
     user: Annotated[str | None, Field(max_length=256, description="noted in the server's log")] = None
     stream: Annotated[bool | None, Field(description="answer with server-sent events")] = None
     partial_images: Annotated[
@@ -110,6 +112,7 @@ class EditAsked(Asked):
     )
     output_format: Annotated[Format | None, Field(description="png if left out")] = None
     output_compression: Annotated[int | None, Field(ge=0, le=100, description="quality of jpeg and webp; 100")] = None
+    decoder: Annotated[Decoder | None, Field(description="what decodes the pictures; full if left out")] = None
     user: Annotated[str | None, Field(max_length=256, description="noted in the server's log")] = None
 
 
@@ -241,7 +244,8 @@ class PlanFacts(BaseModel):
 
 class ModelFacts(BaseModel):
     """A model that is served. ``takes``: what it is conditioned by. ``edits``: whether its pictures
-    can begin from one. ``loras``: the names of its adapters. ``running``, ``waiting``: images, now."""
+    can begin from one. ``decoders``: what its pictures can be decoded by. ``loras``: the names of its adapters.
+    ``running``, ``waiting``: images, now."""
 
     sizes: list[str]
     plans: list[PlanFacts]
@@ -251,6 +255,7 @@ class ModelFacts(BaseModel):
     negative_prompt: bool
     guidance_scale: bool
     edits: bool
+    decoders: list[str]
     loras: list[str]
     engine: str
     running: int

@@ -75,6 +75,7 @@ def _answer(model: Model) -> ModelAnswer:
             negative_prompt=manifest.guided and not model.takes_picture,
             guidance_scale=manifest.guidance != "none",
             edits=model.edits,
+            decoders=list(model.decoders),
             loras=list(manifest.adapters),
             engine=model.session.engine.name,
             running=running,

@@ -20,7 +20,7 @@ const TensorSpec* find(const std::vector<TensorSpec>& tensors, std::string_view 
 }  // namespace
 
 std::string_view name_of(Role role) {
-  constexpr std::string_view names[] = {"denoise", "text", "image", "decode", "encode"};
+  constexpr std::string_view names[] = {"denoise", "text", "image", "decode", "encode", "preview"};
   return names[static_cast<std::size_t>(role)];
 }
 

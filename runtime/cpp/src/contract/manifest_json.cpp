@@ -28,7 +28,7 @@ constexpr int most_depth = 16;  // of the scheduler's configuration, which is no
 
 constexpr Spelling<Role> roles[] = {
     {"denoise", Role::denoise}, {"text", Role::text}, {"image", Role::image}, {"decode", Role::decode},
-    {"encode", Role::encode}};
+    {"encode", Role::encode}, {"preview", Role::preview}};
 constexpr Spelling<Source> sources[] = {{"text", Source::text}, {"image", Source::image}, {"constant", Source::constant}};
 constexpr Spelling<Negative> negatives[] = {{"own", Negative::own}, {"same", Negative::same}, {"zeros", Negative::zeros}};
 constexpr Spelling<Guidance> guidances[] = {

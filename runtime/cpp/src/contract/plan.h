@@ -24,7 +24,7 @@ inline constexpr int step_row_length = 12;
 /// The largest guidance scale that anybody exports.
 inline constexpr double most_guidance = 1e4;
 
-enum class Role : std::uint8_t { denoise, text, image, decode, encode };
+enum class Role : std::uint8_t { denoise, text, image, decode, encode, preview };
 std::string_view name_of(Role role);
 
 /// One input or output of a graph. A dimension of -1 is the batch, and can only be the first.

@@ -17,6 +17,9 @@ std::string joined(const std::vector<std::string>& names) {
   return text;
 }
 
+/// Whether graphs of a role make pictures of latents.
+bool is_decoder(Role role) { return role == Role::decode || role == Role::preview; }
+
 /// What can be fed to a graph of a role.
 Names feeds(const Manifest& manifest, Role role) {
   Names names;
@@ -45,7 +48,7 @@ Names feeds(const Manifest& manifest, Role role) {
 /// What a graph of a role must give.
 std::vector<std::string> needs(const Manifest& manifest, Role role) {
   if (role == Role::denoise) return {"next_latents", "output"};
-  if (role == Role::decode) return {"image"};
+  if (is_decoder(role)) return {"image"};
   if (role == Role::encode) return {"latents", "deviation"};
   std::vector<std::string> names;
   for (const Conditioning& tensor : manifest.conditioning) {
@@ -73,7 +76,7 @@ std::unordered_map<std::string, Form> forms_of(const Shape& shape, Role role) {
             {"noise", {Dtype::float32, {1, 3, shape.height, shape.width}}}};
   }
   std::unordered_map<std::string, Form> forms;
-  if (role == Role::decode) {
+  if (is_decoder(role)) {
     latents.insert(latents.begin(), 1);
     forms.emplace("latents", Form{Dtype::float32, latents});
   } else if (role == Role::encode) {
@@ -94,14 +97,14 @@ std::unordered_map<std::string, Form> forms_of(const Shape& shape, Role role) {
 /// What every graph of a role takes.
 std::vector<std::string> always(Role role) {
   if (role == Role::denoise) return {"latents", "step"};
-  if (role == Role::decode) return {"latents"};
+  if (is_decoder(role)) return {"latents"};
   return role == Role::image || role == Role::encode ? std::vector<std::string>{"picture"} : std::vector<std::string>{};
 }
 
 }  // namespace
 
 void check_signatures(const Manifest& manifest, const std::vector<std::pair<std::string, const GraphSpec*>>& kept) {
-  constexpr Role roles[] = {Role::denoise, Role::text, Role::image, Role::decode, Role::encode};
+  constexpr Role roles[] = {Role::denoise, Role::text, Role::image, Role::decode, Role::encode, Role::preview};
   std::unordered_map<Role, Names> fed;
   std::unordered_map<Role, std::vector<std::string>> needed;
   for (const Role role : roles) {
@@ -169,7 +172,7 @@ void check_forms(const Shape& shape, const std::vector<std::pair<std::string, co
         std::vector<std::int64_t> dims = tensor.shape;
         if (!by_image && tensor.by_image()) dims.front() = 1;
         Form wanted{tensor.dtype, dims};
-        if (spec->role == Role::decode && tensor.name == "image") {  // a video's frames come before
+        if (is_decoder(spec->role) && tensor.name == "image") {  // a video's frames come before
           std::vector<std::int64_t> pixels{1};
           if (dims.size() > 3) pixels.assign(dims.begin(), dims.end() - 3);
           for (const std::int64_t side : {shape.height, shape.width, std::int64_t{3}}) pixels.push_back(side);

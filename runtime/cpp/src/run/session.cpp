@@ -162,7 +162,8 @@ std::shared_ptr<const Session> Session::open(std::shared_ptr<const Bundle> bundl
       check_forms(*shape, kept);
       for (const auto& [name, spec] : kept) {
         const std::string& file = spec->file;
-        if (spec->role == Role::encode) continue;  // requests here begin from noise alone
+        // Requests here begin from noise alone, and nobody looks at them before they are through.
+        if (spec->role == Role::encode || spec->role == Role::preview) continue;
         if (std::none_of(graphs.begin(), graphs.end(), [&](const GraphSpec* each) { return each->file == file; })) {
           graphs.push_back(spec);
         }

@@ -15,12 +15,13 @@ BATCH = "batch"
 Dim = int | str
 """A fixed size, or :data:`BATCH`."""
 
-Role = Literal["denoise", "text", "image", "decode", "encode"]
+Role = Literal["denoise", "text", "image", "decode", "encode", "reference"]
 DENOISE: Role = "denoise"
 TEXT: Role = "text"
 IMAGE: Role = "image"
 DECODE: Role = "decode"
 ENCODE: Role = "encode"
+REFERENCE: Role = "reference"
 ROLES: tuple[Role, ...] = get_args(Role)
 
 

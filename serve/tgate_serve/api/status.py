@@ -76,6 +76,7 @@ def _answer(model: Model) -> ModelAnswer:
             guidance_scale=manifest.guidance != "none",
             edits=model.edits,
             loras=list(manifest.adapters),
+            ip_adapter=model.refers,
             engine=model.session.engine.name,
             running=running,
             waiting=waiting,

@@ -42,6 +42,7 @@ def check_processor(checkpoint: Checkpoint, side: int) -> None:
         "size": (side, {"shortest_edge": side}),
         "crop_size": (side, {"height": side, "width": side}),
         "resample": (3,),
+        "rescale_factor": (1 / 255,),
         **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), (True,)),
     }
     for key, values in wanted.items():

@@ -8,7 +8,7 @@ embedding, and Plus, a resampler over the last hidden states but one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +29,8 @@ from tgate_export.libraries import refusing
 Kind = Literal["plain", "plus"]
 
 MOST_BYTES = 8 << 30
+MOST_TENSORS = 1 << 12
+"""Of a file; SDXL's have some 200."""
 TOKENS = 4
 """That a plain adapter makes of a picture, whose file does not say so."""
 
@@ -79,7 +81,8 @@ class IpAdapterFile:
 
     def read(self, number: int, which: str) -> Tensor:
         """``to_k_ip`` or ``to_v_ip`` (``which``: "k" or "v") of a layer, as it is stored; the caller owns it."""
-        return _tensors(self.path, [f"ip_adapter.{number}.to_{which}_ip.weight"])[0]
+        ((_, tensor),) = _tensors(self.path, [f"ip_adapter.{number}.to_{which}_ip.weight"])
+        return tensor
 
 
 def read_ip_adapter(path: Path) -> IpAdapterFile:
@@ -90,8 +93,12 @@ def read_ip_adapter(path: Path) -> IpAdapterFile:
     if path.suffix in _PICKLES:
         raise ExportError(f"IP-Adapter {path} is a pickle by its name, which is never read; take its .safetensors file")
     stored = read_header(path).tensors
-    if path.stat().st_size > MOST_BYTES:
-        raise ExportError(f"IP-Adapter {path} has more than {MOST_BYTES} bytes, which none has")
+    size = path.stat().st_size
+    if len(stored) > MOST_TENSORS or size > MOST_BYTES:
+        raise ExportError(
+            f"IP-Adapter {path} has {len(stored)} tensors in {size} bytes; {MOST_TENSORS} tensors in {MOST_BYTES} "
+            "bytes are the most"
+        )
     parts: dict[str, dict[str, Stored]] = {"image_proj": {}, "ip_adapter": {}}
     for key, form in stored.items():
         part, _, name = key.partition(".")
@@ -104,11 +111,11 @@ def read_ip_adapter(path: Path) -> IpAdapterFile:
         parts[part][name] = form
     kind = _kind(path, parts["image_proj"], parts["ip_adapter"])
     pairs = _pairs(path, parts["ip_adapter"])
-    for key in stored:  # one at a time: SDXL's are nearly a gigabyte
-        if not torch.isfinite(_tensors(path, [key])[0]).all():
+    for key, tensor in _tensors(path, stored):  # one at a time: SDXL's are nearly a gigabyte
+        if not torch.isfinite(tensor).all():
             raise ExportError(f"IP-Adapter {path}: {quoted(key)} holds NaN or infinity; download it again")
-    names = [*parts["image_proj"]]
-    own = dict(zip(names, _tensors(path, [f"image_proj.{name}" for name in names]), strict=True))
+    names = [f"image_proj.{name}" for name in parts["image_proj"]]
+    own = {name.removeprefix("image_proj."): tensor for name, tensor in _tensors(path, names)}
     return IpAdapterFile(path=path, kind=kind, projection=_projection(path, kind, own), pairs=pairs)
 
 
@@ -168,10 +175,12 @@ def _pairs(path: Path, attention: Mapping[str, Stored]) -> dict[int, tuple[tuple
     return {number: (found[number]["k"], found[number]["v"]) for number in sorted(found)}
 
 
-def _tensors(path: Path, names: list[str]) -> list[Tensor]:
+def _tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of those names, read one after the other."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return [file.get_tensor(name) for name in names]
+            for name in names:
+                yield name, file.get_tensor(name)
     except (OSError, safetensors.SafetensorError) as error:
         raise ExportError(
             f"IP-Adapter {path} is not a whole safetensors file ({error!s:.200}); download it again"

@@ -23,13 +23,13 @@ from tests.tiny_models import CONSISTENCY_VARIANT
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import ExportError
 from tgate_engine.graph import REFERENCE
-from tgate_engine.manifest import Manifest
 from tgate_engine.report import Silent
 from tgate_export.build import export
 from tgate_export.families import MODELS
 from tgate_export.ip_adapter import Reference, adapted, as_diffusers, attach, fill, inputs_of
 from tgate_export.job import Job, prepare
 from tgate_export.lora import Lora
+from tgate_export.tracing import reference_outputs
 
 VARIANT = "sd15_a"
 TOLERANCE = 1e-5
@@ -126,68 +126,69 @@ def test_what_a_picture_becomes(
         torch.testing.assert_close(row, other, rtol=0, atol=TOLERANCE)
 
 
-@pytest.fixture(scope="module")
-def manifests(checkpoint: Path, adapters: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
-    """Of graphs alone, without an adapter and with each kind, at two sizes."""
-    made = []
-    for adapter in (None, *adapters):
-        out = tmp_path_factory.mktemp("manifests") / "bundle"
-        settings = family_settings(VARIANT, checkpoint, out, verify=False, batches=[(1, 1)])
-        settings = replace(settings, height=None, width=None, sizes=[(64, 64), (96, 64)], ip_adapter=adapter)
-        made.append(Bundle.open(export(settings, Silent())).manifest)
-    return made
+def test_what_a_bundle_holds(ip_adapter_bundle: Callable[[str, bool], tuple[Path, Path, Path]]) -> None:
+    """Tokens and scale go where the text goes, and end where it ends."""
+    manifest = Bundle.open(ip_adapter_bundle("sd", False)[2]).manifest
+    graphs = manifest.shapes[0].graphs
+    for name, halves in (("full", 2), ("reuse_self", 2), ("unguided", 1)):
+        forms = {tensor.name: tensor.shape for tensor in graphs[name].inputs}
+        assert forms["reference.positive"] == ("batch", 4, 24)
+        assert forms["reference_scale.positive"] == ("batch", 1)
+        assert ("reference.negative" in forms) == (halves == 2)
+    for name in ("reuse_cross", "reuse_both"):
+        assert not any("reference" in tensor.name for tensor in graphs[name].inputs)
+    assert {"reference", "text", "ungated", "gated"} <= {*manifest.goldens}
 
 
-def test_what_a_bundle_holds(manifests: list[Manifest]) -> None:
-    """The encoder knows no size; tokens and scale go where the text goes, and end where it ends."""
-    for manifest, tokens in zip(manifests[1:], (4, 6), strict=True):
-        small, large = manifest.shapes
-        assert small.graph(REFERENCE) == large.graph(REFERENCE)
-        for shape in manifest.shapes:
-            for name, half in (("full", "both"), ("reuse_self", "both"), ("unguided", "one")):
-                forms = {tensor.name: tensor.shape for tensor in shape.graphs[name].inputs}
-                assert forms["reference.positive"] == ("batch", tokens, 24)
-                assert forms["reference_scale.positive"] == ("batch", 1)
-                assert ("reference.negative" in forms) == (half == "both")
-            for name in ("reuse_cross", "reuse_both"):
-                assert not any("reference" in tensor.name for tensor in shape.graphs[name].inputs)
-
-
-def test_macs_count_the_pictures_attention(checkpoint: Path, manifests: list[Manifest]) -> None:
+def test_macs_count_the_pictures_products(
+    checkpoint: Path,
+    family_bundle: Callable[..., tuple[Path, Path]],
+    ip_adapter_bundle: Callable[[str, bool], tuple[Path, Path, Path]],
+) -> None:
     """Two linear layers of the tokens for each cross-attention, and two products over the tokens for each place."""
+    plain = Bundle.open(family_bundle(VARIANT)[1]).manifest.shapes[0]
+    own = Bundle.open(ip_adapter_bundle("sd", False)[2]).manifest.shapes[0]
     unet: Any = diffusers.UNet2DConditionModel.from_pretrained(checkpoint / "unet")
-    places, widths = list[int](), list[int]()
+    seen: list[tuple[int, int]] = []
 
-    def look(module: Any, arguments: Any, options: Any) -> None:
-        places.append(arguments[0].shape[1])
-        widths.append(module.to_k.out_features)
+    def look(module: Any, arguments: Any, _options: Any) -> None:
+        seen.append((arguments[0].shape[1], module.to_k.out_features))
 
     for name, module in unet.named_modules():
         if name.endswith("attn2"):
             module.register_forward_pre_hook(look, with_kwargs=True)
-    unet(torch.zeros(1, 4, 8, 8), 1, encoder_hidden_states=torch.zeros(1, 24, 24))
-    plain = manifests[0].shapes_of("64x64")[0].graphs
-    for manifest, tokens in zip(manifests[1:], (4, 6), strict=True):
-        layers = sum(2 * tokens * 24 * width for width in widths)
-        products = sum(2 * tokens * place * width for place, width in zip(places, widths, strict=True))
-        for name, spec in manifest.shapes_of("64x64")[0].graphs.items():
-            if name not in plain or spec.role != "denoise":
-                continue
-            halves = 0 if "cross" in name or "both" in name else 1 if name == "unguided" else 2
-            assert spec.macs.paper - plain[name].macs.paper == halves * layers, name
-            assert spec.macs.all - plain[name].macs.all == halves * (layers + products), name
+    unet(torch.zeros(1, *own.latents), 1, encoder_hidden_states=torch.zeros(1, 24, 24))
+    layers = sum(2 * 4 * 24 * width for _, width in seen)
+    products = sum(2 * 4 * places * width for places, width in seen)
+    assert plain.size == own.size
+    for name, halves in (("full", 2), ("reuse_self", 2), ("unguided", 1), ("reuse_cross", 0), ("reuse_both", 0)):
+        without, with_one = plain.graphs[name].macs, own.graphs[name].macs
+        assert with_one.paper - without.paper == halves * layers, name
+        assert with_one.all - without.all == halves * (layers + products), name
 
 
 def test_a_consistency_model_has_one_half(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """And so no tokens of no picture."""
     checkpoint = tiny_checkpoint(CONSISTENCY_VARIANT)
     adapter = save_ip_adapter(checkpoint, tmp_path / "adapter", plus=True)
-    settings = replace(family_settings("lcm_sdxl", checkpoint, tmp_path / "b"), ip_adapter=adapter, batches=[(1, 1)])
+    settings = replace(family_settings("lcm_sdxl", checkpoint, tmp_path / "b"), ip_adapter=adapter)
+    assert reference_outputs(prepare(settings)) == ["reference.positive"]
+
+
+@pytest.mark.slow
+def test_it_is_exported_at_two_sizes(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """The encoder knows no size: there is one, for all of them."""
+    checkpoint = tiny_checkpoint(CONSISTENCY_VARIANT)
+    adapter = save_ip_adapter(checkpoint, tmp_path / "adapter", plus=True)
+    settings = family_settings("lcm_sdxl", checkpoint, tmp_path / "b", batches=[(1, 1)])
+    sizes = [(64, 64), (96, 64)]
+    settings = replace(settings, ip_adapter=adapter, height=None, width=None, sizes=sizes)
     manifest = Bundle.open(export(settings, Silent())).manifest
-    spec = manifest.graph(REFERENCE)
-    assert spec is not None
-    assert [tensor.name for tensor in spec.outputs] == ["reference.positive"]
-    assert {"reference", "ungated"} <= {*manifest.goldens}
+    small, large = (shape.graph(REFERENCE) for shape in manifest.shapes)
+    assert small is not None
+    assert small == large
+    assert [tensor.name for tensor in small.outputs] == ["reference.positive"]
+    assert {"reference", "ungated", "ungated-96x64"} <= {*manifest.goldens}
 
 
 def _text(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:

@@ -14,14 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import once
 from tests.oracle_pictures import Gate
 from tests.oracle_pictures import gated as gates
-from tests.tiny_ip_adapter import ENCODER, FILE, save_ip_adapter
+from tests.tiny_ip_adapter import ENCODER, FILE
 from tgate_engine.bundle import Bundle
 from tgate_engine.plan import Plan
-from tgate_engine.report import Silent
-from tgate_export.build import ExportSettings, export
 from tgate_export.plans import add_plan
 from tgate_export.sampling import make_scheduler
 from tgate_runtime.generators import noise
@@ -46,36 +43,9 @@ def picture() -> Image.Image:
 
 Made = Callable[[str, bool], tuple[Path, Path, Path]]
 
-
-@pytest.fixture(scope="module")
-def made(
-    family_bundle: Callable[..., tuple[Path, Path]],
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Made:
-    """(checkpoint, adapter's file, bundle) by family and whether the adapter is a Plus one."""
-
-    def get(family: str, plus: bool) -> tuple[Path, Path, Path]:
-        checkpoint = family_bundle("sd15_a")[0] if family == "sd" else tiny_checkpoint("conv_projection")
-
-        def make(folder: Path) -> None:
-            adapter = save_ip_adapter(checkpoint, folder / "adapter", plus=plus, side=224 if plus else 32)
-            export(
-                ExportSettings(
-                    model="sd15" if family == "sd" else "sdxl",
-                    checkpoint=str(checkpoint),
-                    ip_adapter=adapter,
-                    fidelity_interval=2,
-                    batches=[(1, 1)],
-                    output=folder / "bundle",
-                ),
-                Silent(),
-            )
-
-        folder = once(tmp_path_factory, f"ip-adapter-{family}-{'plus' if plus else 'plain'}", make)
-        return checkpoint, folder / "adapter" / FILE, folder / "bundle"
-
-    return functools.cache(get)
+USUAL = [("sd", False, "ort-cpu"), ("sdxl", True, "ort-cpu"), ("sdxl", True, "openvino")]
+"""Every family, kind and engine is in it; all of their combinations take longer."""
+ALL = [(family, plus, engine) for family in PIPELINES for plus in (False, True) for engine in ("ort-cpu", "openvino")]
 
 
 def plans(bundle: Path) -> tuple[Plan, Plan]:
@@ -125,14 +95,15 @@ def off(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / np.abs(other).max())
 
 
-@pytest.mark.parametrize("engine", ["ort-cpu", "openvino"])
-@pytest.mark.parametrize("plus", [False, True], ids=["plain", "plus"])
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_as_diffusers(made: Made, family: str, plus: bool, engine: str) -> None:
-    checkpoint, adapter, bundle = made(family, plus)
+@pytest.mark.parametrize(
+    ("family", "plus", "engine"),
+    [pytest.param(*case, marks=[] if case in USUAL else pytest.mark.slow) for case in ALL],
+)
+def test_as_diffusers(ip_adapter_bundle: Made, family: str, plus: bool, engine: str) -> None:
+    checkpoint, adapter, bundle = ip_adapter_bundle(family, plus)
     both = plans(bundle)
     options: dict[str, Any] = {"precision": "f32"} if engine == "openvino" else {}
-    scale = 0.6
+    scale, references = 0.6, list[np.ndarray]()
     with Pipeline.open(bundle, engine=engine, plans=both, threads=1, **options) as pipe:
         start = noise(SEED, pipe.session.shapes()[0].latents)[None]
         sampler = both[0].sampler.name
@@ -142,3 +113,28 @@ def test_as_diffusers(made: Made, family: str, plus: bool, engine: str) -> None:
             reference = wanted(checkpoint, adapter, family, sampler, scale, gated=gated, start=start)
             assert off(drawn, reference) < TOLERANCE
             assert off(ask().latents, reference) > 0.02  # or it would prove nothing
+            references.append(reference)
+    assert off(*references) > 1e-3
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_without_a_picture_it_is_the_model_without_an_adapter(ip_adapter_bundle: Made, gated: bool) -> None:
+    checkpoint, _, bundle = ip_adapter_bundle("sd", False)
+    plan = plans(bundle)[gated]
+    with Pipeline.open(bundle, plans=[plan], threads=1) as pipe:
+        start = noise(SEED, pipe.session.shapes()[0].latents)[None]
+        drawn = pipe(PROMPT, negative_prompt=NEGATIVE, seed=SEED, plan=plan).latents
+    reference = wanted(checkpoint, None, "sd", plan.sampler.name, 0, gated=gated, start=start)
+    assert off(drawn, reference) < TOLERANCE
+
+
+def test_two_prompts_see_one_picture(ip_adapter_bundle: Made) -> None:
+    """Each as alone; and another picture is another image."""
+    _, _, bundle = ip_adapter_bundle("sd", False)
+    plan = plans(bundle)[1]
+    with Pipeline.open(bundle, plans=[plan], threads=1) as pipe:
+        own: dict[str, Any] = {"plan": plan, "ip_adapter_image": picture()}
+        both = pipe([PROMPT, "a photo"], seed=1, **own).latents
+        np.testing.assert_array_equal(both[1:], pipe("a photo", seed=2, **own).latents)
+        turned = pipe("a photo", seed=2, plan=plan, ip_adapter_image=picture().rotate(180)).latents
+        assert off(turned, both[1:]) > 1e-3

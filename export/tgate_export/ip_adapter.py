@@ -46,7 +46,7 @@ class AdaptedCheckpoint(Checkpoint):
         """``encoder``: a directory of CLIP's vision model. ``unet``: the checkpoint's, with or without memory for its
         weights. Raises :class:`ExportError` for an adapter of another architecture."""
         self._checkpoint = checkpoint
-        self.where = checkpoint.where
+        self.where = f"{checkpoint.where} with IP-Adapter {adapter.path}"
         self.model_index: Mapping[str, Any] = checkpoint.model_index
         self.adapter = adapter
         self.layers = _layers(adapter, unet)

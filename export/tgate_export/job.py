@@ -168,7 +168,8 @@ def directories(family: Family, components: Sequence[str]) -> tuple[str, ...]:
 def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> Checkpoint:
     family = model.family
     # The configurations of all of them say what the denoiser takes; the weights of those exported are read.
-    names = (*directories(family, components), *family.tokenizers)
+    own = tuple(name for name in directories(family, components) if name not in COMPONENTS)
+    names = (*own, *family.tokenizers)
     checkpoint = open_checkpoint(
         settings.model,
         settings.checkpoint or location(settings.model),
@@ -180,7 +181,6 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
     )
     family.check_pipeline(checkpoint)  # a LoRA is read by its pipeline's rules
     if settings.loras:
-        own = [name for name in directories(family, components) if name not in COMPONENTS]
         checkpoint = fuse_loras(checkpoint, settings.loras, family.build, components=own)
     if settings.ip_adapter is None:
         return checkpoint

@@ -128,11 +128,11 @@ def test_what_a_picture_becomes(
 
 def test_what_a_bundle_holds(ip_adapter_bundle: Callable[[str, bool], tuple[Path, Path, Path]]) -> None:
     """Tokens and scale go where the text goes, and end where it ends."""
-    manifest = Bundle.open(ip_adapter_bundle("sd", False)[2]).manifest
+    manifest = Bundle.open(ip_adapter_bundle("sdxl", True)[2]).manifest
     graphs = manifest.shapes[0].graphs
     for name, halves in (("full", 2), ("reuse_self", 2), ("unguided", 1)):
         forms = {tensor.name: tensor.shape for tensor in graphs[name].inputs}
-        assert forms["reference.positive"] == ("batch", 4, 24)
+        assert forms["reference.positive"] == ("batch", 6, 48)
         assert forms["reference_scale.positive"] == ("batch", 1)
         assert ("reference.negative" in forms) == (halves == 2)
     for name in ("reuse_cross", "reuse_both"):
@@ -141,13 +141,12 @@ def test_what_a_bundle_holds(ip_adapter_bundle: Callable[[str, bool], tuple[Path
 
 
 def test_macs_count_the_pictures_products(
-    checkpoint: Path,
-    family_bundle: Callable[..., tuple[Path, Path]],
-    ip_adapter_bundle: Callable[[str, bool], tuple[Path, Path, Path]],
+    tiny_bundle: Callable[..., Path], ip_adapter_bundle: Callable[[str, bool], tuple[Path, Path, Path]]
 ) -> None:
     """Two linear layers of the tokens for each cross-attention, and two products over the tokens for each place."""
-    plain = Bundle.open(family_bundle(VARIANT)[1]).manifest.shapes[0]
-    own = Bundle.open(ip_adapter_bundle("sd", False)[2]).manifest.shapes[0]
+    checkpoint, _, bundle = ip_adapter_bundle("sdxl", True)
+    plain = Bundle.open(tiny_bundle("conv_projection")).manifest.shapes[0]
+    own = Bundle.open(bundle).manifest.shapes[0]
     unet: Any = diffusers.UNet2DConditionModel.from_pretrained(checkpoint / "unet")
     seen: list[tuple[int, int]] = []
 
@@ -157,9 +156,11 @@ def test_macs_count_the_pictures_products(
     for name, module in unet.named_modules():
         if name.endswith("attn2"):
             module.register_forward_pre_hook(look, with_kwargs=True)
-    unet(torch.zeros(1, *own.latents), 1, encoder_hidden_states=torch.zeros(1, 24, 24))
-    layers = sum(2 * 4 * 24 * width for _, width in seen)
-    products = sum(2 * 4 * places * width for places, width in seen)
+    added = {"text_embeds": torch.zeros(1, 24), "time_ids": torch.zeros(1, 6)}
+    text = torch.zeros(1, 16, 48)
+    unet(torch.zeros(1, *own.latents), 1, encoder_hidden_states=text, added_cond_kwargs=added)
+    layers = sum(2 * 6 * 48 * width for _, width in seen)
+    products = sum(2 * 6 * places * width for places, width in seen)
     assert plain.size == own.size
     for name, halves in (("full", 2), ("reuse_self", 2), ("unguided", 1), ("reuse_cross", 0), ("reuse_both", 0)):
         without, with_one = plain.graphs[name].macs, own.graphs[name].macs
@@ -180,7 +181,7 @@ def test_it_is_exported_at_two_sizes(tiny_checkpoint: Callable[[str], Path], tmp
     """The encoder knows no size: there is one, for all of them."""
     checkpoint = tiny_checkpoint(CONSISTENCY_VARIANT)
     adapter = save_ip_adapter(checkpoint, tmp_path / "adapter", plus=True)
-    settings = family_settings("lcm_sdxl", checkpoint, tmp_path / "b", batches=[(1, 1)])
+    settings = family_settings("lcm_sdxl", checkpoint, tmp_path / "b", batches=[(1, 4)])
     sizes = [(64, 64), (96, 64)]
     settings = replace(settings, ip_adapter=adapter, height=None, width=None, sizes=sizes)
     manifest = Bundle.open(export(settings, Silent())).manifest

@@ -247,8 +247,10 @@ def _check_ip_adapter(settings: ExportSettings, model: Model) -> None:
     if not os.path.lexists(file):
         raise ExportError(f"IP-Adapter {file} does not exist; --ip-adapter wants a .safetensors file")
     if not encoder_of(settings).is_dir():
-        wanted = "--image-encoder wants the directory of CLIP's vision model, which the adapter was trained with"
-        raise ExportError(f"{encoder_of(settings)} is no directory; {wanted}")
+        raise ExportError(
+            f"{encoder_of(settings)} is no directory; --image-encoder wants the directory of CLIP's vision model, "
+            "which the adapter was trained with"
+        )
 
 
 def encoder_of(settings: ExportSettings) -> Path:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.tiny_families import FAMILY_VARIANTS, make_tiny
+from tests.tiny_ip_adapter import FILE, save_ip_adapter
 from tests.tiny_models import make_tiny_sdxl, tiny_model
 from tgate_engine.bundle import DEFAULT
 from tgate_engine.report import Silent
@@ -116,6 +117,33 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
             make_tiny_sdxl(folder / "checkpoint", variant)
 
         return once(tmp_path_factory, f"sdxl-{variant}", make) / "checkpoint"
+
+    return functools.cache(get)
+
+
+@pytest.fixture(scope="session")
+def ip_adapter_bundle(
+    tmp_path_factory: pytest.TempPathFactory,
+    family_bundle: Callable[..., tuple[Path, Path]],
+    tiny_checkpoint: Callable[[str], Path],
+) -> Callable[[str, bool], tuple[Path, Path, Path]]:
+    """(checkpoint, an IP-Adapter's file, bundle with every graph) by family, "sd" or "sdxl", and whether the adapter is
+    a Plus one. Read only."""
+
+    def get(family: str, plus: bool) -> tuple[Path, Path, Path]:
+        checkpoint = family_bundle("sd15_a")[0] if family == "sd" else tiny_checkpoint("conv_projection")
+
+        def make(folder: Path) -> None:
+            adapter = save_ip_adapter(checkpoint, folder / "adapter", plus=plus, side=224 if plus else 32)
+            of_all: dict[str, Any] = {"ip_adapter": adapter, "batches": [(1, 1)]}
+            if family == "sd":
+                export(family_settings("sd15_a", checkpoint, folder / "bundle", **of_all), Silent())
+                return
+            own: dict[str, Any] = {"model": "sdxl", "checkpoint": str(checkpoint), "fidelity_interval": 2, **of_all}
+            export(ExportSettings(**own, output=folder / "bundle"), Silent())
+
+        folder = once(tmp_path_factory, f"ip-adapter-{family}-{'plus' if plus else 'plain'}", make)
+        return checkpoint, folder / "adapter" / FILE, folder / "bundle"
 
     return functools.cache(get)
 

@@ -62,7 +62,7 @@ def latents_from(
         if gate is not None:
             extra = 1 if sampler == "pndm" else 0
             guided = guidance_scale > 1 and pipe.unet.config.time_cond_proj_dim is None
-            stack.enter_context(_gated(pipe.unet, gate, first=-extra, guided=guided))
+            stack.enter_context(gated(pipe.unet, gate, first=-extra, guided=guided))
         result = pipe(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -103,8 +103,13 @@ def _drawn(pipe: Any, draws: Draws) -> Iterator[None]:
         yield
 
 
+def _first_half(value: Any) -> Any:
+    """Of a tensor, or of each tensor in a list, as an IP-Adapter's pictures are."""
+    return [each.chunk(2)[0] for each in value] if isinstance(value, list) else value.chunk(2)[0]
+
+
 @contextmanager
-def _gated(unet: torch.nn.Module, gate: Gate, *, first: int, guided: bool) -> Iterator[None]:
+def gated(unet: torch.nn.Module, gate: Gate, *, first: int, guided: bool) -> Iterator[None]:
     stored: dict[str, torch.Tensor] = {}
     now: dict[str, str] = {}
     plain, step = unet.forward, first
@@ -136,7 +141,7 @@ def _gated(unet: torch.nn.Module, gate: Gate, *, first: int, guided: bool) -> It
             sample.chunk(2)[0],
             timestep,
             encoder_hidden_states=encoder_hidden_states.chunk(2)[0],
-            added_cond_kwargs={name: value.chunk(2)[0] for name, value in added.items()},
+            added_cond_kwargs={name: _first_half(value) for name, value in added.items()},
             **options,
         )[0]
         return (torch.cat([output, output]),)

@@ -29,6 +29,7 @@ from tgate_engine.graph import (
     ENCODE,
     IMAGE,
     PREVIEW,
+    REFERENCE,
     TEXT,
     Dim,
     GraphSpec,
@@ -65,6 +66,8 @@ WEIGHTS = "weights.safetensors"
 SAMPLERS = "samplers.safetensors"
 TABLE_STEPS = range(1, 13)
 """Steps of which the bundle has a table of the toy's sampler."""
+REFERENCES = (Conditioning(name="seen", source="reference"), Conditioning(name="much", source="scale", negative="same"))
+"""What conditions a toy that refers to a picture: WIDTH numbers of it, and how much of them is added to the text."""
 MACS = {
     FULL: Macs(paper=2000, all=2600),
     REUSE_SELF: Macs(paper=1600, all=1700),
@@ -82,13 +85,15 @@ class Toy:
     the default first. ``carry_dtype``: of carries; the arithmetic stays float32. ``settings``: of each plan by its
     name; their baselines are stored beside them. ``pictured``: conditioned by a picture instead of a text. ``begins``:
     with an encoder, and starts for its samplers, of which those of 4 steps take no mask.
-    ``small``: with a small decoder, whose pictures have half the contrast.
+    ``small``: with a small decoder, whose pictures have half the contrast. ``refers``: with what makes a picture beside
+    the prompt a part of the text; it has no goldens.
     """
 
     guided: bool = True
     pictured: bool = False
     begins: bool = False
     small: bool = False
+    refers: bool = False
     batches: Sequence[tuple[int, int]] = ((1, 4),)
     sizes: Sequence[tuple[int, int]] = ((4, 4),)
     zero_negative: bool = True
@@ -171,6 +176,7 @@ def build(path: Path, toy: Toy | None = None, *, goldens: bool = True) -> Path:
                 Conditioning(name="text", source=source, negative=negative),
                 Conditioning(name="pooled", source=source, negative=negative),
                 Conditioning(name="time_ids", source="constant"),
+                *(REFERENCES if toy.refers else ()),
             ),
             tokenizers=() if toy.pictured else _save_tokenizers(stage),
             plans=_plans(toy, shapes[0].graphs),
@@ -178,7 +184,7 @@ def build(path: Path, toy: Toy | None = None, *, goldens: bool = True) -> Path:
             files={},
             scheduler={},
         )
-        recorded = _goldens(stage, manifest, toy) if goldens else {}
+        recorded = _goldens(stage, manifest, toy) if goldens and not toy.refers else {}
         manifest = replace(manifest, goldens=recorded, files=digests_of(stage))
         (stage / MANIFEST_FILE).write_text(dump_manifest(manifest), encoding="utf-8")
     return path
@@ -281,6 +287,8 @@ def _shape(stage: Path, offsets: Mapping[str, Any], toy: Toy, size: tuple[int, i
         graphs["small"] = _decoder(stage / f"small{of_size}.onnx", offsets, latents, PREVIEW)
     if toy.begins:
         graphs["encoder"] = _encoder(stage / f"encoder{of_size}.onnx", offsets, latents)
+    if toy.refers:
+        graphs["reference"] = _reference(stage / "reference.onnx", offsets, toy)
     return Shape(
         width=size[0],
         height=size[1],
@@ -416,6 +424,8 @@ def _denoiser(
         tokens = g.reshape(condition("text", LENGTH, WIDTH), -1, LENGTH * WIDTH)
         mean_of_tokens = np.tile(np.eye(WIDTH) / LENGTH, (LENGTH, 1))
         text = g.add("MatMul", tokens, g.constant(mean_of_tokens, np.float32))
+        if toy.refers:
+            text = g.add("Add", text, g.add("Mul", condition("seen", WIDTH), condition("much", 1)))
     for block in range(BLOCKS):
         if reuses_self:
             self_ = read(f"self.{block}{mean}" if reuses_cross else f"self.{block}")
@@ -507,6 +517,22 @@ def _encoder(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...]) -
     g.add("Concat", *[scaled] * latents[0], output="latents", axis=1)
     g.add("Mul", "latents", g.constant(0.1, np.float32), output="deviation")
     return g.save(path, ENCODE, (1, 1), inputs, outputs, Macs(paper=0, all=0))
+
+
+def _reference(path: Path, offsets: Mapping[str, Any], toy: Toy) -> GraphSpec:
+    """The first numbers of a picture of 4 by 4, from 0 to 1; without one, all are a quarter."""
+    g = _Graph(offsets)
+    inputs = [TensorSpec(name="picture", dtype="uint8", shape=(1, 4, 4, 3))]
+    halves = ("negative", "positive") if toy.guided else ("positive",)
+    outputs = [TensorSpec(name=half("seen", which), dtype="float32", shape=(1, WIDTH)) for which in halves]
+    colours = g.add("Cast", "picture", to=TensorProto.FLOAT)
+    numbers = g.reshape(g.add("Div", colours, g.constant(255, np.float32)), 1, -1)
+    ends = (g.constant([end]) for end in (0, WIDTH, 1))
+    g.add("Slice", numbers, *ends, output="seen.positive")
+    if toy.guided:
+        nothing = g.add("Mul", "seen.positive", g.constant(0, np.float32))
+        g.add("Add", nothing, g.constant(0.25, np.float32), output="seen.negative")
+    return g.save(path, REFERENCE, (1, 1), inputs, outputs, Macs(paper=0, all=0))
 
 
 def _save_weights(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:

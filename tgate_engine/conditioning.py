@@ -9,10 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgate_engine.manifest import Conditioning
-from tgate_engine.step import half
+from tgate_engine.step import HALVES, half
 
 Tensors = Mapping[str, NDArray[Any]]
 """Outputs of the text or the image graph for one request: name to [1, ...]."""
+
+BESIDE = ("reference", "scale")
+"""Sources of what comes beside that which conditions a request, and need not: zeros then."""
 
 
 def halves(
@@ -26,10 +29,13 @@ def halves(
     """``<name>.<half>`` to [1, ...] for one image. ``negative`` None stands for zeros in place of a text.
 
     ``constants``: the rows of a shape. Where an encoder gives ``<name>.negative`` as well, that is what a negative
-    prompt becomes. Without guidance there is a positive half only. Pure.
+    prompt becomes. Without guidance there is a positive half only. What a reference picture adds is not among them
+    (:func:`reference_halves`). Pure.
     """
     rows: dict[str, NDArray[Any]] = {}
     for tensor in conditioning:
+        if tensor.source in BESIDE:
+            continue
         is_constant = tensor.source == "constant"
         here = np.array([constants[tensor.name]], np.float32) if is_constant else positive[tensor.name]
         rows[half(tensor.name, "positive")] = here
@@ -42,6 +48,23 @@ def halves(
             rows[own] = np.zeros_like(here)
         else:
             rows[own] = negative.get(own, negative[tensor.name])
+    return rows
+
+
+def reference_halves(
+    conditioning: Sequence[Conditioning], encoded: Tensors, scale: float, *, guided: bool
+) -> dict[str, NDArray[Any]]:
+    """``<name>.<half>`` to [1, ...] of what a reference picture adds to :func:`halves`.
+
+    ``encoded``: outputs of the reference graph, ``<name>.<half>``. ``scale``: of both halves. Pure.
+    """
+    rows: dict[str, NDArray[Any]] = {}
+    for tensor in conditioning:
+        if tensor.source not in BESIDE:
+            continue
+        for which in HALVES if guided else HALVES[1:]:
+            name = half(tensor.name, which)
+            rows[name] = np.array([[scale]], np.float32) if tensor.source == "scale" else encoded[name]
     return rows
 
 

@@ -15,13 +15,14 @@ BATCH = "batch"
 Dim = int | str
 """A fixed size, or :data:`BATCH`."""
 
-Role = Literal["denoise", "text", "image", "decode", "encode", "preview"]
+Role = Literal["denoise", "text", "image", "decode", "encode", "preview", "reference"]
 DENOISE: Role = "denoise"
 TEXT: Role = "text"
 IMAGE: Role = "image"
 DECODE: Role = "decode"
 ENCODE: Role = "encode"
 PREVIEW: Role = "preview"
+REFERENCE: Role = "reference"
 ROLES: tuple[Role, ...] = get_args(Role)
 
 

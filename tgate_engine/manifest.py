@@ -19,7 +19,7 @@ MANIFEST_FILE = "manifest.json"
 
 Guidance = Literal["classifier-free", "embedded", "none"]
 GUIDANCE: tuple[Guidance, ...] = get_args(Guidance)
-SOURCES = ("text", "image", "constant")
+SOURCES = ("text", "image", "constant", "reference", "scale")
 NEGATIVES = ("own", "same", "zeros")
 
 
@@ -52,6 +52,10 @@ class Conditioning:
     output of the text graph (``source = "text"``), of the image graph (``"image"``) or a row of numbers that each
     shape holds among its ``constants`` (``"constant"``). ``negative`` says what the negative half takes: the negative
     prompt's ``"own"`` value, the ``"same"`` as the positive half (as constants always do), or ``"zeros"``.
+
+    With an IP-Adapter, what a picture beside the prompt adds: outputs of the reference graph, ``<name>.<half>``
+    (``"reference"``), and how much of it is added, a number of the request's [1] (``"scale"``). Both are 0 in a request
+    without such a picture.
     """
 
     name: str

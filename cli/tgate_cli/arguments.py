@@ -135,6 +135,10 @@ def tgate_parser() -> Parser:
     anew = "what of --image is drawn anew: what is white, or transparent where it has alpha; the rest stays"
     p.add_argument("--mask", type=Path, metavar="M.png", help=anew)
     p.add_argument("--prompt-embeds", type=Path, metavar="E.safetensors", help="from `tgate embed`, for a prompt")
+    attended = "a picture that all images attend to beside their prompts, of a bundle with an IP-Adapter"
+    p.add_argument("--ip-adapter-image", type=Path, metavar="IN.png", help=attended)
+    added = "how much of --ip-adapter-image is added, from 0.001 to 10; 1 if left out, 0.4 to 0.8 is usual"
+    p.add_argument("--ip-adapter-scale", type=number, metavar="S", help=added)
     p.add_argument("--seed", type=seed, metavar="S", help="image j has seed S + j; drawn, and told, if left out")
     p.add_argument("--generator", metavar="NAME", help="of noise: numpy, if left out, or, as diffusers, torch-cuda")
     p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
@@ -287,7 +291,7 @@ def export_parser(list_models: Callable[[], int] = lambda: 0) -> Parser:
     add(
         "--components",
         metavar="A,B",
-        help="of text, image, denoiser, decoder, encoder; all, or without weights the denoiser",
+        help="of text, image, denoiser, decoder, encoder, reference; all, or without weights the denoiser",
     )
     small = "a small decoder for previews: a directory of diffusers' AutoencoderTiny"
     add("--preview-decoder", type=Path, metavar="DIR", help=small)
@@ -331,6 +335,10 @@ def export_parser(list_models: Callable[[], int] = lambda: 0) -> Parser:
     add("--output", type=Path, metavar="DIR", help="bundles/<model> if left out")
     add("--force", action="store_true", help="replace a bundle that is there")
     _json(parser)
+    beside = "an IP-Adapter's .safetensors file: requests may then have a picture beside their prompt"
+    add("--ip-adapter", type=Path, metavar="FILE", help=beside)
+    encoder = "its pictures' encoder, a directory of CLIP's vision model; image_encoder beside FILE if left out"
+    add("--image-encoder", type=Path, metavar="DIR", help=encoder)
     add("--no-verify", dest="verify", action="store_false", help="record no goldens, and replay none before finishing")
     _common(parser)
     return parser

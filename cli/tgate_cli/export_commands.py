@@ -65,6 +65,8 @@ def export(args: argparse.Namespace, report: Reporter) -> Show:
         output=args.output,
         force=args.force,
         verify=args.verify,
+        ip_adapter=args.ip_adapter,
+        image_encoder=args.image_encoder,
     )
     check_settings(settings)
     check_target(settings.target, settings.force)

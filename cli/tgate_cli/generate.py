@@ -230,7 +230,7 @@ def _request(
     from tgate_runtime.request import begins_from
 
     request: dict[str, Any] = {"prompt": None, "negative_prompt": None, "seed": None, "size": None, "strength": None}
-    request |= {"generator": "numpy", "guidance_scale": None, "loras": None, "decoder": None}
+    request |= {"generator": "numpy", "guidance_scale": None, "loras": None, "decoder": None, "ip_adapter_scale": None}
     if record is not None:
         request |= record.request()
         request["prompt"] = None if record.prompt is None else [record.prompt]
@@ -245,12 +245,15 @@ def _request(
 def _check_files(args: argparse.Namespace, record: Record | None, *, replaced: bool) -> None:
     """Raises :class:`RequestError` where the record needs a file that is not named. ``replaced``: a prompt comes in
     place of what conditioned the record's image; one that it began from has none."""
+    beside = {name for name in ("ip_adapter_image",) if getattr(args, name) is not None}
     named = {name for name in ("image", "mask", "initial_latents", "prompt_embeds") if getattr(args, name) is not None}
     for name, digest in ({} if record is None else record.given).items():
         replacement = args.seed is not None if name == "initial_latents" else replaced or named
         if record is not None and record.strength is not None and name in ("image", "mask"):
             replacement = False
-        if name not in named and not replacement:
+        if name == "ip_adapter_image":  # no prompt comes in its place
+            replacement = False
+        if name not in named | beside and not replacement:
             raise RequestError(
                 f"{args.source} was drawn from --{name.replace('_', '-')}, of which its record holds the SHA-256 alone "
                 f"({digest[:16]}…); give the same file again"
@@ -268,6 +271,8 @@ def _given(args: argparse.Namespace, record: Record | None) -> dict[str, Any]:
         given["image"] = files.load_picture(args.image)
     if args.mask is not None:
         given["mask"] = files.load_mask(args.mask)
+    if args.ip_adapter_image is not None:
+        given["ip_adapter_image"] = files.load_picture(args.ip_adapter_image)
     if args.initial_latents is not None:
         given["initial_latents"] = files.load_array(args.initial_latents)
     if args.prompt_embeds is not None:
@@ -282,11 +287,13 @@ def _given(args: argparse.Namespace, record: Record | None) -> dict[str, Any]:
 
 def _check_source(args: argparse.Namespace, request: Mapping[str, Any], manifest: Manifest) -> None:
     """What conditions the images, before a file of it is read. Raises :class:`RequestError`."""
+    from tgate_runtime.reference import reference_scale_of
     from tgate_runtime.request import check_prompts, check_source, strength_of
 
     texts = {"prompt": request["prompt"], "negative_prompt": request["negative_prompt"]}
     check_source(manifest, **texts, image=args.image, prompt_embeds=args.prompt_embeds)
     strength_of(request["strength"], manifest, args.image, args.mask)
+    reference_scale_of(request["ip_adapter_scale"], manifest, args.ip_adapter_image)
     if request["prompt"] is not None:
         check_prompts(request["prompt"], request["negative_prompt"])
 

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import tgate_engine
 from tgate_engine.atomic import staging
 from tgate_engine.bundle import DEFAULT, Bundle, digests_of
-from tgate_engine.graph import DENOISE, TEXT, GraphSpec, TensorSpec
+from tgate_engine.graph import DENOISE, REFERENCE, TEXT, GraphSpec, TensorSpec
 from tgate_engine.manifest import MANIFEST_FILE, Golden, Manifest, Shape, Tokenizer
 from tgate_engine.manifest_json import dump_manifest
 from tgate_engine.report import Reporter
@@ -33,7 +33,15 @@ from tgate_export.plans import make_plans
 from tgate_export.sampling import compile_tables
 from tgate_export.starts import compile_starts
 from tgate_export.tokenizers import export_tokenizers
-from tgate_export.tracing import trace_decoder, trace_encoder, trace_image, trace_preview, trace_step, trace_text
+from tgate_export.tracing import (
+    trace_decoder,
+    trace_encoder,
+    trace_image,
+    trace_preview,
+    trace_reference,
+    trace_step,
+    trace_text,
+)
 from tgate_export.weights import WEIGHTS_FILE, attach, collect, place_weights, save_graph, write_weights
 
 __all__ = ["ExportSettings", "export"]
@@ -177,9 +185,10 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
     """Every graph of every shape; those that do not differ between shapes are traced once."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     around = [c for c in job.components if c != "denoiser"]
+    once = [c for c in around if c in ("text", "reference")]
     small = job.preview is not None
-    per_size = len([c for c in around if c != "text"]) + small + len(job.batches) * len(job.variants)
-    total, done = len(job.sizes) * per_size + ("text" in around), 0
+    per_size = len(around) - len(once) + small + len(job.batches) * len(job.variants)
+    total, done = len(job.sizes) * per_size + len(once), 0
 
     def trace(graph: Callable[[], TracedGraph], label: str) -> TracedGraph:
         nonlocal done
@@ -188,7 +197,11 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
         done += 1
         return traced
 
-    text = trace(lambda: trace_text(job, mode, tokenizers), "the text encoder") if "text" in around else None
+    unsized: list[TracedGraph] = []
+    if "text" in around:
+        unsized.append(trace(lambda: trace_text(job, mode, tokenizers), "the text encoder"))
+    if "reference" in around:
+        unsized.append(trace(lambda: trace_reference(job, mode), "the IP-Adapter's encoder"))
     beside: dict[Size, list[TracedGraph]] = {}
     for size in job.sizes:
         sized = job.at(size)
@@ -215,7 +228,7 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
                 stored = {name for part in variant.parts for name in part.writes}
                 carries |= {tensor.name: tensor for tensor in graph.outputs if tensor.name in stored}
                 graphs.append(graph)
-            everything = [*([text] if text else []), *beside[size], *graphs]
+            everything = [*unsized, *beside[size], *graphs]
             files = {g.name: _file(job, g, size, batch) for g in everything}
             shapes.append(_Traced(size, batch, {g.name: g for g in everything}, files))
     report.progress(total, total)
@@ -224,7 +237,7 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
 
 def _file(job: Job, graph: TracedGraph, size: Size, batch: tuple[int, int]) -> str:
     """A graph's file: external data may not lie above it, so all graphs are beside the weights."""
-    of_size = "" if size == job.sizes[0] or graph.role == TEXT else f"-{size}"
+    of_size = "" if size == job.sizes[0] or graph.role in (TEXT, REFERENCE) else f"-{size}"
     several = len(job.batches) > 1 and graph.role == DENOISE
     of_batch = f"-batch-{batch[0]}-{batch[1]}" if several else ""
     return f"{graph.name}{of_size}{of_batch}.onnx"

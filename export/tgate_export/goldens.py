@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tgate_engine.conditioning import halves
+from tgate_engine.conditioning import halves, reference_halves
 from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Golden, Tokenizer
 from tgate_engine.plan import Call, Plan
@@ -23,16 +23,27 @@ from tgate_engine.plan_build import build_plan
 from tgate_engine.sampler import HISTORY
 from tgate_engine.step import LATENTS, NEXT_LATENTS, NOISE, OUTPUT, STEP, past, step_row
 from tgate_export.families.base import Texts
+from tgate_export.ip_adapter import COMPONENTS, ENCODER
 from tgate_export.job import Job
 from tgate_export.methods.base import Settings, Variant, ungated
 from tgate_export.oracle import Oracle
 from tgate_export.sampling import compile_sampler
 from tgate_export.step import DenoisingStep
-from tgate_export.tracing import DECODER_GRAPH, ENCODER_GRAPH, IMAGE_GRAPH, PREVIEW_GRAPH, TEXT_GRAPH
+from tgate_export.tracing import (
+    DECODER_GRAPH,
+    ENCODER_GRAPH,
+    IMAGE_GRAPH,
+    PREVIEW_GRAPH,
+    REFERENCE_GRAPH,
+    TEXT_GRAPH,
+    reference_outputs,
+)
 
 GOLDEN_PROMPT = "a large red circle above a small blue square"
 GOLDEN_NEGATIVE = "a photo"
 GOLDEN_SEED = 2404
+GOLDEN_SCALE = 0.6
+"""Of the picture beside the prompt, with an IP-Adapter."""
 
 UNGATED, UNGATED_STEPS = "ungated", 3
 """Name and length of the trajectory that is diffusers' own: long enough for samplers that look back."""
@@ -252,11 +263,37 @@ def _conditioning(
         )
     else:  # nothing that makes conditioning: anything will do
         drawn = {}
-        for c in job.conditioning:
+        for c in job.conditioning:  # a reference's are not taken from here
             shape = (1, *c.shape)
             drawn[c.conditioning.name] = torch.ones(shape) if c.mask else torch.randn(shape, generator=generator)
         positive, negative = drawn, {n: -value if value.min() < 0 else value for n, value in drawn.items()}
-    return both_halves(job, positive, negative)
+    return both_halves(job, positive, negative) | _reference(job, oracle, generator, directory, recorded)
+
+
+def _reference(
+    job: Job, oracle: Oracle, generator: torch.Generator, directory: Path, recorded: dict[str, Golden]
+) -> dict[str, Tensor]:
+    """``<name>.<half>`` to [1, ...] of the picture beside the golden request's prompt; nothing without an IP-Adapter.
+    Records the graph that makes it, which knows no size."""
+    if not job.inputs_from("reference"):
+        return {}
+    shapes = {name: (1, *c.shape) for c in job.inputs_from("reference") for name in reference_outputs(job)}
+    tokens: Texts = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    if oracle.fits(*COMPONENTS):
+        side = int(job.family.config(job.checkpoint, ENCODER)["image_size"])
+        picture = _picture(side, side)
+        tokens = oracle.reference(picture)
+        if job.size == job.sizes[0]:
+            path, tolerance = directory / "reference.safetensors", TOLERANCES[job.dtype]
+            inputs = {"picture": picture}
+            recorded["reference"] = _record_graph(job, path, REFERENCE_GRAPH, inputs, tokens, tolerance, oracle.name)
+    rows = reference_halves(
+        [c.conditioning for c in job.conditioning],
+        {name: value.numpy() for name, value in tokens.items()},
+        GOLDEN_SCALE,
+        guided=job.guided,
+    )
+    return {name: torch.from_numpy(values) for name, values in rows.items()}
 
 
 def both_halves(job: Job, positive: Texts, negative: Texts | None) -> dict[str, Tensor]:

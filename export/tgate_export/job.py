@@ -19,13 +19,15 @@ from tgate_export.checkpoints import Checkpoint, Holder, open_checkpoint
 from tgate_export.checkpoints.configs import check_code
 from tgate_export.families import Model, location
 from tgate_export.families.base import ConditioningInput, Family, Size
+from tgate_export.ip_adapter import COMPONENTS, AdaptedCheckpoint
+from tgate_export.ip_adapter_file import read_ip_adapter
 from tgate_export.lora import fuse_loras
 from tgate_export.methods.base import Method, Network, Settings, Variant
 from tgate_export.methods.forecast.fold import forecast
 from tgate_export.modules import fake_module
 from tgate_export.preview_decoder import COMPONENT, PreviewDecoder
 from tgate_export.sampling import compile_sampler
-from tgate_export.settings import DTYPES, ExportSettings, check_settings
+from tgate_export.settings import DTYPES, ExportSettings, check_settings, encoder_of
 from tgate_export.storage import check_tensors
 
 __all__ = ["ExportSettings", "Job", "check_checkpoint", "directories", "prepare", "preview_of"]
@@ -177,6 +179,7 @@ def directories(family: Family, components: Sequence[str]) -> tuple[str, ...]:
         "denoiser": (family.denoiser,),
         "decoder": (family.decoder,),
         "encoder": (family.decoder,),
+        "reference": COMPONENTS,
     }
     return tuple(dict.fromkeys(name for component in components for name in folders[component]))
 
@@ -184,7 +187,8 @@ def directories(family: Family, components: Sequence[str]) -> tuple[str, ...]:
 def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> Checkpoint:
     family = model.family
     # The configurations of all of them say what the denoiser takes; the weights of those exported are read.
-    names = (*directories(family, components), *family.tokenizers)
+    own = tuple(name for name in directories(family, components) if name not in COMPONENTS)
+    names = (*own, *family.tokenizers)
     checkpoint = open_checkpoint(
         settings.model,
         settings.checkpoint or location(settings.model),
@@ -195,9 +199,17 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
         prefer_half=settings.dtype != "fp32",
     )
     family.check_pipeline(checkpoint)  # a LoRA is read by its pipeline's rules
-    if not settings.loras:
+    if settings.loras:
+        checkpoint = fuse_loras(checkpoint, settings.loras, family.build, components=own)
+    if settings.ip_adapter is None:
         return checkpoint
-    return fuse_loras(checkpoint, settings.loras, family.build, components=directories(family, components))
+    return AdaptedCheckpoint(
+        checkpoint,
+        read_ip_adapter(settings.ip_adapter),
+        encoder_of(settings),
+        family.skeleton(checkpoint, family.denoiser),
+        prefer_half=settings.dtype != "fp32",
+    )
 
 
 def _sizes(settings: ExportSettings, family: Family, checkpoint: Checkpoint) -> tuple[Size, ...]:

@@ -24,10 +24,12 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
+from tgate_engine.step import half
 from tgate_export import tokenizers
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.checkpoints.directory import TensorFiles
 from tgate_export.families.base import Texts
+from tgate_export.ip_adapter import ENCODER, PROJECTION, TOKENS, adapted, as_diffusers, attach, fill
 from tgate_export.job import Job
 from tgate_export.libraries import one_line, refusing
 from tgate_export.modules import real_module
@@ -74,7 +76,7 @@ class Oracle:
         """A component in float32 as diffusers or transformers loads it."""
         family, checkpoint = self._job.family, self._job.checkpoint
         directory = checkpoint.directory(component)
-        cls: Any = family.classes[component]
+        cls: Any = family.class_of(component)
         if directory is not None:
             try:
                 with quiet():
@@ -85,6 +87,10 @@ class Oracle:
                         variant=_variant(checkpoint, component),
                         **{"dtype" if issubclass(cls, transformers.PreTrainedModel) else "torch_dtype": torch.float32},
                     )
+                own = adapted(checkpoint) if component == family.denoiser else None
+                if own is not None:
+                    attach(module, own)
+                    fill(module, own)
                 return module.eval().requires_grad_(False)
             except Exception as error:  # the libraries raise many kinds for layouts they no longer read
                 log.warning(
@@ -130,18 +136,33 @@ class Oracle:
         """Conditioning of a picture, uint8 [1, H, W, 3], with noise [1, 3, H, W] on it."""
         job = self._job
         parts: dict[str, Any] = {name: self.module(name) for name in job.family.image_components}
-        folder = job.checkpoint.directory("feature_extractor")
-        configured = folder is not None and any(folder.glob("*processor_config.json"))
-        with quiet(), refusing(f"{folder} makes no CLIPImageProcessor", "correct its preprocessor_config.json"):
-            parts["feature_extractor"] = (
-                transformers.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-                if configured
-                else transformers.CLIPImageProcessor()
-            )
-        pipe = self._pipeline(**parts)
+        pipe = self._pipeline(**parts, feature_extractor=self._extractor())
         with torch.no_grad(), quiet():
             conditioning: Texts = self._run(job.family.encode_image_with, pipe, picture, noise)
         return conditioning
+
+    def reference(self, picture: Tensor) -> Texts:
+        """Conditioning of a picture beside the prompt, uint8 [1, S, S, 3]: ``<name>.<half>``."""
+        job = self._job
+        own = adapted(job.checkpoint)
+        assert own is not None
+        extractor = self._extractor(size=picture.shape[1], crop_size=picture.shape[1])
+        pipe = self._pipeline(image_encoder=self.module(ENCODER), feature_extractor=extractor)
+        projection = real_module(job.family, job.checkpoint, PROJECTION)
+        image = PIL.Image.fromarray(picture[0].numpy())
+        with torch.no_grad(), quiet():
+            positive, negative = self._run(pipe.encode_image, image, "cpu", 1, own.adapter.kind == "plus")
+            tokens = {half(TOKENS, "positive"): projection(positive)}
+            return {half(TOKENS, "negative"): projection(negative), **tokens} if job.guided else tokens
+
+    def _extractor(self, **otherwise: int) -> Any:
+        """The checkpoint's feature extractor, or one with CLIP's values but for those."""
+        folder = self._job.checkpoint.directory("feature_extractor")
+        configured = folder is not None and any(folder.glob("*processor_config.json"))
+        with quiet(), refusing(f"{folder} makes no CLIPImageProcessor", "correct its preprocessor_config.json"):
+            if configured:
+                return transformers.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+            return transformers.CLIPImageProcessor(**otherwise)
 
     def encoded(self, picture: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, in the denoiser's scale, of the latents that diffusers' pipeline begins from
@@ -229,8 +250,8 @@ class Oracle:
             options[job.family.frames_argument] = job.size.frames
         call = job.family.call(pipe, conditioning, job.guidance_scale, job.settings.guidance_rescale)
         exported = {job.family.denoiser: denoiser, **({} if vae is None else {job.family.decoder: vae})}
-        with torch.no_grad(), quiet(), self._in_range(exported):
-            self._run(pipe, **call, **options)
+        with as_diffusers(denoiser, conditioning) as picture, torch.no_grad(), quiet(), self._in_range(exported):
+            self._run(pipe, **call, **options, **picture)
         for tensor in (*latents, *decoded):
             if not torch.isfinite(tensor).all():
                 raise ExportError(

@@ -21,8 +21,8 @@ WEIGHTS = ("checkpoint", "random", "none")
 """Values of ``--weights``: the checkpoint's, random ones of its published structure, or none at all."""
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-COMPONENTS = ("text", "image", "denoiser", "decoder", "encoder")
-"""Values of ``--components``. A model is conditioned by text or by an image."""
+COMPONENTS = ("text", "image", "denoiser", "decoder", "encoder", "reference")
+"""Values of ``--components``. A model is conditioned by text or by an image; ``reference`` is an IP-Adapter's."""
 
 MOST_BATCH = 1024
 MOST_PIXELS = 1 << 14
@@ -84,7 +84,8 @@ class ExportSettings:
     shallow calls of such a method compute. ``merge_ratio``: the share of tokens that a method merges; None is its own.
     ``preview_decoder``: the directory of a diffusers AutoencoderTiny (:mod:`tgate_export.preview_decoder`).
     ``sizes``: (width, height) of each, the default first, or ``height`` and ``width`` of the only one. ``batches``:
-    least and largest number of images in a call, one for each set of graphs.
+    least and largest number of images in a call, one for each set of graphs. ``ip_adapter``: an IP-Adapter's file;
+    ``image_encoder``: the directory of its pictures' encoder; None is ``image_encoder`` beside the file.
     """
 
     model: str
@@ -117,6 +118,8 @@ class ExportSettings:
     output: Path | None = None
     force: bool = False
     verify: bool = True
+    ip_adapter: Path | None = None
+    image_encoder: Path | None = None
 
     @property
     def target(self) -> Path:
@@ -207,6 +210,7 @@ def _check_options(settings: ExportSettings, model: Model) -> None:
             raise ExportError(f"LoRA {lora.path} does not exist; --lora wants a .safetensors file")
     _check_place(settings.checkpoint)
     _check_preview(settings.preview_decoder, settings.model, model)
+    _check_ip_adapter(settings, model)
     if settings.frames is not None and not model.facts.video:
         raise ExportError(f"--frames is for video models; {settings.model} makes pictures")
     if settings.sizes and (settings.height is not None or settings.width is not None):
@@ -240,6 +244,33 @@ def _check_preview(place: Path | None, name: str, model: Model) -> None:
             f"--preview-decoder {shown(place, _PATH)}: there is no such directory; give that of a diffusers "
             "AutoencoderTiny (config.json and safetensors weights)"
         )
+
+
+def _check_ip_adapter(settings: ExportSettings, model: Model) -> None:
+    """What it holds, the exporter says later."""
+    file = settings.ip_adapter
+    if file is None:
+        if settings.image_encoder is not None:
+            raise ExportError("--image-encoder would change nothing: it is an IP-Adapter's; give --ip-adapter as well")
+        return
+    if not model.facts.ip_adapters:
+        raise ExportError(f"--ip-adapter is for Stable Diffusion and SDXL; {settings.model} is exported without one")
+    if settings.weights != "checkpoint":
+        raise ExportError(f"--weights {settings.weights} reads no checkpoint; leave out --ip-adapter")
+    if not os.path.lexists(file):
+        raise ExportError(f"IP-Adapter {file} does not exist; --ip-adapter wants a .safetensors file")
+    if not encoder_of(settings).is_dir():
+        raise ExportError(
+            f"{encoder_of(settings)} is no directory; --image-encoder wants the directory of CLIP's vision model, "
+            "which the adapter was trained with"
+        )
+
+
+def encoder_of(settings: ExportSettings) -> Path:
+    """Where the encoder of an IP-Adapter's pictures lies: where it is said to, or beside the adapter, as it is
+    published."""
+    assert settings.ip_adapter is not None
+    return settings.image_encoder or settings.ip_adapter.parent / "image_encoder"
 
 
 def _check_clip_skip(clip_skip: int, name: str, model: Model) -> None:
@@ -283,7 +314,8 @@ def _components(settings: ExportSettings, model: Model) -> tuple[str, ...]:
     """The components to export, in their order."""
     source = model.facts.source if model.facts.text_graph else None
     from_pictures = ("encoder",) if model.facts.from_pictures else ()
-    possible = tuple(c for c in COMPONENTS if c in (source, "denoiser", "decoder", *from_pictures))
+    reference = () if settings.ip_adapter is None else ("reference",)
+    possible = tuple(c for c in COMPONENTS if c in (source, "denoiser", "decoder", *from_pictures, *reference))
     if source is None and "text" in (settings.components or ()):
         raise ExportError(
             f"the text encoder of {settings.model} is not exported; leave out text, and encode prompts with tgate embed"
@@ -296,6 +328,8 @@ def _components(settings: ExportSettings, model: Model) -> tuple[str, ...]:
             f"--components of {settings.model} are some of {', '.join(possible)}, the denoiser among them, each once; "
             f"got {shown(', '.join(settings.components)) or 'none'}"
         )
+    if reference and "reference" not in settings.components:
+        raise ExportError("--ip-adapter would change nothing without reference among --components; add it")
     if settings.weights != "checkpoint" and "text" in settings.components:
         raise ExportError(
             f"--weights {settings.weights} has no vocabulary, so no text; choose --components denoiser,decoder"

@@ -12,10 +12,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tgate_engine.errors import ExportError
-from tgate_engine.graph import BATCH, DECODE, DENOISE, ENCODE, IMAGE, PREVIEW, TEXT, TensorSpec
+from tgate_engine.graph import BATCH, DECODE, DENOISE, ENCODE, IMAGE, PREVIEW, REFERENCE, TEXT, TensorSpec
 from tgate_engine.manifest import Tokenizer
-from tgate_engine.step import STEP, STEP_ROW
+from tgate_engine.step import HALVES, STEP, STEP_ROW, half
 from tgate_export.graphs import TracedGraph, store_linears_transposed, trace
+from tgate_export.ip_adapter import COMPONENTS, ENCODER
 from tgate_export.job import Job
 from tgate_export.methods.base import Variant
 from tgate_export.modules import Decoder, Encoder, fake_module, faked
@@ -27,6 +28,7 @@ IMAGE_GRAPH = "image_encoder"
 DECODER_GRAPH = "vae_decoder"
 ENCODER_GRAPH = "vae_encoder"
 PREVIEW_GRAPH = "preview_decoder"
+REFERENCE_GRAPH = "reference_encoder"
 
 
 def trace_text(job: Job, mode: FakeTensorMode, tokenizers: Sequence[Tokenizer]) -> TracedGraph:
@@ -106,6 +108,30 @@ def trace_encoder(job: Job, mode: FakeTensorMode) -> TracedGraph:
         components={"vae.": family.decoder},
         transposed=store_linears_transposed(module),
     )
+
+
+def trace_reference(job: Job, mode: FakeTensorMode) -> TracedGraph:
+    """A picture beside the prompt, as its encoder takes them, to what an IP-Adapter adds for it, ``<name>.<half>``."""
+    family, side = job.family, int(job.family.config(job.checkpoint, ENCODER)["image_size"])
+    encoders = [_fake(job, mode, component) for component in COMPONENTS]
+    module = family.reference(job.checkpoint, encoders, guided=job.guided)
+    return trace(
+        REFERENCE_GRAPH,
+        REFERENCE,
+        module,
+        mode=mode,
+        inputs=[TensorSpec(name="picture", dtype="uint8", shape=(1, side, side, 3))],
+        outputs=reference_outputs(job),
+        batch=(1, 1),
+        components={f"{component}.": component for component in COMPONENTS},
+        transposed=store_linears_transposed(module),
+    )
+
+
+def reference_outputs(job: Job) -> list[str]:
+    """Names of what the reference graph gives."""
+    halves = HALVES if job.guided else HALVES[1:]
+    return [half(c.conditioning.name, which) for c in job.inputs_from("reference") for which in halves]
 
 
 def trace_step(

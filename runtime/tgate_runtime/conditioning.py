@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tgate_engine.conditioning import Tensors, half_names, halves
+from tgate_engine.conditioning import BESIDE, Tensors, half_names, halves
 from tgate_engine.dtypes import encode, storage
 from tgate_engine.errors import RequestError
 from tgate_engine.graph import DENOISE, TensorSpec
@@ -22,9 +22,10 @@ def conditioning_of(
     session: Session, positive: Tensors, negative: Tensors | None, *, size: str | None = None
 ) -> dict[str, NDArray[Any]]:
     """``<name>.<half>`` to [1, ...] of one image at a size, from what the text or image graph gave. ``negative`` None
-    stands for zeros in place of a text. Pure."""
+    stands for zeros in place of a text; a reference picture's are zeros. Pure."""
     manifest, shape = session.manifest, session.shapes(size)[0]
-    return halves(manifest.conditioning, shape.constants, positive, negative, guided=manifest.guided)
+    rows = halves(manifest.conditioning, shape.constants, positive, negative, guided=manifest.guided)
+    return {**rows, **_without_reference(manifest, shape, 1)}
 
 
 def from_embeddings(session: Session, tensors: Tensors, *, size: str | None = None) -> dict[str, NDArray[Any]]:
@@ -38,12 +39,13 @@ def from_embeddings(session: Session, tensors: Tensors, *, size: str | None = No
 def check_embeddings(tensors: Tensors, manifest: Manifest, shape: Shape) -> dict[str, NDArray[Any]]:
     """``<name>.<half>`` to [N, ...] from tensors that were encoded ahead of time, for the graphs of a shape.
 
-    Constants are added. Raises :class:`RequestError` for what is missing, has another shape or dtype than the graphs
-    take, or is not finite.
+    Constants are added, and zeros for what a reference picture would add. Raises :class:`RequestError` for what is
+    missing, has another shape or dtype than the graphs take, or is not finite.
     """
     check_mapping(tensors, "embeddings")
     specs = _inputs(manifest, shape)
-    encoded = {c.name for c in manifest.conditioning if c.source != "constant"}
+    encoded = {c.name for c in manifest.conditioning if c.source not in ("constant", *BESIDE)}
+    beside = _without_reference(manifest, shape, 1)
     needed = {name: spec for name, spec in specs.items() if name.rpartition(".")[0] in encoded}
     if missing := [name for name in needed if name not in tensors]:
         raise RequestError(
@@ -69,9 +71,9 @@ def check_embeddings(tensors: Tensors, manifest: Manifest, shape: Shape) -> dict
     constants = {
         name: np.tile(np.array([shape.constants[name.rpartition(".")[0]]], np.float32), (count, 1))
         for name in specs
-        if name not in needed
+        if name not in needed and name not in beside
     }
-    return {**numbers, **constants}
+    return {**numbers, **constants, **_without_reference(manifest, shape, count)}
 
 
 def rows_of(embeds: Tensors, manifest: Manifest) -> int:
@@ -92,6 +94,13 @@ def _inputs(manifest: Manifest, shape: Shape) -> dict[str, TensorSpec]:
     names = half_names(manifest.conditioning)
     tensors = {t.name: t for graph in shape.graphs.values() if graph.role == DENOISE for t in graph.inputs}
     return {name: tensors[name] for name in names if name in tensors}
+
+
+def _without_reference(manifest: Manifest, shape: Shape, count: int) -> dict[str, NDArray[Any]]:
+    """Zeros [count, ...] for what a reference picture would add, in the dtype that the graphs of a shape take."""
+    beside = {c.name for c in manifest.conditioning if c.source in BESIDE}
+    specs = {name: spec for name, spec in _inputs(manifest, shape).items() if name.rpartition(".")[0] in beside}
+    return {name: np.zeros(spec.resolve(count), storage(spec.dtype)) for name, spec in specs.items()}
 
 
 def _numbers(values: NDArray[Any], spec: TensorSpec, what: str) -> NDArray[Any]:

@@ -8,10 +8,12 @@ from typing import Any
 from numpy.typing import NDArray
 from PIL import Image
 
+from tgate_engine.conditioning import reference_halves
 from tgate_engine.errors import RequestError
-from tgate_engine.graph import IMAGE, TEXT
+from tgate_engine.graph import IMAGE, REFERENCE, TEXT
 from tgate_runtime.conditioning import conditioning_of
 from tgate_runtime.image import encode_image, fit_picture
+from tgate_runtime.reference import encode_reference
 from tgate_runtime.session import Session
 from tgate_runtime.text import TextEncoder
 
@@ -64,3 +66,13 @@ class Encoder:
         picture = fit_picture(image, graph)
         encoded = [encode_image(self._session, graph, picture, seed=seed) for seed in seeds]
         return [conditioning_of(self._session, tensors, None, size=size) for tensors in encoded]
+
+    def of_reference(self, image: Image.Image, scale: float, size: str | None = None) -> Row:
+        """What a picture beside the prompt puts in the place of zeros in any of those rows. Raises
+        :class:`RequestError` for a bundle without an IP-Adapter, and as
+        :func:`~tgate_runtime.reference.encode_reference` does."""
+        graph, manifest = self._session.graph(REFERENCE, size), self._session.manifest
+        if graph is None:
+            raise RequestError("the bundle has no IP-Adapter; export it again with --ip-adapter")
+        encoded = encode_reference(self._session, graph, image)
+        return reference_halves(manifest.conditioning, encoded, scale, guided=manifest.guided)

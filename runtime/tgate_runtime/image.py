@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tgate_engine.errors import RequestError, shown
 from tgate_engine.graph import GraphSpec
 from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import CONDITIONING, noise
 from tgate_runtime.graph_call import GraphCall
-from tgate_runtime.picture import as_rgb
+from tgate_runtime.picture import decoded
 from tgate_runtime.session import Session
 from tgate_runtime.signatures import PICTURE, PICTURE_NOISE
 
@@ -27,12 +26,7 @@ def fit_picture(image: Image.Image, graph: GraphSpec) -> Image.Image:
     another size, resized (Lanczos), with a warning in the log ``tgate``. Raises :class:`RequestError`."""
     spec = next(tensor for tensor in graph.inputs if tensor.name == PICTURE)
     _, height, width, _ = spec.resolve(1)
-    try:
-        picture = as_rgb(image)
-    except RequestError:
-        raise
-    except Exception as error:  # a file that was opened is decoded here, where Pillow raises what it stumbles over
-        raise RequestError(f"the image cannot be decoded ({type(error).__name__}: {shown(error, 200)})") from None
+    picture = decoded(image)
     if picture.size == (width, height):
         return picture
     log.warning(

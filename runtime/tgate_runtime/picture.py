@@ -99,6 +99,16 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.asarray(upright.convert("RGB")))  # without what the old one says about itself
 
 
+def decoded(image: Image.Image) -> Image.Image:
+    """:func:`as_rgb` of a picture that may be an opened file, which is decoded here. Raises :class:`RequestError`."""
+    try:
+        return as_rgb(image)
+    except RequestError:
+        raise
+    except Exception as error:  # Pillow raises what its decoders stumble over
+        raise RequestError(f"the image cannot be decoded ({type(error).__name__}: {shown(error, 200)})") from None
+
+
 def as_mask(image: Image.Image) -> Image.Image:
     """A new mask, L of 8 bits, 255 where something is to be drawn anew and 0 where it stays: of a picture with alpha
     what is more transparent than not, of any other what is nearer to white than to black. Raises as :func:`as_rgb`

@@ -30,6 +30,7 @@ from tgate_runtime.generators import check_generator, in_dtype, in_step, noise
 from tgate_runtime.names import with_hints
 from tgate_runtime.preview import Look, Previews
 from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given, loras_of
+from tgate_runtime.reference import reference_scale_of
 from tgate_runtime.request import (
     check_call,
     check_count,
@@ -150,6 +151,8 @@ class Pipeline:
         generator: str = "numpy",
         decoder: str | None = None,
         on_step: Callable[[Progress], None] | None = None,
+        ip_adapter_image: Image.Image | None = None,
+        ip_adapter_scale: float | None = None,
     ) -> Result:
         """Draw ``num_images`` pictures (or videos) of each prompt, or from ``image``.
 
@@ -173,6 +176,9 @@ class Pipeline:
         bundle's small decoder, "full" (or None) by the model's own. ``on_step`` is called after each step in the
         calling thread, and may look at the images (:class:`Progress`); an exception from it stops the request and comes
         out here.
+        ``ip_adapter_image``: of a bundle with an IP-Adapter, a picture that all images attend to beside their prompts,
+        with ``ip_adapter_scale``, how much of it is added (:func:`~tgate_runtime.reference.reference_scale_of`; None is
+        1).
 
         A prompt longer than the tokenizer takes is cut, with a warning in the log ``tgate`` that quotes what
         was cut. Raises :class:`RequestError` for a request that cannot be served, before any step is taken, and
@@ -195,11 +201,15 @@ class Pipeline:
         seeds = seeds_of(seed, count)
         scales = scales_of(guidance_scale, count, chosen, own.session.manifest)
         strength = strength_of(strength, own.session.manifest, image, mask)
+        reference_scale = reference_scale_of(ip_adapter_scale, own.session.manifest, ip_adapter_image)
         if initial_latents is not None:
             check_latents(initial_latents, (count, *latents_shape))
         begun = image is not None and strength is not None
         beginning = own._beginner.begin(chosen, image, strength, size, mask) if begun else None  # type: ignore[arg-type]
         rows = own._rows(texts, None if begun else image, prompt_embeds, seeds, number, size)
+        if ip_adapter_image is not None and reference_scale is not None:
+            reference = own._encoder.of_reference(ip_adapter_image, reference_scale, size)
+            rows = [{**row, **reference} for row in rows]
 
         def drawn(image: int, draw: int) -> NDArray[np.float32]:
             return in_dtype(noise(seeds[image], latents_shape, draw=draw, generator=generator), generator, dtype)
@@ -217,7 +227,12 @@ class Pipeline:
             return drawn(image, skipped + in_step(index))
 
         given = digests_of_given(
-            count, image=image, mask=mask, prompt_embeds=prompt_embeds, initial_latents=initial_latents
+            count,
+            image=image,
+            mask=mask,
+            prompt_embeds=prompt_embeds,
+            initial_latents=initial_latents,
+            ip_adapter_image=ip_adapter_image,
         )
         taken = chosen if beginning is None else beginning.plan
         latents = own._denoise(chosen, taken, size, start, rows, scales, in_steps, mends, on_step)
@@ -229,7 +244,7 @@ class Pipeline:
             videos=decoded if video else [],
             latents=latents,
             seeds=seeds,
-            records=own._records(chosen, size, texts, scales, seeds, generator, strength, role, given),
+            records=own._records(chosen, size, texts, scales, seeds, generator, strength, role, given, reference_scale),
         )
 
     def close(self) -> None:
@@ -304,6 +319,7 @@ class Pipeline:
         strength: float | None,
         role: Role,
         given: Sequence[Mapping[str, str]],
+        reference_scale: float | None,
     ) -> tuple[Record, ...]:
         """What each image was drawn from."""
         manifest, number = self.session.manifest, len(seeds) // (len(texts) or 1)
@@ -327,6 +343,7 @@ class Pipeline:
                 engine=engine,
                 loras=loras,
                 given=digests,
+                ip_adapter_scale=reference_scale,
             )
             for (prompt, negative), seed, scale, digests in zip(of_image, seeds, scales, given, strict=True)
         )

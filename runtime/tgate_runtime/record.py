@@ -29,7 +29,7 @@ FORM = 1
 """Of the JSON; another one means something else."""
 MOST_BYTES = 2**20
 """Of a record's JSON: room for two prompts as long as any that is read."""
-GIVEN = ("image", "mask", "initial_latents", "prompt_embeds")
+GIVEN = ("image", "mask", "initial_latents", "prompt_embeds", "ip_adapter_image")
 """What a request may be given in arrays, whose numbers no record holds."""
 
 _MOST_FACTS = 64
@@ -105,6 +105,7 @@ class Record:
     own did. ``loras``: of one that was drawn with adapters, by their names; JSON has none where there are none.
     ``version``: of tgate-engine. ``given``: the SHA-256, by its name in :data:`GIVEN`, of what was given in arrays
     (:func:`digest_of_arrays`), this image's rows alone.
+    ``ip_adapter_scale``: of one with such a picture; None, and not in the JSON, for others.
     """
 
     prompt: str | None
@@ -122,6 +123,7 @@ class Record:
     loras: Mapping[str, LoraRecord] = field(default_factory=dict)
     version: str = __version__
     given: Mapping[str, str]
+    ip_adapter_scale: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values; :func:`parse_record` gives back an equal one."""
@@ -131,12 +133,15 @@ class Record:
                 del data[name]
         if not self.loras:
             del data["loras"]
+        if self.ip_adapter_scale is None:
+            del data["ip_adapter_scale"]
         return {"form": FORM, **data}
 
     def request(self) -> dict[str, Any]:
         """The arguments of :class:`~tgate_runtime.pipeline.Pipeline` that draw the image again, but for its plan
         (:func:`plan_for`) and what was :attr:`given`."""
-        names = ("prompt", "negative_prompt", "seed", "generator", "guidance_scale", "size", "strength", "decoder")
+        drawn = ("seed", "generator", "guidance_scale", "size", "strength", "decoder", "ip_adapter_scale")
+        names = ("prompt", "negative_prompt", *drawn)
         loras = {name: lora.scale for name, lora in self.loras.items()}
         return {**{name: getattr(self, name) for name in names}, "loras": loras or None}
 
@@ -239,14 +244,16 @@ def digests_of_given(
     mask: Image.Image | None = None,
     prompt_embeds: Mapping[str, NDArray[Any]] | None = None,
     initial_latents: NDArray[Any] | None = None,
+    ip_adapter_image: Image.Image | None = None,
 ) -> list[dict[str, str]]:
-    """Of each of ``count`` images, :attr:`Record.given`: ``image`` is all of them's, as RGB, and ``mask`` as it is read
-    (:func:`~tgate_runtime.picture.as_mask`); a row of
-    ``initial_latents`` [count, ...] is one's, and a row of ``prompt_embeds`` [N, ...] that of count / N neighbours."""
+    """Of each of ``count`` images, :attr:`Record.given`: ``image`` and ``ip_adapter_image`` are all of them's, as RGB,
+    and ``mask`` as it is read (:func:`~tgate_runtime.picture.as_mask`); a row of ``initial_latents`` [count, ...] is
+    one's, and a row of ``prompt_embeds`` [N, ...] that of count / N neighbours."""
     each: list[dict[str, str]] = [{} for _ in range(count)]
-    if image is not None:
-        shared = digest_of_arrays({"image": np.asarray(as_rgb(image))})
-        each = [{"image": shared} for _ in each]
+    for name, picture in (("image", image), ("ip_adapter_image", ip_adapter_image)):
+        if picture is not None:
+            shared = digest_of_arrays({"image": np.asarray(as_rgb(picture))})
+            each = [{**own, name: shared} for own in each]
     if mask is not None:
         shared = digest_of_arrays({"mask": np.asarray(as_mask(mask))})
         each = [{**own, "mask": shared} for own in each]
@@ -324,6 +331,7 @@ def _record(r: Reader) -> Record:
         ),
         version=r.word("version"),
         given={name: _digest(r, name, digest) for name, digest in given.items()},
+        ip_adapter_scale=r.number("ip_adapter_scale", 0) if "ip_adapter_scale" in r.data else None,
     )
 
 

@@ -6,9 +6,22 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tgate_engine.conditioning import half_names
 from tgate_engine.errors import BundleError
-from tgate_engine.graph import BATCH, DECODE, DENOISE, ENCODE, IMAGE, PREVIEW, TEXT, Dim, GraphSpec, Role, TensorSpec
+from tgate_engine.graph import (
+    BATCH,
+    DECODE,
+    DENOISE,
+    ENCODE,
+    IMAGE,
+    PREVIEW,
+    REFERENCE,
+    TEXT,
+    Dim,
+    GraphSpec,
+    Role,
+    TensorSpec,
+)
 from tgate_engine.manifest import Manifest, Shape
-from tgate_engine.step import LATENTS, STEP, STEP_INPUTS, STEP_OUTPUTS, STEP_ROW
+from tgate_engine.step import HALVES, LATENTS, STEP, STEP_INPUTS, STEP_OUTPUTS, STEP_ROW, half
 
 TOKENS, PICTURE, PICTURE_NOISE, FINAL_LATENTS, PIXELS = "ids", "picture", "noise", "latents", "image"
 DEVIATION = "deviation"
@@ -19,6 +32,7 @@ def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> Non
     """Raises :class:`BundleError` for the first of ``graphs`` with an input that nothing feeds, or without an
     output that is needed, or with a tensor of the trajectory in another form than the others have it: all denoising
     graphs of a shape work on the same buffers."""
+    halves = HALVES if manifest.guided else HALVES[1:]
     feeds: dict[Role, set[str]] = {
         DENOISE: {*STEP_INPUTS, *half_names(manifest.conditioning), *manifest.carries},
         TEXT: {t.input for t in manifest.tokenizers},
@@ -26,6 +40,7 @@ def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> Non
         DECODE: {FINAL_LATENTS},
         ENCODE: {PICTURE},
         PREVIEW: {FINAL_LATENTS},
+        REFERENCE: {PICTURE},
     }
     needs: dict[Role, Iterable[str]] = {
         DENOISE: STEP_OUTPUTS,
@@ -34,6 +49,7 @@ def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> Non
         DECODE: (PIXELS,),
         ENCODE: (LATENTS, DEVIATION),
         PREVIEW: (PIXELS,),
+        REFERENCE: [half(n, which) for n in manifest.conditioned_by("reference") for which in halves],
     }
     forms: dict[str, tuple[str, tuple[Dim, ...]]] = {}
     for name, spec in graphs.items():
@@ -66,6 +82,7 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
             **dict.fromkeys((LATENTS, DEVIATION), ("float32", (1, *latents))),
         },
         PREVIEW: {FINAL_LATENTS: ("float32", (1, *latents))},
+        REFERENCE: {},
     }
     always: dict[Role, tuple[str, ...]] = {
         DENOISE: (LATENTS, STEP),
@@ -74,6 +91,7 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
         DECODE: (FINAL_LATENTS,),
         ENCODE: (PICTURE,),
         PREVIEW: (FINAL_LATENTS,),
+        REFERENCE: (PICTURE,),
     }
     for name, spec in graphs.items():
         if missing := [i for i in always[spec.role] if i not in spec.input_names()]:
@@ -92,6 +110,8 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
             dtype, form = wanted[spec.role].get(tensor.name, (tensor.dtype, own))
             if spec.role in (DECODE, PREVIEW) and tensor.name == PIXELS:  # a video's frames come before
                 dtype, form = "uint8", (*(own[:-3] or (1,)), *picture)
+            if spec.role == REFERENCE and tensor.name == PICTURE:  # of the encoder's own size
+                dtype, form = "uint8", (1, *own[1:2] * 2, 3)
             if (tensor.dtype, own) != (dtype, form):
                 fits = _shown(TensorSpec(name=tensor.name, dtype=dtype, shape=form))
                 raise BundleError(

@@ -12,7 +12,7 @@ from functools import cached_property
 from PIL import Image
 
 from tgate_engine.errors import RequestError
-from tgate_engine.graph import DECODE, ENCODE, PREVIEW
+from tgate_engine.graph import DECODE, ENCODE, PREVIEW, REFERENCE
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
 from tgate_runtime.adapters import scales_of_adapters
@@ -21,6 +21,7 @@ from tgate_runtime.decoder import decode
 from tgate_runtime.encoder import Encoder, Row
 from tgate_runtime.generators import check_generator
 from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given, loras_of
+from tgate_runtime.reference import reference_scale_of
 from tgate_runtime.request import (
     DECODERS,
     begins_from,
@@ -48,7 +49,8 @@ class Wish:
     ``guidance_scale``: above 1. ``generator``: of noise. ``priority``, ``within_s``: see
     :class:`~tgate_serve.worker.Request`. ``partials``: how many looks at each image before it is through, evenly spread
     over its steps. ``loras``: scales by the names of the bundle's adapters. ``decoder``: of its pictures, one of
-    :data:`~tgate_runtime.request.DECODERS`.
+    :data:`~tgate_runtime.request.DECODERS`. ``ip_adapter_image``, RGB, and ``ip_adapter_scale`` as
+    :class:`~tgate_runtime.pipeline.Pipeline` has them.
     """
 
     prompt: str | None = None
@@ -67,6 +69,8 @@ class Wish:
     partials: int = 0
     loras: Mapping[str, float] | None = None
     decoder: str | None = None
+    ip_adapter_image: Image.Image | None = None
+    ip_adapter_scale: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +104,8 @@ class Drawing:
             strength=self.strength,
             decoder="preview" if wish.decoder == "preview" else None,
             loras=loras_of(scales_of_adapters(wish.loras, manifest), manifest),
-            given=digests_of_given(1, image=wish.picture, mask=wish.mask)[0],
+            given=digests_of_given(1, image=wish.picture, mask=wish.mask, ip_adapter_image=wish.ip_adapter_image)[0],
+            ip_adapter_scale=reference_scale_of(wish.ip_adapter_scale, manifest, wish.ip_adapter_image),
         )
 
     def pictures(self, drawn: Drawn) -> list[list[Image.Image]]:
@@ -157,6 +162,11 @@ class Model:
         """What its pictures may be decoded by."""
         return tuple(name for name, role in DECODERS.items() if self.session.manifest.graph(role) is not None)
 
+    @property
+    def refers(self) -> bool:
+        """Whether its images can attend to a picture, beside a prompt."""
+        return self.session.manifest.graph(REFERENCE) is not None
+
     @cached_property
     def digest(self) -> str:
         """The :func:`~tgate_engine.manifest_json.bundle_digest` of its bundle."""
@@ -175,6 +185,7 @@ class Model:
             raise RequestError(f"{self.name} has no guidance, and so guidance_scale no effect; leave it out")
         scales_of_adapters(wish.loras, manifest)
         decoder_of(wish.decoder, manifest)
+        reference_scale_of(wish.ip_adapter_scale, manifest, wish.ip_adapter_image)
         plan = wish.choice.of(self.worker.plans)
         shape = self.session.shapes(wish.size)[0]
         check_generator(wish.generator, shape.latents)
@@ -206,14 +217,14 @@ class Model:
         with self._entrance(size, wish.images):
             session = self.worker.adapted(size, wish.loras)
             encoder = self._encoder if session is self.session else Encoder(session)
-            rows, cuts = self._encoded(encoder, wish, seeds, size)
+            row, cuts = self._encoded(encoder, wish, seeds, size)
             if strength is not None:
                 assert wish.picture is not None  # strength_of has seen it
                 beginning = self._beginner.begin(plan, wish.picture, strength, size, wish.mask)
                 taken = beginning.plan
             handle = self.worker.submit(
                 Request(
-                    conditioning=rows[0],
+                    conditioning=row,
                     seeds=seeds,
                     plan=plan,
                     size=size,
@@ -239,15 +250,18 @@ class Model:
             cuts=cuts,
         )
 
-    def _encoded(
-        self, encoder: Encoder, wish: Wish, seeds: Sequence[int], size: str
-    ) -> tuple[list[Row], tuple[str, ...]]:
+    def _encoded(self, encoder: Encoder, wish: Wish, seeds: Sequence[int], size: str) -> tuple[Row, tuple[str, ...]]:
+        """What conditions the images, and what was cut off their prompts."""
         if wish.picture is None or begins_from(self.session.manifest, wish.picture):
             assert wish.prompt is not None  # check has seen it
-            return encoder.of_texts([(wish.prompt, wish.negative_prompt)], size)
+            rows, cuts = encoder.of_texts([(wish.prompt, wish.negative_prompt)], size)
+            scale = reference_scale_of(wish.ip_adapter_scale, self.session.manifest, wish.ip_adapter_image)
+            if wish.ip_adapter_image is None or scale is None:
+                return rows[0], cuts
+            return {**rows[0], **encoder.of_reference(wish.ip_adapter_image, scale, size)}, cuts
         if len(seeds) > 1:
             raise RequestError(f"{self.name} makes one video of a picture at a time, got n={len(seeds)}")
-        return encoder.of_picture(wish.picture, seeds, size), ()
+        return encoder.of_picture(wish.picture, seeds, size)[0], ()
 
     @contextmanager
     def _entrance(self, size: str, images: int) -> Iterator[None]:

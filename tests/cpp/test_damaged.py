@@ -503,3 +503,11 @@ def test_damaged_bundles_are_refused_by_the_library(library: Library, good: Path
         assert damage.says in str(failure.value), what
         if seen != "opening":
             LoadedBundle(library, path)
+
+
+def test_a_bundle_with_an_ip_adapter_is_refused_by_name(library: Library, tmp_path: Path) -> None:
+    path = build(tmp_path / "toy", Toy(refers=True))
+    with pytest.raises(
+        Failure, match=r"the bundle has an IP-Adapter \('reference'\), which this library does not draw"
+    ):
+        LoadedBundle(library, path)

@@ -19,10 +19,13 @@ from safetensors.numpy import save
 from tests.fuzz.mutations import mutate_bytes, mutate_json, mutate_safetensors
 from tests.fuzz.target import Target, workspace, written
 from tests.tiny_flow import make_tiny_flow
+from tests.tiny_ip_adapter import save_ip_adapter
 from tgate_export.checkpoints.directory import DirectoryCheckpoint, TensorFiles
 from tgate_export.checkpoints.headers import read_header
 from tgate_export.families import MODELS, location
 from tgate_export.families.base import Size
+from tgate_export.ip_adapter import AdaptedCheckpoint
+from tgate_export.ip_adapter_file import read_ip_adapter
 from tgate_export.libraries import refusing
 from tgate_export.lora import Lora, fuse_loras
 from tgate_export.preview_decoder import PreviewDecoder
@@ -170,6 +173,30 @@ def _layers() -> Mapping[str, Sequence[str]]:
     return found
 
 
+def ip_adapter(data: bytes) -> None:
+    """Read, fitted to the model's layers, and each tensor that export reads of it."""
+    own = read_ip_adapter(written("ip-adapter.safetensors", data))
+    checkpoint, unet = _unet()
+    fitted = AdaptedCheckpoint(checkpoint, own, workspace(), unet, prefer_half=False)
+    module = own.build()
+    for name, parameter in module.named_parameters():
+        assert fitted.tensors("ip_adapter").read(name).shape == parameter.shape
+    for layer in fitted.layers.values():
+        assert fitted.tensors("unet").read(f"{layer}.processor.to_k_ip.weight").shape[1] == own.width
+
+
+@functools.cache
+def _unet() -> tuple[DirectoryCheckpoint, Any]:
+    checkpoint = DirectoryCheckpoint(Path(location("mini-sdxl")))
+    return checkpoint, MODELS["mini-sdxl"].family.skeleton(checkpoint, "unet")
+
+
+def _ip_adapters() -> Sequence[bytes]:
+    """A plain one and a Plus one."""
+    place = Path(location("mini-sdxl"))
+    return [save_ip_adapter(place, workspace() / f"ip-{plus}", plus=plus).read_bytes() for plus in (False, True)]
+
+
 def _loras() -> Sequence[bytes]:
     """peft's names with its settings, and kohya's with a strength for each layer."""
     checkpoint = DirectoryCheckpoint(Path(location("mini-sdxl")))
@@ -226,6 +253,7 @@ TARGETS = tuple(
         ("index", index, _indices, mutate_json, 60),
         ("autoencoder", small_decoder, _configs, mutate_json, 60),
         ("lora", lora, _loras, mutate_safetensors, 30),
+        ("ip_adapter", ip_adapter, _ip_adapters, mutate_safetensors, 30),
     )
 )
 """In the tests' own process: to import PyTorch once more takes longer than all of them."""

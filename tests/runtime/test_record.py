@@ -153,7 +153,7 @@ def test_nothing_may_be_missing(path: tuple[str, ...]) -> None:
         (changed("bundle", to="2B" * 32), "expected 64 hexadecimal digits"),
         (
             changed("given", to={"paths": "0f" * 32}),
-            "expected image, mask, initial_latents, prompt_embeds, got 'paths'",
+            "expected image, mask, initial_latents, prompt_embeds, ip_adapter_image, got 'paths'",
         ),
         (changed("plan", "settings", to={str(i): 1 for i in range(65)}), "plan.settings: expected at most 64, got 65"),
         (changed("seed", to=1.5), "expected int, got 1.5; draw the picture anew"),

@@ -108,7 +108,7 @@ def test_they_share_a_server_with_pictures_of_prompts(server: Server, begins: Se
         ({"strength": 0.01}, None, "strength 0.01 leaves none of 8 steps; take 0.13 or more"),
         ({"prompt": None}, "prompt", "prompt"),
         ({"stream": "true"}, "stream", "stream"),
-        ({"picture": b"x"}, "picture", "is a file, and image and mask alone may be one"),
+        ({"picture": b"x"}, "picture", "is a file, and image, mask and ip_adapter_image alone may be one"),
         ({"output_compression": 3}, "output_compression", "no effect on png"),
     ],
 )

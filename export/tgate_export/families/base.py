@@ -87,6 +87,8 @@ class Family(ABC):
     """The ``_class_name`` values of model_index.json that it loads."""
     classes: Mapping[str, type[nn.Module]]
     """The module of each component, by its directory in the checkpoint."""
+    beside: Mapping[str, type[nn.Module]] = {}
+    """The same of components that are brought beside a checkpoint."""
     aliases: Mapping[str, tuple[str, ...]] = {}
     """Further names that checkpoints have for a class, by its own."""
     denoiser: str
@@ -177,9 +179,13 @@ class Family(ABC):
         values: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else config
         return values
 
+    def class_of(self, component: str) -> type[nn.Module]:
+        """A component's module."""
+        return self.classes[component] if component in self.classes else self.beside[component]
+
     def build(self, checkpoint: Checkpoint, component: str) -> nn.Module:
         """A component's module in evaluation mode, its weights uninitialised."""
-        cls: Any = self.classes[component]
+        cls: Any = self.class_of(component)
         where = f"{checkpoint.where}: {component}/config.json"
         config = without_code(checkpoint.config(component), self.brought)
         own = issubclass(cls, transformers.PreTrainedModel)
@@ -199,12 +205,12 @@ class Family(ABC):
 
     def _own_config(self, checkpoint: Checkpoint, component: str, config: dict[str, Any]) -> dict[str, Any]:
         """The part of a configuration of several models (CLIP's text and vision) that is the component's."""
-        cls: Any = self.classes[component].config_class
+        cls: Any = self.class_of(component).config_class
         part = config.get(cls.base_config_key) if cls.base_config_key else None
         return dict(part) if isinstance(part, Mapping) and config.get("model_type") != cls.model_type else config
 
     def _check_class(self, checkpoint: Checkpoint, component: str, config: Mapping[str, Any]) -> None:
-        cls: Any = self.classes[component]
+        cls: Any = self.class_of(component)
         names = (cls.__name__, *self.aliases.get(cls.__name__, ()))
         named = {"model_index.json": checkpoint.named_class(component)}
         if issubclass(cls, transformers.PreTrainedModel):
@@ -403,6 +409,14 @@ class Family(ABC):
         The module's sub-modules carry the names of ``image_components``.
         """
         raise NotImplementedError(f"{self.name} is not conditioned by an image")
+
+    def reference(self, checkpoint: Checkpoint, encoders: Sequence[nn.Module], *, guided: bool) -> nn.Module:
+        """A reference picture, uint8 [1, S, S, 3], to the conditioning of source "reference", ``<name>.<half>`` in the
+        halves' order, the positive alone where nothing is ``guided``.
+
+        The module's sub-modules carry the names of :data:`~tgate_export.ip_adapter.COMPONENTS`.
+        """
+        raise NotImplementedError(f"{self.name} takes no picture beside the prompt")
 
     def size_multiple(self, checkpoint: Checkpoint) -> int:
         """Height and width must be multiples of this many pixels."""

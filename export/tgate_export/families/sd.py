@@ -15,6 +15,7 @@ from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Size, Texts
 from tgate_export.families.facts import SD
 from tgate_export.families.unet import TextUNet
+from tgate_export.ip_adapter import attended, inputs_of
 from tgate_export.schedulers import options_of
 
 _SIZED = Version("0.9.0.dev0")
@@ -44,12 +45,14 @@ class StableDiffusion(TextUNet):
         guidance: Tensor,
         conditioning: Mapping[str, Tensor],
     ) -> Tensor:
-        return self.predict(denoiser, latents, timesteps, guidance, conditioning["prompt_embeds"])
+        text = attended(conditioning["prompt_embeds"], conditioning)
+        return self.predict(denoiser, latents, timesteps, guidance, text)
 
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
-        """The text alone."""
+        """The text and, with an IP-Adapter, a picture."""
         shape = (self.token_length(checkpoint, 0), int(self.config(checkpoint, "text_encoder")["hidden_size"]))
-        return (ConditioningInput(Conditioning(name="prompt_embeds", source="text"), shape, attended=True),)
+        text = ConditioningInput(Conditioning(name="prompt_embeds", source="text"), shape, attended=True)
+        return (text, *inputs_of(checkpoint))
 
     def text(self, encoders: Sequence[nn.Module], clip_skip: int = 0) -> nn.Module:
         return _Text(encoders[0], clip_skip)

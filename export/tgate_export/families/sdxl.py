@@ -16,6 +16,7 @@ from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Scaling, Size, Texts
 from tgate_export.families.facts import SDXL
 from tgate_export.families.unet import TIME_IDS, TextUNet, time_ids
+from tgate_export.ip_adapter import attended, inputs_of
 
 
 class Sdxl(TextUNet):
@@ -71,10 +72,11 @@ class Sdxl(TextUNet):
     ) -> Tensor:
         # diffusers joins the pooled text to a float32 sinusoid; eager PyTorch promotes it, a graph must be told.
         added = {"text_embeds": conditioning["pooled"].float(), "time_ids": conditioning["time_ids"]}
-        return self.predict(denoiser, latents, timesteps, guidance, conditioning["prompt_embeds"], added)
+        text = attended(conditioning["prompt_embeds"], conditioning)
+        return self.predict(denoiser, latents, timesteps, guidance, text, added)
 
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
-        """Text and pooled text from both encoders, and the size row."""
+        """Text and pooled text from both encoders, the size row and, with an IP-Adapter, a picture."""
         first, second = (self.config(checkpoint, component) for component in self.text_components)
         width = int(first["hidden_size"]) + int(second["hidden_size"])
         text = Conditioning(name="prompt_embeds", source="text")
@@ -83,6 +85,7 @@ class Sdxl(TextUNet):
             ConditioningInput(text, (self.token_length(checkpoint, 0), width), attended=True),
             ConditioningInput(pooled, (int(second["projection_dim"]),)),
             time_ids(size),
+            *inputs_of(checkpoint),
         )
 
     def text(self, encoders: Sequence[nn.Module], clip_skip: int = 0) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,17 +10,15 @@ import PIL.Image
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.checkpoints.configs import check_code
-from tgate_export.checkpoints.files import quoted
 from tgate_export.families.base import ConditioningInput, Family, Size, Texts
 from tgate_export.families.facts import SVD
 from tgate_export.families.unet import deep_module
 from tgate_export.methods.base import Halves
+from tgate_export.pictures import normalisation
 
 FPS = 7
 MOTION_BUCKET = 127
@@ -86,7 +83,7 @@ class StableVideo(Family):
             )
         self.check_decoder(checkpoint)
         checkpoint.named_class("feature_extractor")
-        _normalisation(checkpoint)
+        normalisation(checkpoint)
 
     def denoise(
         self,
@@ -125,7 +122,7 @@ class StableVideo(Family):
 
     def image(self, encoders: Sequence[nn.Module], checkpoint: Checkpoint) -> nn.Module:
         encoder, vae = encoders
-        return _Image(encoder, vae, *_normalisation(checkpoint))
+        return _Image(encoder, vae, *normalisation(checkpoint))
 
     def size_multiple(self, checkpoint: Checkpoint) -> int:
         """The U-Net joins its halves without trimming, so every level must halve evenly."""
@@ -165,33 +162,6 @@ class StableVideo(Family):
             "motion_bucket_id": MOTION_BUCKET,
             "noise_aug_strength": NOISE_STRENGTH,
         }
-
-
-def _normalisation(checkpoint: Checkpoint) -> tuple[list[float], list[float]]:
-    """Mean and deviation by which pixels are normalised for CLIP: the feature extractor's, which has CLIP's defaults.
-    The pipeline sets everything else about it."""
-    nested = checkpoint.further("feature_extractor/processor_config.json") or {}
-    own = nested.get("image_processor") or checkpoint.further("feature_extractor/preprocessor_config.json") or {}
-    if not isinstance(own, Mapping):
-        raise ExportError(
-            f"{checkpoint.where}: feature_extractor/processor_config.json has image_processor = {quoted(own)}; an "
-            "object is wanted"
-        )
-    check_code(f"{checkpoint.where}: feature_extractor", own)
-    numbers = []
-    for key, default in (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD)):
-        values = own.get(key)
-        values = default if values is None else values
-        fit = isinstance(values, (list, tuple)) and len(values) == 3
-        if not fit or not all(
-            isinstance(v, (int, float)) and math.isfinite(v) and (v or key != "image_std") for v in values
-        ):
-            raise ExportError(
-                f"{checkpoint.where}: feature_extractor/preprocessor_config.json has {key} = {values!r}; "
-                "three finite numbers are wanted, one for each colour"
-            )
-        numbers.append([float(value) for value in values])
-    return numbers[0], numbers[1]
 
 
 class _Image(nn.Module):

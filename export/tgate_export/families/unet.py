@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
@@ -15,6 +16,8 @@ from tgate_engine.manifest import Conditioning, Guidance
 from tgate_export.attention import AttentionSite
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Family, Size, side
+from tgate_export.ip_adapter import ENCODER, PROJECTION, Reference, adapted, attach, check_encoder
+from tgate_export.pictures import check_processor, normalisation
 
 TIME_IDS = 6
 """Original height and width, crop top and left, target height and width."""
@@ -34,6 +37,7 @@ class TextUNet(Family):
 
     denoiser = "unet"
     textual_inversions = True
+    beside: Mapping[str, type[nn.Module]] = {ENCODER: transformers.CLIPVisionModelWithProjection}
     addition: str | None
     """The ``addition_embed_type`` of its networks: what conditions them outside cross-attention."""
 
@@ -62,6 +66,28 @@ class TextUNet(Family):
                 f"{config['out_channels']}; samplers want as many"
             )
         check_clip(self, checkpoint, self.text_components if self.facts.clip_skips else ())
+        if (own := adapted(checkpoint)) is not None:
+            side = check_encoder(own.directory(ENCODER), own.adapter, self.config(checkpoint, ENCODER))
+            check_processor(checkpoint, side)
+            normalisation(checkpoint)
+
+    def build(self, checkpoint: Checkpoint, component: str) -> nn.Module:
+        """With an IP-Adapter, the U-Net attends to pictures as well, and there are what encodes them and what makes
+        tokens of that."""
+        own = adapted(checkpoint)
+        if own is not None and component == PROJECTION:
+            return own.adapter.build().eval()
+        module = super().build(checkpoint, component)
+        if own is not None and component == self.denoiser:
+            attach(module, own)
+        return module
+
+    def reference(self, checkpoint: Checkpoint, encoders: Sequence[nn.Module], *, guided: bool) -> nn.Module:
+        own = adapted(checkpoint)
+        assert own is not None
+        encoder, projection = encoders
+        hidden = own.adapter.kind == "plus"
+        return Reference(encoder, projection, normalisation(checkpoint), hidden=hidden, guided=guided)
 
     def guidance(self, checkpoint: Checkpoint, scale: float) -> Guidance:
         if self.config(checkpoint, "unet")["time_cond_proj_dim"] is not None:
@@ -85,10 +111,11 @@ class TextUNet(Family):
         latents: Tensor,
         timesteps: Tensor,
         guidance: Tensor,
-        text: Tensor,
+        text: Tensor | tuple[Tensor, ...],
         added: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """The network's output, [N, C, h, w]; ``added``: what conditions it outside cross-attention."""
+        """The network's output, [N, C, h, w]; ``text``: what its cross-attention is given
+        (:func:`~tgate_export.ip_adapter.attended`); ``added``: what conditions it outside of that."""
         assert isinstance(denoiser, diffusers.UNet2DConditionModel)
         width: Any = denoiser.config["time_cond_proj_dim"]
         output: Tensor = denoiser(

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from PIL import Image
 
-from tgate_engine.errors import RequestError, shown
-from tgate_runtime.picture import read_mask, read_picture
+from tgate_engine.errors import shown
+from tgate_runtime.picture import read_mask
 from tgate_serve.api.errors import ApiError
-from tgate_serve.api.forms import asked_in, data_in
+from tgate_serve.api.forms import asked_in, data_in, picture_in
 from tgate_serve.api.images import check_quality, whole
 from tgate_serve.api.schemas import EditAsked, ImagesAnswer
 from tgate_serve.api.service import Served, Service, identity_of
@@ -23,7 +21,7 @@ from tgate_serve.model import Drawing, Model, Wish
 log = logging.getLogger("tgate")
 router = APIRouter(tags=["images"])
 
-FILES = ("image", "mask")
+FILES = ("image", "mask", "ip_adapter_image")
 """What a form may have as files, and JSON as objects with a data: URL."""
 
 _SCHEMA = "#/components/schemas/"
@@ -73,19 +71,14 @@ def _check(model: Model, files: dict[str, bytes]) -> None:
 def _submit(service: Service, model: Model, asked: EditAsked, files: dict[str, bytes], came_s: float) -> Drawing:
     wish = Wish(
         prompt=asked.prompt,
-        picture=_read(read_picture, files["image"], "image"),
-        mask=_read(read_mask, files["mask"], "mask") if "mask" in files else None,
+        picture=picture_in(files["image"], "image"),
+        mask=picture_in(files.get("mask"), "mask", read_mask),
         strength=asked.strength,
+        ip_adapter_image=picture_in(files.get("ip_adapter_image"), "ip_adapter_image"),
+        ip_adapter_scale=asked.ip_adapter_scale,
         images=asked.n or 1,
         decoder=asked.decoder,
         **asked.common(),
     )
     service.check(model, wish)
     return model.submit(wish, came_s)
-
-
-def _read(read: Callable[[bytes, str], Image.Image], content: bytes, name: str) -> Image.Image:
-    try:
-        return read(content, name)
-    except RequestError as error:
-        raise ApiError(400, str(error), code="invalid_value", param=name) from None

@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
+from PIL import Image
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 
-from tgate_engine.errors import shown
+from tgate_engine.errors import RequestError, shown
+from tgate_runtime.picture import read_picture
 from tgate_serve.api.errors import ApiError
 
 T = TypeVar("T", bound=BaseModel)
@@ -67,6 +69,17 @@ def data_in(url: str, name: str) -> bytes:
         raise ApiError(400, message, code="invalid_value", param=name) from None
 
 
+def picture_in(
+    content: bytes | None, name: str, read: Callable[[bytes, str], Image.Image] = read_picture
+) -> Image.Image | None:
+    """The picture of a file's content, decoded in the calling thread; None where there is none. Raises
+    :class:`ApiError` for what is none. ``name``: the parameter's."""
+    try:
+        return None if content is None else read(content, name)
+    except RequestError as error:
+        raise ApiError(400, str(error), code="invalid_value", param=name) from None
+
+
 async def _fields(
     parts: list[tuple[str, UploadFile | str]], files: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -89,7 +102,8 @@ async def _fields(
         elif name in files:
             contents[name] = await part.read()
         else:
-            message = f"parameter '{shown(name)}' is a file, and {' and '.join(files)} alone may be one; leave it out"
+            known = " and ".join(filter(None, [", ".join(files[:-1]), files[-1]]))
+            message = f"parameter '{shown(name)}' is a file, and {known} alone may be one; leave it out"
             raise ApiError(400, message, code="unknown_parameter", param=shown(name, 80))
     return fields, contents
 

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from tgate_engine.errors import shown
 from tgate_serve.api.errors import ApiError, api_error
 from tgate_serve.api.events import Completed, Event, Failed, PartialImage, Queued, StepTaken, event_stream
+from tgate_serve.api.forms import data_in, picture_in
 from tgate_serve.api.pictures import all_encoded, encoded, report
 from tgate_serve.api.schemas import CancelAnswer, Format, ImageAsked, ImagesAnswer, Picture
 from tgate_serve.api.service import Served, Service, identity_of, unless_gone
@@ -47,11 +48,17 @@ async def generate(asked: ImageAsked, request: Request, response: Response, serv
     check_quality(asked.output_format, asked.output_compression)
     identity = identity_of(request, "img")
     model = service.model(asked.model, video=False)
+    beside = None
+    if asked.ip_adapter_image is not None:
+        content = data_in(asked.ip_adapter_image.image_url, "ip_adapter_image")
+        beside = await service.encoding(partial(picture_in, content, "ip_adapter_image"))
     wish = Wish(
         prompt=asked.prompt,
         images=asked.n or 1,
         partials=asked.partial_images or 0,
         decoder=asked.decoder,
+        ip_adapter_image=beside,
+        ip_adapter_scale=asked.ip_adapter_scale,
         **asked.common(),
     )
     began_s = time.monotonic()

@@ -66,7 +66,26 @@ class Asked(BaseModel):
         }
 
 
-class ImageAsked(Asked):
+class Reference(BaseModel):
+    """A picture inside JSON."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    image_url: Annotated[str, Field(description="data:image/...;base64,...; other URLs are not fetched")]
+
+
+class PictureAsked(Asked):
+    """What pictures are asked with, whatever they begin from."""
+
+    ip_adapter_image: Annotated[
+        Reference | None, Field(description="what they attend to beside the prompt, of a model with an IP-Adapter")
+    ] = None
+    ip_adapter_scale: Annotated[
+        float | None, Field(allow_inf_nan=False, description="how much of it is added; 1 if left out")
+    ] = None
+
+
+class ImageAsked(PictureAsked):
     """Pictures of a prompt."""
 
     prompt: Annotated[str, Field(description="what to draw")]
@@ -85,17 +104,9 @@ class ImageAsked(Asked):
     stream_steps: Annotated[bool | None, Field(description="events of the queue and of each step, of a stream")] = None
 
 
-class Reference(BaseModel):
-    """A picture inside JSON."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    image_url: Annotated[str, Field(description="data:image/...;base64,...; other URLs are not fetched")]
-
-
-class EditAsked(Asked):
-    """Pictures that begin from one, beside a prompt. A form's files ``image`` and ``mask`` come in place of the objects
-    of those names."""
+class EditAsked(PictureAsked):
+    """Pictures that begin from one, beside a prompt. A form's files ``image``, ``mask`` and ``ip_adapter_image`` come
+    in place of the objects of those names."""
 
     prompt: Annotated[str, Field(description="what to draw")]
     image: Annotated[Reference | None, Field(description="what to begin from")] = None
@@ -244,8 +255,8 @@ class PlanFacts(BaseModel):
 
 class ModelFacts(BaseModel):
     """A model that is served. ``takes``: what it is conditioned by. ``edits``: whether its pictures
-    can begin from one. ``decoders``: what its pictures can be decoded by. ``loras``: the names of its adapters.
-    ``running``, ``waiting``: images, now."""
+    can begin from one. ``decoders``: what its pictures can be decoded by. ``ip_adapter``: whether they can attend to
+    one beside the prompt. ``loras``: the names of its adapters. ``running``, ``waiting``: images, now."""
 
     sizes: list[str]
     plans: list[PlanFacts]
@@ -257,6 +268,7 @@ class ModelFacts(BaseModel):
     edits: bool
     decoders: list[str]
     loras: list[str]
+    ip_adapter: bool
     engine: str
     running: int
     waiting: int

@@ -77,6 +77,7 @@ def _answer(model: Model) -> ModelAnswer:
             edits=model.edits,
             decoders=list(model.decoders),
             loras=list(manifest.adapters),
+            ip_adapter=model.refers,
             engine=model.session.engine.name,
             running=running,
             waiting=waiting,

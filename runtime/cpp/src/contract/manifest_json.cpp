@@ -94,6 +94,10 @@ std::vector<TensorSpec> read_tensors(Reader& r, std::string_view key, std::int64
 GraphSpec read_graph(Reader& r) {
   GraphSpec graph;
   graph.file = r.name("file");
+  if (r.text("role") == "reference") {
+    r.fail(".role", "the bundle has an IP-Adapter ('reference'), which this library does not draw with: use Python's, or "
+                    "without --ip-adapter");
+  }
   graph.role = r.choice("role", roles);
   graph.batch = read_range(r);
   graph.inputs = read_tensors(r, "inputs", graph.batch.most);

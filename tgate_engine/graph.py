@@ -15,12 +15,13 @@ BATCH = "batch"
 Dim = int | str
 """A fixed size, or :data:`BATCH`."""
 
-Role = Literal["denoise", "text", "image", "decode", "encode"]
+Role = Literal["denoise", "text", "image", "decode", "encode", "control"]
 DENOISE: Role = "denoise"
 TEXT: Role = "text"
 IMAGE: Role = "image"
 DECODE: Role = "decode"
 ENCODE: Role = "encode"
+CONTROL: Role = "control"
 ROLES: tuple[Role, ...] = get_args(Role)
 
 

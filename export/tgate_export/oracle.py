@@ -73,7 +73,7 @@ class Oracle:
         """A component in float32 as diffusers or transformers loads it."""
         family, checkpoint = self._job.family, self._job.checkpoint
         directory = checkpoint.directory(component)
-        cls: Any = family.classes[component]
+        cls: Any = family.class_of(component)
         if directory is not None:
             try:
                 with quiet():

@@ -22,6 +22,7 @@ from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
 from tgate_runtime.beginning import Beginner
 from tgate_runtime.conditioning import from_embeddings, rows_of
+from tgate_runtime.control import Controls, Steered, steered
 from tgate_runtime.decoder import decode
 from tgate_runtime.encoder import Encoder, Row
 from tgate_runtime.engines.protocol import Engine, OnBuild, Options
@@ -29,7 +30,7 @@ from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import check_generator, in_dtype, in_step, noise
 from tgate_runtime.names import with_hints
 from tgate_runtime.preview import Colours, Look
-from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given, loras_of
+from tgate_runtime.record import EngineRecord, PlanRecord, Record, controls_of, digests_of_given, loras_of
 from tgate_runtime.request import (
     check_call,
     check_count,
@@ -143,6 +144,7 @@ class Pipeline:
         size: str | None = None,
         num_images: int = 1,
         loras: Mapping[str, float] | None = None,
+        controls: Controls | None = None,
         initial_latents: NDArray[Any] | None = None,
         generator: str = "numpy",
         on_step: Callable[[Progress], None] | None = None,
@@ -162,7 +164,8 @@ class Pipeline:
         ``plan``: a name of the bundle's, a :class:`Plan`, or a file that ``tgate plan --output`` wrote (a path, or a
         text that ends in .json). ``size``: one of the session's, such as ``"832x1216"``; None is its default.
         ``loras``: scales by the names of the bundle's adapters, of which each is added to the weights for this request
-        (:meth:`Session.adapted`).
+        (:meth:`Session.adapted`). ``controls``: a :class:`~tgate_runtime.control.Control` by the name of each of the
+        bundle's ControlNets that is to steer all images of the request: a picture, and how much of it, and when.
         ``initial_latents``: float32 [N, ...], standard normal noise in place of the seeds', for videos also with
         frames; stochastic samplers still draw their steps' noise from the seeds. ``generator``: what draws the noise,
         one of :data:`tgate_runtime.generators.GENERATORS`. ``on_step`` is called after each step in the calling thread,
@@ -192,6 +195,8 @@ class Pipeline:
             check_latents(initial_latents, (count, *latents_shape))
         begun = image is not None and strength is not None
         beginning = own._beginner.begin(chosen, image, strength, size, mask) if begun else None  # type: ignore[arg-type]
+        taken = chosen if beginning is None else beginning.plan
+        steering = steered(own.session, controls, taken, size)
         rows = own._rows(texts, None if begun else image, prompt_embeds, seeds, number, size)
 
         def drawn(image: int, draw: int) -> NDArray[np.float32]:
@@ -212,8 +217,7 @@ class Pipeline:
         given = digests_of_given(
             count, image=image, mask=mask, prompt_embeds=prompt_embeds, initial_latents=initial_latents
         )
-        taken = chosen if beginning is None else beginning.plan
-        latents = own._denoise(chosen, taken, size, start, rows, scales, in_steps, mends, on_step)
+        latents = own._denoise(chosen, taken, size, start, rows, scales, in_steps, mends, steering, on_step)
         decoder = own.session.graph(DECODE, size)
         decoded = [decode(own.session, decoder, each) for each in latents] if decoder else []
         video = own.session.manifest.frames > 1
@@ -222,7 +226,7 @@ class Pipeline:
             videos=decoded if video else [],
             latents=latents,
             seeds=seeds,
-            records=own._records(chosen, size, texts, scales, seeds, generator, strength, given),
+            records=own._records(chosen, size, texts, scales, seeds, generator, strength, controls, given),
         )
 
     def close(self) -> None:
@@ -295,6 +299,7 @@ class Pipeline:
         seeds: Sequence[int],
         generator: str,
         strength: float | None,
+        controls: Controls | None,
         given: Sequence[Mapping[str, str]],
     ) -> tuple[Record, ...]:
         """What each image was drawn from."""
@@ -302,7 +307,7 @@ class Pipeline:
         each: Sequence[tuple[str | None, str | None]] = texts or [(None, None)]
         of_image = [text for text in each for _ in range(number)]
         made, engine = PlanRecord.of(plan), EngineRecord.of(self.session.engine)
-        loras = loras_of(self.session.loras, manifest)
+        loras, steered_by = loras_of(self.session.loras, manifest), controls_of(controls)
         return tuple(
             Record(
                 prompt=prompt,
@@ -317,6 +322,7 @@ class Pipeline:
                 bundle=self._digest,
                 engine=engine,
                 loras=loras,
+                controls=steered_by,
                 given=digests,
             )
             for (prompt, negative), seed, scale, digests in zip(of_image, seeds, scales, given, strict=True)
@@ -336,6 +342,7 @@ class Pipeline:
         scales: Sequence[float],
         in_steps: Callable[[int, int], NDArray[np.float32]],
         mends: Sequence[Mend | None],
+        steering: Mapping[str, Steered],
         on_step: Callable[[Progress], None] | None,
     ) -> NDArray[np.float32]:
         """Final latents [N, ...] of all images, in batches of the sizes that the bundle takes. ``plan``: what is taken
@@ -356,6 +363,7 @@ class Pipeline:
                     plan=plan,
                     step_noise=partial(_step_noise, in_steps, images),
                     mend=[mends[j] for j in images],
+                    controls=[steering] * len(images),
                 )
                 with closing(steps):  # whatever on_step raises, the state is free again
                     for step in steps:

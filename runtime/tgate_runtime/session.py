@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 from tgate_engine.bundle import Bundle
+from tgate_engine.control import controls_for
 from tgate_engine.errors import BundleError, EngineError, RequestError, shown
-from tgate_engine.graph import DENOISE, ENCODE, GraphSpec, Role
+from tgate_engine.graph import CONTROL, DENOISE, ENCODE, GraphSpec, Role
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plain_files import Watched
 from tgate_engine.plan import Plan
@@ -26,6 +27,9 @@ from tgate_runtime.request import check_call, check_several
 from tgate_runtime.signatures import check_forms, check_ranges, check_signatures
 
 T = TypeVar("T")
+
+_LATER = (ENCODE, CONTROL)
+"""Roles of graphs that are loaded when a request first needs one: others do without their memory."""
 
 
 class Session:
@@ -75,7 +79,8 @@ class Session:
         **options: Unpack[Options],
     ) -> Session:
         """Check a bundle and load its graphs, so that what can fail fails here and not at the first step. The encoder
-        alone is loaded when a request first begins from a picture: others do without its memory.
+        alone is loaded when a request first begins from a picture, and a ControlNet when one first is given a control
+        picture: others do without their memory.
 
         ``source``: a bundle's directory, ``"mini"`` (:func:`~tgate_runtime.mini.place_of`), or a Bundle opened (and
         checked) before. ``engine``: one of
@@ -107,7 +112,7 @@ class Session:
         bundle = source if isinstance(source, Bundle) else Bundle.open(place_of(source), check_digests=check_digests)
         chosen = None if plans is None else [plan_of(bundle.manifest, plan) for plan in plans]
         graphs = graphs_of(bundle, chosen, sizes)
-        graphs = tuple(spec for spec in graphs if spec.role != ENCODE)
+        graphs = tuple(spec for spec in graphs if spec.role not in _LATER)
         executables = loader.load(bundle, graphs, on_build)
         session = Session(bundle, loader, executables, shapes_of(bundle, sizes), chosen or (), adapted)
         # Engines open the weights by their name, and some of them the graphs: it led to what was checked all the while.
@@ -159,10 +164,10 @@ class Session:
         return self.shapes(size)[0].graph(role)
 
     def executable(self, graph: GraphSpec) -> Executable:
-        """A loaded graph; an encoder is loaded now. Raises :class:`EngineError` where it was not loaded, or the session
-        is closed."""
-        if graph.role == ENCODE:
-            self._load_encoder(graph)
+        """A loaded graph; an encoder or a ControlNet is loaded now. Raises :class:`EngineError` where it was not
+        loaded, or the session is closed."""
+        if graph.role in _LATER:
+            self._load_late(graph)
         if self._executables is None:
             raise EngineError(f"the session of {self.bundle.path} is closed; open another one")
         if graph.file not in self._executables:
@@ -172,12 +177,12 @@ class Session:
             )
         return self._executables[graph.file]
 
-    def _load_encoder(self, graph: GraphSpec) -> None:
+    def _load_late(self, graph: GraphSpec) -> None:
         if self._plain is not None:  # no adapter changes it
-            encoder = self._plain.executable(graph)
+            executable = self._plain.executable(graph)
             with self._lock:
                 if self._executables is not None:
-                    self._executables[graph.file] = encoder
+                    self._executables[graph.file] = executable
             return
         with self._loading:
             if self._executables is None or graph.file in self._executables:
@@ -241,7 +246,7 @@ class Session:
                     self._adapted.popitem(last=False)  # who draws with it goes on
             instead = weights_with(self.bundle, scales)
             specs = {spec.file: spec for shape in self._shapes for spec in shape.graphs.values()}
-            graphs = [specs[file] for file in executables if specs[file].role != ENCODE]
+            graphs = [specs[file] for file in executables if specs[file].role not in _LATER]
             changed = reading(self.bundle, graphs, instead)
             loaded = self.engine.load(self.bundle, changed, instead=instead)
             self.bundle.check_unchanged([self.manifest.weights, *(spec.file for spec in changed)])
@@ -330,7 +335,12 @@ def graphs_of(
     used = {name for plan in chosen for name in plan.graphs()}
     graphs: dict[str, GraphSpec] = {}
     for shape in shapes:
-        kept = {name: spec for name, spec in shape.graphs.items() if spec.role != DENOISE or name in used}
+        beside = controls_for(shape.graphs, used)
+        kept = {
+            name: spec
+            for name, spec in shape.graphs.items()
+            if (name in used if spec.role == DENOISE else spec.role != CONTROL or name in beside)
+        }
         check_signatures(manifest, kept)
         check_forms(shape, kept)
         graphs |= {spec.file: spec for spec in kept.values()}

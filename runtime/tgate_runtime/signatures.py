@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from tgate_engine.conditioning import half_names
+from tgate_engine.control import is_control, nets_in, scale_name
 from tgate_engine.errors import BundleError
-from tgate_engine.graph import BATCH, DECODE, DENOISE, ENCODE, IMAGE, TEXT, Dim, GraphSpec, Role, TensorSpec
+from tgate_engine.graph import BATCH, CONTROL, DECODE, DENOISE, ENCODE, IMAGE, TEXT, Dim, GraphSpec, Role, TensorSpec
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.step import LATENTS, STEP, STEP_INPUTS, STEP_OUTPUTS, STEP_ROW
 
@@ -18,13 +19,14 @@ DEVIATION = "deviation"
 def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> None:
     """Raises :class:`BundleError` for the first of ``graphs`` with an input that nothing feeds, or without an
     output that is needed, or with a tensor of the trajectory in another form than the others have it: all denoising
-    graphs of a shape work on the same buffers."""
+    graphs of a shape, and the ControlNets beside them, work on the same buffers."""
     feeds: dict[Role, set[str]] = {
         DENOISE: {*STEP_INPUTS, *half_names(manifest.conditioning), *manifest.carries},
         TEXT: {t.input for t in manifest.tokenizers},
         IMAGE: {PICTURE, PICTURE_NOISE},
         DECODE: {FINAL_LATENTS},
         ENCODE: {PICTURE},
+        CONTROL: {LATENTS, STEP, *half_names(manifest.conditioning)},
     }
     needs: dict[Role, Iterable[str]] = {
         DENOISE: STEP_OUTPUTS,
@@ -32,13 +34,17 @@ def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> Non
         IMAGE: manifest.conditioned_by("image"),
         DECODE: (PIXELS,),
         ENCODE: (LATENTS, DEVIATION),
+        CONTROL: (),
     }
+    by_image = (DENOISE, CONTROL)
     forms: dict[str, tuple[str, tuple[Dim, ...]]] = {}
     for name, spec in graphs.items():
-        for tensor in (*spec.inputs, *spec.outputs) if spec.role == DENOISE else ():
+        for tensor in (*spec.inputs, *spec.outputs) if spec.role in by_image else ():
             if forms.setdefault(tensor.name, (tensor.dtype, tensor.shape)) != (tensor.dtype, tensor.shape):
                 raise BundleError(f"graph {name!r} has {tensor.name} in another form than a graph beside it has")
-        if odd := [i for i in spec.input_names() if i not in feeds[spec.role]]:
+        known = feeds[spec.role]
+        steered = spec.role in by_image  # what is of ControlNets, Bundle.open has seen
+        if odd := [i for i in spec.input_names() if i not in known and not (steered and is_control(i))]:
             raise BundleError(f"graph {name!r} takes {', '.join(odd)}, which nothing feeds; export the bundle again")
         if missing := [o for o in needs[spec.role] if o not in spec.output_names()]:
             raise BundleError(f"graph {name!r} does not give {', '.join(missing)}; export the bundle again")
@@ -55,6 +61,7 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
         DENOISE: {
             **dict.fromkeys((*STEP_INPUTS, *STEP_OUTPUTS), ("float32", (BATCH, *latents))),
             STEP: ("float32", (BATCH, STEP_ROW)),
+            **{scale_name(net): ("float32", (BATCH,)) for net in nets_in(graphs)},
         },
         TEXT: {},
         IMAGE: {PICTURE: ("uint8", (1, *picture)), PICTURE_NOISE: ("float32", (1, 3, *picture[:2]))},
@@ -63,6 +70,7 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
             PICTURE: ("uint8", (1, *picture)),
             **dict.fromkeys((LATENTS, DEVIATION), ("float32", (1, *latents))),
         },
+        CONTROL: {LATENTS: ("float32", (BATCH, *latents)), STEP: ("float32", (BATCH, STEP_ROW))},
     }
     always: dict[Role, tuple[str, ...]] = {
         DENOISE: (LATENTS, STEP),
@@ -70,6 +78,7 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
         IMAGE: (PICTURE,),
         DECODE: (FINAL_LATENTS,),
         ENCODE: (PICTURE,),
+        CONTROL: (),
     }
     for name, spec in graphs.items():
         if missing := [i for i in always[spec.role] if i not in spec.input_names()]:
@@ -79,12 +88,13 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
                 f"graph {name!r} is for {spec.batch[0]} to {spec.batch[1]} images, and its shape for {shape.batch[0]} "
                 f"to {shape.batch[1]}; export the bundle again"
             )
+        rows = spec.role in (DENOISE, CONTROL)
         for tensor in (*spec.inputs, *spec.outputs):
-            if spec.role == DENOISE and tensor.shape[:1] != (BATCH,):
+            if rows and tensor.shape[:1] != (BATCH,):
                 raise BundleError(
                     f"graph {name!r} has {_shown(tensor)}, without a row for each image; export the bundle again"
                 )
-            own = tensor.shape if spec.role == DENOISE else tensor.resolve(1)
+            own = tensor.shape if rows else tensor.resolve(1)
             dtype, form = wanted[spec.role].get(tensor.name, (tensor.dtype, own))
             if spec.role == DECODE and tensor.name == PIXELS:  # a video's frames come before
                 dtype, form = "uint8", (*(own[:-3] or (1,)), *picture)

@@ -73,6 +73,14 @@ class Scaling:
     stored: bool = False
 
 
+_CONTROL = "controlnet:"
+
+
+def control_component(name: str) -> str:
+    """The component that a ControlNet of that name is."""
+    return _CONTROL + name
+
+
 class Family(ABC):
     """One architecture. Modules are built from configs alone, so that their weights may be fake.
 
@@ -87,6 +95,8 @@ class Family(ABC):
     """The ``_class_name`` values of model_index.json that it loads."""
     classes: Mapping[str, type[nn.Module]]
     """The module of each component, by its directory in the checkpoint."""
+    control_class: type[nn.Module] | None = None
+    """The class of its ControlNets; None where it takes none."""
     aliases: Mapping[str, tuple[str, ...]] = {}
     """Further names that checkpoints have for a class, by its own."""
     denoiser: str
@@ -179,7 +189,7 @@ class Family(ABC):
 
     def build(self, checkpoint: Checkpoint, component: str) -> nn.Module:
         """A component's module in evaluation mode, its weights uninitialised."""
-        cls: Any = self.classes[component]
+        cls: Any = self.class_of(component)
         where = f"{checkpoint.where}: {component}/config.json"
         config = without_code(checkpoint.config(component), self.brought)
         own = issubclass(cls, transformers.PreTrainedModel)
@@ -199,12 +209,12 @@ class Family(ABC):
 
     def _own_config(self, checkpoint: Checkpoint, component: str, config: dict[str, Any]) -> dict[str, Any]:
         """The part of a configuration of several models (CLIP's text and vision) that is the component's."""
-        cls: Any = self.classes[component].config_class
+        cls: Any = self.class_of(component).config_class
         part = config.get(cls.base_config_key) if cls.base_config_key else None
         return dict(part) if isinstance(part, Mapping) and config.get("model_type") != cls.model_type else config
 
     def _check_class(self, checkpoint: Checkpoint, component: str, config: Mapping[str, Any]) -> None:
-        cls: Any = self.classes[component]
+        cls: Any = self.class_of(component)
         names = (cls.__name__, *self.aliases.get(cls.__name__, ()))
         named = {"model_index.json": checkpoint.named_class(component)}
         if issubclass(cls, transformers.PreTrainedModel):
@@ -242,6 +252,42 @@ class Family(ABC):
 
         Gives the model output, of the latents' shape.
         """
+
+    def steered(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        guidance: Tensor,
+        conditioning: Mapping[str, Tensor],
+        residuals: Sequence[Tensor],
+    ) -> Tensor:
+        """:meth:`denoise`, with ``residuals`` [N, ...] of ControlNets added to what the network keeps on its way down,
+        and the last of them to its middle."""
+        raise NotImplementedError(f"{self.name} takes no ControlNets")
+
+    def look(
+        self,
+        net: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Mapping[str, Tensor],
+        pictures: Tensor,
+    ) -> Sequence[Tensor]:
+        """The residuals of a ControlNet for :meth:`steered`, each [N, ...]. ``pictures``: [M, 3, H, W] from 0 to 1,
+        each for N / M rows that lie together; the rest as :meth:`denoise` takes it."""
+        raise NotImplementedError(f"{self.name} takes no ControlNets")
+
+    def check_control(self, checkpoint: Checkpoint, net: str) -> None:
+        """Raises :class:`ExportError` for a ControlNet whose configuration is of another architecture, or asks for
+        something that the pipeline would not do."""
+        raise NotImplementedError(f"{self.name} takes no ControlNets")
+
+    def class_of(self, component: str) -> type[Any]:
+        """The module's class of a component."""
+        if component.startswith(_CONTROL) and self.control_class is not None:
+            return self.control_class
+        return self.classes[component]
 
     def deep(self, checkpoint: Checkpoint, branch: int) -> str | None:
         """The denoiser's module whose output is all that its last ``branch`` + 1 layers take of those below, beside

@@ -19,7 +19,7 @@ class Facts:
     ``guided``: whether there are two halves of guidance, and so a difference to reuse, and not a scale that the network
     takes as an input.
     ``from_pictures``: whether diffusers has a pipeline that begins from a picture in place of noise, and so export an
-    encoder.
+    encoder. ``controlnets``: whether ControlNets can be exported beside it (``--controlnet``).
     """
 
     name: str
@@ -32,10 +32,13 @@ class Facts:
     cross_attention: bool = True
     guided: bool = True
     from_pictures: bool = False
+    controlnets: bool = False
 
 
-SD = Facts(name="sd", cls="StableDiffusion", clip_skips=True, rescales_guidance=True, from_pictures=True)
-SDXL = Facts(name="sdxl", cls="Sdxl", clip_skips=True, rescales_guidance=True, from_pictures=True)
+SD = Facts(
+    name="sd", cls="StableDiffusion", clip_skips=True, rescales_guidance=True, from_pictures=True, controlnets=True
+)
+SDXL = Facts(name="sdxl", cls="Sdxl", clip_skips=True, rescales_guidance=True, from_pictures=True, controlnets=True)
 KOLORS = Facts(name="kolors", cls="Kolors", text_graph=False, from_pictures=True)
 PIXART = Facts(name="pixart", cls="PixArt")
 SVD = Facts(name="svd", cls="StableVideo", source="image", video=True)

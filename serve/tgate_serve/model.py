@@ -11,16 +11,18 @@ from functools import cached_property
 
 from PIL import Image
 
+from tgate_engine.control import nets_in
 from tgate_engine.errors import RequestError
 from tgate_engine.graph import DECODE, ENCODE
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
 from tgate_runtime.adapters import scales_of_adapters
 from tgate_runtime.beginning import Beginner
+from tgate_runtime.control import Controls, scales_of_controls, steered
 from tgate_runtime.decoder import decode
 from tgate_runtime.encoder import Encoder, Row
 from tgate_runtime.generators import check_generator
-from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given, loras_of
+from tgate_runtime.record import EngineRecord, PlanRecord, Record, controls_of, digests_of_given, loras_of
 from tgate_runtime.request import begins_from, check_prompts, check_source, scales_of, seeds_of, strength_of
 from tgate_runtime.session import Session
 from tgate_serve.choice import Choice
@@ -38,7 +40,8 @@ class Wish:
     seeds that count on from ``seed``; a random one where that is None. ``size``: one of the model's.
     ``guidance_scale``: above 1. ``generator``: of noise. ``priority``, ``within_s``: see
     :class:`~tgate_serve.worker.Request`. ``partials``: how many looks at each image before it is through, evenly spread
-    over its steps. ``loras``: scales by the names of the bundle's adapters.
+    over its steps. ``loras``: scales by the names of the bundle's adapters. ``controls``: by the names
+    of its ControlNets, what each of them looks at, and when.
     """
 
     prompt: str | None = None
@@ -56,6 +59,7 @@ class Wish:
     within_s: float | None = None
     partials: int = 0
     loras: Mapping[str, float] | None = None
+    controls: Controls | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,7 @@ class Drawing:
             engine=EngineRecord.of(self.model.session.engine),
             strength=self.strength,
             loras=loras_of(scales_of_adapters(wish.loras, manifest), manifest),
+            controls=controls_of(wish.controls),
             given=digests_of_given(1, image=wish.picture, mask=wish.mask)[0],
         )
 
@@ -139,6 +144,11 @@ class Model:
         """Whether its images can begin from a picture, beside a prompt."""
         return self.session.manifest.graph(ENCODE) is not None
 
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The names of its ControlNets."""
+        return nets_in(self.session.manifest.shapes[0].graphs)
+
     @cached_property
     def digest(self) -> str:
         """The :func:`~tgate_engine.manifest_json.bundle_digest` of its bundle."""
@@ -162,9 +172,11 @@ class Model:
         if wish.priority not in PRIORITIES:
             raise RequestError(f"a priority is 0 to {PRIORITIES[-1]}, got {wish.priority}")
         strength = strength_of(wish.strength, manifest, wish.picture, wish.mask)
-        steps = len(plan.steps)
+        taken = plan
         if strength is not None:
-            steps = len(self._beginner.left(plan, strength, masked=wish.mask is not None)[1].steps)
+            taken = self._beginner.left(plan, strength, masked=wish.mask is not None)[1]
+        scales_of_controls(wish.controls, taken, manifest)
+        steps = len(taken.steps)
         if wish.partials >= steps:
             raise RequestError(
                 f"plan '{plan.name}' has {steps} steps, and at most {steps - 1} partial images before the last; got "
@@ -192,6 +204,7 @@ class Model:
                 assert wish.picture is not None  # strength_of has seen it
                 beginning = self._beginner.begin(plan, wish.picture, strength, size, wish.mask)
                 taken = beginning.plan
+            controls = steered(session, wish.controls, taken, size)
             handle = self.worker.submit(
                 Request(
                     conditioning=rows[0],
@@ -206,6 +219,7 @@ class Model:
                     looks=looks(len(taken.steps), wish.partials),
                     beginning=beginning,
                     session=session,
+                    controls=controls,
                 )
             )
         return Drawing(

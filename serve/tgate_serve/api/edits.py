@@ -13,6 +13,7 @@ from PIL import Image
 
 from tgate_engine.errors import RequestError, shown
 from tgate_runtime.picture import read_mask, read_picture
+from tgate_serve.api.controls import controls_in
 from tgate_serve.api.errors import ApiError
 from tgate_serve.api.forms import asked_in, data_in
 from tgate_serve.api.images import check_quality, whole
@@ -77,6 +78,7 @@ def _submit(service: Service, model: Model, asked: EditAsked, files: dict[str, b
         mask=_read(read_mask, files["mask"], "mask") if "mask" in files else None,
         strength=asked.strength,
         images=asked.n or 1,
+        controls=controls_in(asked.controls),
         **asked.common(),
     )
     service.check(model, wish)

@@ -16,6 +16,7 @@ from fastapi.sse import format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from tgate_engine.errors import shown
+from tgate_serve.api.controls import controls_in
 from tgate_serve.api.errors import ApiError, api_error
 from tgate_serve.api.events import Completed, Event, Failed, PartialImage, Queued, StepTaken, event_stream
 from tgate_serve.api.pictures import all_encoded, encoded, report
@@ -47,8 +48,10 @@ async def generate(asked: ImageAsked, request: Request, response: Response, serv
     check_quality(asked.output_format, asked.output_compression)
     identity = identity_of(request, "img")
     model = service.model(asked.model, video=False)
-    wish = Wish(prompt=asked.prompt, images=asked.n or 1, partials=asked.partial_images or 0, **asked.common())
     began_s = time.monotonic()
+    controls = await service.encoding(partial(controls_in, asked.controls)) if asked.controls else None
+    partials = asked.partial_images or 0
+    wish = Wish(prompt=asked.prompt, images=asked.n or 1, partials=partials, controls=controls, **asked.common())
     drawing = await service.submit(model, wish)
     user = "" if asked.user is None else f" for user '{shown(asked.user)}'"
     log.info("%s: %d of plan %s by %s%s", identity, wish.images, drawing.plan.name, model.name, user)

@@ -65,10 +65,35 @@ class Asked(BaseModel):
         }
 
 
+class ControlAsked(BaseModel):
+    """What one ControlNet looks at, and when."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    image_url: Annotated[str, Field(description="data:image/...;base64,...; other URLs are not fetched")]
+    scale: Annotated[
+        float | None, Field(allow_inf_nan=False, description="what it adds is multiplied with this; 1 if left out")
+    ] = None
+    start: Annotated[
+        float | None, Field(ge=0, le=1, description="the part of the way from which on it runs; 0 if left out")
+    ] = None
+    end: Annotated[float | None, Field(ge=0, le=1, description="the part up to which it does; 1 if left out")] = None
+    until_gate: Annotated[
+        bool | None, Field(description="it stops where the plan's gate closes; false, it goes on, if left out")
+    ] = None
+
+
+Controls = Annotated[
+    dict[str, ControlAsked] | None,
+    Field(max_length=16, description="control pictures by the names of the model's ControlNets; in JSON alone"),
+]
+
+
 class ImageAsked(Asked):
     """Pictures of a prompt."""
 
     prompt: Annotated[str, Field(description="what to draw")]
+    controls: Controls = None
     n: Annotated[int | None, Field(ge=1, description="how many; 1 if left out")] = None
     response_format: Annotated[Literal["b64_json"] | None, Field(description="no files are kept, and so no URLs")] = (
         None
@@ -104,6 +129,7 @@ class EditAsked(Asked):
     strength: Annotated[
         float | None, Field(gt=0, le=1, description="the part of the plan's steps that is taken; 0.6 if left out")
     ] = None
+    controls: Controls = None
     n: Annotated[int | None, Field(ge=1, description="how many; 1 if left out")] = None
     response_format: Annotated[Literal["b64_json"] | None, Field(description="no files are kept, and so no URLs")] = (
         None
@@ -241,7 +267,8 @@ class PlanFacts(BaseModel):
 
 class ModelFacts(BaseModel):
     """A model that is served. ``takes``: what it is conditioned by. ``edits``: whether its pictures
-    can begin from one. ``loras``: the names of its adapters. ``running``, ``waiting``: images, now."""
+    can begin from one. ``loras``: the names of its adapters. ``controls``: of its ControlNets. ``running``,
+    ``waiting``: images, now."""
 
     sizes: list[str]
     plans: list[PlanFacts]
@@ -252,6 +279,7 @@ class ModelFacts(BaseModel):
     guidance_scale: bool
     edits: bool
     loras: list[str]
+    controls: list[str]
     engine: str
     running: int
     waiting: int

@@ -76,6 +76,7 @@ def _answer(model: Model) -> ModelAnswer:
             guidance_scale=manifest.guidance != "none",
             edits=model.edits,
             loras=list(manifest.adapters),
+            controls=list(model.controls),
             engine=model.session.engine.name,
             running=running,
             waiting=waiting,

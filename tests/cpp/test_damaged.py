@@ -476,3 +476,13 @@ def test_damaged_bundles_are_refused_by_the_library(library: Library, good: Path
         assert damage.says in str(failure.value), what
         if seen != "opening":
             LoadedBundle(library, path)
+
+
+def test_a_bundle_with_controlnets_is_refused_by_name(library: Library, tmp_path: Path) -> None:
+    """Which Python draws with."""
+    path = build(tmp_path / "toy", Toy(controls=("edges",)))
+    with pytest.raises(
+        Failure, match="the bundle has ControlNets, which libtgate does not run; draw with the Py"
+    ) as told:
+        LoadedBundle(library, path)
+    assert told.value.code == BUNDLE

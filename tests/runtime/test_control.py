@@ -275,8 +275,8 @@ def test_a_plan_without_a_gate_has_none_to_stop_at(pipe: Pipeline) -> None:
         pipe(PROMPT, plan=plan, controls={"edges": Control(image=picture(), until_gate=True)})
 
 
-def test_a_bundle_without_one_says_how_to_get_one(toy_bundle: Path) -> None:
-    with Pipeline.open(toy_bundle, threads=1) as pipe:
+def test_a_bundle_without_one_says_how_to_get_one(toy_path: Path) -> None:
+    with Pipeline.open(toy_path, threads=1) as pipe:
         with pytest.raises(RequestError, match="it has none; export it with --controlnet NAME=DIR"):
             pipe(PROMPT, controls={"edges": Control(image=picture())})
         check_controls(None, pipe.session.manifest)

@@ -94,6 +94,10 @@ std::vector<TensorSpec> read_tensors(Reader& r, std::string_view key, std::int64
 GraphSpec read_graph(Reader& r) {
   GraphSpec graph;
   graph.file = r.name("file");
+  if (const std::string* role = r.get("role").as<std::string>(); role && *role == "control") {
+    throw Error(Code::bundle, "the bundle has ControlNets, which libtgate does not run; draw with the Python runtime, or "
+                              "export it again without --controlnet");
+  }
   graph.role = r.choice("role", roles);
   graph.batch = read_range(r);
   graph.inputs = read_tensors(r, "inputs", graph.batch.most);

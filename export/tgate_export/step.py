@@ -176,7 +176,7 @@ class DenoisingStep(nn.Module):
             for index in range(count):
                 own = _interleave([named[half(residual_name(net, index), which)] for which in self._halves])
                 column = scale.reshape(-1, *[1] * (own.dim() - 1))
-                added = torch.where(column != 0, own * column.to(own.dtype), torch.zeros_like(own[:1, :1]))
+                added = torch.where(column != 0, own * column.to(own.dtype), 0.0)
                 if index < len(sums):
                     sums[index] = sums[index] + added
                 else:

@@ -27,6 +27,7 @@ from tgate_export.settings import ControlNet
 from tgate_runtime.control import Control
 from tgate_runtime.generators import noise
 from tgate_runtime.pipeline import Pipeline
+from tgate_runtime.verify import verify
 
 TOLERANCE = 1e-4
 PROMPT, NEGATIVE, SEED, STEPS = "a red circle", "blue", 3, 10
@@ -73,7 +74,9 @@ def models(
                 controlnets=nets,
                 sizes=[(width * pixels, height * pixels)],
                 batches=[(1, 1)],
+                components=["text", "denoiser"] if family == "sd" else None,
                 output=folder / "bundle",
+                verify=False,
             )
             export(settings, Silent())
 
@@ -151,15 +154,21 @@ PART: dict[str, dict[str, Any]] = {"depth": {"scale": 0.7, "start": 0.15, "end":
 TWO: dict[str, dict[str, Any]] = {"edges": {"scale": 0.8, "end": 0.85}, "depth": {"scale": -0.5, "start": 0.2}}
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
+SLOW = pytest.mark.slow  # two ControlNets and a family are exported in half a minute
+
+
 @pytest.mark.parametrize(
-    ("family", "sampler", "asked"),
+    ("family", "sampler", "asked", "gated"),
     [
-        pytest.param("sd", "dpmpp_2m", ONE, id="sd-one"),
-        pytest.param("sd", "euler", PART, id="sd-part"),
-        pytest.param("sd", "pndm", TWO, id="sd-two"),
-        pytest.param("sdxl", "euler", ONE, id="sdxl-one"),
-        pytest.param("sdxl", "dpmpp_2m", TWO, id="sdxl-two"),
+        pytest.param("sd", "euler", PART, False, id="sd-part-ungated"),
+        pytest.param("sd", "pndm", TWO, True, id="sd-two-gated"),
+        pytest.param("sd", "dpmpp_2m", ONE, True, id="sd-one-gated", marks=SLOW),
+        pytest.param("sd", "euler", PART, True, id="sd-part-gated", marks=SLOW),
+        pytest.param("sd", "pndm", TWO, False, id="sd-two-ungated", marks=SLOW),
+        pytest.param("sdxl", "euler", ONE, False, id="sdxl-one-ungated", marks=SLOW),
+        pytest.param("sdxl", "euler", PART, True, id="sdxl-part-gated", marks=SLOW),
+        pytest.param("sdxl", "dpmpp_2m", TWO, False, id="sdxl-two-ungated", marks=SLOW),
+        pytest.param("sdxl", "dpmpp_2m", TWO, True, id="sdxl-two-gated", marks=SLOW),
     ],
 )
 def test_with_control_pictures(
@@ -168,21 +177,28 @@ def test_with_control_pictures(
     assert error(models(family), family, sampler, asked, gated=gated) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=SLOW)])
 def test_that_stop_at_the_gate(models: Models, family: str) -> None:
     """One of two goes on."""
     asked: dict[str, dict[str, Any]] = {"edges": {"until_gate": True}, "depth": {"scale": 0.6}}
     assert error(models(family), family, "dpmpp_2m", asked, gated=True) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
-@pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
+@pytest.mark.parametrize(
+    ("family", "gated"),
+    [
+        pytest.param("sd", True, id="sd-gated"),
+        pytest.param("sd", False, id="sd-ungated", marks=SLOW),
+        pytest.param("sdxl", False, id="sdxl-ungated", marks=SLOW),
+        pytest.param("sdxl", True, id="sdxl-gated", marks=SLOW),
+    ],
+)
 def test_on_openvino(models: Models, family: str, gated: bool) -> None:
     pytest.importorskip("openvino")
     assert error(models(family), family, "dpmpp_2m", TWO, gated=gated, engine="openvino") < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=SLOW)])
 def test_without_one_a_bundle_draws_what_it_would_without_controlnets(models: Models, family: str) -> None:
     """The same latents as diffusers' plain pipeline; and a picture moves them far beyond the tolerance, so that a wrong
     scale, step or half could not hide."""
@@ -213,3 +229,49 @@ def test_without_one_a_bundle_draws_what_it_would_without_controlnets(models: Mo
     ):
         assert apart(drawn(bundle, plan, {"edges": other}).latents, whole) > 20 * TOLERANCE
     assert apart(plain, whole) > 20 * TOLERANCE
+
+
+@SLOW
+@pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
+def test_from_a_picture(models: Models, gated: bool) -> None:
+    """With an encoder: the steps that are left are those that the parts of the way are counted in."""
+    checkpoint, nets, bundle = models("sdxl")
+    plan, size = plans(bundle, "euler")[gated], size_of(bundle)
+    begun = control_picture(size, 5)
+    asked = {"edges": Control(image=control_picture(size), scale=0.8, end=0.75)}
+    result = drawn(bundle, plan, asked, image=begun, strength=0.8)
+    wanted = latents_with(
+        checkpoint,
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        [Steered(net=nets["edges"], picture=control_picture(size), scale=0.8, end=0.75)],
+        sampler="euler",
+        steps=STEPS,
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        guidance_scale=plan.guidance_scale,
+        draws=draws,
+        gate=GATE if gated else None,
+        image=begun,
+        strength=0.8,
+    )
+    assert apart(result.latents, wanted.numpy()) < TOLERANCE
+
+
+@SLOW
+def test_goldens_prove_a_controlnets_graph(models: Models, tmp_path: Path) -> None:
+    """On whatever calls take: here two images at least."""
+    checkpoint, nets, _ = models("sd")
+    settings = ExportSettings(
+        model="sd15",
+        checkpoint=str(checkpoint),
+        controlnets=[ControlNet("edges", str(nets["edges"]))],
+        sizes=[(96, 64)],
+        batches=[(2, 3)],
+        components=["text", "denoiser"],
+        output=tmp_path / "bundle",
+    )
+    bundle = Bundle.open(export(settings, Silent(), lambda _: None))
+    checked = {each.name: each for each in verify(bundle)}
+    assert "diffusers" in bundle.manifest.goldens["control-edges"].oracle
+    assert all(each.ok for each in checked.values())
+    assert {"control-edges", "ungated", "gated"} <= checked.keys()

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from tgate_engine.errors import BundleError, RequestError, shown
-from tgate_engine.graph import BATCH, CONTROL, DENOISE, GraphSpec
+from tgate_engine.graph import BATCH, CONTROL, DENOISE, GraphSpec, TensorSpec
 from tgate_engine.plan import Plan
 
 MOST_SCALE = 1e4
@@ -51,19 +51,13 @@ def residual_name(net: str, index: int) -> str:
 
 def nets_of(graph: GraphSpec) -> tuple[str, ...]:
     """The ControlNets of which a denoising graph takes something, in the order of its inputs."""
-    names = (name.removeprefix(_PREFIX) for name in graph.input_names() if name.startswith(_PREFIX))
-    return tuple(name for name in names if "." not in name)
+    return tuple(_taken(graph))
 
 
 def nets_in(graphs: Mapping[str, GraphSpec]) -> tuple[str, ...]:
     """Those of all graphs of a shape, each once."""
     denoisers = (graph for graph in graphs.values() if graph.role == DENOISE)
     return tuple(dict.fromkeys(net for graph in denoisers for net in nets_of(graph)))
-
-
-def residuals_of(graph: GraphSpec, net: str) -> tuple[str, ...]:
-    """What a denoising graph takes of a ControlNet beside its scale."""
-    return tuple(name for name in graph.input_names() if name.startswith(f"{_PREFIX}{net}."))
 
 
 def is_control(name: str) -> bool:
@@ -74,27 +68,54 @@ def is_control(name: str) -> bool:
 def control_graph(graphs: Mapping[str, GraphSpec], denoiser: str, net: str) -> GraphSpec:
     """The graph of a shape that gives what one of its denoising graphs takes of a ControlNet. Raises
     :class:`BundleError` where there is none, or it gives it in another form."""
-    spec = graphs[denoiser]
-    wanted = {tensor.name: tensor for tensor in spec.inputs if tensor.name.startswith(f"{_PREFIX}{net}.")}
-    for graph in graphs.values():
-        if graph.role == CONTROL and set(graph.output_names()) == wanted.keys():
-            if odd := [tensor.name for tensor in graph.outputs if wanted[tensor.name] != tensor]:
-                raise BundleError(
-                    f"graph {denoiser!r} takes {odd[0]:.80} in another form than {graph.file} gives it; export the "
-                    "bundle again"
-                )
-            return graph
-    raise BundleError(
-        f"graph {denoiser!r} takes {len(wanted)} tensors of ControlNet {net!r:.80}, which no graph gives as they are; "
-        "export the bundle again"
-    )
+    return _given(_by_outputs(graphs), denoiser, net, _taken(graphs[denoiser])[net])
 
 
 def controls_for(graphs: Mapping[str, GraphSpec], names: Iterable[str]) -> dict[str, GraphSpec]:
     """The ControlNets' graphs, by their names, that run beside the denoising graphs of ``names``. Raises as
-    :func:`control_graph` does."""
-    files = {control_graph(graphs, name, net).file for name in names for net in nets_of(graphs[name])}
+    :func:`control_graph` does, and for a graph that takes residuals without their scale, or a scale alone."""
+    known, files = _by_outputs(graphs), set[str]()
+    for name in names:
+        there = set(graphs[name].input_names())
+        for net, tensors in _taken(graphs[name]).items():
+            if scale_name(net) not in there or not tensors:
+                what = "residuals without their scale" if tensors else "a scale without residuals"
+                raise BundleError(f"graph {name!r} takes of ControlNet {net!r:.80} {what}; export the bundle again")
+            files.add(_given(known, name, net, tensors).file)
     return {name: spec for name, spec in graphs.items() if spec.role == CONTROL and spec.file in files}
+
+
+def _taken(graph: GraphSpec) -> dict[str, dict[str, TensorSpec]]:
+    """By ControlNet, what a denoising graph takes of it beside its scale, by name."""
+    found: dict[str, dict[str, TensorSpec]] = {}
+    for tensor in graph.inputs:
+        if is_control(tensor.name):
+            net, dot, _ = tensor.name.removeprefix(_PREFIX).partition(".")
+            own = found.setdefault(net, {})
+            if dot:
+                own[tensor.name] = tensor
+    return found
+
+
+def _by_outputs(graphs: Mapping[str, GraphSpec]) -> dict[frozenset[str], GraphSpec]:
+    """The ControlNets' graphs, by the names of all that each gives."""
+    return {frozenset(graph.output_names()): graph for graph in graphs.values() if graph.role == CONTROL}
+
+
+def _given(
+    known: Mapping[frozenset[str], GraphSpec], denoiser: str, net: str, wanted: Mapping[str, TensorSpec]
+) -> GraphSpec:
+    graph = known.get(frozenset(wanted))
+    if graph is None:
+        raise BundleError(
+            f"graph {denoiser!r} takes {len(wanted)} tensors of ControlNet {net!r:.80}, which no graph gives as they "
+            "are; export the bundle again"
+        )
+    if odd := [tensor.name for tensor in graph.outputs if wanted[tensor.name] != tensor]:
+        raise BundleError(
+            f"graph {denoiser!r} takes {odd[0]:.80} in another form than {graph.file} gives it; export the bundle again"
+        )
+    return graph
 
 
 def check_control(shape: Sequence[int], batch: tuple[int, int], name: str, graph: GraphSpec) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from tgate_engine.control import control_graph, nets_of
+from tgate_engine.control import controls_for
 from tgate_engine.graph import CONTROL, DENOISE, GraphSpec, TensorSpec
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plan import Plan
@@ -21,9 +21,8 @@ def buffers(graphs: Mapping[str, GraphSpec], plans: Iterable[Plan]) -> dict[str,
             graph = graphs[step.graph]
             tensors.update((t.name, t) for t in graph.inputs)
             tensors.update((t.name, t) for t in graph.outputs if t.name in (*STEP_OUTPUTS, *step.writes))
-        for name in plan.graphs():
-            for net in nets_of(graphs[name]):
-                tensors.update((t.name, t) for t in control_graph(graphs, name, net).inputs)
+        for beside in controls_for(graphs, plan.graphs()).values():
+            tensors.update((t.name, t) for t in beside.inputs)
     return tensors
 
 

@@ -21,7 +21,6 @@ from tgate_engine.control import (
     nets_in,
     nets_of,
     picture_name,
-    residuals_of,
     scales_by_step,
 )
 from tgate_engine.errors import BundleError, RequestError
@@ -66,7 +65,6 @@ def test_a_shape_knows_its_controlnets(path: Path) -> None:
     graphs = Bundle.open(path).manifest.shapes[0].graphs
     assert nets_in(graphs) == NETS
     assert nets_of(graphs[FULL]) == NETS
-    assert residuals_of(graphs[REUSE_CROSS], "edges") == ("control.edges.0.negative", "control.edges.1.negative")
     both, one = (control_graph(graphs, name, "edges").file for name in (FULL, REUSE_CROSS))
     assert (both, one) == ("control-edges-negative-positive.onnx", "control-edges-negative.onnx")
     assert control_graph(graphs, REUSE_SELF, "edges").file == both
@@ -105,6 +103,16 @@ def _unused(data: dict[str, Any]) -> None:
         graph["inputs"] = [t for t in graph["inputs"] if not t["name"].startswith("control.edges")]
 
 
+def _no_scale(data: dict[str, Any]) -> None:
+    graph = _graphs(data)["reuse_cross"]
+    graph["inputs"] = [t for t in graph["inputs"] if t["name"] != "control.edges"]
+
+
+def _scale_alone(data: dict[str, Any]) -> None:
+    graph = _graphs(data)["reuse_cross"]
+    graph["inputs"] = [t for t in graph["inputs"] if not t["name"].startswith("control.edges.")]
+
+
 def _another_form(data: dict[str, Any]) -> None:
     _graphs(data)["control-edges-negative"]["outputs"][0]["shape"] = ["batch", 31]
 
@@ -126,6 +134,8 @@ def _other_batches(data: dict[str, Any]) -> None:
     [
         (_without, "takes 2 tensors of ControlNet 'edges', which no graph gives as they are"),
         (_unused, "graph 'control-edges-negative' gives what no denoising graph takes"),
+        (_no_scale, "graph 'reuse_cross' takes of ControlNet 'edges' residuals without their scale"),
+        (_scale_alone, "graph 'reuse_cross' takes of ControlNet 'edges' a scale without residuals"),
         (_another_form, "in another form than control-edges-negative.onnx gives it"),
         (_another_picture, "graph 'control-edges-negative' does not take one picture for each image, of 4 x 4 pixels"),
         (_anothers_picture, "does not take one picture for each image"),

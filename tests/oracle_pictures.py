@@ -137,6 +137,9 @@ def gated(unet: torch.nn.Module, gate: Gate, *, first: int, guided: bool) -> Ite
         if step <= gate.m or not guided:
             return plain(sample, timestep, encoder_hidden_states=encoder_hidden_states, **options)
         added = options.pop("added_cond_kwargs", None) or {}
+        if (down := options.get("down_block_additional_residuals")) is not None:  # of ControlNets
+            options["down_block_additional_residuals"] = [each.chunk(2)[0] for each in down]
+            options["mid_block_additional_residual"] = options["mid_block_additional_residual"].chunk(2)[0]
         output = plain(
             sample.chunk(2)[0],
             timestep,

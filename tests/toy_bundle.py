@@ -21,9 +21,11 @@ from tests import toy_model
 from tests.toy_model import BLOCKS, FEATURES, LATENTS, LENGTH, WIDTH, WORDS
 from tgate_engine.atomic import staging
 from tgate_engine.bundle import digests_of
+from tgate_engine.control import picture_name, residual_name, scale_name
 from tgate_engine.dtypes import DTYPES
 from tgate_engine.graph import (
     BATCH,
+    CONTROL,
     DECODE,
     DENOISE,
     ENCODE,
@@ -86,7 +88,7 @@ class Toy:
     name; their baselines are stored beside them. ``pictured``: conditioned by a picture instead of a text. ``begins``:
     with an encoder, and starts for its samplers, of which those of 4 steps take no mask.
     ``small``: with a small decoder, whose pictures have half the contrast. ``refers``: with what makes a picture beside
-    the prompt a part of the text; it has no goldens.
+    the prompt a part of the text; it has no goldens. ``controls``: the names of its ControlNets.
     """
 
     guided: bool = True
@@ -94,6 +96,7 @@ class Toy:
     begins: bool = False
     small: bool = False
     refers: bool = False
+    controls: Sequence[str] = ()
     batches: Sequence[tuple[int, int]] = ((1, 4),)
     sizes: Sequence[tuple[int, int]] = ((4, 4),)
     zero_negative: bool = True
@@ -278,6 +281,10 @@ def _shape(stage: Path, offsets: Mapping[str, Any], toy: Toy, size: tuple[int, i
     graphs = {
         name: _denoiser(stage / f"{name}{of_size}{of_batch}.onnx", offsets, name, toy, latents, batch) for name in names
     }
+    for net in toy.controls:
+        for halves in dict.fromkeys(_halves(toy, name) for name in names):
+            name = f"control-{net}-{'-'.join(halves)}"
+            graphs[name] = _control(stage / f"{name}{of_size}{of_batch}.onnx", offsets, net, halves, latents, batch)
     if toy.pictured:
         graphs["image"] = _image(stage / f"image{of_size}.onnx", offsets, latents)
     else:
@@ -297,6 +304,12 @@ def _shape(stage: Path, offsets: Mapping[str, Any], toy: Toy, size: tuple[int, i
         constants={"time_ids": toy_model.time_ids(*size)},
         graphs=graphs,
     )
+
+
+def _halves(toy: Toy, name: str) -> tuple[str, ...]:
+    if toy.guided and name in (FULL, REUSE_SELF):
+        return ("negative", "positive")
+    return ("negative" if toy.guided and name in (REUSE_CROSS, REUSE_BOTH) else "positive",)
 
 
 class _Graph:
@@ -376,11 +389,10 @@ def _denoiser(
     path: Path, offsets: Mapping[str, Any], name: str, toy: Toy, latents: tuple[int, ...], batch: tuple[int, int]
 ) -> GraphSpec:
     g = _Graph(offsets)
-    both = toy.guided and name in (FULL, REUSE_SELF)
+    halves = _halves(toy, name)
+    both = len(halves) == 2
     reuses_cross = name in (REUSE_CROSS, REUSE_BOTH)
     reuses_self = name in (REUSE_SELF, REUSE_BOTH)
-    alone = "negative" if toy.guided and reuses_cross else "positive"
-    halves = ("negative", "positive") if both else (alone,)
     mean = ".mean" if toy.guided else ""
     image: tuple[Dim, ...] = (BATCH, *latents)
 
@@ -418,6 +430,18 @@ def _denoiser(
     hidden = g.add("Add", rows, g.add("Mul", g.column(TIMESTEP), g.constant(1e-3, np.float32)))
     if both:
         hidden = g.interleave([hidden, hidden], FEATURES)
+
+    def residual(index: int) -> list[str]:
+        """What each ControlNet adds, times its scale."""
+        added = []
+        for net in toy.controls:
+            column = g.interleave([g.reshape(scale_name(net), -1, 1)] * len(halves), 1)
+            added.append(g.add("Mul", condition(residual_name(net, index), FEATURES), column))
+        return added
+
+    inputs.extend(float32(scale_name(net), BATCH) for net in toy.controls)
+    for added in residual(0):
+        hidden = g.add("Add", hidden, added)
     text = ""
     if not reuses_cross:
         # The mean of the tokens as a product: ONNX Runtime sums a middle axis in another order where there is one row.
@@ -443,6 +467,8 @@ def _denoiser(
             if name == FULL:
                 write(cross, f"cross.{block}")
         hidden = g.add("Add", hidden, cross)
+    for added in residual(1):
+        hidden = g.add("Add", hidden, added)
     out = g.add("MatMul", hidden, g.weight("out"))
     out = g.add("Add", out, g.add("MatMul", condition("pooled", WIDTH), g.weight("pooled")))
     out = g.add("Add", out, g.add("MatMul", condition("time_ids", len(toy_model.TIME_IDS)), g.weight("time")))
@@ -457,6 +483,40 @@ def _denoiser(
         terms.append(g.add("Mul", past("output", lag), g.column(OUTPUT_COLUMNS.start + lag, -1, 1, 1, 1)))
     g.add("Sum", *terms, output="next_latents")
     return g.save(path, DENOISE, batch, inputs, outputs, MACS[name])
+
+
+def _control(
+    path: Path,
+    offsets: Mapping[str, Any],
+    net: str,
+    halves: Sequence[str],
+    latents: tuple[int, ...],
+    batch: tuple[int, int],
+) -> GraphSpec:
+    """The first two colours of a picture from 0 to 1, plus a thousandth of the timestep, the latents and the half's
+    pooled text, repeated; and half of that, negated."""
+    g = _Graph(offsets)
+    height, width = latents[1:]
+
+    def rows(tensor: str, *shape: int) -> TensorSpec:
+        return TensorSpec(name=tensor, dtype="float32", shape=(BATCH, *shape))
+
+    inputs = [rows("latents", *latents), rows(STEP, STEP_ROW)]
+    inputs += [rows(half("pooled", which), WIDTH) for which in halves]
+    inputs.append(TensorSpec(name=picture_name(net), dtype="uint8", shape=(BATCH, height, width, 3)))
+    planes = g.add("Transpose", g.add("Cast", picture_name(net), to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
+    colours = g.add("Slice", planes, g.constant([0]), g.constant([2]), g.constant([1]))
+    seen = g.reshape(g.add("Div", colours, g.constant(255, np.float32)), -1, FEATURES)
+    seen = g.add("Add", seen, g.add("Mul", g.column(TIMESTEP), g.constant(1e-3, np.float32)))
+    seen = g.add("Add", seen, g.reshape("latents", -1, FEATURES))
+    outputs = []
+    for which in halves:
+        pooled = g.add("Concat", *[half("pooled", which)] * (FEATURES // WIDTH), axis=1)
+        outputs += [rows(half(residual_name(net, index), which), FEATURES) for index in (0, 1)]
+        g.add("Add", seen, pooled, output=half(residual_name(net, 0), which))
+        both = half(residual_name(net, 0), which), g.constant(-0.5, np.float32)
+        g.add("Mul", *both, output=half(residual_name(net, 1), which))
+    return g.save(path, CONTROL, batch, inputs, outputs, Macs(paper=100, all=100))
 
 
 def _text(path: Path, offsets: Mapping[str, Any]) -> GraphSpec:

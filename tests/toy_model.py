@@ -8,7 +8,7 @@ the rules of :mod:`tests.rules` and shares no code with plans or methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +70,12 @@ def network(
     *,
     self_: list[Array] | None = None,
     cross: list[Array] | None = None,
+    added: tuple[Array | float, Array | float] = (0.0, 0.0),
 ) -> tuple[Array, Attention]:
-    """The model's output [rows, C, h, w] and its attention outputs; ``self_`` and ``cross`` replace computed ones."""
+    """The model's output [rows, C, h, w] and its attention outputs; ``self_`` and ``cross`` replace computed ones, and
+    ``added`` is what ControlNets add before and after the blocks."""
     rows = len(x)
-    hidden = x.reshape(rows, FEATURES) + timestep * 1e-3
+    hidden = x.reshape(rows, FEATURES) + timestep * 1e-3 + added[0]
     seen = Attention([], [])
     for block in range(BLOCKS):
         seen.self_.append(np.tanh(hidden @ w[f"self.{block}"]) if self_ is None else self_[block])
@@ -83,8 +85,15 @@ def network(
         else:
             seen.cross.append(cross[block])
         hidden = hidden + seen.cross[-1]
-    out = hidden @ w["out"] + pooled @ w["pooled"] + time_ids @ w["time"]
+    out = (hidden + added[1]) @ w["out"] + pooled @ w["pooled"] + time_ids @ w["time"]
     return out.reshape(x.shape), seen
+
+
+def residual(picture: NDArray[Any], timestep: float, latents: Array, pooled: Array) -> Array:
+    """What a ControlNet adds before the blocks, [rows, 32]; after them it adds half of that, negated."""
+    seen = np.asarray(picture, np.float64)[..., :2].transpose(2, 0, 1).reshape(-1) / 255
+    own: Array = seen + timestep * 1e-3 + latents.reshape(len(latents), -1) + np.tile(pooled, FEATURES // WIDTH)
+    return own
 
 
 def _mean(both: Array) -> Array:
@@ -107,9 +116,11 @@ def trajectory(
     f: int = 1,
     reuse: bool = True,
     step_noise: Callable[[int], NDArray[Any]] | None = None,
+    controls: Sequence[tuple[NDArray[Any], Sequence[float]]] = (),
 ) -> list[Array]:
     """x_0 .. x_N. ``conditioning``: ``<name>.<half>`` to [B, ...]. ``reuse`` False only stops guidance at m.
-    ``step_noise``: z_i [B, ...] for call i of a stochastic sampler."""
+    ``step_noise``: z_i [B, ...] for call i of a stochastic sampler. ``controls``: of each ControlNet the picture
+    [H, W, 3], and its scale at each call."""
     latents, outputs = [np.asarray(noise, np.float64) * sampler.initial_scale], []
     stored: Attention | None = None
     for call_index, call in enumerate(sampler.calls):
@@ -122,6 +133,10 @@ def trajectory(
             for name in ("text", "pooled", "time_ids")
         )
         x = latents[-1] * call.input_scale
+        added = sum(
+            scales[call_index] * residual(picture, call.timestep, np.concatenate([latents[-1]] * len(halves)), pooled)
+            for picture, scales in controls
+        )
         out, seen = network(
             w,
             np.concatenate([x] * len(halves)),
@@ -131,6 +146,7 @@ def trajectory(
             time_ids,
             self_=stored.self_ if rule.self_ == "reuse" and stored else None,
             cross=stored.cross if rule.cross == "reuse" and stored else None,
+            added=(added, -0.5 * added),
         )
         if both:
             negative, positive = np.split(out, 2)

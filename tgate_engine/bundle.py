@@ -13,8 +13,9 @@ from io import BufferedReader
 from pathlib import Path
 
 from tgate_engine.atomic import is_half_written, locked, write_atomically
+from tgate_engine.control import check_control, controls_for
 from tgate_engine.errors import BundleError, PlanError, shown
-from tgate_engine.graph import GraphSpec
+from tgate_engine.graph import CONTROL, DENOISE, GraphSpec
 from tgate_engine.manifest import MANIFEST_FILE, Adapter, FileDigest, Manifest
 from tgate_engine.manifest_json import MOST_BYTES, dump_manifest, parse_manifest
 from tgate_engine.plain_files import FileState, open_inside, read_most, state_of
@@ -290,6 +291,12 @@ class Bundle:
         for shape in m.shapes:
             if missing := [name for name in m.conditioned_by("constant") if not shape.constants.get(name)]:
                 raise BundleError(f"{self.path}: {shape.size} has no constant {missing[0]!r}; export the bundle again")
+            beside = controls_for(shape.graphs, [n for n, spec in shape.graphs.items() if spec.role == DENOISE])
+            for name, graph in shape.graphs.items():
+                if graph.role == CONTROL and name not in beside:
+                    raise BundleError(f"{self.path}: graph {name!r} gives what no denoising graph takes")
+                if graph.role == CONTROL:
+                    check_control((shape.height, shape.width), shape.batch, name, graph)
         checks: dict[str, PlanCheck] = {}
         for name, golden in m.goldens.items():
             self.file(golden.file)

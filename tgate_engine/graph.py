@@ -15,7 +15,7 @@ BATCH = "batch"
 Dim = int | str
 """A fixed size, or :data:`BATCH`."""
 
-Role = Literal["denoise", "text", "image", "decode", "encode", "preview", "reference"]
+Role = Literal["denoise", "text", "image", "decode", "encode", "preview", "reference", "control"]
 DENOISE: Role = "denoise"
 TEXT: Role = "text"
 IMAGE: Role = "image"
@@ -23,6 +23,7 @@ DECODE: Role = "decode"
 ENCODE: Role = "encode"
 PREVIEW: Role = "preview"
 REFERENCE: Role = "reference"
+CONTROL: Role = "control"
 ROLES: tuple[Role, ...] = get_args(Role)
 
 

@@ -74,6 +74,12 @@ class Plan:
         """The carries this plan reads, each once, in order of first use."""
         return tuple(dict.fromkeys(name for step in self.steps for name in step.reads))
 
+    @property
+    def gate(self) -> int | None:
+        """The index of the first step of another phase than the first one's; None where there is one phase alone."""
+        later = (step.index for step in self.steps if step.phase != self.steps[0].phase)
+        return next(later, None)
+
     def same_program(self, other: Plan) -> bool:
         """Whether both give the same pictures: the same steps, sampler and guidance, whatever they are called."""
         mine, theirs = (

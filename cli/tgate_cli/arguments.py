@@ -18,6 +18,10 @@ from tgate_cli.values import (
     adapter_name,
     amount,
     batch,
+    control_name,
+    control_picture,
+    control_scale,
+    control_span,
     count,
     count_or_none,
     lora,
@@ -145,6 +149,7 @@ def tgate_parser() -> Parser:
     p.add_argument("--guidance-scale", type=number, metavar="G", help="above 1; the plan's if left out")
     named = "add an adapter of the bundle's to the weights (tgate adapt), 1.0 of it if left out; repeatable"
     p.add_argument("--lora", dest="loras", type=lora, action="append", default=[], metavar="NAME[:SCALE]", help=named)
+    _controls(p)
     _plan(p)
     _size(p)
     p.add_argument("--num-images", type=count, default=1, metavar="N", help="of each prompt")
@@ -297,6 +302,13 @@ def export_parser(list_models: Callable[[], int] = lambda: 0) -> Parser:
     add("--preview-decoder", type=Path, metavar="DIR", help=small)
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="fuse a LoRA into the weights; repeatable")
     add(
+        "--controlnet",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="export a ControlNet (SD, SDXL) beside the denoiser, for requests to name; repeatable",
+    )
+    add(
         "--clip-skip",
         type=count_or_none,
         default=0,
@@ -374,6 +386,35 @@ def _method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=number, metavar="S", help="of classifier-free guidance: 1 is without")
 
 
+def _controls(parser: argparse.ArgumentParser) -> None:
+    """What each names, one of them does; several name several."""
+    looked = "the picture that a ControlNet of the bundle's looks at; repeatable"
+    parser.add_argument(
+        "--control",
+        dest="controls",
+        type=control_picture,
+        action="append",
+        default=[],
+        metavar="NAME=IN.png",
+        help=looked,
+    )
+    more: list[tuple[str, Callable[[str], object], str, str]] = [
+        ("scale", control_scale, "NAME=SCALE", "what a ControlNet adds is multiplied with this; 1 if left out"),
+        ("span", control_span, "NAME=START:END", "the part of the network calls at which it runs; 0:1 if left out"),
+        ("until-gate", control_name, "NAME", "it stops where the plan's gate closes, and does not go on after it"),
+    ]
+    for name, kind, form, text in more:
+        parser.add_argument(
+            f"--control-{name}",
+            dest=f"control_{name.replace('-', '_')}",
+            type=kind,
+            action="append",
+            default=[],
+            metavar=form,
+            help=f"{text}; repeatable",
+        )
+
+
 def check_generate(args: argparse.Namespace) -> None:
     """Ends as a wrong command line does where options of ``tgate generate`` do not go together."""
     if args.bundle is None and args.source is None:
@@ -383,6 +424,24 @@ def check_generate(args: argparse.Namespace) -> None:
     names = [name for name, _ in args.loras]
     if twice := [name for name in names if names.count(name) > 1]:
         args.parser.error(f"--lora {twice[0]} is there {names.count(twice[0])} times; give one scale")
+    _check_controls(args)
+
+
+def _check_controls(args: argparse.Namespace) -> None:
+    named = [name for name, _ in args.controls]
+    several = {
+        "--control": named,
+        "--control-scale": [name for name, _ in args.control_scale],
+        "--control-span": [name for name, _ in args.control_span],
+        "--control-until-gate": list(args.control_until_gate),
+    }
+    for option, names in several.items():
+        if twice := [name for name in names if names.count(name) > 1]:
+            args.parser.error(f"{option} names {twice[0]} {names.count(twice[0])} times; give it once")
+        if odd := [name for name in names if name not in named]:
+            args.parser.error(
+                f"{option} names {odd[0]}, which no --control gives a picture; give --control {odd[0]}=FILE"
+            )
 
 
 def check_plan(args: argparse.Namespace) -> None:

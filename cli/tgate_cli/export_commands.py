@@ -32,7 +32,7 @@ from tgate_engine.report import Reporter
 
 def export(args: argparse.Namespace, report: Reporter) -> Show:
     """``tgate-export``: a bundle."""
-    from tgate_export.settings import ExportSettings, Lora, check_settings
+    from tgate_export.settings import ControlNet, ExportSettings, Lora, check_settings
 
     settings = ExportSettings(
         model=args.model,
@@ -52,6 +52,7 @@ def export(args: argparse.Namespace, report: Reporter) -> Show:
         weights=args.weights,
         components=None if args.components is None else args.components.split(","),
         loras=tuple(Lora.parse(text) for text in args.lora),
+        controlnets=tuple(ControlNet.parse(text) for text in args.controlnet),
         clip_skip=args.clip_skip,
         guidance_rescale=args.guidance_rescale,
         cache_branch=args.cache_branch,

@@ -33,6 +33,7 @@ from tgate_engine.report import Reporter
 
 if TYPE_CHECKING:
     from tgate_engine.plan import Plan
+    from tgate_runtime.control import Control
     from tgate_runtime.engines.protocol import Engine
     from tgate_runtime.parameters import Parameters
     from tgate_runtime.pipeline import Progress, Result
@@ -59,6 +60,7 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     with needs("drawing", engine_advice(args)):
         from tgate_runtime import files
         from tgate_runtime.adapters import scales_of_adapters
+        from tgate_runtime.control import check_controls, scales_of_controls
         from tgate_runtime.pipeline import Pipeline
         from tgate_runtime.record import loras_of
         from tgate_runtime.request import check_room, seeds_of
@@ -77,6 +79,11 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     _check_files(args, record, replaced=bool(texts))
     _check_source(args, request, manifest)
     given = _given(args, record)
+    controls = _controls(args, record)
+    if request["strength"] is None:  # which steps are left of a plan, the pipeline finds
+        scales_of_controls(controls, plan, manifest)
+    else:
+        check_controls(controls, manifest)
     count = _check_numbers(args, request, given, plan, manifest)
     parts = list(_parts(request, given, args.num_images, count, most=shapes[-1].batch[1]))
     check_room(max(len(images) for images, _ in parts), shapes[0], manifest.frames)
@@ -88,7 +95,7 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
     engine = asked_engine(args)
     if record is not None:
         named = loras_of(loras, manifest)
-        _tell_differences(args.source, record, manifest, plan, engine, named, given, report)
+        _tell_differences(args.source, record, manifest, plan, engine, named, controls, given, report)
     report.stage(f"opening {args.bundle}")
     bundle = bundle.checked()
     results: list[Result] = []
@@ -99,7 +106,9 @@ def generate(args: argparse.Namespace, report: Reporter) -> Show:
             of = "" if len(images) == count else f", images {images.start + 1} to {images.stop} of {count}"
             on_step = partial(_on_step, args, report, shapes[0], f"steps{of}")
             own = seeds[images.start : images.stop]
-            result = pipe(**part, seed=own, plan=plan, num_images=args.num_images, on_step=on_step)
+            result = pipe(
+                **part, seed=own, plan=plan, num_images=args.num_images, controls=controls or None, on_step=on_step
+            )
             output.save(result, images)
             results.append(replace(result, images=[], videos=[]))  # they are written
     if args.save_latents is not None:
@@ -285,6 +294,33 @@ def _given(args: argparse.Namespace, record: Record | None) -> dict[str, Any]:
     return given
 
 
+def _controls(args: argparse.Namespace, record: Record | None) -> dict[str, Control]:
+    """What is asked of ControlNets: the command line's, over what the record says of those whose pictures are given
+    again. Raises :class:`RequestError` for a picture that cannot be read, and one of the record's that is not given."""
+    from tgate_runtime import files
+    from tgate_runtime.control import Control
+
+    drawn = {} if record is None else record.controls
+    pictures, scales, spans = dict(args.controls), dict(args.control_scale), dict(args.control_span)
+    if missing := [name for name in drawn if name not in pictures]:
+        raise RequestError(
+            f"{args.source} was drawn with --control {shown(missing[0], 80)}, of whose picture its record holds the "
+            f"SHA-256 alone ({drawn[missing[0]].sha256[:16]}…); give the same file again"
+        )
+    controls: dict[str, Control] = {}
+    for name, path in pictures.items():
+        own = drawn.get(name)
+        start, end = spans.get(name, (0.0, 1.0) if own is None else (own.start, own.end))
+        controls[name] = Control(
+            image=files.load_picture(path),
+            scale=scales.get(name, 1.0 if own is None else own.scale),
+            start=start,
+            end=end,
+            until_gate=name in args.control_until_gate or (own is not None and own.until_gate),
+        )
+    return controls
+
+
 def _check_source(args: argparse.Namespace, request: Mapping[str, Any], manifest: Manifest) -> None:
     """What conditions the images, before a file of it is read. Raises :class:`RequestError`."""
     from tgate_runtime.reference import reference_scale_of
@@ -375,12 +411,13 @@ def _tell_differences(
     plan: Plan,
     engine: Engine,
     loras: Mapping[str, LoraRecord],
+    controls: Mapping[str, Control],
     given: Mapping[str, Any],
     report: Reporter,
 ) -> None:
     """Warn, in one line, of what is not as it was."""
     from tgate_engine import __version__
-    from tgate_runtime.record import EngineRecord, PlanRecord, digests_of_given
+    from tgate_runtime.record import EngineRecord, PlanRecord, controls_of, digests_of_given
 
     (digests,) = digests_of_given(1, **given)
     now = replace(
@@ -390,6 +427,7 @@ def _tell_differences(
         bundle=bundle_digest(manifest),
         engine=EngineRecord.of(engine),
         loras=loras,
+        controls=controls_of(controls),
         version=__version__,
         given=digests,
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tgate_engine.bundle import Bundle
+from tgate_engine.control import nets_in, picture_name
 from tgate_engine.footprint import carry_bytes, memory
 from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Manifest, Shape
@@ -47,9 +48,18 @@ def describe(bundle: Bundle, size: str | None = None) -> dict[str, Any]:
             name: {"layers": each.layers, "rank": each.rank, "bytes": m.files[each.file].bytes}
             for name, each in m.adapters.items()
         },
+        "controls": {
+            net: {name: _graph_macs(spec) for name, spec in _graphs_of_control(shape, net).items()}
+            for net in nets_in(shape.graphs)
+        },
         "goldens": {name: golden.oracle for name, golden in m.goldens.items()},
         "tools": dict(m.tools),
     }
+
+
+def _graphs_of_control(shape: Shape, net: str) -> dict[str, GraphSpec]:
+    """Of a ControlNet, by their names."""
+    return {name: spec for name, spec in shape.graphs.items() if picture_name(net) in spec.input_names()}
 
 
 def describe_plan(plan: Plan, manifest: Manifest, shape: Shape) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from tgate_engine.adapter import check_adapter_name
+from tgate_engine.control import check_control_name
 from tgate_engine.errors import RequestError, shown
 from tgate_engine.reader import MOST_LETTERS, is_word
 
@@ -116,6 +117,42 @@ def lora(text: str) -> tuple[str, float]:
     """An adapter's name, and its scale: ``NAME`` or ``NAME:SCALE``."""
     name, colon, scale = text.partition(":")
     return adapter_name(name), number(scale) if colon else 1.0
+
+
+def control_picture(text: str) -> tuple[str, Path]:
+    """A ControlNet's name, and the file of its picture: ``NAME=FILE``."""
+    name, file = _of_control(text, "NAME=FILE")
+    return name, Path(file)
+
+
+def control_scale(text: str) -> tuple[str, float]:
+    """A ControlNet's name, and its scale: ``NAME=SCALE``."""
+    name, scale = _of_control(text, "NAME=SCALE")
+    return name, number(scale)
+
+
+def control_span(text: str) -> tuple[str, tuple[float, float]]:
+    """A ControlNet's name, and the part of the way at which it runs: ``NAME=START:END``."""
+    name, span = _of_control(text, "NAME=START:END")
+    start, colon, end = span.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"expected NAME=START:END, such as canny=0:0.6, got '{shown(text, 80)}'")
+    return name, (number(start), number(end))
+
+
+def control_name(text: str) -> str:
+    """What a ControlNet may be called."""
+    try:
+        return check_control_name(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _of_control(text: str, form: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not value:
+        raise argparse.ArgumentTypeError(f"expected {form}, got '{shown(text, 80)}'")
+    return control_name(name), value
 
 
 def plan_file(text: str) -> Path:

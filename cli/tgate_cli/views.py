@@ -35,6 +35,9 @@ def inspection(data: Mapping[str, Any], out: TextIO | None = None) -> None:
         _print(out, f"goldens {', '.join(names)}: recorded by {oracle or 'an unnamed oracle'}")
     for name, each in data["adapters"].items():
         _print(out, f"adapter {name}: {each['layers']} layers, rank {each['rank']}, {_bytes(each['bytes'])}")
+    for name, graphs in data["controls"].items():
+        each = ", ".join(f"{graph} {_macs(macs['all'])} MACs" for graph, macs in graphs.items())
+        _print(out, f"ControlNet {name}: {each} a step at which it runs")
     for name, plan in data["plans"].items():
         _print(out, "")
         _plan(name, plan, "" if len(data["shapes"]) == 1 else f", {data['size']}", out)

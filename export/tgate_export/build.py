@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import tgate_engine
 from tgate_engine.atomic import staging
 from tgate_engine.bundle import DEFAULT, Bundle, digests_of
-from tgate_engine.graph import DENOISE, REFERENCE, TEXT, GraphSpec, TensorSpec
+from tgate_engine.control import is_control, scale_name
+from tgate_engine.graph import CONTROL, DENOISE, REFERENCE, TEXT, GraphSpec, TensorSpec
 from tgate_engine.manifest import MANIFEST_FILE, Golden, Manifest, Shape, Tokenizer
 from tgate_engine.manifest_json import dump_manifest
 from tgate_engine.report import Reporter
 from tgate_engine.sampler import Fact
 from tgate_engine.sampler_tables import dump_tables
 from tgate_export import goldens, macs, scratch
-from tgate_export.families.base import Size
+from tgate_export.families.base import Size, control_component
 from tgate_export.graph_check import check_written
 from tgate_export.graphs import TracedGraph, store_linears_transposed
 from tgate_export.job import ExportSettings, Job, prepare
@@ -34,6 +36,7 @@ from tgate_export.sampling import compile_tables
 from tgate_export.starts import compile_starts
 from tgate_export.tokenizers import export_tokenizers
 from tgate_export.tracing import (
+    trace_control,
     trace_decoder,
     trace_encoder,
     trace_image,
@@ -216,6 +219,10 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
             beside[size].append(trace(partial(trace_encoder, sized, mode), f"the encoder, {size}"))
     denoiser = fake_module(mode, job.family, job.checkpoint, job.family.denoiser, getattr(torch, job.dtype))
     transposed = store_linears_transposed(denoiser)
+    nets: dict[str, tuple[nn.Module, frozenset[str]]] = {}
+    for net in job.controls:
+        module = fake_module(mode, job.family, job.checkpoint, control_component(net), getattr(torch, job.dtype))
+        nets[net] = module, store_linears_transposed(module)
     shapes: list[_Traced] = []
     for size in job.sizes:
         for batch in job.batches:
@@ -228,6 +235,12 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
                 stored = {name for part in variant.parts for name in part.writes}
                 carries |= {tensor.name: tensor for tensor in graph.outputs if tensor.name in stored}
                 graphs.append(graph)
+            for net, (module, own) in nets.items():
+                wanted = _wanted(graphs, net)
+                total += len(wanted)
+                for name, taken in wanted.items():
+                    make = partial(trace_control, sized, mode, net, module, own, f"control-{net}-{name}", taken, batch)
+                    graphs.append(trace(make, f"ControlNet {net} beside {name}, {size}"))
             everything = [*unsized, *beside[size], *graphs]
             files = {g.name: _file(job, g, size, batch) for g in everything}
             shapes.append(_Traced(size, batch, {g.name: g for g in everything}, files))
@@ -235,10 +248,21 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
     return shapes
 
 
+def _wanted(denoisers: Sequence[TracedGraph], net: str) -> dict[str, tuple[str, ...]]:
+    """Each of the different things that denoising graphs take of a ControlNet, by the first graph that does."""
+    own = scale_name(net)
+    found: dict[tuple[str, ...], str] = {}
+    for graph in denoisers:
+        taken = tuple(t.name for t in graph.inputs if is_control(t.name) and t.name.startswith(f"{own}."))
+        if graph.role == DENOISE and taken:
+            found.setdefault(taken, graph.name)
+    return {name: taken for taken, name in found.items()}
+
+
 def _file(job: Job, graph: TracedGraph, size: Size, batch: tuple[int, int]) -> str:
     """A graph's file: external data may not lie above it, so all graphs are beside the weights."""
     of_size = "" if size == job.sizes[0] or graph.role in (TEXT, REFERENCE) else f"-{size}"
-    several = len(job.batches) > 1 and graph.role == DENOISE
+    several = len(job.batches) > 1 and graph.role in (DENOISE, CONTROL)
     of_batch = f"-batch-{batch[0]}-{batch[1]}" if several else ""
     return f"{graph.name}{of_size}{of_batch}.onnx"
 

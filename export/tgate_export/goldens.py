@@ -16,19 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from tgate_engine.conditioning import halves, reference_halves
+from tgate_engine.control import controls_for, picture_name
 from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Golden, Tokenizer
 from tgate_engine.plan import Call, Plan
 from tgate_engine.plan_build import build_plan
 from tgate_engine.sampler import HISTORY
 from tgate_engine.step import LATENTS, NEXT_LATENTS, NOISE, OUTPUT, STEP, past, step_row
-from tgate_export.families.base import Texts
+from tgate_export.families.base import Texts, control_component
 from tgate_export.ip_adapter import COMPONENTS, ENCODER
 from tgate_export.job import Job
-from tgate_export.methods.base import Settings, Variant, ungated
+from tgate_export.methods.base import FULL, Settings, Variant, ungated
 from tgate_export.oracle import Oracle
 from tgate_export.sampling import compile_sampler
-from tgate_export.step import DenoisingStep
+from tgate_export.step import ControlStep, DenoisingStep
 from tgate_export.tracing import (
     DECODER_GRAPH,
     ENCODER_GRAPH,
@@ -149,6 +150,12 @@ def _record_size(
             pairs = zip(shaken, latents, strict=True)
             moved[name] = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
         made[name] = (short, latents, noises)
+    for net in job.controls:
+        if oracle.fits(family.denoiser, control_component(net)):
+            on_golden(f"ControlNet {net}, {job.size}")
+            short = made[UNGATED][0]
+            path = directory / f"control-{net}{suffix}.safetensors"
+            recorded[f"control-{net}"] = _record_control(job, path, oracle, net, graphs, short, noise, conditioning)
     for name, (short, latents, noises) in made.items():
         tensors = {
             "latents.0": noise,
@@ -177,6 +184,39 @@ def _record_size(
             oracle.name,
         )
     return recorded
+
+
+def _record_control(
+    job: Job,
+    path: Path,
+    oracle: Oracle,
+    net: str,
+    graphs: Mapping[str, GraphSpec],
+    plan: Plan,
+    noise: Tensor,
+    conditioning: Mapping[str, Tensor],
+) -> Golden:
+    """Save what a ControlNet gives beside the graph that computes everything, at the first step of ``plan``."""
+    beside = controls_for(graphs, [FULL])
+    name, spec = next((n, s) for n, s in beside.items() if picture_name(net) in s.input_names())
+    step = ControlStep(
+        oracle.module(control_component(net)),
+        job.family.look,
+        net,
+        spec.output_names(),
+        tuple(dict.fromkeys(each.rpartition(".")[0] for each in conditioning)),
+        torch.float32,
+    )
+    given = {
+        **conditioning,
+        LATENTS: noise * plan.sampler.initial_scale,
+        STEP: torch.from_numpy(step_row(plan.steps[0].call, job.guidance_scale))[None],
+        picture_name(net): _picture(job.size.height, job.size.width),
+    }
+    with torch.no_grad():
+        outputs = dict(zip(step.output_names, step(*(given[each] for each in step.input_names)), strict=True))
+    inputs = {each: given[each] for each in spec.input_names()}
+    return _record_graph(job, path, name, inputs, outputs, TOLERANCES[job.dtype], oracle.name)
 
 
 def walk(

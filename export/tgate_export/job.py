@@ -17,8 +17,9 @@ from tgate_engine.sampler import Sampler
 from tgate_export.attention import AttentionSite, observe
 from tgate_export.checkpoints import Checkpoint, Holder, open_checkpoint
 from tgate_export.checkpoints.configs import check_code
+from tgate_export.controlnets import residual_shapes, with_controls
 from tgate_export.families import Model, location
-from tgate_export.families.base import ConditioningInput, Family, Size
+from tgate_export.families.base import ConditioningInput, Family, Size, control_component
 from tgate_export.ip_adapter import COMPONENTS, AdaptedCheckpoint
 from tgate_export.ip_adapter_file import read_ip_adapter
 from tgate_export.lora import fuse_loras
@@ -37,7 +38,9 @@ __all__ = ["ExportSettings", "Job", "check_checkpoint", "directories", "prepare"
 class Job:
     """Everything about an export that is known before the first graph is traced.
 
-    ``size``, ``latents`` and ``conditioning`` are those of one of ``sizes``; :meth:`at` gives the job at another.
+    ``size``, ``latents``, ``conditioning`` and ``controls`` are those of one of ``sizes``; :meth:`at` gives the job at
+    another.
+    ``controls``: by ControlNet, the shapes of what it adds to the denoiser's own, [C, h, w] each.
     """
 
     settings: ExportSettings
@@ -60,6 +63,7 @@ class Job:
     dtype: str
     decoder_dtype: str
     variants: tuple[Variant, ...]
+    controls: Mapping[str, tuple[tuple[int, ...], ...]]
     preview: PreviewDecoder | None = None
 
     @property
@@ -78,7 +82,10 @@ class Job:
         """The job at one of its sizes."""
         latents = self.family.latents(self.checkpoint, size)
         conditioning = tuple(self.family.conditioning(self.checkpoint, size))
-        return replace(self, size=size, latents=latents, conditioning=conditioning)
+        controls = self.controls
+        if size != self.size:
+            controls = _controls(self.settings, self.family, self.checkpoint, size)
+        return replace(self, size=size, latents=latents, conditioning=conditioning, controls=controls)
 
     def inputs_from(self, source: str) -> tuple[ConditioningInput, ...]:
         """The conditioning of that source, in the family's order."""
@@ -91,7 +98,11 @@ def prepare(settings: ExportSettings) -> Job:
     model, method, components = asked.model, asked.method, asked.components
     family = model.family
     checkpoint = _open(settings, model, components)
-    check_checkpoint(family, checkpoint, directories(family, components), weights=settings.weights != "none")
+    nets = [net.name for net in settings.controlnets]
+    parts = (*directories(family, components), *map(control_component, nets))
+    check_checkpoint(family, checkpoint, parts, weights=settings.weights != "none")
+    for net in nets:
+        family.check_control(checkpoint, net)
     family.check_clip_skip(checkpoint, settings.clip_skip)
     guidance = family.guidance(checkpoint, asked.guidance_scale)
     _check_rescale(settings, guidance)
@@ -99,6 +110,7 @@ def prepare(settings: ExportSettings) -> Job:
     sizes = _sizes(settings, family, checkpoint)
     latents, conditioning = family.latents(checkpoint, sizes[0]), tuple(family.conditioning(checkpoint, sizes[0]))
     sites = _observe(family, checkpoint, latents, conditioning)
+    controls = _controls(settings, family, checkpoint, sizes[0])
     family.scaling(checkpoint)
     preview = preview_of(settings, family, checkpoint)
     scheduler = family.scheduler_config(checkpoint, sizes[0])
@@ -142,6 +154,7 @@ def prepare(settings: ExportSettings) -> Job:
             ),
             asked.method_settings,
         ),
+        controls=controls,
         preview=preview,
     )
 
@@ -201,15 +214,15 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
     family.check_pipeline(checkpoint)  # a LoRA is read by its pipeline's rules
     if settings.loras:
         checkpoint = fuse_loras(checkpoint, settings.loras, family.build, components=own)
-    if settings.ip_adapter is None:
-        return checkpoint
-    return AdaptedCheckpoint(
-        checkpoint,
-        read_ip_adapter(settings.ip_adapter),
-        encoder_of(settings),
-        family.skeleton(checkpoint, family.denoiser),
-        prefer_half=settings.dtype != "fp32",
-    )
+    if settings.ip_adapter is not None:
+        return AdaptedCheckpoint(
+            checkpoint,
+            read_ip_adapter(settings.ip_adapter),
+            encoder_of(settings),
+            family.skeleton(checkpoint, family.denoiser),
+            prefer_half=settings.dtype != "fp32",
+        )
+    return with_controls(checkpoint, settings.controlnets, prefer_half=settings.dtype != "fp32")
 
 
 def _sizes(settings: ExportSettings, family: Family, checkpoint: Checkpoint) -> tuple[Size, ...]:
@@ -229,6 +242,12 @@ def _sizes(settings: ExportSettings, family: Family, checkpoint: Checkpoint) -> 
     if len(set(sizes)) < len(sizes):
         raise ExportError(f"--size names {_repeated([str(size) for size in sizes])} more than once")
     return sizes
+
+
+def _controls(
+    settings: ExportSettings, family: Family, checkpoint: Checkpoint, size: Size
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    return {net.name: residual_shapes(family, checkpoint, net.name, size) for net in settings.controlnets}
 
 
 def _repeated(items: Sequence[object]) -> object:

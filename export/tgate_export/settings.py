@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from tgate_engine.errors import ExportError, shown
+from tgate_engine.control import check_control_name
+from tgate_engine.errors import ExportError, RequestError, shown
 from tgate_export.families import Model, find_model, find_text_model
 from tgate_export.methods import find_method
 from tgate_export.methods.base import Method, Settings
@@ -66,6 +67,34 @@ class Lora:
         return cls(_path(file), factor)
 
 
+MOST_CONTROLNETS = 16
+
+
+@dataclass(frozen=True)
+class ControlNet:
+    """A ControlNet: what requests call it, and where it lies, a diffusers directory or a hub id."""
+
+    name: str
+    location: str
+
+    def __post_init__(self) -> None:
+        try:
+            check_control_name(self.name)
+        except RequestError as error:
+            raise ExportError(f"--controlnet: {error}") from None
+
+    @classmethod
+    def parse(cls, text: str) -> ControlNet:
+        """``NAME=DIR``. Raises :class:`ExportError`."""
+        name, equals, location = text.partition("=")
+        if not equals or not location or not location.isprintable():
+            raise ExportError(
+                f"--controlnet '{shown(text)}': give NAME=DIR, what requests call it and a ControlNet's directory or "
+                "hub id"
+            )
+        return cls(name, location)
+
+
 def _path(text: str) -> Path:
     path = local(text)
     if path is None or not text.isprintable():
@@ -105,6 +134,7 @@ class ExportSettings:
     weights: str = "checkpoint"
     components: Sequence[str] | None = None
     loras: Sequence[Lora] = ()
+    controlnets: Sequence[ControlNet] = ()
     clip_skip: int = 0
     guidance_rescale: float = 0.0
     cache_branch: int = 0
@@ -203,14 +233,17 @@ def check_text(model: str, *, checkpoint: str | None, clip_skip: int) -> None:
 
 def _check_options(settings: ExportSettings, model: Model) -> None:
     """Options that a model does not have, and those that exclude each other."""
-    if settings.weights != "checkpoint" and (settings.checkpoint is not None or settings.loras):
-        raise ExportError(f"--weights {settings.weights} reads no checkpoint; leave out --checkpoint and --lora")
+    if settings.weights != "checkpoint" and (settings.checkpoint is not None or settings.loras or settings.controlnets):
+        raise ExportError(
+            f"--weights {settings.weights} reads no checkpoint; leave out --checkpoint, --lora and --controlnet"
+        )
     for lora in settings.loras:
         if not os.path.lexists(lora.path):
             raise ExportError(f"LoRA {lora.path} does not exist; --lora wants a .safetensors file")
     _check_place(settings.checkpoint)
     _check_preview(settings.preview_decoder, settings.model, model)
     _check_ip_adapter(settings, model)
+    _check_controlnets(settings, model)
     if settings.frames is not None and not model.facts.video:
         raise ExportError(f"--frames is for video models; {settings.model} makes pictures")
     if settings.sizes and (settings.height is not None or settings.width is not None):
@@ -223,6 +256,27 @@ def _check_options(settings: ExportSettings, model: Model) -> None:
         raise ExportError(
             f"--guidance-rescale: the pipeline of {settings.model} does not rescale guidance; leave it out"
         )
+
+
+def _check_controlnets(settings: ExportSettings, model: Model) -> None:
+    """They are the model's, and each is called something else; where they lie on this machine, they are there."""
+    nets = settings.controlnets
+    if nets and not model.facts.controlnets:
+        raise ExportError(f"--controlnet is for Stable Diffusion and SDXL; {settings.model} takes none, leave it out")
+    if nets and settings.ip_adapter is not None:
+        raise ExportError("--controlnet beside --ip-adapter is not exported yet; leave one of the two out")
+    if len(nets) > MOST_CONTROLNETS:
+        raise ExportError(f"got {len(nets)} --controlnet, at most {MOST_CONTROLNETS} are taken")
+    names = [net.name for net in nets]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ExportError(f"--controlnet {twice[0]} is there {names.count(twice[0])} times; give each its own name")
+    for net in nets:
+        path = local(net.location)
+        if net.location.startswith((".", "/", "~")) and not (path and path.is_dir()):
+            raise ExportError(
+                f"ControlNet {net.name}: {shown(net.location, _PATH)} is no directory; --controlnet wants a ControlNet "
+                "in diffusers layout, or a hub id"
+            )
 
 
 def _check_place(checkpoint: str | None) -> None:

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from tgate_engine.control import picture_name, residual_name, scale_name
 from tgate_engine.sampler import HISTORY
 from tgate_engine.step import (
     GUIDANCE,
@@ -33,6 +34,13 @@ Denoise = Callable[[nn.Module, Tensor, Tensor, Tensor, Mapping[str, Tensor]], Te
 """(denoiser, latents [N, ...], timesteps [N], guidance scales [N], conditioning by name, each [N, ...]) -> model output
 [N, ...], of the latents' shape."""
 
+Steer = Callable[[nn.Module, Tensor, Tensor, Tensor, Mapping[str, Tensor], Sequence[Tensor]], Tensor]
+"""The same with what ControlNets add, each [N, ...]."""
+
+Look = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor], Tensor], Sequence[Tensor]]
+"""(ControlNet, latents [N, ...], timesteps [N], conditioning by name, each [N, ...], pictures [N / halves, 3, H, W]
+from 0 to 1, each for all halves of an image) -> what is added to the denoiser's own, each [N, ...]."""
+
 Lengths = Callable[[Tensor], Tensor | None]
 """Model output [B, ...] -> how long it is, numbers that broadcast to it, or None."""
 
@@ -41,7 +49,8 @@ class DenoisingStep(nn.Module):
     """The module of one graph.
 
     Inputs by name, in the order of ``input_names``: those of :mod:`tgate_engine.step`, conditioning
-    ``<name>.negative`` and ``<name>.positive`` [B, ...], and the carries that the variant's parts read. Outputs, in the
+    ``<name>.negative`` and ``<name>.positive`` [B, ...], the carries that the variant's parts read, and of each
+    ControlNet a scale [B] and its residuals by half [B, ...] (:mod:`tgate_engine.control`). Outputs, in the
     order of ``output_names``: ``next_latents``, ``output`` (both float32 [B, ...]) and the carries that the parts
     write. The network runs B or 2B rows: where it runs both halves, each image's negative half lies before its
     positive one, so that an image's rows are together.
@@ -50,6 +59,8 @@ class DenoisingStep(nn.Module):
     scale is then 1 where it is 0, and the step row's where it is 1. ``rescale``: how far the guided output is brought
     back to the deviation of the prompt's half, from 0, not at all, to 1 (arXiv 2305.08891, equations 15 and 16).
     ``lengths``: the guided output is then brought to the lengths of the prompt's half, where that gives any.
+    ``controls``: how many residuals each ControlNet has, by its name; where there are any, ``steer`` is called in place
+    of ``denoise``.
 
     The denoiser is borrowed: :meth:`attached` has the parts work in it, and takes them off again.
     """
@@ -64,6 +75,8 @@ class DenoisingStep(nn.Module):
         ramp: Tensor | None = None,
         rescale: float = 0.0,
         lengths: Lengths = lambda _: None,
+        controls: Mapping[str, int] | None = None,
+        steer: Steer | None = None,
     ) -> None:
         super().__init__()
         self._ramp = ramp
@@ -74,11 +87,14 @@ class DenoisingStep(nn.Module):
         self._parts = variant.parts
         self._conditioning = tuple(conditioning)
         self._dtype = dtype
-        self._halves = HALVES if variant.halves == "both" else (variant.halves,)
+        self._controls = dict(controls or {})
+        self._steer = steer
+        self._halves = halves_of(variant)
         self.input_names: tuple[str, ...] = (
             *STEP_INPUTS,
             *(half(name, which) for name in self._conditioning for which in self._halves),
             *(carry for part in self._parts for carry in part.reads),
+            *(name for net, count in self._controls.items() for name in control_inputs(net, count, self._halves)),
         )
         self.output_names: tuple[str, ...] = (*STEP_OUTPUTS, *(carry for part in self._parts for carry in part.writes))
 
@@ -102,7 +118,12 @@ class DenoisingStep(nn.Module):
         conditioning = {
             name: _interleave([named[half(name, which)] for which in self._halves]) for name in self._conditioning
         }
-        output = self._denoise(self.denoiser, scaled, timestep, guidance, conditioning).float()
+        if self._controls:
+            assert self._steer is not None
+            residuals = self._residuals(named)
+            output = self._steer(self.denoiser, scaled, timestep, guidance, conditioning, residuals).float()
+        else:
+            output = self._denoise(self.denoiser, scaled, timestep, guidance, conditioning).float()
         output, difference = self._guide(output, step, batch)
 
         # The sampler: x_{i+1} = sum_j a_j x_{i-j} + sum_j b_j e_{i-j} + c z_i (tgate_engine.sampler).
@@ -145,6 +166,82 @@ class DenoisingStep(nn.Module):
 
     def _repeat(self, rows: Tensor) -> Tensor:
         return _interleave([rows] * len(self._halves))
+
+    def _residuals(self, named: Mapping[str, Tensor]) -> list[Tensor]:
+        """What all ControlNets add together, times their scales; nothing of one whose scale is 0, even if what lies in
+        its place is not finite."""
+        sums: list[Tensor] = []
+        for net, count in self._controls.items():
+            scale = self._repeat(named[scale_name(net)])
+            for index in range(count):
+                own = _interleave([named[half(residual_name(net, index), which)] for which in self._halves])
+                column = scale.reshape(-1, *[1] * (own.dim() - 1))
+                added = torch.where(column != 0, own * column.to(own.dtype), 0.0)
+                if index < len(sums):
+                    sums[index] = sums[index] + added
+                else:
+                    sums.append(added)
+        return sums
+
+
+class ControlStep(nn.Module):
+    """A ControlNet's module: what a denoising graph takes of it, for the halves of guidance that that graph runs.
+
+    Inputs, in the order of ``input_names``: ``latents``, ``step``, conditioning by half, as
+    :class:`DenoisingStep` has them, and the picture, uint8 [B, H, W, 3]. Outputs: those of ``wanted``, residuals by
+    half [B, ...]. The picture is looked at once for both halves. The network is borrowed.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        look: Look,
+        name: str,
+        wanted: Sequence[str],
+        conditioning: Sequence[str],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self._look = look
+        self._name = name
+        self._conditioning = tuple(conditioning)
+        self._dtype = dtype
+        self._halves = tuple(which for which in HALVES if any(each.endswith(f".{which}") for each in wanted))
+        self.input_names: tuple[str, ...] = (
+            LATENTS,
+            STEP,
+            *(half(each, which) for each in self._conditioning for which in self._halves),
+            picture_name(name),
+        )
+        self.output_names: tuple[str, ...] = tuple(wanted)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(self.input_names, inputs, strict=True))
+        step, latents = named[STEP], named[LATENTS]
+        batch, several = latents.shape[0], len(self._halves)
+        scaled = (latents * _column(step, INPUT_SCALE, latents.dim())).to(self._dtype)
+        scaled, timestep = (_interleave([x] * several) for x in (scaled, step[:, TIMESTEP]))
+        conditioning = {
+            each: _interleave([named[half(each, which)] for which in self._halves]) for each in self._conditioning
+        }
+        pixels = (named[picture_name(self._name)].permute(0, 3, 1, 2).float() / 255).to(self._dtype)
+        given: dict[str, Tensor] = {}
+        for index, residual in enumerate(self._look(self.net, scaled, timestep, conditioning, pixels)):
+            rows = residual.reshape(batch, several, *residual.shape[1:]).unbind(1)
+            given |= {half(residual_name(self._name, index), w): r for w, r in zip(self._halves, rows, strict=True)}
+        return tuple(given[each] for each in self.output_names)
+
+
+def halves_of(variant: Variant) -> tuple[str, ...]:
+    """The halves of guidance that a graph runs, in their order."""
+    return HALVES if variant.halves == "both" else (variant.halves,)
+
+
+def control_inputs(net: str, count: int, halves: Sequence[str]) -> tuple[str, ...]:
+    """What a denoising graph of those halves takes of a ControlNet with so many residuals."""
+    residuals = (half(residual_name(net, index), which) for index in range(count) for which in halves)
+    return (scale_name(net), *residuals)
 
 
 def _interleave(halves: Sequence[Tensor]) -> Tensor:

@@ -11,17 +11,19 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tgate_engine.control import picture_name, residual_name, scale_name
 from tgate_engine.errors import ExportError
-from tgate_engine.graph import BATCH, DECODE, DENOISE, ENCODE, IMAGE, PREVIEW, REFERENCE, TEXT, TensorSpec
+from tgate_engine.graph import BATCH, CONTROL, DECODE, DENOISE, ENCODE, IMAGE, PREVIEW, REFERENCE, TEXT, TensorSpec
 from tgate_engine.manifest import Tokenizer
 from tgate_engine.step import HALVES, STEP, STEP_ROW, half
+from tgate_export.families.base import control_component
 from tgate_export.graphs import TracedGraph, store_linears_transposed, trace
 from tgate_export.ip_adapter import COMPONENTS, ENCODER
 from tgate_export.job import Job
 from tgate_export.methods.base import Variant
 from tgate_export.modules import Decoder, Encoder, fake_module, faked
 from tgate_export.preview_decoder import COMPONENT
-from tgate_export.step import DenoisingStep
+from tgate_export.step import ControlStep, DenoisingStep
 
 TEXT_GRAPH = "text_encoder"
 IMAGE_GRAPH = "image_encoder"
@@ -154,11 +156,14 @@ def trace_step(
         job.family.guidance_ramp(job.latents),
         job.settings.guidance_rescale,
         job.family.lengths,
+        {net: len(shapes) for net, shapes in job.controls.items()},
+        job.family.steered,
     )
+    given = {**carries, **_control_specs(job)}
 
     def spec(name: str) -> TensorSpec:
-        if name in carries:
-            return carries[name]
+        if name in given:
+            return given[name]
         stem = name.rpartition(".")[0]
         if stem in conditioning:
             dtype = job.dtype if conditioning[stem].follows_dtype else "float32"
@@ -187,6 +192,54 @@ def trace_step(
                     f"{name}: it takes its conditioning in another place as well, and cannot be gated"
                 )
     return graph
+
+
+def trace_control(
+    job: Job,
+    mode: FakeTensorMode,
+    net: str,
+    module: nn.Module,
+    transposed: frozenset[str],
+    name: str,
+    wanted: Sequence[str],
+    batch: tuple[int, int],
+) -> TracedGraph:
+    """A ControlNet's graph, which gives ``wanted``: what a denoising graph takes of it. ``module``: the network."""
+    conditioning = {c.conditioning.name: c for c in job.conditioning}
+    step = ControlStep(module, job.family.look, net, wanted, tuple(conditioning), getattr(torch, job.dtype))
+
+    def spec(each: str) -> TensorSpec:
+        stem = each.rpartition(".")[0]
+        if each == picture_name(net):
+            return TensorSpec(name=each, dtype="uint8", shape=(BATCH, job.size.height, job.size.width, 3))
+        if stem in conditioning:
+            dtype = job.dtype if conditioning[stem].follows_dtype else "float32"
+            return TensorSpec(name=each, dtype=dtype, shape=(BATCH, *conditioning[stem].shape))
+        return TensorSpec(name=each, dtype="float32", shape=(BATCH, *((STEP_ROW,) if each == STEP else job.latents)))
+
+    return trace(
+        name,
+        CONTROL,
+        step,
+        mode=mode,
+        inputs=[spec(each) for each in step.input_names],
+        outputs=step.output_names,
+        batch=batch,
+        components={"net.": control_component(net)},
+        transposed=frozenset(f"net.{each}" for each in transposed),
+    )
+
+
+def _control_specs(job: Job) -> dict[str, TensorSpec]:
+    """What the denoiser may take of the job's ControlNets."""
+    specs = [TensorSpec(name=scale_name(net), dtype="float32", shape=(BATCH,)) for net in job.controls]
+    specs += [
+        TensorSpec(name=half(residual_name(net, index), which), dtype=job.dtype, shape=(BATCH, *shape))
+        for net, shapes in job.controls.items()
+        for index, shape in enumerate(shapes)
+        for which in HALVES
+    ]
+    return {spec.name: spec for spec in specs}
 
 
 def _trace_encoder(

@@ -22,10 +22,15 @@ log = logging.getLogger("tgate")
 
 
 def fit_picture(image: Image.Image, graph: GraphSpec) -> Image.Image:
-    """``image`` as the image graph takes it: RGB as :func:`~tgate_runtime.picture.as_rgb` makes it and, where it has
-    another size, resized (Lanczos), with a warning in the log ``tgate``. Raises :class:`RequestError`."""
+    """``image`` as the image graph takes it: see :func:`fit`."""
     spec = next(tensor for tensor in graph.inputs if tensor.name == PICTURE)
     _, height, width, _ = spec.resolve(1)
+    return fit(image, width, height)
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """``image`` of that size: RGB as :func:`~tgate_runtime.picture.as_rgb` makes it and, where it has another size,
+    resized (Lanczos), with a warning in the log ``tgate``. Raises :class:`RequestError`."""
     picture = decoded(image)
     if picture.size == (width, height):
         return picture

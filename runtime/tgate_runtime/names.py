@@ -34,6 +34,11 @@ INSTEAD: Mapping[str, str] = {
     "negative_prompt_embeds": "prompt_embeds hold the negative half, as <name>.negative",
     "pooled_prompt_embeds": "prompt_embeds hold every tensor of a prompt, as <name>.<half>",
     "guidance_rescale": "it is settled at export: tgate-export --guidance-rescale R",
+    "control_image": "controls={NAME: Control(image=…)} takes a control picture for each ControlNet",
+    "controlnet_conditioning_scale": "each of controls has its scale: Control(image=…, scale=S)",
+    "control_guidance_start": "each of controls has its start: Control(image=…, start=A)",
+    "control_guidance_end": "each of controls has its end: Control(image=…, end=B)",
+    "guess_mode": "ControlNets look at both halves of guidance; there is no guess mode",
     "clip_skip": "it is settled at export: tgate-export --clip-skip N",
 }
 """By a name of diffusers', what there is here."""

@@ -22,6 +22,7 @@ from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
 from tgate_runtime.beginning import Beginner
 from tgate_runtime.conditioning import from_embeddings, rows_of
+from tgate_runtime.control import Controls, Steered, steered
 from tgate_runtime.decoder import decode
 from tgate_runtime.encoder import Encoder, Row
 from tgate_runtime.engines.protocol import Engine, OnBuild, Options
@@ -29,7 +30,7 @@ from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import check_generator, in_dtype, in_step, noise
 from tgate_runtime.names import with_hints
 from tgate_runtime.preview import Look, Previews
-from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given, loras_of
+from tgate_runtime.record import EngineRecord, PlanRecord, Record, controls_of, digests_of_given, loras_of
 from tgate_runtime.reference import reference_scale_of
 from tgate_runtime.request import (
     check_call,
@@ -147,6 +148,7 @@ class Pipeline:
         size: str | None = None,
         num_images: int = 1,
         loras: Mapping[str, float] | None = None,
+        controls: Controls | None = None,
         initial_latents: NDArray[Any] | None = None,
         generator: str = "numpy",
         decoder: str | None = None,
@@ -169,7 +171,8 @@ class Pipeline:
         ``plan``: a name of the bundle's, a :class:`Plan`, or a file that ``tgate plan --output`` wrote (a path, or a
         text that ends in .json). ``size``: one of the session's, such as ``"832x1216"``; None is its default.
         ``loras``: scales by the names of the bundle's adapters, of which each is added to the weights for this request
-        (:meth:`Session.adapted`).
+        (:meth:`Session.adapted`). ``controls``: a :class:`~tgate_runtime.control.Control` by the name of each of the
+        bundle's ControlNets that is to steer all images of the request: a picture, and how much of it, and when.
         ``initial_latents``: float32 [N, ...], standard normal noise in place of the seeds', for videos also with
         frames; stochastic samplers still draw their steps' noise from the seeds. ``generator``: what draws the noise,
         one of :data:`tgate_runtime.generators.GENERATORS`. ``decoder``: "preview" has the pictures decoded by the
@@ -206,6 +209,8 @@ class Pipeline:
             check_latents(initial_latents, (count, *latents_shape))
         begun = image is not None and strength is not None
         beginning = own._beginner.begin(chosen, image, strength, size, mask) if begun else None  # type: ignore[arg-type]
+        taken = chosen if beginning is None else beginning.plan
+        steering = steered(own.session, controls, taken, size)
         rows = own._rows(texts, None if begun else image, prompt_embeds, seeds, number, size)
         if ip_adapter_image is not None and reference_scale is not None:
             reference = own._encoder.of_reference(ip_adapter_image, reference_scale, size)
@@ -234,8 +239,7 @@ class Pipeline:
             initial_latents=initial_latents,
             ip_adapter_image=ip_adapter_image,
         )
-        taken = chosen if beginning is None else beginning.plan
-        latents = own._denoise(chosen, taken, size, start, rows, scales, in_steps, mends, on_step)
+        latents = own._denoise(chosen, taken, size, start, rows, scales, in_steps, mends, steering, on_step)
         graph = own.session.graph(role, size)
         decoded = [decode(own.session, graph, each) for each in latents] if graph else []
         video = own.session.manifest.frames > 1
@@ -244,7 +248,9 @@ class Pipeline:
             videos=decoded if video else [],
             latents=latents,
             seeds=seeds,
-            records=own._records(chosen, size, texts, scales, seeds, generator, strength, role, given, reference_scale),
+            records=own._records(
+                chosen, size, texts, scales, seeds, generator, strength, role, controls, given, reference_scale
+            ),
         )
 
     def close(self) -> None:
@@ -318,6 +324,7 @@ class Pipeline:
         generator: str,
         strength: float | None,
         role: Role,
+        controls: Controls | None,
         given: Sequence[Mapping[str, str]],
         reference_scale: float | None,
     ) -> tuple[Record, ...]:
@@ -326,7 +333,7 @@ class Pipeline:
         each: Sequence[tuple[str | None, str | None]] = texts or [(None, None)]
         of_image = [text for text in each for _ in range(number)]
         made, engine = PlanRecord.of(plan), EngineRecord.of(self.session.engine)
-        loras = loras_of(self.session.loras, manifest)
+        loras, steered_by = loras_of(self.session.loras, manifest), controls_of(controls)
         return tuple(
             Record(
                 prompt=prompt,
@@ -342,6 +349,7 @@ class Pipeline:
                 bundle=self._digest,
                 engine=engine,
                 loras=loras,
+                controls=steered_by,
                 given=digests,
                 ip_adapter_scale=reference_scale,
             )
@@ -362,6 +370,7 @@ class Pipeline:
         scales: Sequence[float],
         in_steps: Callable[[int, int], NDArray[np.float32]],
         mends: Sequence[Mend | None],
+        steering: Mapping[str, Steered],
         on_step: Callable[[Progress], None] | None,
     ) -> NDArray[np.float32]:
         """Final latents [N, ...] of all images, in batches of the sizes that the bundle takes. ``plan``: what is taken
@@ -382,6 +391,7 @@ class Pipeline:
                     plan=plan,
                     step_noise=partial(_step_noise, in_steps, images),
                     mend=[mends[j] for j in images],
+                    controls=[steering] * len(images),
                 )
                 with closing(steps):  # whatever on_step raises, the state is free again
                     for step in steps:

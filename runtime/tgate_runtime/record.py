@@ -21,6 +21,7 @@ from tgate_engine.plan import Plan
 from tgate_engine.reader import Reader, parse_json
 from tgate_engine.sampler import MOST_STEPS, Fact, check_facts
 from tgate_engine.step import step_row
+from tgate_runtime.control import Controls
 from tgate_runtime.engines.protocol import Engine
 from tgate_runtime.generators import SEED_LIMIT
 from tgate_runtime.picture import as_mask, as_rgb
@@ -96,6 +97,21 @@ class LoraRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlRecord:
+    """What a :class:`~tgate_runtime.control.Control` said, with the SHA-256 of its picture as RGB."""
+
+    scale: float
+    start: float
+    end: float
+    until_gate: bool
+    sha256: str
+
+    def __str__(self) -> str:
+        gate = ", until the gate" if self.until_gate else ""
+        return f"{self.scale:g} of {self.sha256[:16]}… from {self.start:g} to {self.end:g}{gate}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """What one image was drawn from. It holds no path, no name of a machine or a user, and no time.
 
@@ -103,9 +119,9 @@ class Record:
     :func:`~tgate_engine.manifest_json.bundle_digest`. ``strength``: of one that began from a picture; None for others,
     whose JSON has none. ``decoder``: "preview" where the small one made the picture; None, likewise, where the model's
     own did. ``loras``: of one that was drawn with adapters, by their names; JSON has none where there are none.
-    ``version``: of tgate-engine. ``given``: the SHA-256, by its name in :data:`GIVEN`, of what was given in arrays
-    (:func:`digest_of_arrays`), this image's rows alone.
-    ``ip_adapter_scale``: of one with such a picture; None, and not in the JSON, for others.
+    ``controls``: likewise of one that was drawn with control pictures, by ControlNet. ``version``: of tgate-engine.
+    ``given``: the SHA-256, by its name in :data:`GIVEN`, of what was given in arrays (:func:`digest_of_arrays`), this
+    image's rows alone. ``ip_adapter_scale``: of one with such a picture; None, and not in the JSON, for others.
     """
 
     prompt: str | None
@@ -121,6 +137,7 @@ class Record:
     strength: float | None = None
     decoder: str | None = None
     loras: Mapping[str, LoraRecord] = field(default_factory=dict)
+    controls: Mapping[str, ControlRecord] = field(default_factory=dict)
     version: str = __version__
     given: Mapping[str, str]
     ip_adapter_scale: float | None = None
@@ -135,11 +152,13 @@ class Record:
             del data["loras"]
         if self.ip_adapter_scale is None:
             del data["ip_adapter_scale"]
+        if not self.controls:
+            del data["controls"]
         return {"form": FORM, **data}
 
     def request(self) -> dict[str, Any]:
         """The arguments of :class:`~tgate_runtime.pipeline.Pipeline` that draw the image again, but for its plan
-        (:func:`plan_for`) and what was :attr:`given`."""
+        (:func:`plan_for`), its :attr:`controls` and what was :attr:`given`, whose pictures and numbers it has not."""
         drawn = ("seed", "generator", "guidance_scale", "size", "strength", "decoder", "ip_adapter_scale")
         names = ("prompt", "negative_prompt", *drawn)
         loras = {name: lora.scale for name, lora in self.loras.items()}
@@ -155,6 +174,7 @@ class Record:
                 "engine": str(record.engine),
                 "tgate-engine": shown(record.version),
                 **{f"adapter {shown(name)}": str(lora) for name, lora in sorted(record.loras.items())},
+                **{f"ControlNet {shown(name)}": str(each) for name, each in sorted(record.controls.items())},
                 **{name.replace("_", " "): f"{digest[:16]}…" for name, digest in sorted(record.given.items())},
             }
             for record in (self, other)
@@ -224,6 +244,20 @@ def loras_of(scales: Iterable[tuple[str, float]], manifest: Manifest) -> dict[st
     """Of adapters of a bundle with their scales, what a record says of them."""
     files = {name: manifest.files[adapter.file].sha256 for name, adapter in manifest.adapters.items()}
     return {name: LoraRecord(scale=scale, sha256=files[name]) for name, scale in scales}
+
+
+def controls_of(controls: Controls | None) -> dict[str, ControlRecord]:
+    """What a record says of a request's control pictures, in the order of the ControlNets' names."""
+    return {
+        name: ControlRecord(
+            scale=float(control.scale),
+            start=float(control.start),
+            end=float(control.end),
+            until_gate=control.until_gate,
+            sha256=digest_of_arrays({"image": np.asarray(as_rgb(control.image))}),
+        )
+        for name, control in sorted((controls or {}).items())
+    }
 
 
 def digest_of_arrays(arrays: Mapping[str, NDArray[Any]]) -> str:
@@ -316,6 +350,7 @@ def _record(r: Reader) -> Record:
         strength=r.number("strength", 0, 1) if "strength" in r.data else None,
         decoder=r.choice("decoder", ("preview",)) if "decoder" in r.data else None,
         loras=_loras(r) if "loras" in r.data else {},
+        controls=_controls(r) if "controls" in r.data else {},
         size=size,
         plan=PlanRecord(
             name=plan.word("name"),
@@ -340,6 +375,21 @@ def _loras(r: Reader) -> dict[str, LoraRecord]:
     inner = {name: Reader(value, f"{r.where}.loras.{shown(name)}", _AGAIN) for name, value in names.items()}
     return {
         name: LoraRecord(scale=each.number("scale"), sha256=_digest(each, "sha256", each.text("sha256")))
+        for name, each in inner.items()
+    }
+
+
+def _controls(r: Reader) -> dict[str, ControlRecord]:
+    names = r.named("controls", _MOST_FACTS)
+    inner = {name: Reader(value, f"{r.where}.controls.{shown(name)}", _AGAIN) for name, value in names.items()}
+    return {
+        name: ControlRecord(
+            scale=each.number("scale"),
+            start=each.number("start", 0, 1),
+            end=each.number("end", 0, 1),
+            until_gate=each.flag("until_gate"),
+            sha256=_digest(each, "sha256", each.text("sha256")),
+        )
         for name, each in inner.items()
     }
 

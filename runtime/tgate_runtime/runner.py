@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tgate_engine.errors import RequestError
 from tgate_engine.plan import Plan, Step
+from tgate_runtime.control import Steered
 from tgate_runtime.request import check_call, check_mapping, numbers_of
 from tgate_runtime.state import Mend, State
 
@@ -60,6 +61,7 @@ def run(
     plan: Plan | None = None,
     step_noise: Callable[[int, int], NDArray[np.float32]] | None = None,
     mend: Sequence[Mend | None] | None = None,
+    controls: Sequence[Mapping[str, Steered]] | None = None,
 ) -> Generator[StepDone]:
     """Begin an image in every row of ``state`` and take all steps of its plan, one call for each item asked for.
 
@@ -67,7 +69,7 @@ def run(
     ``conditioning``: ``<name>.<half>`` to [rows, ...], or [1, ...] for all rows alike; see :meth:`State.begin`.
     ``guidance_scale``: one for all, or one for each row. ``plan``: see :meth:`State.begin`.
     ``step_noise``: standard normal noise [...] by row and index of the step, asked for where the sampler is stochastic.
-    ``mend``: each row's, see :meth:`State.begin`.
+    ``mend``, ``controls``: each row's, see :meth:`State.begin`.
 
     Yields after each call; ``state.latents()`` then gives that step's result, and after the last step the
     final latents. Between items nothing runs: closing the generator (or dropping it) stops the work, and frees
@@ -95,6 +97,7 @@ def run(
                 plan=plan,
                 step_noise=None if step_noise is None else _of_row(step_noise, row),
                 mend=None if mend is None else mend[row],
+                controls=None if controls is None else controls[row],
             )
         while ranges := state.together():
             for rows in ranges:

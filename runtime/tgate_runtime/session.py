@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 from tgate_engine.bundle import Bundle
+from tgate_engine.control import controls_for
 from tgate_engine.errors import BundleError, EngineError, RequestError, shown
-from tgate_engine.graph import DENOISE, ENCODE, REFERENCE, GraphSpec, Role
+from tgate_engine.graph import CONTROL, DENOISE, ENCODE, REFERENCE, GraphSpec, Role
 from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plain_files import Watched
 from tgate_engine.plan import Plan
@@ -27,8 +28,8 @@ from tgate_runtime.signatures import check_forms, check_ranges, check_signatures
 
 T = TypeVar("T")
 
-LATER: tuple[Role, ...] = (ENCODE, REFERENCE)
-"""Roles of graphs that are loaded when a request first has a picture."""
+LATER: tuple[Role, ...] = (ENCODE, REFERENCE, CONTROL)
+"""Roles of graphs that are loaded when a request first needs one: others do without their memory."""
 
 
 class Session:
@@ -78,7 +79,8 @@ class Session:
         **options: Unpack[Options],
     ) -> Session:
         """Check a bundle and load its graphs, so that what can fail fails here and not at the first step. What
-        encodes a picture is loaded when a request first has one: others do without its memory.
+        encodes a picture is loaded when a request first has one, and a ControlNet when one first is given a control
+        picture: others do without their memory.
 
         ``source``: a bundle's directory, ``"mini"`` (:func:`~tgate_runtime.mini.place_of`), or a Bundle opened (and
         checked) before. ``engine``: one of
@@ -177,10 +179,10 @@ class Session:
 
     def _load_later(self, graph: GraphSpec) -> None:
         if self._plain is not None:  # no adapter changes it
-            encoder = self._plain.executable(graph)
+            executable = self._plain.executable(graph)
             with self._lock:
                 if self._executables is not None:
-                    self._executables[graph.file] = encoder
+                    self._executables[graph.file] = executable
             return
         with self._loading:
             if self._executables is None or graph.file in self._executables:
@@ -333,7 +335,12 @@ def graphs_of(
     used = {name for plan in chosen for name in plan.graphs()}
     graphs: dict[str, GraphSpec] = {}
     for shape in shapes:
-        kept = {name: spec for name, spec in shape.graphs.items() if spec.role != DENOISE or name in used}
+        beside = controls_for(shape.graphs, used)
+        kept = {
+            name: spec
+            for name, spec in shape.graphs.items()
+            if (name in used if spec.role == DENOISE else spec.role != CONTROL or name in beside)
+        }
         check_signatures(manifest, kept)
         check_forms(shape, kept)
         graphs |= {spec.file: spec for spec in kept.values()}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from tgate_engine.conditioning import half_names
+from tgate_engine.control import is_control, nets_in, scale_name
 from tgate_engine.errors import BundleError
 from tgate_engine.graph import (
     BATCH,
+    CONTROL,
     DECODE,
     DENOISE,
     ENCODE,
@@ -31,7 +33,7 @@ DEVIATION = "deviation"
 def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> None:
     """Raises :class:`BundleError` for the first of ``graphs`` with an input that nothing feeds, or without an
     output that is needed, or with a tensor of the trajectory in another form than the others have it: all denoising
-    graphs of a shape work on the same buffers."""
+    graphs of a shape, and the ControlNets beside them, work on the same buffers."""
     halves = HALVES if manifest.guided else HALVES[1:]
     feeds: dict[Role, set[str]] = {
         DENOISE: {*STEP_INPUTS, *half_names(manifest.conditioning), *manifest.carries},
@@ -41,6 +43,7 @@ def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> Non
         ENCODE: {PICTURE},
         PREVIEW: {FINAL_LATENTS},
         REFERENCE: {PICTURE},
+        CONTROL: {LATENTS, STEP, *half_names(manifest.conditioning)},
     }
     needs: dict[Role, Iterable[str]] = {
         DENOISE: STEP_OUTPUTS,
@@ -50,13 +53,17 @@ def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> Non
         ENCODE: (LATENTS, DEVIATION),
         PREVIEW: (PIXELS,),
         REFERENCE: [half(n, which) for n in manifest.conditioned_by("reference") for which in halves],
+        CONTROL: (),
     }
+    by_image = (DENOISE, CONTROL)
     forms: dict[str, tuple[str, tuple[Dim, ...]]] = {}
     for name, spec in graphs.items():
-        for tensor in (*spec.inputs, *spec.outputs) if spec.role == DENOISE else ():
+        for tensor in (*spec.inputs, *spec.outputs) if spec.role in by_image else ():
             if forms.setdefault(tensor.name, (tensor.dtype, tensor.shape)) != (tensor.dtype, tensor.shape):
                 raise BundleError(f"graph {name!r} has {tensor.name} in another form than a graph beside it has")
-        if odd := [i for i in spec.input_names() if i not in feeds[spec.role]]:
+        known = feeds[spec.role]
+        steered = spec.role in by_image  # what is of ControlNets, Bundle.open has seen
+        if odd := [i for i in spec.input_names() if i not in known and not (steered and is_control(i))]:
             raise BundleError(f"graph {name!r} takes {', '.join(odd)}, which nothing feeds; export the bundle again")
         if missing := [o for o in needs[spec.role] if o not in spec.output_names()]:
             raise BundleError(f"graph {name!r} does not give {', '.join(missing)}; export the bundle again")
@@ -73,6 +80,7 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
         DENOISE: {
             **dict.fromkeys((*STEP_INPUTS, *STEP_OUTPUTS), ("float32", (BATCH, *latents))),
             STEP: ("float32", (BATCH, STEP_ROW)),
+            **{scale_name(net): ("float32", (BATCH,)) for net in nets_in(graphs)},
         },
         TEXT: {},
         IMAGE: {PICTURE: ("uint8", (1, *picture)), PICTURE_NOISE: ("float32", (1, 3, *picture[:2]))},
@@ -83,6 +91,7 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
         },
         PREVIEW: {FINAL_LATENTS: ("float32", (1, *latents))},
         REFERENCE: {},
+        CONTROL: {LATENTS: ("float32", (BATCH, *latents)), STEP: ("float32", (BATCH, STEP_ROW))},
     }
     always: dict[Role, tuple[str, ...]] = {
         DENOISE: (LATENTS, STEP),
@@ -92,6 +101,7 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
         ENCODE: (PICTURE,),
         PREVIEW: (FINAL_LATENTS,),
         REFERENCE: (PICTURE,),
+        CONTROL: (),
     }
     for name, spec in graphs.items():
         if missing := [i for i in always[spec.role] if i not in spec.input_names()]:
@@ -101,12 +111,13 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
                 f"graph {name!r} is for {spec.batch[0]} to {spec.batch[1]} images, and its shape for {shape.batch[0]} "
                 f"to {shape.batch[1]}; export the bundle again"
             )
+        rows = spec.role in (DENOISE, CONTROL)
         for tensor in (*spec.inputs, *spec.outputs):
-            if spec.role == DENOISE and tensor.shape[:1] != (BATCH,):
+            if rows and tensor.shape[:1] != (BATCH,):
                 raise BundleError(
                     f"graph {name!r} has {_shown(tensor)}, without a row for each image; export the bundle again"
                 )
-            own = tensor.shape if spec.role == DENOISE else tensor.resolve(1)
+            own = tensor.shape if rows else tensor.resolve(1)
             dtype, form = wanted[spec.role].get(tensor.name, (tensor.dtype, own))
             if spec.role in (DECODE, PREVIEW) and tensor.name == PIXELS:  # a video's frames come before
                 dtype, form = "uint8", (*(own[:-3] or (1,)), *picture)

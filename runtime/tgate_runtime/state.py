@@ -12,14 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgate_engine.conditioning import half_names
+from tgate_engine.control import control_graph, nets_of, picture_name, scale_name
 from tgate_engine.dtypes import encode, storage
 from tgate_engine.errors import RequestError, shown
 from tgate_engine.footprint import buffers
+from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Shape
 from tgate_engine.plan import Plan, Step
 from tgate_engine.plan_check import PlanCheck
 from tgate_engine.sampler import HISTORY
 from tgate_engine.step import LATENTS, NEXT_LATENTS, NOISE, OUTPUT, STEP, STEP_OUTPUTS, past, step_row
+from tgate_runtime.control import Steered
 from tgate_runtime.engines.protocol import Buffer, Call
 from tgate_runtime.finite import check_given
 from tgate_runtime.request import check_call, check_mapping, check_row, check_scale, numbers_of, shown_names
@@ -42,12 +45,33 @@ class _Image:
     guidance_scale: float
     step_noise: StepNoise | None
     mend: Mend | None
+    controls: Mapping[str, Steered]
     reach: int  # how far back the plan's sampler looks
     live: tuple[tuple[str, ...], ...]  # the carries that are still to be read, at each position of the plan
 
     @property
     def step(self) -> Step | None:
         return self.plan.steps[self.position] if self.position < len(self.plan.steps) else None
+
+    def scale(self, net: str) -> float:
+        """Of a ControlNet at the next step."""
+        own = self.controls.get(net)
+        return 0.0 if own is None else own.scales[self.position]
+
+
+class _InTurn:
+    """Calls that are made one after another, as one: ControlNets', and that of the graph that takes what they gave."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = tuple(calls)
+
+    @property
+    def addresses(self) -> Mapping[str, int]:
+        return {name: address for call in self._calls for name, address in call.addresses.items()}
+
+    def __call__(self) -> None:
+        for call in self._calls:
+            call()
 
 
 def most_at_once(batches: Iterable[tuple[int, int]], images: int) -> int:
@@ -120,6 +144,7 @@ class State:
         }
         self._halves = [name for name in half_names(session.manifest.conditioning) if name in self._buffers]
         self._images: list[_Image | None] = [None] * rows
+        self._nets = {name: nets_of(graphs[name]) for plan in self.plans for name in plan.graphs()}
         self._live = {plan: _live(plan) for plan in self.plans}
         self._views: dict[tuple[int, int], dict[str, Buffer]] = {}
         self._calls: dict[tuple[str, frozenset[str], int, int], Call] = {}
@@ -145,6 +170,7 @@ class State:
         plan: Plan | None = None,
         step_noise: StepNoise | None = None,
         mend: Mend | None = None,
+        controls: Mapping[str, Steered] | None = None,
     ) -> None:
         """Start an image in a row: x_0 is ``noise`` times the sampler's initial scale, its history zeros.
 
@@ -153,8 +179,9 @@ class State:
         ``guidance_scale``: ignored by graphs that have no guidance. ``plan``: one of the state's, or one that takes no
         buffer beside theirs, such as what is left of one; None where it has one alone. ``step_noise``: needed where the
         sampler is stochastic. ``mend``: what becomes of the image's latents after each step, read from the device and
-        written back; None leaves them there. All arrays are copied. Raises :class:`RequestError` naming what is
-        missing, misshapen or not finite.
+        written back; None leaves them there. ``controls``: by ControlNet, the picture that it looks at and its scale at
+        each step (:func:`tgate_runtime.control.steered`); one that is not named adds nothing. All arrays are copied.
+        Raises :class:`RequestError` naming what is missing, misshapen or not finite.
         """
         self._session.check_unchanged()
         chosen = self._plan(plan)
@@ -177,8 +204,11 @@ class State:
         self._write(own[LATENTS], drawn * np.float32(chosen.sampler.initial_scale), "the initial latents")
         for name in self._halves:
             self._write(own[name], conditioning[name], f"conditioning {name}")
+        for net, steered in (controls or {}).items():
+            self._check_control(net, steered, chosen)
+            self._write(own[picture_name(net)], steered.picture, f"the control picture of {net}")
         reach, live = chosen.sampler.reach, self._live[chosen]
-        self._images[row] = _Image(chosen, 0, scale, step_noise, mend, reach, live)
+        self._images[row] = _Image(chosen, 0, scale, step_noise, mend, dict(controls or {}), reach, live)
 
     def end(self, row: int) -> None:
         """Let the image in a row go, through or not; what its latents were stays readable until another one begins
@@ -188,8 +218,8 @@ class State:
     def move(self, row: int, to: int) -> int:
         """Move an image to a row that has none, between two steps: the bytes that were copied.
 
-        Its latents and history move, its conditioning, and of the carries those that its plan has still to read. Raises
-        :class:`RequestError` where there is no image in the one row, or one in the other.
+        Its latents and history move, its conditioning and control pictures, and of the carries those that its plan has
+        still to read. Raises :class:`RequestError` where there is no image in the one row, or one in the other.
         """
         row, to = check_row(row, self.rows), check_row(to, self.rows)
         image = self._images[row]
@@ -201,7 +231,8 @@ class State:
         old, new = self._view(row, 1), self._view(to, 1)
         trajectory = (past(name, lag) for name in (LATENTS, OUTPUT) for lag in range(HISTORY + 1))
         copied = 0
-        for name in (*trajectory, *self._halves, *image.live[image.position]):
+        pictures = (picture_name(net) for net in image.controls)
+        for name in (*trajectory, *self._halves, *pictures, *image.live[image.position]):
             if name in new:
                 new[name].copy(old[name])
                 copied += math.prod(new[name].shape) * storage(new[name].dtype).itemsize
@@ -272,7 +303,9 @@ class State:
         graphs = dict.fromkeys(step.graph for step in steps)
         if len(graphs) > 1:
             raise RequestError(f"images that share a call run one graph; got {', '.join(graphs)}")
-        call = self._call(steps[0].graph, frozenset(n for s in steps for n in s.writes), rows.start, len(rows))
+        graph = steps[0].graph
+        call = self._call(graph, frozenset(n for s in steps for n in s.writes), rows.start, len(rows))
+        call = self._with_controls(call, graph, images, rows)
         numbers = np.stack([step_row(s.call, i.guidance_scale) for s, i in zip(steps, images, strict=True)])
         self._view(rows.start, len(rows))[STEP].write(numbers)
         if NOISE in self._buffers:
@@ -302,6 +335,26 @@ class State:
             if image is not None and image.mend is not None:
                 index = image.plan.steps[image.position - 1].index
                 self.replace_latents(row, image.mend(index, self.latents(row)))
+
+    def _with_controls(self, call: Call, graph: str, images: Sequence[_Image], rows: range) -> Call:
+        """``call``, and before it those of the ControlNets that some of its images want; their scales are written."""
+        calls: list[Call] = []
+        for net in self._nets[graph]:
+            scales = np.array([image.scale(net) for image in images], np.float32)
+            self._view(rows.start, len(rows))[scale_name(net)].write(scales)
+            if scales.any():
+                spec = control_graph(shape_for(self._shapes, len(rows)).graphs, graph, net)
+                calls.append(self._bound((spec.file, frozenset(), rows.start, len(rows)), spec, spec.output_names()))
+        return _InTurn([*calls, call]) if calls else call
+
+    def _check_control(self, net: str, control: Steered, plan: Plan) -> None:
+        if picture_name(net) not in self._buffers:
+            raise RequestError(f"the plan's graphs take nothing of a ControlNet {shown(net)!r}")
+        if len(control.scales) != len(plan.steps):
+            raise RequestError(
+                f"ControlNet {net!r} has {len(control.scales)} scales, and plan '{shown(plan.name)}' takes "
+                f"{len(plan.steps)} steps"
+            )
 
     # --- buffers --------------------------------------------------------------------------------
 
@@ -348,13 +401,15 @@ class State:
         return (name for name in self._buffers if name.partition(".")[0] in (LATENTS, OUTPUT, NOISE))
 
     def _call(self, graph: str, writes: frozenset[str], first: int, count: int) -> Call:
-        key = (graph, writes, first, count)
+        spec = shape_for(self._shapes, count).graphs[graph]
+        return self._bound((graph, writes, first, count), spec, (*STEP_OUTPUTS, *sorted(writes)))
+
+    def _bound(self, key: tuple[str, frozenset[str], int, int], spec: GraphSpec, gives: Iterable[str]) -> Call:
+        """The call of a graph on the rows of its key, bound once."""
         if key not in self._calls:
-            spec = shape_for(self._shapes, count).graphs[graph]
-            own = self._view(first, count)
+            own = self._view(*key[2:])
             inputs = {t.name: own[t.name] for t in spec.inputs}
-            outputs = {name: own[name] for name in (*STEP_OUTPUTS, *sorted(writes))}
-            self._calls[key] = self._session.executable(spec).bind(inputs, outputs)
+            self._calls[key] = self._session.executable(spec).bind(inputs, {name: own[name] for name in gives})
         return self._calls[key]
 
     def _view(self, first: int, count: int) -> dict[str, Buffer]:

@@ -15,7 +15,7 @@ from safetensors.numpy import load
 from tgate_engine.bundle import Bundle
 from tgate_engine.dtypes import decode, encode, storage
 from tgate_engine.errors import BundleError, RequestError
-from tgate_engine.graph import GraphSpec
+from tgate_engine.graph import BATCH, GraphSpec
 from tgate_engine.manifest import Golden, Shape
 from tgate_engine.plan import Plan
 from tgate_runtime.engines.protocol import Engine, OnBuild, Options
@@ -141,11 +141,19 @@ def _replay_plan(session: Session, shape: Shape, plan: Plan, tensors: Tensors, *
 
 
 def _replay_graph(session: Session, graph: GraphSpec, tensors: Tensors) -> float:
-    """Run one graph once on ``input.*``; the worst error of ``output.*``."""
+    """Run one graph once on ``input.*``; the worst error of ``output.*``. Of one image, on as few as the graph takes,
+    all alike."""
     batch = graph.batch_of({t.name: tensors[f"input.{t.name}"].shape for t in graph.inputs})
-    call = GraphCall(session, graph, batch)
+    rows = graph.batch[0] if batch == 1 else batch
+    by_image = {t.name for t in (*graph.inputs, *graph.outputs) if t.shape[:1] == (BATCH,)}
+
+    def recorded_of(kind: str, name: str) -> NDArray[Any]:
+        values = tensors[f"{kind}.{name}"]
+        return np.repeat(values, rows // batch, axis=0) if name in by_image else values
+
+    call = GraphCall(session, graph, rows)
     for name, buffer in call.inputs.items():
-        values = tensors[f"input.{name}"]
+        values = recorded_of("input", name)
         if values.shape != buffer.shape:
             raise ValueError(f"input {name} has shape {values.shape}, the graph takes {buffer.shape}")
         buffer.write(values if values.dtype == storage(buffer.dtype) else encode(values, buffer.dtype))
@@ -154,7 +162,7 @@ def _replay_graph(session: Session, graph: GraphSpec, tensors: Tensors) -> float
     if not recorded:
         raise ValueError("it records no output")
     return _worst(
-        [relative_error(decode(b.read(), b.dtype), tensors[f"output.{name}"]) for name, b in recorded.items()]
+        [relative_error(decode(b.read(), b.dtype), recorded_of("output", name)) for name, b in recorded.items()]
     )
 
 

@@ -11,16 +11,18 @@ from functools import cached_property
 
 from PIL import Image
 
+from tgate_engine.control import nets_in
 from tgate_engine.errors import RequestError
 from tgate_engine.graph import DECODE, ENCODE, PREVIEW, REFERENCE
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
 from tgate_runtime.adapters import scales_of_adapters
 from tgate_runtime.beginning import Beginner
+from tgate_runtime.control import Controls, scales_of_controls, steered
 from tgate_runtime.decoder import decode
 from tgate_runtime.encoder import Encoder, Row
 from tgate_runtime.generators import check_generator
-from tgate_runtime.record import EngineRecord, PlanRecord, Record, digests_of_given, loras_of
+from tgate_runtime.record import EngineRecord, PlanRecord, Record, controls_of, digests_of_given, loras_of
 from tgate_runtime.reference import reference_scale_of
 from tgate_runtime.request import (
     DECODERS,
@@ -50,7 +52,8 @@ class Wish:
     :class:`~tgate_serve.worker.Request`. ``partials``: how many looks at each image before it is through, evenly spread
     over its steps. ``loras``: scales by the names of the bundle's adapters. ``decoder``: of its pictures, one of
     :data:`~tgate_runtime.request.DECODERS`. ``ip_adapter_image``, RGB, and ``ip_adapter_scale`` as
-    :class:`~tgate_runtime.pipeline.Pipeline` has them.
+    :class:`~tgate_runtime.pipeline.Pipeline` has them. ``controls``: by the names of the bundle's ControlNets, what
+    each of them looks at, and when.
     """
 
     prompt: str | None = None
@@ -71,6 +74,7 @@ class Wish:
     decoder: str | None = None
     ip_adapter_image: Image.Image | None = None
     ip_adapter_scale: float | None = None
+    controls: Controls | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,7 @@ class Drawing:
             strength=self.strength,
             decoder="preview" if wish.decoder == "preview" else None,
             loras=loras_of(scales_of_adapters(wish.loras, manifest), manifest),
+            controls=controls_of(wish.controls),
             given=digests_of_given(1, image=wish.picture, mask=wish.mask, ip_adapter_image=wish.ip_adapter_image)[0],
             ip_adapter_scale=reference_scale_of(wish.ip_adapter_scale, manifest, wish.ip_adapter_image),
         )
@@ -167,6 +172,11 @@ class Model:
         """Whether its images can attend to a picture, beside a prompt."""
         return self.session.manifest.graph(REFERENCE) is not None
 
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The names of its ControlNets."""
+        return nets_in(self.session.manifest.shapes[0].graphs)
+
     @cached_property
     def digest(self) -> str:
         """The :func:`~tgate_engine.manifest_json.bundle_digest` of its bundle."""
@@ -192,9 +202,11 @@ class Model:
         if wish.priority not in PRIORITIES:
             raise RequestError(f"a priority is 0 to {PRIORITIES[-1]}, got {wish.priority}")
         strength = strength_of(wish.strength, manifest, wish.picture, wish.mask)
-        steps = len(plan.steps)
+        taken = plan
         if strength is not None:
-            steps = len(self._beginner.left(plan, strength, masked=wish.mask is not None)[1].steps)
+            taken = self._beginner.left(plan, strength, masked=wish.mask is not None)[1]
+        scales_of_controls(wish.controls, taken, manifest)
+        steps = len(taken.steps)
         if wish.partials >= steps:
             raise RequestError(
                 f"plan '{plan.name}' has {steps} steps, and at most {steps - 1} partial images before the last; got "
@@ -222,6 +234,7 @@ class Model:
                 assert wish.picture is not None  # strength_of has seen it
                 beginning = self._beginner.begin(plan, wish.picture, strength, size, wish.mask)
                 taken = beginning.plan
+            controls = steered(session, wish.controls, taken, size)
             handle = self.worker.submit(
                 Request(
                     conditioning=row,
@@ -236,6 +249,7 @@ class Model:
                     looks=looks(len(taken.steps), wish.partials),
                     beginning=beginning,
                     session=session,
+                    controls=controls,
                 )
             )
         return Drawing(

@@ -28,6 +28,7 @@ from tgate_engine.plan import Plan
 from tgate_engine.plan import Step as PlanStep
 from tgate_runtime.adapters import scales_of_adapters
 from tgate_runtime.beginning import Beginning
+from tgate_runtime.control import Steered
 from tgate_runtime.decoder import decode
 from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import check_generator, check_seed, in_dtype, in_step, noise
@@ -61,7 +62,8 @@ class Request:
     any more. ``came_s``: when it arrived, by :func:`time.monotonic`, if that was before it was encoded. ``looks``: the
     steps, by index, of which :class:`~tgate_serve.handle.Step` tells where the latents are heading. ``beginning``: what
     is begun from in place of noise, with what is left of ``plan``. ``session``: of adapters, which the worker's gave
-    (:meth:`~tgate_runtime.session.Session.adapted`); None is the worker's own.
+    (:meth:`~tgate_runtime.session.Session.adapted`); None is the worker's own. ``controls``: by ControlNet, as
+    :func:`~tgate_runtime.control.steered` gives them for that plan.
     """
 
     conditioning: Mapping[str, NDArray[Any]]
@@ -76,6 +78,7 @@ class Request:
     looks: Iterable[int] = ()
     beginning: Beginning | None = None
     session: Session | None = None
+    controls: Mapping[str, Steered] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -445,6 +448,7 @@ class Worker:
                 plan=order.plan,
                 step_noise=lambda index: drawn(skipped + in_step(index)),
                 mend=mend,
+                controls=order.request.controls,
             )
         except TgateError as error:
             self._fail(order, error)

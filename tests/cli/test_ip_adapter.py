@@ -74,4 +74,5 @@ def test_export_refuses_before_pytorch_is_loaded(run: Run, tmp_path: Path) -> No
     both = ("--ip-adapter", adapter, "--image-encoder", tmp_path)
     refused("--weights random reads no checkpoint; leave out --ip-adapter", *both, "--weights", "random")
     refused("--ip-adapter would change nothing without reference", *both, "--components", "text,denoiser,decoder")
+    refused("--controlnet beside --ip-adapter is not exported yet", *both, "--controlnet", "edges=lllyasviel/canny")
     refused("got denoiser, reference", "--components", "denoiser,reference")

@@ -511,3 +511,13 @@ def test_a_bundle_with_an_ip_adapter_is_refused_by_name(library: Library, tmp_pa
         Failure, match=r"the bundle has an IP-Adapter \('reference'\), which this library does not draw"
     ):
         LoadedBundle(library, path)
+
+
+def test_a_bundle_with_controlnets_is_refused_by_name(library: Library, tmp_path: Path) -> None:
+    """Which Python draws with."""
+    path = build(tmp_path / "toy", Toy(controls=("edges",)))
+    with pytest.raises(
+        Failure, match="the bundle has ControlNets, which libtgate does not run; draw with the Py"
+    ) as told:
+        LoadedBundle(library, path)
+    assert told.value.code == BUNDLE

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tgate_engine.step import GUIDANCE, INPUT_SCALE, NOISE_COLUMN, OUTPUT_COLUMNS, STEP_ROW, TIMESTEP
 from tgate_export.methods.base import Halves, Variant
 from tgate_export.methods.parts import Part
-from tgate_export.step import DenoisingStep
+from tgate_export.step import ControlStep, DenoisingStep
 
 SHAPE = (3, 5, 6)
 SCALES = torch.tensor([4.0, 7.5])
@@ -218,3 +218,77 @@ def test_the_network_runs_in_its_dtype_and_all_else_in_float32(dtype: torch.dtyp
     got = outputs(step, values(step, rows(1)))
     assert seen == [dtype, torch.float32, torch.float32]
     assert {tensor.dtype for tensor in got.values()} == {torch.float32}
+
+
+def steer(
+    network: nn.Module,
+    latents: Tensor,
+    times: Tensor,
+    scales: Tensor,
+    given: Mapping[str, Tensor],
+    residuals: Sequence[Tensor],
+) -> Tensor:
+    """:func:`predict`, and what is added."""
+    first, second = residuals
+    return predict(network, latents, times, scales, given) + first + 2 * second
+
+
+@pytest.mark.parametrize("halves", ["both", "negative"])
+def test_residuals_are_added_half_by_half_and_image_by_image(halves: Halves) -> None:
+    """Of two ControlNets, times the scale of each image; at a scale of 0 nothing, not even of what is not finite."""
+    controls = {"a": 2, "b": 2}
+    variant = Variant(name="x", halves=halves)
+    own = DenoisingStep(nn.Tanh(), predict, variant, ("text",), torch.float32, controls=controls, steer=steer)
+    plain = DenoisingStep(nn.Tanh(), predict, variant, ("text",), torch.float32)
+    which = ("negative", "positive") if halves == "both" else ("negative",)
+    names = [f"control.{net}.{i}.{half}" for net in controls for i in range(2) for half in which]
+    assert {*own.input_names} - {*plain.input_names} == {"control.a", "control.b", *names}
+    numbers = rows(2, guidance=torch.ones(2))  # the positive half alone
+    named = values(plain, numbers)
+    generator = torch.Generator().manual_seed(1)
+    added = {name: torch.randn(2, *SHAPE, generator=generator) for name in names}
+    scales = {"control.a": torch.tensor([0.5, -2.0]), "control.b": torch.tensor([3.0, 0.0])}
+    for name in names:
+        if name.startswith("control.b"):
+            added[name][1] = float("nan")
+    got = outputs(own, {**named, **added, **scales})["output"]
+    base = outputs(plain, named)["output"]
+    kept = which[-1]
+    for j in range(2):
+        wanted = base[j].clone()
+        for net in controls:
+            scale = float(scales[f"control.{net}"][j])
+            for i, weight in enumerate((1, 2)):
+                wanted += weight * scale * added[f"control.{net}.{i}.{kept}"][j] if scale else 0
+        torch.testing.assert_close(got[j], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_controlnet_looks_at_each_image_with_its_own_picture_and_halves() -> None:
+    """And gives what is wanted of it, in that order."""
+    seen = list[Tensor]()
+
+    def look(
+        _: nn.Module, latents: Tensor, times: Tensor, given: Mapping[str, Tensor], pictures: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        seen.append(pictures)
+        column = times.view(-1, 1, 1, 1) + given["text"].mean(dim=1).view(-1, 1, 1, 1)
+        shown = pictures.mean(dim=(1, 2, 3)).repeat_interleave(len(latents) // len(pictures))
+        return latents + column, latents * shown.view(-1, 1, 1, 1)
+
+    wanted = ("control.a.0.negative", "control.a.0.positive", "control.a.1.positive")
+    step = ControlStep(nn.Identity(), look, "a", wanted, ("text",), torch.float32)
+    assert step.input_names == ("latents", "step", "text.negative", "text.positive", "control.a.picture")
+    assert step.output_names == wanted
+    generator = torch.Generator().manual_seed(0)
+    latents, pictures = torch.randn(2, *SHAPE, generator=generator), torch.tensor([51, 255], dtype=torch.uint8)
+    text = {f"text.{half}": torch.randn(2, 4, generator=generator) for half in ("negative", "positive")}
+    numbers = rows(2, time=torch.tensor([11.0, 22.0]), scale=torch.tensor([0.5, 2.0]))
+    shown = pictures.view(2, 1, 1, 1).expand(2, 8, 8, 3)
+    with torch.no_grad():
+        given = dict(zip(wanted, step(latents, numbers, *text.values(), shown), strict=True))
+    assert seen[0].shape == (2, 3, 8, 8)
+    for j, (time, scale, grey) in enumerate(((11.0, 0.5, 0.2), (22.0, 2.0, 1.0))):
+        own = latents[j] * scale
+        for half in ("negative", "positive"):
+            torch.testing.assert_close(given[f"control.a.0.{half}"][j], own + time + text[f"text.{half}"][j].mean())
+        torch.testing.assert_close(given["control.a.1.positive"][j], own * grey)

@@ -73,6 +73,14 @@ class Scaling:
     stored: bool = False
 
 
+_CONTROL = "controlnet:"
+
+
+def control_component(name: str) -> str:
+    """The component that a ControlNet of that name is."""
+    return _CONTROL + name
+
+
 class Family(ABC):
     """One architecture. Modules are built from configs alone, so that their weights may be fake.
 
@@ -89,6 +97,8 @@ class Family(ABC):
     """The module of each component, by its directory in the checkpoint."""
     beside: Mapping[str, type[nn.Module]] = {}
     """The same of components that are brought beside a checkpoint."""
+    control_class: type[nn.Module] | None = None
+    """The class of its ControlNets; None where it takes none."""
     aliases: Mapping[str, tuple[str, ...]] = {}
     """Further names that checkpoints have for a class, by its own."""
     denoiser: str
@@ -179,10 +189,6 @@ class Family(ABC):
         values: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else config
         return values
 
-    def class_of(self, component: str) -> type[nn.Module]:
-        """A component's module."""
-        return self.classes[component] if component in self.classes else self.beside[component]
-
     def build(self, checkpoint: Checkpoint, component: str) -> nn.Module:
         """A component's module in evaluation mode, its weights uninitialised."""
         cls: Any = self.class_of(component)
@@ -248,6 +254,42 @@ class Family(ABC):
 
         Gives the model output, of the latents' shape.
         """
+
+    def steered(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        guidance: Tensor,
+        conditioning: Mapping[str, Tensor],
+        residuals: Sequence[Tensor],
+    ) -> Tensor:
+        """:meth:`denoise`, with ``residuals`` [N, ...] of ControlNets added to what the network keeps on its way down,
+        and the last of them to its middle."""
+        raise NotImplementedError(f"{self.name} takes no ControlNets")
+
+    def look(
+        self,
+        net: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Mapping[str, Tensor],
+        pictures: Tensor,
+    ) -> Sequence[Tensor]:
+        """The residuals of a ControlNet for :meth:`steered`, each [N, ...]. ``pictures``: [M, 3, H, W] from 0 to 1,
+        each for N / M rows that lie together; the rest as :meth:`denoise` takes it."""
+        raise NotImplementedError(f"{self.name} takes no ControlNets")
+
+    def check_control(self, checkpoint: Checkpoint, net: str) -> None:
+        """Raises :class:`ExportError` for a ControlNet whose configuration is of another architecture, or asks for
+        something that the pipeline would not do."""
+        raise NotImplementedError(f"{self.name} takes no ControlNets")
+
+    def class_of(self, component: str) -> type[Any]:
+        """The module's class of a component."""
+        if component.startswith(_CONTROL) and self.control_class is not None:
+            return self.control_class
+        return self.classes[component] if component in self.classes else self.beside[component]
 
     def deep(self, checkpoint: Checkpoint, branch: int) -> str | None:
         """The denoiser's module whose output is all that its last ``branch`` + 1 layers take of those below, beside

@@ -19,7 +19,8 @@ class Facts:
     ``guided``: whether there are two halves of guidance, and so a difference to reuse, and not a scale that the network
     takes as an input.
     ``from_pictures``: whether diffusers has a pipeline that begins from a picture in place of noise, and so export an
-    encoder. ``ip_adapters``: whether an IP-Adapter may be brought (``--ip-adapter``).
+    encoder. ``ip_adapters``: whether an IP-Adapter may be brought (``--ip-adapter``). ``controlnets``: whether
+    ControlNets can be exported beside it (``--controlnet``).
     """
 
     name: str
@@ -33,12 +34,27 @@ class Facts:
     guided: bool = True
     from_pictures: bool = False
     ip_adapters: bool = False
+    controlnets: bool = False
 
 
 SD = Facts(
-    name="sd", cls="StableDiffusion", clip_skips=True, rescales_guidance=True, from_pictures=True, ip_adapters=True
+    name="sd",
+    cls="StableDiffusion",
+    clip_skips=True,
+    rescales_guidance=True,
+    from_pictures=True,
+    ip_adapters=True,
+    controlnets=True,
 )
-SDXL = Facts(name="sdxl", cls="Sdxl", clip_skips=True, rescales_guidance=True, from_pictures=True, ip_adapters=True)
+SDXL = Facts(
+    name="sdxl",
+    cls="Sdxl",
+    clip_skips=True,
+    rescales_guidance=True,
+    from_pictures=True,
+    ip_adapters=True,
+    controlnets=True,
+)
 KOLORS = Facts(name="kolors", cls="Kolors", text_graph=False, from_pictures=True)
 PIXART = Facts(name="pixart", cls="PixArt")
 SVD = Facts(name="svd", cls="StableVideo", source="image", video=True)

@@ -45,8 +45,29 @@ class StableDiffusion(TextUNet):
         guidance: Tensor,
         conditioning: Mapping[str, Tensor],
     ) -> Tensor:
+        return self.steered(denoiser, latents, timesteps, guidance, conditioning, ())
+
+    def steered(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        guidance: Tensor,
+        conditioning: Mapping[str, Tensor],
+        residuals: Sequence[Tensor],
+    ) -> Tensor:
         text = attended(conditioning["prompt_embeds"], conditioning)
-        return self.predict(denoiser, latents, timesteps, guidance, text)
+        return self.predict(denoiser, latents, timesteps, guidance, text, residuals=residuals)
+
+    def look(
+        self,
+        net: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Mapping[str, Tensor],
+        pictures: Tensor,
+    ) -> Sequence[Tensor]:
+        return self.residuals(net, latents, timesteps, conditioning["prompt_embeds"], pictures)
 
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
         """The text and, with an IP-Adapter, a picture."""

@@ -70,10 +70,30 @@ class Sdxl(TextUNet):
         guidance: Tensor,
         conditioning: Mapping[str, Tensor],
     ) -> Tensor:
-        # diffusers joins the pooled text to a float32 sinusoid; eager PyTorch promotes it, a graph must be told.
-        added = {"text_embeds": conditioning["pooled"].float(), "time_ids": conditioning["time_ids"]}
-        text = attended(conditioning["prompt_embeds"], conditioning)
-        return self.predict(denoiser, latents, timesteps, guidance, text, added)
+        return self.steered(denoiser, latents, timesteps, guidance, conditioning, ())
+
+    def steered(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        guidance: Tensor,
+        conditioning: Mapping[str, Tensor],
+        residuals: Sequence[Tensor],
+    ) -> Tensor:
+        text, added = attended(conditioning["prompt_embeds"], conditioning), _added(conditioning)
+        return self.predict(denoiser, latents, timesteps, guidance, text, added, residuals)
+
+    def look(
+        self,
+        net: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Mapping[str, Tensor],
+        pictures: Tensor,
+    ) -> Sequence[Tensor]:
+        text, added = conditioning["prompt_embeds"], _added(conditioning)
+        return self.residuals(net, latents, timesteps, text, pictures, added)
 
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
         """Text and pooled text from both encoders, the size row and, with an IP-Adapter, a picture."""
@@ -132,6 +152,12 @@ class Sdxl(TextUNet):
             "guidance_scale": guidance_scale,
             "guidance_rescale": guidance_rescale,
         }
+
+
+def _added(conditioning: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What conditions the networks outside cross-attention. diffusers joins the pooled text to a float32 sinusoid;
+    eager PyTorch promotes it, a graph must be told."""
+    return {"text_embeds": conditioning["pooled"].float(), "time_ids": conditioning["time_ids"]}
 
 
 class _Text(nn.Module):

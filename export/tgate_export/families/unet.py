@@ -15,7 +15,7 @@ from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning, Guidance
 from tgate_export.attention import AttentionSite
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.families.base import ConditioningInput, Family, Size, side
+from tgate_export.families.base import ConditioningInput, Family, Size, control_component, side
 from tgate_export.ip_adapter import ENCODER, PROJECTION, Reference, adapted, attach, check_encoder
 from tgate_export.pictures import check_processor, normalisation
 
@@ -38,6 +38,7 @@ class TextUNet(Family):
     denoiser = "unet"
     textual_inversions = True
     beside: Mapping[str, type[nn.Module]] = {ENCODER: transformers.CLIPVisionModelWithProjection}
+    control_class = diffusers.ControlNetModel
     addition: str | None
     """The ``addition_embed_type`` of its networks: what conditions them outside cross-attention."""
 
@@ -113,9 +114,11 @@ class TextUNet(Family):
         guidance: Tensor,
         text: Tensor | tuple[Tensor, ...],
         added: Mapping[str, Tensor] | None = None,
+        residuals: Sequence[Tensor] = (),
     ) -> Tensor:
         """The network's output, [N, C, h, w]; ``text``: what its cross-attention is given
-        (:func:`~tgate_export.ip_adapter.attended`); ``added``: what conditions it outside of that."""
+        (:func:`~tgate_export.ip_adapter.attended`); ``added``: what conditions it outside of that; ``residuals``: of
+        ControlNets."""
         assert isinstance(denoiser, diffusers.UNet2DConditionModel)
         width: Any = denoiser.config["time_cond_proj_dim"]
         output: Tensor = denoiser(
@@ -124,9 +127,69 @@ class TextUNet(Family):
             timestep_cond=None if width is None else guidance_embedding(guidance, int(width)).to(latents.dtype),
             encoder_hidden_states=text,
             added_cond_kwargs=added,
+            down_block_additional_residuals=residuals[:-1] or None,
+            mid_block_additional_residual=residuals[-1] if residuals else None,
             return_dict=False,
         )[0]
         return output
+
+    def residuals(
+        self,
+        net: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        pictures: Tensor,
+        added: Mapping[str, Tensor] | None = None,
+    ) -> Sequence[Tensor]:
+        """What a ControlNet gives, [N, C, h, w] each: of the way down, then of the middle. Pictures are embedded once,
+        whatever halves look at them."""
+        assert isinstance(net, diffusers.ControlNetModel)
+        embedding: Any = net.controlnet_cond_embedding
+        plain, times = embedding.forward, latents.shape[0] // pictures.shape[0]
+
+        def once(rows: Tensor) -> Tensor:
+            embedded: Tensor = plain(rows)
+            return embedded if times == 1 else torch.stack([embedded] * times, 1).flatten(0, 1)
+
+        embedding.forward = once
+        try:
+            down, middle = net(
+                latents,
+                timesteps,
+                encoder_hidden_states=text,
+                controlnet_cond=pictures,
+                added_cond_kwargs=added,
+                return_dict=False,
+            )
+        finally:
+            del embedding.forward  # the class's own comes to light
+        return (*down, middle)
+
+    def check_control(self, checkpoint: Checkpoint, net: str) -> None:
+        component = control_component(net)
+        where = f"{checkpoint.where}: ControlNet {net}"
+        config, unet = self.config(checkpoint, component), self.config(checkpoint, "unet")
+        for key in ("in_channels", "cross_attention_dim", "addition_embed_type"):
+            if config[key] != unet[key]:
+                raise ExportError(
+                    f"{where} has {key} = {config[key]!r}, the unet {unet[key]!r}; a ControlNet belongs to one "
+                    "architecture: give one of this model's"
+                )
+        if config["conditioning_channels"] != 3:
+            raise ExportError(
+                f"{where} looks at pictures of {config['conditioning_channels']} channels; control pictures have 3"
+            )
+        if config["global_pool_conditions"]:
+            raise ExportError(
+                f"{where} has global_pool_conditions = true, for which the pipeline goes over to its guess mode; that "
+                "is not exported"
+            )
+        for key in (*_FURTHER_INPUTS, "encoder_hid_dim_type"):
+            if config[key] is not None:
+                raise ExportError(
+                    f"{where} has {key} = {config[key]!r} and so a further input, which the pipeline does not give it"
+                )
 
 
 def time_ids(size: Size) -> ConditioningInput:

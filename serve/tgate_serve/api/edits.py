@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from tgate_engine.errors import shown
 from tgate_runtime.picture import read_mask
+from tgate_serve.api.controls import controls_in
 from tgate_serve.api.errors import ApiError
 from tgate_serve.api.forms import asked_in, data_in, picture_in
 from tgate_serve.api.images import check_quality, whole
@@ -78,6 +79,7 @@ def _submit(service: Service, model: Model, asked: EditAsked, files: dict[str, b
         ip_adapter_scale=asked.ip_adapter_scale,
         images=asked.n or 1,
         decoder=asked.decoder,
+        controls=controls_in(asked.controls),
         **asked.common(),
     )
     service.check(model, wish)

@@ -16,6 +16,7 @@ from fastapi.sse import format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from tgate_engine.errors import shown
+from tgate_serve.api.controls import controls_in
 from tgate_serve.api.errors import ApiError, api_error
 from tgate_serve.api.events import Completed, Event, Failed, PartialImage, Queued, StepTaken, event_stream
 from tgate_serve.api.forms import data_in, picture_in
@@ -52,16 +53,19 @@ async def generate(asked: ImageAsked, request: Request, response: Response, serv
     if asked.ip_adapter_image is not None:
         content = data_in(asked.ip_adapter_image.image_url, "ip_adapter_image")
         beside = await service.encoding(partial(picture_in, content, "ip_adapter_image"))
+    began_s = time.monotonic()
+    controls = await service.encoding(partial(controls_in, asked.controls)) if asked.controls else None
+    partials = asked.partial_images or 0
     wish = Wish(
         prompt=asked.prompt,
         images=asked.n or 1,
-        partials=asked.partial_images or 0,
+        partials=partials,
         decoder=asked.decoder,
+        controls=controls,
         ip_adapter_image=beside,
         ip_adapter_scale=asked.ip_adapter_scale,
         **asked.common(),
     )
-    began_s = time.monotonic()
     drawing = await service.submit(model, wish)
     user = "" if asked.user is None else f" for user '{shown(asked.user)}'"
     log.info("%s: %d of plan %s by %s%s", identity, wish.images, drawing.plan.name, model.name, user)

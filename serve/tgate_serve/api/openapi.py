@@ -94,6 +94,7 @@ def _form(asked: Mapping[str, Any], reference: Mapping[str, Any], title: str) ->
     fields = {
         name: {**{key: value for key, value in schema.items() if key not in ("anyOf", "default")}, **_of(schema)}
         for name, schema in asked["properties"].items()
+        if name != "controls"  # which a form has no way to write
     }
     sources = [*asked.get("anyOf", [])]
     for name in [name for name in (_REFERENCE, *FILES) if name in fields]:

@@ -74,6 +74,21 @@ class Reference(BaseModel):
     image_url: Annotated[str, Field(description="data:image/...;base64,...; other URLs are not fetched")]
 
 
+class ControlAsked(Reference):
+    """What one ControlNet looks at, and when."""
+
+    scale: Annotated[
+        float | None, Field(allow_inf_nan=False, description="what it adds is multiplied with this; 1 if left out")
+    ] = None
+    start: Annotated[
+        float | None, Field(ge=0, le=1, description="the part of the way from which on it runs; 0 if left out")
+    ] = None
+    end: Annotated[float | None, Field(ge=0, le=1, description="the part up to which it does; 1 if left out")] = None
+    until_gate: Annotated[
+        bool | None, Field(description="it stops where the plan's gate closes; false, it goes on, if left out")
+    ] = None
+
+
 class PictureAsked(Asked):
     """What pictures are asked with, whatever they begin from."""
 
@@ -82,6 +97,10 @@ class PictureAsked(Asked):
     ] = None
     ip_adapter_scale: Annotated[
         float | None, Field(allow_inf_nan=False, description="how much of it is added; 1 if left out")
+    ] = None
+    controls: Annotated[
+        dict[str, ControlAsked] | None,
+        Field(max_length=16, description="control pictures by the names of the model's ControlNets; in JSON alone"),
     ] = None
 
 
@@ -256,7 +275,8 @@ class PlanFacts(BaseModel):
 class ModelFacts(BaseModel):
     """A model that is served. ``takes``: what it is conditioned by. ``edits``: whether its pictures
     can begin from one. ``decoders``: what its pictures can be decoded by. ``ip_adapter``: whether they can attend to
-    one beside the prompt. ``loras``: the names of its adapters. ``running``, ``waiting``: images, now."""
+    one beside the prompt. ``loras``: the names of its adapters. ``controls``: of its ControlNets. ``running``,
+    ``waiting``: images, now."""
 
     sizes: list[str]
     plans: list[PlanFacts]
@@ -269,6 +289,7 @@ class ModelFacts(BaseModel):
     decoders: list[str]
     loras: list[str]
     ip_adapter: bool
+    controls: list[str]
     engine: str
     running: int
     waiting: int

@@ -78,6 +78,7 @@ def _answer(model: Model) -> ModelAnswer:
             decoders=list(model.decoders),
             loras=list(manifest.adapters),
             ip_adapter=model.refers,
+            controls=list(model.controls),
             engine=model.session.engine.name,
             running=running,
             waiting=waiting,

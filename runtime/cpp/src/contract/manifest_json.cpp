@@ -98,6 +98,10 @@ GraphSpec read_graph(Reader& r) {
     r.fail(".role", "the bundle has an IP-Adapter ('reference'), which this library does not draw with: use Python's, or "
                     "without --ip-adapter");
   }
+  if (const std::string* role = r.get("role").as<std::string>(); role && *role == "control") {
+    throw Error(Code::bundle, "the bundle has ControlNets, which libtgate does not run; draw with the Python runtime, or "
+                              "export it again without --controlnet");
+  }
   graph.role = r.choice("role", roles);
   graph.batch = read_range(r);
   graph.inputs = read_tensors(r, "inputs", graph.batch.most);

@@ -45,4 +45,4 @@ def test_the_batch_of_inputs_is_told_by_those_that_have_one() -> None:
 
 
 def test_the_roles_that_there_are() -> None:
-    assert set(ROLES) == {"denoise", "text", "image", "decode", "encode", "preview"}
+    assert set(ROLES) == {"denoise", "text", "image", "decode", "encode", "preview", "reference", "control"}

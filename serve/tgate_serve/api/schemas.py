@@ -66,8 +66,8 @@ class Asked(BaseModel):
         }
 
 
-class ImageAsked(Asked):
-    """Pictures of a prompt."""
+class PicturesAsked(Asked):
+    """What pictures are asked with alike, whatever they begin from."""
 
     prompt: Annotated[str, Field(description="what to draw")]
     n: Annotated[int | None, Field(ge=1, description="how many; 1 if left out")] = None
@@ -85,6 +85,10 @@ class ImageAsked(Asked):
     stream_steps: Annotated[bool | None, Field(description="events of the queue and of each step, of a stream")] = None
 
 
+class ImageAsked(PicturesAsked):
+    """Pictures of a prompt."""
+
+
 class Reference(BaseModel):
     """A picture inside JSON."""
 
@@ -93,11 +97,10 @@ class Reference(BaseModel):
     image_url: Annotated[str, Field(description="data:image/...;base64,...; other URLs are not fetched")]
 
 
-class EditAsked(Asked):
+class EditAsked(PicturesAsked):
     """Pictures that begin from one, beside a prompt. A form's files ``image`` and ``mask`` come in place of the objects
     of those names."""
 
-    prompt: Annotated[str, Field(description="what to draw")]
     image: Annotated[Reference | None, Field(description="what to begin from")] = None
     mask: Annotated[
         Reference | None,
@@ -106,14 +109,6 @@ class EditAsked(Asked):
     strength: Annotated[
         float | None, Field(gt=0, le=1, description="the part of the plan's steps that is taken; 0.6 if left out")
     ] = None
-    n: Annotated[int | None, Field(ge=1, description="how many; 1 if left out")] = None
-    response_format: Annotated[Literal["b64_json"] | None, Field(description="no files are kept, and so no URLs")] = (
-        None
-    )
-    output_format: Annotated[Format | None, Field(description="png if left out")] = None
-    output_compression: Annotated[int | None, Field(ge=0, le=100, description="quality of jpeg and webp; 100")] = None
-    decoder: Annotated[Decoder | None, Field(description="what decodes the pictures; full if left out")] = None
-    user: Annotated[str | None, Field(max_length=256, description="noted in the server's log")] = None
 
 
 class VideoAsked(Asked):

@@ -13,7 +13,9 @@ from PIL import Image
 
 from tests.serve.running import Server, pixels, running
 from tests.toy_bundle import Toy, build
-from tgate_runtime.pipeline import Pipeline
+from tgate_runtime.decoder import decode
+from tgate_runtime.pipeline import Pipeline, Progress
+from tgate_runtime.preview import end_of
 from tgate_runtime.session import Session
 from tgate_runtime.stamps import read_stamp
 
@@ -77,6 +79,41 @@ def test_openais_client_draws_what_a_pipeline_draws(server: Server, begins: Sess
     assert record.given == drawn.records[1].given
 
 
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "white"])
+def test_openais_client_sees_an_edit_form(server: Server, begins: Session, mask: Image.Image | None) -> None:
+    """As it sees a picture of a prompt form; each look is at what the steps that are left would end in."""
+    own: dict[str, Any] = {} if mask is None else {"mask": ("mask.png", png(mask))}
+    stream = server.openai().images.edit(
+        model="mini",
+        image=("in.png", png(PICTURE)),
+        prompt=PROMPT,
+        stream=True,
+        partial_images=3,
+        extra_body={"seed": 7, "strength": 0.75, "stream_steps": True},
+        **own,
+    )
+    events = list(stream)
+    shown = [event for event in events if event.type == "image_edit.partial_image"]
+    taken = [event for event in events if str(event.type) == "image_edit.step"]
+    assert [event.partial_image_index for event in shown] == [0, 1, 2]
+    assert (len(taken), str(events[0].type), events[-1].type) == (6, "image_edit.queued", "image_edit.completed")
+    with_mask: dict[str, Any] = {} if mask is None else {"mask": MASK}
+    pipe, looks = Pipeline(begins), dict[int, Any]()
+    graph = begins.graph("decode")
+    assert graph is not None
+
+    def look(progress: Progress) -> None:
+        state = progress.look._state
+        assert state is not None
+        towards = end_of(state, 0, progress.plan.steps[progress.step.index + 1 :])
+        looks[progress.step.index] = np.asarray(decode(begins, graph, towards)[0])
+
+    drawn = pipe(PROMPT, image=PICTURE, strength=0.75, seed=7, on_step=look, **with_mask)
+    np.testing.assert_array_equal(pixels(events[-1].b64_json), np.asarray(drawn.images[0]))
+    for event, index in zip(shown, (0, 2, 3), strict=True):  # of six steps
+        np.testing.assert_array_equal(pixels(event.b64_json), looks[index])
+
+
 def test_in_json_pictures_are_data_urls(server: Server, begins: Session) -> None:
     objects = {
         name: {"image_url": f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"}
@@ -107,7 +144,8 @@ def test_they_share_a_server_with_pictures_of_prompts(server: Server, begins: Se
         ({"strength": 1.5}, "strength", "less than or equal to 1"),
         ({"strength": 0.01}, None, "strength 0.01 leaves none of 8 steps; take 0.13 or more"),
         ({"prompt": None}, "prompt", "prompt"),
-        ({"stream": "true"}, "stream", "stream"),
+        ({"partial_images": 1}, "partial_images", "partial_images has no effect without stream: true"),
+        ({"stream": "true", "partial_images": 3, "strength": 0.3}, None, "has 2 steps, and at most 1 partial images"),
         ({"picture": b"x"}, "picture", "is a file, and image, mask and ip_adapter_image alone may be one"),
         ({"output_compression": 3}, "output_compression", "no effect on png"),
     ],

@@ -22,6 +22,7 @@ import pytest
 from tests.serve.running import PATH, Server, alone, picture, pixels, running, until
 from tests.toy_bundle import Toy, build
 from tgate_engine.errors import EngineError
+from tgate_engine.graph import Role
 from tgate_runtime.encoder import Encoder
 from tgate_runtime.session import Session
 from tgate_runtime.stamps import read_stamp
@@ -326,10 +327,10 @@ def test_what_is_through_is_not_cancelled(server: Server, session: Session, monk
     decoding, go = threading.Event(), threading.Event()
     real = Worker.pictures
 
-    def pictures(self: Worker, drawn: Drawn) -> Any:
+    def pictures(self: Worker, drawn: Drawn, role: Role) -> Any:
         decoding.set()
         assert go.wait(60)
-        return real(self, drawn)
+        return real(self, drawn, role)
 
     monkeypatch.setattr(Worker, "pictures", pictures)
     events = server.events(stream_steps=True)
@@ -348,9 +349,9 @@ def test_slow_decoders_keep_nobody_from_being_drawn(session: Session, monkeypatc
     go = threading.Event()
     real = Worker.pictures
 
-    def pictures(self: Worker, drawn: Drawn) -> Any:
+    def pictures(self: Worker, drawn: Drawn, role: Role) -> Any:
         assert go.wait(60)
-        return real(self, drawn)
+        return real(self, drawn, role)
 
     monkeypatch.setattr(Worker, "pictures", pictures)
     with running(session, rows=2) as server, ThreadPoolExecutor(5) as pool:

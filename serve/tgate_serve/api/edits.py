@@ -13,8 +13,9 @@ from tgate_engine.errors import shown
 from tgate_runtime.picture import read_mask
 from tgate_serve.api.controls import controls_in
 from tgate_serve.api.errors import ApiError
+from tgate_serve.api.events import event_stream
 from tgate_serve.api.forms import asked_in, data_in, picture_in
-from tgate_serve.api.images import check_quality, whole
+from tgate_serve.api.images import answered, check_asked
 from tgate_serve.api.schemas import EditAsked, ImagesAnswer
 from tgate_serve.api.service import Served, Service, identity_of
 from tgate_serve.model import Drawing, Model, Wish
@@ -33,6 +34,7 @@ _BODY = {"application/json": "EditAsked", "multipart/form-data": "EditForm"}
 @router.post(
     "/v1/images/edits",
     response_model=ImagesAnswer,
+    responses={200: {"content": event_stream()}},
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -41,13 +43,17 @@ _BODY = {"application/json": "EditAsked", "multipart/form-data": "EditForm"}
     },
 )
 async def edit(request: Request, response: Response, service: Served) -> Any:
-    """Draw pictures that begin from one. A client that hangs up calls its request off."""
+    """Draw pictures that begin from one. A client that hangs up calls its request off.
+
+    With ``stream`` the answer is server-sent events, those of ``/v1/images/generations`` under names that begin with
+    ``image_edit``.
+    """
     began_s = time.monotonic()
     asked, files = await asked_in(request, EditAsked, FILES, service.limits.body_bytes)
     for name in FILES:
         if (reference := getattr(asked, name)) is not None:
             files[name] = data_in(reference.image_url, name)
-    check_quality(asked.output_format, asked.output_compression)
+    check_asked(asked)
     model = service.model(asked.model, video=False)
     _check(model, files)
     identity = identity_of(request, "img")
@@ -55,9 +61,7 @@ async def edit(request: Request, response: Response, service: Served) -> Any:
     user = "" if asked.user is None else f" for user '{shown(asked.user)}'"
     log.info("%s: %d edits of plan %s by %s%s", identity, len(drawing.seeds), drawing.plan.name, model.name, user)
     response.headers["X-Request-Id"] = identity
-    return await whole(
-        service, request, drawing, identity, asked.output_format or "png", asked.output_compression, began_s
-    )
+    return await answered(service, request, drawing, identity, asked, "image_edit", began_s)
 
 
 def _check(model: Model, files: dict[str, bytes]) -> None:
@@ -78,6 +82,7 @@ def _submit(service: Service, model: Model, asked: EditAsked, files: dict[str, b
         ip_adapter_image=picture_in(files.get("ip_adapter_image"), "ip_adapter_image"),
         ip_adapter_scale=asked.ip_adapter_scale,
         images=asked.n or 1,
+        partials=asked.partial_images or 0,
         decoder=asked.decoder,
         controls=controls_in(asked.controls),
         **asked.common(),

@@ -9,11 +9,15 @@ from pydantic import BaseModel, Field, TypeAdapter
 from tgate_serve.api.errors import Trouble
 from tgate_serve.api.schemas import Format, Report
 
+Kind = Literal["image_generation", "image_edit"]
+"""What the types of events begin with, as OpenAI's clients know them: of pictures of a prompt, and of those that begin
+from one."""
+
 
 class Queued(BaseModel):
     """A request waits; ``ahead``: how many images of others, until its last one has a row. Told when it changes."""
 
-    type: Literal["image_generation.queued"] = "image_generation.queued"
+    type: Literal["image_generation.queued", "image_edit.queued"]
     id: str
     ahead: int
 
@@ -22,7 +26,7 @@ class StepTaken(BaseModel):
     """A step of an image. ``step``: its index in the plan. ``done`` of ``total`` steps of the whole request.
     ``company``: images of the call, of all requests; ``elapsed_ms``: its time inside the engine."""
 
-    type: Literal["image_generation.step"] = "image_generation.step"
+    type: Literal["image_generation.step", "image_edit.step"]
     id: str
     image_index: int
     step: int
@@ -46,14 +50,14 @@ class _Image(BaseModel):
 class PartialImage(_Image):
     """What an image is on its way to."""
 
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
     partial_image_index: int
 
 
 class Completed(_Image):
     """An image."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
+    type: Literal["image_generation.completed", "image_edit.completed"]
     seed: int
     tgate: Report
 

@@ -18,10 +18,10 @@ from starlette.types import Receive, Scope, Send
 from tgate_engine.errors import shown
 from tgate_serve.api.controls import controls_in
 from tgate_serve.api.errors import ApiError, api_error
-from tgate_serve.api.events import Completed, Event, Failed, PartialImage, Queued, StepTaken, event_stream
+from tgate_serve.api.events import Completed, Event, Failed, Kind, PartialImage, Queued, StepTaken, event_stream
 from tgate_serve.api.forms import data_in, picture_in
 from tgate_serve.api.pictures import all_encoded, encoded, report
-from tgate_serve.api.schemas import CancelAnswer, Format, ImageAsked, ImagesAnswer, Picture
+from tgate_serve.api.schemas import CancelAnswer, Format, ImageAsked, ImagesAnswer, Picture, PicturesAsked
 from tgate_serve.api.service import Served, Service, identity_of, unless_gone
 from tgate_serve.handle import Drawn, Step
 from tgate_serve.model import Drawing, Wish
@@ -45,8 +45,7 @@ async def generate(asked: ImageAsked, request: Request, response: Response, serv
     ``image_generation.completed`` for each picture; with ``stream_steps`` also ``image_generation.queued`` and
     ``image_generation.step``.
     """
-    _check(asked)
-    check_quality(asked.output_format, asked.output_compression)
+    check_asked(asked)
     identity = identity_of(request, "img")
     model = service.model(asked.model, video=False)
     beside = None
@@ -70,14 +69,28 @@ async def generate(asked: ImageAsked, request: Request, response: Response, serv
     user = "" if asked.user is None else f" for user '{shown(asked.user)}'"
     log.info("%s: %d of plan %s by %s%s", identity, wish.images, drawing.plan.name, model.name, user)
     response.headers["X-Request-Id"] = identity
+    return await answered(service, request, drawing, identity, asked, "image_generation", began_s)
+
+
+async def answered(
+    service: Service,
+    request: Request,
+    drawing: Drawing,
+    identity: str,
+    asked: PicturesAsked,
+    kind: Kind,
+    began_s: float,
+) -> ImagesAnswer | Response:
+    """The answer of a request, as a stream of events of a kind where that is asked for, or whole."""
     form, quality = asked.output_format or "png", asked.output_compression
     if asked.stream:
-        told = _told(service, drawing, identity, form, quality, steps=bool(asked.stream_steps), began_s=began_s)
+        steps = bool(asked.stream_steps)
+        told = _told(service, drawing, identity, form, quality, kind=kind, steps=steps, began_s=began_s)
         return _Stream(service, drawing, identity, told)
-    return await whole(service, request, drawing, identity, form, quality, began_s)
+    return await _whole(service, request, drawing, identity, form, quality, began_s)
 
 
-async def whole(
+async def _whole(
     service: Service,
     request: Request,
     drawing: Drawing,
@@ -108,18 +121,14 @@ async def cancel(identity: str, service: Served) -> Any:
     return CancelAnswer(id=identity)
 
 
-def _check(asked: ImageAsked) -> None:
+def check_asked(asked: PicturesAsked) -> None:
     """Parameters that mean something only beside others are refused without them. Raises :class:`ApiError`."""
     if not asked.stream:
         for name in ("partial_images", "stream_steps"):
             if getattr(asked, name):
                 message = f"{name} has no effect without stream: true"
                 raise ApiError(400, message, code="unknown_parameter", param=name)
-
-
-def check_quality(form: Format | None, compression: int | None) -> None:
-    """Raises :class:`ApiError` for a quality of a format that has none."""
-    if compression is not None and (form or "png") == "png":
+    if asked.output_compression is not None and (asked.output_format or "png") == "png":
         message = "output_compression has no effect on png; say output_format jpeg or webp"
         raise ApiError(400, message, code="unknown_parameter", param="output_compression")
 
@@ -160,6 +169,7 @@ async def _told(
     form: Format,
     quality: int | None,
     *,
+    kind: Kind,
     steps: bool,
     began_s: float,
 ) -> AsyncIterator[Event | None]:
@@ -172,32 +182,35 @@ async def _told(
         if step is None:
             if steps and not taken and (now := drawing.model.worker.ahead(drawing.handle)) != ahead:
                 ahead = now
-                yield Queued(id=identity, ahead=ahead)
+                yield Queued(**_named(kind, "queued"), id=identity, ahead=ahead)
             else:
                 yield None
             continue
         taken.append(step)
         if steps:
-            yield _step(step, identity)
+            yield _step(step, identity, kind)
         if step.towards is not None:
             text = await service.decoding(partial(_look, drawing, step, form, quality))
             index = partials[step.image]
-            yield PartialImage(**common, b64_json=text, partial_image_index=index, image_index=step.image)
+            named = {**_named(kind, "partial_image"), **common}
+            yield PartialImage(**named, b64_json=text, partial_image_index=index, image_index=step.image)
             partials[step.image] += 1
     drawn = await drawing.handle.drawn()
     texts, decode_s = await service.decoding(lambda: all_encoded(drawing, drawn, form, quality))
     _observe(service, drawing, drawn, decode_s, began_s)
     told = report(drawing, drawn, taken, decode_s)
     for image, (text, seed) in enumerate(zip(texts, drawn.seeds, strict=True)):
-        yield Completed(**common, b64_json=text, image_index=image, seed=seed, tgate=told)
+        named = {**_named(kind, "completed"), **common}
+        yield Completed(**named, b64_json=text, image_index=image, seed=seed, tgate=told)
 
 
 def _look(drawing: Drawing, step: Step, form: Format, quality: int | None) -> str:
     return encoded(drawing.partial(step), form, quality)
 
 
-def _step(step: Step, identity: str) -> StepTaken:
+def _step(step: Step, identity: str, kind: Kind) -> StepTaken:
     return StepTaken(
+        **_named(kind, "step"),
         id=identity,
         image_index=step.image,
         step=step.index,
@@ -207,6 +220,10 @@ def _step(step: Step, identity: str) -> StepTaken:
         company=step.company,
         elapsed_ms=round(step.elapsed_ms, 3),
     )
+
+
+def _named(kind: Kind, what: str) -> dict[str, Any]:
+    return {"type": f"{kind}.{what}"}
 
 
 async def _beating(steps: AsyncIterator[Step]) -> AsyncIterator[Step | None]:

@@ -89,23 +89,8 @@ class ControlAsked(Reference):
     ] = None
 
 
-class PictureAsked(Asked):
-    """What pictures are asked with, whatever they begin from."""
-
-    ip_adapter_image: Annotated[
-        Reference | None, Field(description="what they attend to beside the prompt, of a model with an IP-Adapter")
-    ] = None
-    ip_adapter_scale: Annotated[
-        float | None, Field(allow_inf_nan=False, description="how much of it is added; 1 if left out")
-    ] = None
-    controls: Annotated[
-        dict[str, ControlAsked] | None,
-        Field(max_length=16, description="control pictures by the names of the model's ControlNets; in JSON alone"),
-    ] = None
-
-
-class ImageAsked(PictureAsked):
-    """Pictures of a prompt."""
+class PicturesAsked(Asked):
+    """What pictures are asked with alike, whatever they begin from."""
 
     prompt: Annotated[str, Field(description="what to draw")]
     n: Annotated[int | None, Field(ge=1, description="how many; 1 if left out")] = None
@@ -121,13 +106,26 @@ class ImageAsked(PictureAsked):
         int | None, Field(ge=0, le=MOST_PARTIALS, description="looks at each picture on its way, of a stream")
     ] = None
     stream_steps: Annotated[bool | None, Field(description="events of the queue and of each step, of a stream")] = None
+    ip_adapter_image: Annotated[
+        Reference | None, Field(description="what they attend to beside the prompt, of a model with an IP-Adapter")
+    ] = None
+    ip_adapter_scale: Annotated[
+        float | None, Field(allow_inf_nan=False, description="how much of it is added; 1 if left out")
+    ] = None
+    controls: Annotated[
+        dict[str, ControlAsked] | None,
+        Field(max_length=16, description="control pictures by the names of the model's ControlNets; in JSON alone"),
+    ] = None
 
 
-class EditAsked(PictureAsked):
+class ImageAsked(PicturesAsked):
+    """Pictures of a prompt."""
+
+
+class EditAsked(PicturesAsked):
     """Pictures that begin from one, beside a prompt. A form's files ``image``, ``mask`` and ``ip_adapter_image`` come
     in place of the objects of those names."""
 
-    prompt: Annotated[str, Field(description="what to draw")]
     image: Annotated[Reference | None, Field(description="what to begin from")] = None
     mask: Annotated[
         Reference | None,
@@ -136,14 +134,6 @@ class EditAsked(PictureAsked):
     strength: Annotated[
         float | None, Field(gt=0, le=1, description="the part of the plan's steps that is taken; 0.6 if left out")
     ] = None
-    n: Annotated[int | None, Field(ge=1, description="how many; 1 if left out")] = None
-    response_format: Annotated[Literal["b64_json"] | None, Field(description="no files are kept, and so no URLs")] = (
-        None
-    )
-    output_format: Annotated[Format | None, Field(description="png if left out")] = None
-    output_compression: Annotated[int | None, Field(ge=0, le=100, description="quality of jpeg and webp; 100")] = None
-    decoder: Annotated[Decoder | None, Field(description="what decodes the pictures; full if left out")] = None
-    user: Annotated[str | None, Field(max_length=256, description="noted in the server's log")] = None
 
 
 class VideoAsked(Asked):

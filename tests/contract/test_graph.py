@@ -44,5 +44,5 @@ def test_the_batch_of_inputs_is_told_by_those_that_have_one() -> None:
     assert graph(tensor("constant", 7)).batch_of({"constant": (7,)}) == 1
 
 
-def test_there_are_four_roles() -> None:
-    assert set(ROLES) == {"denoise", "text", "image", "decode", "encode"}
+def test_what_roles_there_are() -> None:
+    assert set(ROLES) == {"denoise", "text", "image", "decode", "encode", "control"}

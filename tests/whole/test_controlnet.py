@@ -236,7 +236,7 @@ def test_without_one_a_bundle_draws_what_it_would_without_controlnets(models: Mo
 def test_from_a_picture(models: Models, gated: bool) -> None:
     """With an encoder: the steps that are left are those that the parts of the way are counted in."""
     checkpoint, nets, bundle = models("sdxl")
-    plan, size = plans(bundle, "euler")[gated], size_of(bundle)
+    plan, size = plans(bundle, "dpmpp_2m")[gated], size_of(bundle)
     begun = control_picture(size, 5)
     asked = {"edges": Control(image=control_picture(size), scale=0.8, end=0.75)}
     result = drawn(bundle, plan, asked, image=begun, strength=0.8)
@@ -244,7 +244,7 @@ def test_from_a_picture(models: Models, gated: bool) -> None:
         checkpoint,
         "StableDiffusionXLControlNetImg2ImgPipeline",
         [Steered(net=nets["edges"], picture=control_picture(size), scale=0.8, end=0.75)],
-        sampler="euler",
+        sampler="dpmpp_2m",
         steps=STEPS,
         prompt=PROMPT,
         negative_prompt=NEGATIVE,

@@ -71,7 +71,8 @@ class SdxlDenoiser:
         states, pooled = encode(self.parts["text_1"], self.parts["text_2"], token_ids(self.tokenizer, captions))
         conditions = {"text_embeds": pooled, "time_ids": time_ids(len(noisy))}
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        # the flash kernel's backward pass is slow for so few tokens
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
             predicted = self.parts["unet"](noisy, timesteps, states, added_cond_kwargs=conditions).sample.float()
         errors = (predicted - noise).square().mean(dim=(1, 2, 3))
         deep = LATENT_PX // self._states.shape[-1] if corners is None else noisy.shape[-1] // self._states.shape[-1]

@@ -46,6 +46,7 @@ class Settings:
     pool_scenes: int = 8_000
     batch: int = 32  # over all workers
     crowded_share: float = 0.5  # of the whole pictures drawn on purpose from scenes of several items
+    layout_share: float = 0.3  # of the pictures noised on purpose so much that little but the layout can be told
     close_up_share: float = 0.3  # share of the seconds spent on 8x8 windows, three times as many per batch
     lr: float = 1e-3
     warmup_steps: int = 150
@@ -95,6 +96,7 @@ class PixArtSettings:
     # training
     batch: int = 32  # over all workers
     crowded_share: float = 0.5  # of the whole pictures drawn on purpose from scenes of several items
+    layout_share: float = 0.3  # of the pictures noised on purpose so much that little but the layout can be told
     close_up_share: float = 0.2  # share of the seconds spent on 8x8 windows, three times as many per batch
     lr: float = 1e-3
     warmup_steps: int = 300

@@ -6,6 +6,7 @@ import argparse
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ _MIN_SNR = 5.0
 _LOG_EVERY = 20
 _SAVE_EVERY_S = 150.0
 _CLOSE_UP = 8  # side of a close-up, in latents
+_LAYOUT_FROM = 500  # timesteps from here on decide where things lie
 
 
 def loss_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
@@ -111,18 +113,27 @@ def draw_batch(
     return torch.stack(windows), shown, torch.tensor(corners)
 
 
+def draw_timesteps(count: int, layout_share: float, generator: torch.Generator) -> torch.Tensor:
+    """int64 [count] of 0 to 999; with probability `layout_share` of 500 to 999."""
+    anywhere = torch.randint(0, 1000, (count,), generator=generator)
+    late = torch.randint(_LAYOUT_FROM, 1000, (count,), generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < layout_share, late, anywhere)
+
+
 def captions_for(scenes: list[Scene], rng: random.Random, dropout: float) -> list[str]:
     """A fresh wording of each scene, or the empty caption with probability `dropout`."""
     return ["" if rng.random() < dropout else training_caption(scene, rng) for scene in scenes]
 
 
-def build(model: str) -> tuple[Denoiser, Settings | PixArtSettings]:
-    """The denoiser named `model` with fresh weights from its seed, and its settings."""
+def build(model: str, **changes: Any) -> tuple[Denoiser, Settings | PixArtSettings]:
+    """The denoiser named `model` with fresh weights from its seed, and its settings with `changes`."""
     if model == "mini-sdxl":
         torch.manual_seed(SETTINGS.seed)
-        return SdxlDenoiser(SETTINGS), SETTINGS
+        settings = replace(SETTINGS, **changes)
+        return SdxlDenoiser(settings), settings
     torch.manual_seed(PIXART_SETTINGS.seed)
-    return PixArtDenoiser(PIXART_SETTINGS), PIXART_SETTINGS
+    pixart_settings = replace(PIXART_SETTINGS, **changes)
+    return PixArtDenoiser(pixart_settings), pixart_settings
 
 
 _SHIPPED = {
@@ -147,17 +158,27 @@ def shipped_weights(name: str, folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def train(rank: int, name: str, work: Path, seconds: float, start_from: Path | None) -> None:
+def train(
+    rank: int,
+    name: str,
+    work: Path,
+    seconds: float,
+    start_from: Path | None,
+    compiled: bool,
+    changes: dict[str, Any],
+) -> None:
     """Train `name` as worker `rank` for `seconds` in all; resumes its checkpoint, which worker 0 writes.
 
     Without a checkpoint it goes on from the pipeline directory `start_from`, without close-ups, or begins with the
-    warm text encoder.
+    warm text encoder. `changes` are settings by name; `compiled` hands the denoiser to torch.compile.
     """
-    denoiser, settings = build(name)
+    denoiser, settings = build(name, **changes)
     grid = settings.patch if isinstance(settings, PixArtSettings) else 1
     model = denoiser.parts
     first = load_file(work / f"{name}-text.safetensors") if start_from is None else shipped_weights(name, start_from)
     model.load_state_dict(first, strict=False)
+    if compiled:
+        model["unet" if name == "mini-sdxl" else "transformer"].compile()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
@@ -186,7 +207,7 @@ def train(rank: int, name: str, work: Path, seconds: float, start_from: Path | N
             latents, scenes, rng, batch, close_ups=close_ups, grid=grid, crowded=settings.crowded_share
         )
         noise = torch.randn(clean.shape, generator=generator)
-        steps_t = torch.randint(0, 1000, (len(clean),), generator=generator)
+        steps_t = draw_timesteps(len(clean), settings.layout_share, generator)
         noisy = noise_levels.add_noise(clean, noise, steps_t)
         captions = captions_for(shown, rng, settings.caption_dropout)
         errors, beside = denoiser.errors(noisy, noise, steps_t, captions, shown, corners)
@@ -222,8 +243,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".cache/training"), help="folder of the checkpoints")
     parser.add_argument("--seconds", type=float, default=4200.0, help="wall-clock budget of all runs together")
     parser.add_argument("--start-from", type=Path, metavar="DIR", help="pipeline directory whose weights to go on from")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: minutes first, a fifth faster after")
+    for name, kind in (("workers", int), ("batch", int), ("lr", float), ("crowded_share", float)):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="in place of the settings'")
     arguments = parser.parse_args()
-    launch(train, SETTINGS.workers, arguments.model, arguments.work, arguments.seconds, arguments.start_from)
+    names = ("workers", "batch", "lr", "crowded_share")
+    changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    launch(
+        train,
+        changes.get("workers", SETTINGS.workers),
+        arguments.model,
+        arguments.work,
+        arguments.seconds,
+        arguments.start_from,
+        arguments.compile,
+        changes,
+    )
 
 
 if __name__ == "__main__":

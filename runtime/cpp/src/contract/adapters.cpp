@@ -12,7 +12,8 @@
 #include "contract/numbers.h"
 #include "contract/reader.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// ThreadSanitizer is not there yet when the linker asks which of them the processor can run.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
 #define TGATE_FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define TGATE_FOR_EACH_PROCESSOR

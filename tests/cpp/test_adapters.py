@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.cpp.library import BUNDLE, REQUEST, Bundle, Failure, Library, Request, Session
 from tests.cpp.twins import Twins, same
-from tests.export.loras import directory, write_kohya, write_lora
+from tests.export.loras import write_kohya, write_lora
 from tests.toy_bundle import edit_manifest
 from tests.whole.cases import relative
 from tgate_engine.bundle import Bundle as Facts
@@ -23,18 +23,20 @@ from tgate_engine.bundle import digests_of
 from tgate_export.adapt import adapt
 from tgate_runtime.mini import place_of
 
-__all__ = ["directory"]  # a fixture
 PROMPT = "a large red circle above a small blue square"
 NEAR = 1e-5
 """Python multiplies the factors in another order of sums."""
 
 
-@pytest.fixture
-def place(tiny_bundle: Callable[..., Path], directory: Path, tmp_path: Path) -> Path:
-    """A tiny SDXL's bundle with two adapters, of the U-Net and of all three networks."""
-    place = shutil.copytree(tiny_bundle("conv_projection"), tmp_path / "bundle")
-    face = tmp_path / "face.safetensors"
-    adapt(place, write_lora(directory, tmp_path / "style", ("unet", "text_encoder"), header=True), name="style")
+@pytest.fixture(scope="module")
+def place(
+    tiny_bundle: Callable[..., Path], tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A tiny SDXL's bundle with two adapters, of the U-Net and of all three networks. Read only."""
+    folder, directory = tmp_path_factory.mktemp("adapters"), tiny_checkpoint("conv_projection")
+    place = Path(shutil.copytree(tiny_bundle("conv_projection"), folder / "bundle"))
+    face = folder / "face.safetensors"
+    adapt(place, write_lora(directory, folder / "style", ("unet", "text_encoder"), header=True), name="style")
     components = ("unet", "text_encoder", "text_encoder_2")
     adapt(place, write_kohya(directory, face, components, mixed=False), name="face")
     return place
@@ -109,8 +111,9 @@ def _first(tensors: Mapping[str, Any], mark: str) -> str:
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_strangers_file_is_refused(library: Library, place: Path, harm: str) -> None:
+def test_a_strangers_file_is_refused(library: Library, place: Path, tmp_path: Path, harm: str) -> None:
     """Listed with a digest that fits; the session goes on."""
+    place = Path(shutil.copytree(place, tmp_path / "bundle"))
     facts = Facts.open(place)
     file = place / facts.manifest.adapters["style"].file
     tensors, (change, says) = {key: array.copy() for key, array in load_file(file).items()}, HARMS[harm]

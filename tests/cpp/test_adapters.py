@@ -4,6 +4,7 @@ it was."""
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.cpp.library import BUNDLE, REQUEST, Bundle, Failure, Library, Request, Session
+from tests.cpp.library import BUNDLE, REQUEST, Bundle, Failure, Library, Request, Session, onnxruntime_library
 from tests.cpp.twins import Twins, same
 from tests.export.loras import write_kohya, write_lora
 from tests.toy_bundle import edit_manifest
@@ -132,3 +133,22 @@ def _list_anew(place: Path, file: Path) -> None:
     """Have the manifest say what a file is now."""
     name = file.relative_to(place).as_posix()
     edit_manifest(place, lambda manifest: manifest["files"].update({name: asdict(digests_of(place)[name])}))
+
+
+def test_the_command_line_draws_with_them(library: Library, place: Path, cpp_build: Path, tmp_path: Path) -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        options = ["--save-latents", str(tmp_path / "l.npy"), "--library", str(onnxruntime_library()), "--threads", "1"]
+        command = [cpp_build / "tools/tgate-run", place, "--prompt", PROMPT, "--quiet", *options, *words]
+        return subprocess.run(command, text=True, capture_output=True, check=False, timeout=120)
+
+    assert run("--lora", "style:0.8", "--lora=face").returncode == 0
+    adapted = Session(Bundle(library, place), threads=1).adapted({"style": 0.8, "face": 1.0})
+    same(np.load(tmp_path / "l.npy"), Request(adapted, prompt=PROMPT).run().latents())
+    for words, says, code in (
+        (("--lora", "style:x"), "--lora takes an adapter's name, or NAME:SCALE, got 'style:x'", 2),
+        (("--lora", ":1"), "--lora takes an adapter's name, or NAME:SCALE, got ':1'", 2),
+        (("--lora", "style", "--lora", "style:2"), "--lora names 'style' twice", 2),
+        (("--lora", "other"), "the bundle has no adapter 'other'; it has face, style", 1),
+    ):
+        done = run(*words)
+        assert (done.returncode, done.stderr) == (code, f"tgate-run: {says}\n")

@@ -22,8 +22,8 @@ Made from saved results (`benchmarks/results/paper-*.json`) by `python -m benchm
 benchmarks.paper.run` measures. The paper looks at Stable Diffusion, SDXL and PixArt-α on photographs. These are the
 two embedded models, which draw coloured shapes, looked at in the same way: its figures 2, 3, A1 and A4, its tables 1,
 2, 6 and A1 to A5. {captions} captions that training never saw, {steps} steps of DPM-Solver++ 2M unless a row says
-otherwise, the same noise in every row. A table that a model lacks was not drawn yet: the first command goes on. The rows of `mini-sdxl` are of its weights before
-the third training.
+otherwise, the same noise in every row. A table that a model lacks was not drawn yet: the first command goes on. The
+rows of `mini-sdxl` are of its weights before the third training.
 
 *All objects right*: the judge sees every object that the caption names. *Relations right*: of the captions that say
 how objects lie, those whose picture shows them so. *Fréchet distance*: to {renders} true renders, over the judge's

@@ -138,7 +138,7 @@ def _list_anew(place: Path, file: Path) -> None:
 def test_the_command_line_draws_with_them(library: Library, place: Path, cpp_build: Path, tmp_path: Path) -> None:
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         options = ["--save-latents", str(tmp_path / "l.npy"), "--library", str(onnxruntime_library()), "--threads", "1"]
-        command = [cpp_build / "tools/tgate-run", place, "--prompt", PROMPT, "--quiet", *options, *words]
+        command = [str(cpp_build / "tools/tgate-run"), str(place), "--prompt", PROMPT, "--quiet", *options, *words]
         return subprocess.run(command, text=True, capture_output=True, check=False, timeout=120)
 
     assert run("--lora", "style:0.8", "--lora=face").returncode == 0

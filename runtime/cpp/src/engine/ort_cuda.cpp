@@ -95,6 +95,7 @@ class CudaGraph final : public LoadedGraph, public std::enable_shared_from_this<
   ~CudaGraph() override {
     const auto held = CudaRuntime::turn();
     sessions_.clear();
+    load_ = nullptr;  // it has the weights as well, which may be freed in a turn alone
     weights_.reset();
   }
   CudaGraph(const CudaGraph&) = delete;

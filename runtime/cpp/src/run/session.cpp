@@ -212,7 +212,6 @@ std::shared_ptr<const Session> Session::adapted(const Scales& scales) const {
   made->watch_weights();
   std::vector<const GraphSpec*> graphs;
   std::vector<std::string> names{manifest().weights};
-  const Places places = bundle_->places();
   std::set<std::string> seen;
   for (const auto& [size, shapes] : shapes_) {
     for (const Shape* shape : shapes) {

@@ -15,7 +15,7 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow ray cuda-stub torch-tensorrt fuzz cpp lint format docs clean
+.PHONY: help setup demo test sanitizers slow ray cuda-stub torch-tensorrt fuzz cpp lint format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 11
@@ -41,6 +41,10 @@ demo: $(or $(wildcard $(STAMP)),$(DEMO_STAMP))  ## draw with the bundle that shi
 # In the order of their folders: by the number of their tests, minutes of fuzzing in a file of four come last, one by one.
 test: setup lint  ## what CI runs
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Three builds of libtgate beside the tests' own, in one process: they take both cores.
+sanitizers: setup  ## libtgate under AddressSanitizer, UBSan and TSan, and libFuzzer's targets; CI runs it, too
+	$(BIN)/python -m pytest -m "sanitizers and not slow" tests/cpp
 
 slow: setup  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

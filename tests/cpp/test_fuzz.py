@@ -26,6 +26,7 @@ LEAST_RUNS = 30
 """In that time, on a machine that does other things too; a run of the manifest's parses, signs and checks 40 KB."""
 
 
+@pytest.mark.sanitizers
 @pytest.mark.parametrize("target", SEEDS)
 def test_made_up_bytes(cpp_preset: Callable[[str], Path], tmp_path: Path, target: str) -> None:
     corpus = tmp_path / "corpus"

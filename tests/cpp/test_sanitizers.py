@@ -13,6 +13,7 @@ import pytest
 from tests.cpp.library import onnxruntime_library
 from tgate_runtime.mini import place_of
 
+pytestmark = pytest.mark.sanitizers
 ROOT = Path(__file__).parents[2]
 SUITE = ("test_abi.py", "test_requests.py", "test_damaged.py")
 """What does wrong things to the library on purpose."""

@@ -67,6 +67,7 @@ def test_whatever_is_called_in_whatever_order(
     assert compared > 5000
 
 
+@pytest.mark.sanitizers
 @pytest.mark.parametrize("preset", ["asan", "tsan"])
 def test_the_same_under_sanitizers(
     cpp_preset: Callable[[str], Path], toys: dict[str, Path], tmp_path: Path, preset: str
@@ -76,6 +77,7 @@ def test_the_same_under_sanitizers(
         run(program, toys[str(ranges)], onnxruntime_library(), 2000 + 100 * number, 12, 3, folder=tmp_path)
 
 
+@pytest.mark.sanitizers
 @pytest.mark.slow
 @pytest.mark.parametrize("ranges", [*map(str, RANGES)])
 def test_thousands_of_sequences(

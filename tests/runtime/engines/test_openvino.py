@@ -184,11 +184,6 @@ def test_options_are_settled() -> None:
     assert settled == EngineOptions(precision="f32", threads=2, memory="fast")
 
 
-def test_one_copy_of_the_weights_is_refused() -> None:
-    with pytest.raises(EngineError, match="take --engine ort-cpu --memory shared"):
-        OpenVino(EngineOptions(memory="shared"))
-
-
 @pytest.mark.parametrize(("precision", "able"), [("bf16", ["FP32", "INT8"]), ("f16", ["FP32", "BF16"])])
 def test_a_precision_that_the_processor_has_not(
     monkeypatch: pytest.MonkeyPatch, precision: str, able: list[str]

@@ -49,5 +49,6 @@ WAYS: Mapping[str, Callable[[], Engine]] = {
     "ort-cuda shared, on the CPU": lambda: OnTheCpu(EngineOptions(memory="shared")),
     "ort-cuda fast, on the CPU": lambda: OnTheCpu(EngineOptions(memory="fast")),
     "openvino": lambda: open_engine("openvino", threads=1, precision="f32"),
+    "openvino shared": lambda: open_engine("openvino", threads=1, precision="f32", memory="shared"),
     "aoti": lambda: open_engine("aoti", threads=1),
 }

@@ -1,7 +1,8 @@
 """OpenVINO on the CPU: on most processors the fastest engine, above all in bfloat16.
 
 Each graph is compiled when the bundle is opened, with its weights packed for this processor, in the precision of the
-computation: a private copy for each graph. Inputs, outputs and carries keep the bundle's dtype.
+computation: a private copy for each graph, or with ``memory="shared"`` one for all of them, which are branches of one
+model then: see :mod:`~tgate_runtime.engines.openvino.branches`. Inputs, outputs and carries keep the bundle's dtype.
 
 Where the network is not computed in float32, what it makes of the timestep still is, in a small model of its own:
 see :mod:`~tgate_runtime.engines.openvino.timestep`.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from tgate_engine.errors import EngineError
 from tgate_engine.graph import GraphSpec
 from tgate_engine.underway import Cancellable
 from tgate_runtime.engines.host import CpuBuffer
+from tgate_runtime.engines.openvino.branches import BRANCH, Ports, join, share_weights, which_share
 from tgate_runtime.engines.openvino.timestep import part_name, split_time
 from tgate_runtime.engines.protocol import EngineOptions, Instead, OnBuild, check_buffers, check_interface
 from tgate_runtime.graph_check import read_graphs
+from tgate_runtime.weights import read_places
 
 _DTYPE_OF = {dtype.short: name for name, dtype in DTYPES.items()}
 _CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
@@ -38,8 +41,11 @@ does not matter."""
 class _Request:
     """An infer request: the engine's tensors of one call at a time. One thread at a time."""
 
-    def __init__(self, compiled: Any, time: Any, spec: GraphSpec) -> None:
+    def __init__(self, compiled: Any, time: Any, spec: GraphSpec, ports: Ports) -> None:
         self._infer = compiled.create_infer_request()
+        self._ports = ports.names
+        if ports.branch is not None:
+            self._infer.set_tensor(BRANCH, ov.Tensor(np.array(ports.branch, np.int32)))
         self._time: Any = None
         self._time_inputs: list[str] = []
         self._time_outputs = 0
@@ -48,12 +54,12 @@ class _Request:
             self._time_inputs = [_name(port, spec.input_names()) for port in time.inputs]
             self._time_outputs = len(time.outputs)
         # What nobody binds is written to the request's own memory; a carry may have been bound there before.
-        self._own = {tensor.name: self._infer.get_tensor(tensor.name) for tensor in spec.outputs}
+        self._own = {tensor.name: self._infer.get_tensor(self._ports[tensor.name]) for tensor in spec.outputs}
 
     def bind(self, tensors: Mapping[str, Any]) -> None:
         """Bind these inputs and outputs, and no others."""
         for name, tensor in {**self._own, **tensors}.items():
-            self._infer.set_tensor(name, tensor)
+            self._infer.set_tensor(self._ports[name], tensor)
             if name in self._time_inputs:
                 self._time.set_tensor(name, tensor)
 
@@ -62,7 +68,7 @@ class _Request:
         if self._time is not None:
             self._time.infer()
             for number in range(self._time_outputs):  # each time: where the batch may change, so may their memory
-                self._infer.set_tensor(part_name(number), self._time.get_output_tensor(number))
+                self._infer.set_tensor(self._ports[part_name(number)], self._time.get_output_tensor(number))
         # With one thread OpenVINO looks for this in asynchronous calls alone, which cost 15 µs more and may outlive an
         # exception; such a call ends with the process.
         with Cancellable(self._infer.cancel):
@@ -100,11 +106,14 @@ class _Call:
 
 
 class OpenVinoExecutable:
-    """A :class:`~tgate_runtime.engines.protocol.Executable`: a compiled model, and requests that its calls share."""
+    """A :class:`~tgate_runtime.engines.protocol.Executable`: a graph's ports in a compiled model, and requests that its
+    calls share. ``memory``: what is to live as long."""
 
-    def __init__(self, compiled: Any, time: Any, spec: GraphSpec) -> None:
+    def __init__(self, compiled: Any, time: Any, spec: GraphSpec, ports: Ports, memory: object = None) -> None:
         self.name = spec.file
+        self._memory = memory
         self._compiled = compiled
+        self._ports = ports
         self._time = time
         self._spec = spec
         self._idle: list[_Request] = []  # as many as ran at once; appending and popping are atomic
@@ -118,7 +127,7 @@ class OpenVinoExecutable:
 
     def request(self) -> _Request:
         """A new one."""
-        return _Request(self._compiled, self._time, self._spec)
+        return _Request(self._compiled, self._time, self._spec, self._ports)
 
     @contextmanager
     def borrow(self) -> Iterator[_Request]:
@@ -147,17 +156,12 @@ class OpenVino:
     version = str(ov.__version__).partition("-")[0]
 
     def __init__(self, options: EngineOptions) -> None:
-        if options.memory == "shared":
-            raise EngineError(
-                "openvino packs the weights of each graph for itself; for one copy of them take --engine ort-cpu "
-                "--memory shared"
-            )
         self._core = ov.Core()
         able = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         precision = options.precision or ("bf16" if "BF16" in able else "f32")
         if _CAPABILITIES[precision] not in able:
             raise EngineError(f"this processor does not compute in {precision}; OpenVINO offers {', '.join(able)} here")
-        self.options = replace(options, precision=precision, memory="fast")
+        self.options = replace(options, precision=precision, memory=options.memory or "fast")
 
     def build(self, bundle: Bundle, graphs: Sequence[GraphSpec], on_build: OnBuild | None = None) -> dict[str, Path]:
         return {}
@@ -172,32 +176,85 @@ class OpenVino:
         # OpenVINO finds a graph's weights beside the file it reads and in no other way, so it is given the name.
         # Session.open sees afterwards that the name leads to what was checked here.
         read_graphs(bundle, graphs)
-        return {spec.file: self.load_graph(bundle.file(spec.file), spec, instead) for spec in graphs}
+        if self.options.memory == "fast" or not bundle.manifest.weights:
+            return {spec.file: self.load_graph(bundle.file(spec.file), spec, instead) for spec in graphs}
+        weights = read_places(bundle.file(bundle.manifest.weights)).keys()
+        parts = [self._read(bundle.file(spec.file), spec, instead) for spec in graphs]
+        shares = which_share([part.model for part in parts], weights)
+        alone = [part for part, shared in zip(parts, shares, strict=True) if not shared]
+        together = [part for part, shared in zip(parts, shares, strict=True) if shared]
+        found = {part.spec.file: self._alone(part) for part in alone} | self._joined(together, weights)
+        return {spec.file: found[spec.file] for spec in graphs}
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CpuBuffer:
         return CpuBuffer.zeros(shape, dtype)
 
     def load_graph(self, path: Path, spec: GraphSpec, instead: Instead | None = None) -> OpenVinoExecutable:
         """The graph of one file. Raises :class:`EngineError` as :meth:`load` does."""
+        return self._alone(self._read(path, spec, instead))
+
+    def _read(self, path: Path, spec: GraphSpec, instead: Instead | None) -> _Part:
+        with self._loading(spec):
+            model = self._core.read_model(str(path))
+            _take(model, instead or {})
+            inputs, outputs = _dtypes(model.inputs, spec.input_names()), _dtypes(model.outputs, spec.output_names())
+            time = None if self.options.precision == "f32" else split_time(model)
+        check_interface(spec, inputs, outputs)
+        return _Part(spec, model, time)
+
+    def _alone(self, part: _Part) -> OpenVinoExecutable:
+        with self._loading(part.spec):
+            compiled = self._compiled(part.model)
+            return OpenVinoExecutable(compiled, self._timed(part), part.spec, Ports(None, {n: n for n in part.names()}))
+
+    def _joined(self, parts: Sequence[_Part], weights: Collection[str]) -> dict[str, OpenVinoExecutable]:
+        """Graphs that read weights of one another, in one compiled model."""
+        if not parts:
+            return {}
+        precision = next(name for name, dtype in DTYPES.items() if dtype.short == self.options.precision)
+        with self._loading(parts[0].spec):
+            models = [part.model for part in parts]
+            memory = share_weights(models, weights, precision)
+            whole, ports = join(models, [part.names() for part in parts])
+            compiled = self._compiled(whole)
+            return {
+                part.spec.file: OpenVinoExecutable(compiled, self._timed(part), part.spec, where, memory)
+                for part, where in zip(parts, ports, strict=True)
+            }
+
+    def _timed(self, part: _Part) -> Any:
+        """The timestep's part, which is computed in float32."""
+        return None if part.time is None else self._compiled(part.time, ov.Type.f32)
+
+    def _compiled(self, model: Any, precision: Any = None) -> Any:
         settings = {
-            "INFERENCE_PRECISION_HINT": getattr(ov.Type, self.options.precision or "f32"),
+            "INFERENCE_PRECISION_HINT": precision or getattr(ov.Type, self.options.precision or "f32"),
             "PERFORMANCE_HINT": "LATENCY",
         }
         if self.options.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self.options.threads
+        return self._core.compile_model(model, "CPU", settings)
+
+    @contextmanager
+    def _loading(self, spec: GraphSpec) -> Iterator[None]:
         try:
-            model = self._core.read_model(str(path))
-            _take(model, instead or {})
-            time = None if self.options.precision == "f32" else split_time(model)
-            compiled = self._core.compile_model(model, "CPU", settings)
-            if time is not None:
-                time = self._core.compile_model(time, "CPU", {**settings, "INFERENCE_PRECISION_HINT": ov.Type.f32})
+            yield
         except Exception as error:  # the engine raises RuntimeError
             raise EngineError(f"OpenVINO {self.version} cannot load {spec.file}: {_short(error)}") from error
-        parts = {part_name(number) for number in range(len(time.outputs))} if time is not None else set()
-        inputs = [port for port in compiled.inputs if parts.isdisjoint(port.names)]
-        check_interface(spec, _dtypes(inputs, spec.input_names()), _dtypes(compiled.outputs, spec.output_names()))
-        return OpenVinoExecutable(compiled, time, spec)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A graph as it was read: what runs in the engine's precision, and what it makes of the timestep, or None."""
+
+    spec: GraphSpec
+    model: Any
+    time: Any
+
+    def names(self) -> list[str]:
+        """Of the model's inputs and outputs."""
+        made = [] if self.time is None else [part_name(number) for number in range(len(self.time.outputs))]
+        return [*self.spec.input_names(), *self.spec.output_names(), *made]
 
 
 def _take(model: Any, instead: Instead) -> None:

@@ -361,6 +361,13 @@ FULL: Mapping[str, Full] = {
     "wan21-t2v-1.3b": Full(
         denoiser=1_418_996_800, latents=(16, 21, 60, 104), size=(81, 480, 832), components="denoiser", decoder_bytes=0
     ),
+    "wan21-t2v-14b": Full(
+        denoiser=14_288_491_584,
+        latents=(16, 21, 60, 104),
+        size=(81, 480, 832),
+        components="denoiser",
+        weights="none",
+    ),
 }
 
 

@@ -300,6 +300,16 @@ MODELS: Mapping[str, Model] = {
         guidance_scale=5.0,
         sampler="unipc",
     ),
+    "wan21-t2v-14b": Model(
+        facts=WAN,
+        checkpoint="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        licence="apache-2.0",
+        steps=50,
+        gate=30,
+        self_interval=3,
+        guidance_scale=5.0,
+        sampler="unipc",
+    ),
 }
 
 

@@ -36,6 +36,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.plan import Plan
 from tgate_export.methods import find_method
 from tgate_export.methods.base import Settings, settings_of
+from tgate_export.methods.late import Late
 from tgate_export.plans import make_plans, sampler_of
 from tgate_runtime.benchmark import cpu_model
 from tgate_runtime.pipeline import Pipeline
@@ -101,6 +102,7 @@ def _plans(bundle: Bundle, sampler: str, settings: Settings, *, method: str | No
         guided=manifest.guided,
         graphs=manifest.shapes[0].graphs,
         carries=manifest.carries,
+        late=Late.of(default.settings, default.guidance_scale),
     )
 
 

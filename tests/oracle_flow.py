@@ -3,7 +3,8 @@
 The pipeline calls its transformer with both halves of guidance in one batch, the negative one first, and combines what
 it gives; Wan's and Qwen-Image's call it twice, the prompt's half first. So a method is written out in the transformer's
 place: a call that is to run one half is given that half alone, and what it gives is returned as the two halves whose
-combination the pipeline then takes to be that.
+combination the pipeline then takes to be that. Wan 2.2's pipeline has two transformers, and says itself when it passes
+to the second.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor
 from tests.oracle import Action, _actions
 
 Call = Callable[..., tuple[Tensor]]
-Rule = Callable[[int, Call, Call, Call], Tensor]
-"""(step, both halves, the negative half, the prompt's half) to what the pipeline is given, [2B, ...]."""
+Rule = Callable[[int, Call, Call, Call, bool], Tensor]
+"""(step, both halves, the negative half, the prompt's half, whether the last step was another network's) to what the
+pipeline is given, [2B, ...]."""
 
 
 def plain_run(pipe: Any, prompt: str, negative: str, *, latents: Tensor, **options: Any) -> Tensor:
@@ -73,12 +75,15 @@ def gated_run(pipe: Any, prompt: str, negative: str, m: int, k: int, f: int, w: 
 
         return hook
 
-    def rule(step: int, both: Call, negative_half: Call, _positive: Call) -> Tensor:
+    def rule(step: int, both: Call, negative_half: Call, _positive: Call, passed: bool) -> Tensor:
         now["self"], now["cross"] = _actions(step, m=m, k=k, f=f, w=w, guided=True)
-        return both()[0] if step < m else torch.cat([negative_half()[0]] * 2)
+        if passed:  # nothing of what there is is this network's: it computes everything, and keeps what it will need
+            stored.clear()
+            now["self"], now["cross"] = ("store_mean", "store_mean") if step >= m - 1 else ("store", "compute")
+        return both()[0] if step < m or passed else torch.cat([negative_half()[0]] * 2)
 
     with ExitStack() as stack:
-        for name, module in _network(pipe).named_modules():
+        for name, module in (pair for network in _networks(pipe) for pair in network.named_modules()):
             if name.endswith(("attn1", "attn2")):
                 stack.callback(module.register_forward_hook(hook_for(name)).remove)
         stack.enter_context(_ruled(pipe, rule))
@@ -88,7 +93,7 @@ def gated_run(pipe: Any, prompt: str, negative: str, m: int, k: int, f: int, w: 
 def stopped_run(pipe: Any, prompt: str, negative: str, m: int, **options: Any) -> Tensor:
     """Guidance stopped at m: the prompt's half alone from there on."""
 
-    def rule(step: int, both: Call, _negative: Call, positive: Call) -> Tensor:
+    def rule(step: int, both: Call, _negative: Call, positive: Call, _passed: bool) -> Tensor:
         return both()[0] if step < m else torch.cat([positive()[0]] * 2)
 
     with _ruled(pipe, rule):
@@ -99,8 +104,8 @@ def delta_run(pipe: Any, prompt: str, negative: str, m: int, **options: Any) -> 
     """Guidance by its last difference, from m on (guidance_delta)."""
     kept: list[Tensor] = []
 
-    def rule(step: int, both: Call, _negative: Call, positive: Call) -> Tensor:
-        if step < m:
+    def rule(step: int, both: Call, _negative: Call, positive: Call, passed: bool) -> Tensor:
+        if step < m or passed:
             halves = both()[0]
             other, own = halves.chunk(2)
             kept[:] = [own - other]
@@ -112,8 +117,9 @@ def delta_run(pipe: Any, prompt: str, negative: str, m: int, **options: Any) -> 
         return plain_run(pipe, prompt, negative, **options)
 
 
-def _network(pipe: Any) -> Any:
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+def _networks(pipe: Any) -> list[Any]:
+    own = [pipe.unet if hasattr(pipe, "unet") else pipe.transformer, getattr(pipe, "transformer_2", None)]
+    return [network for network in own if network is not None]
 
 
 def _half(given: Any, index: int) -> Any:
@@ -130,7 +136,7 @@ def forecast_run(
     seen: list[tuple[int, Tensor]] = []
     count = 1 if type(pipe).__name__ == "FluxPipeline" else 2  # which knows no halves
 
-    def rule(step: int, both: Call, _negative: Call, _positive: Call) -> Tensor:
+    def rule(step: int, both: Call, _negative: Call, _positive: Call, _passed: bool) -> Tensor:
         if step in left_out:
             (before, first), (at, then) = seen[-2:]
             guided = then + (step - at) / (at - before) * (then - first)
@@ -149,60 +155,70 @@ def forecast_run(
 
 @contextmanager
 def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
-    network = _network(pipe)
-    forward = network.forward
     steps = iter(range(1000))
     waiting: list[tuple[dict[str, Any], Tensor]] = []
+    ran: list[int] = []  # the network of each step
 
-    def run(**options: Any) -> tuple[Tensor]:
-        def half(index: int) -> Call:
-            return lambda: forward(**_half(options, index))
+    def placed(index: int, forward: Any) -> Any:
+        """What stands in the place of that network's forward."""
 
-        return (rule(next(steps), lambda: forward(**options), half(0), half(1)),)
+        def ruled(both: Call, negative: Call, positive: Call) -> Tensor:
+            ran.append(index)
+            return rule(next(steps), both, negative, positive, len(ran) > 1 and ran[-2] != index)
 
-    def run_twice(**options: Any) -> tuple[Tensor]:
-        if not waiting:  # the prompt's half, which is filled in when the other one is known
-            waiting.append((options, torch.zeros_like(options["hidden_states"])))
-            return (waiting[0][1],)
-        first, positive = waiting.pop()
-        both = {n: torch.cat([v, first[n]]) if isinstance(v, Tensor) else v for n, v in options.items()}
-        negative, prompts = run(**both)[0].chunk(2)
-        positive.copy_(prompts)
-        return (negative,)
+        def run(**options: Any) -> tuple[Tensor]:
+            def half(which: int) -> Call:
+                return lambda: forward(**_half(options, which))
 
-    def run_apart(**options: Any) -> tuple[Tensor]:
-        """Texts of their own lengths, which lie in no batch together."""
-        if not waiting:
-            waiting.append((options, torch.zeros_like(options["hidden_states"])))
-            return (waiting[0][1],)
-        first, positive = waiting.pop()
+            return (ruled(lambda: forward(**options), half(0), half(1)),)
 
-        def negative_half() -> tuple[Tensor]:
-            return (forward(**options)[0],)
+        def run_twice(**options: Any) -> tuple[Tensor]:
+            if not waiting:  # the prompt's half, which is filled in when the other one is known
+                waiting.append((options, torch.zeros_like(options["hidden_states"])))
+                return (waiting[0][1],)
+            first, positive = waiting.pop()
+            both = {n: torch.cat([v, first[n]]) if isinstance(v, Tensor) else v for n, v in options.items()}
+            negative, prompts = run(**both)[0].chunk(2)
+            positive.copy_(prompts)
+            return (negative,)
 
-        def positive_half() -> tuple[Tensor]:
-            return (forward(**first)[0],)
+        def run_apart(**options: Any) -> tuple[Tensor]:
+            """Texts of their own lengths, which lie in no batch together."""
+            if not waiting:
+                waiting.append((options, torch.zeros_like(options["hidden_states"])))
+                return (waiting[0][1],)
+            first, positive = waiting.pop()
 
-        def both() -> tuple[Tensor]:
-            return (torch.cat([negative_half()[0], positive_half()[0]]),)
+            def negative_half() -> tuple[Tensor]:
+                return (forward(**options)[0],)
 
-        negative, prompts = rule(next(steps), both, negative_half, positive_half).chunk(2)
-        positive.copy_(prompts)
-        return (negative,)
+            def positive_half() -> tuple[Tensor]:
+                return (forward(**first)[0],)
 
-    def run_alone(**options: Any) -> tuple[Tensor]:
-        """No halves at all."""
+            def both() -> tuple[Tensor]:
+                return (torch.cat([negative_half()[0], positive_half()[0]]),)
 
-        def whole() -> tuple[Tensor]:
-            return (forward(**options)[0],)
+            negative, prompts = ruled(both, negative_half, positive_half).chunk(2)
+            positive.copy_(prompts)
+            return (negative,)
 
-        return (rule(next(steps), whole, whole, whole),)
+        def run_alone(**options: Any) -> tuple[Tensor]:
+            """No halves at all."""
 
-    ways = {"WanPipeline": run_twice, "QwenImagePipeline": run_apart, "FluxPipeline": run_alone}
+            def whole() -> tuple[Tensor]:
+                return (forward(**options)[0],)
 
-    def named(*args: Any, **options: Any) -> tuple[Tensor]:
-        given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **options}
-        return ways.get(type(pipe).__name__, run)(**given)
+            return (ruled(whole, whole, whole),)
 
-    with mock.patch.object(network, "forward", named):
+        ways = {"WanPipeline": run_twice, "QwenImagePipeline": run_apart, "FluxPipeline": run_alone}
+
+        def named(*args: Any, **options: Any) -> tuple[Tensor]:
+            given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **options}
+            return ways.get(type(pipe).__name__, run)(**given)
+
+        return named
+
+    with ExitStack() as stack:
+        for index, network in enumerate(_networks(pipe)):
+            stack.enter_context(mock.patch.object(network, "forward", placed(index, network.forward)))
         yield

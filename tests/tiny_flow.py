@@ -23,7 +23,8 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True, kw_only=True)
 class TinyFlow:
     """One variant: ``model`` is the name for ``--model``, ``latents`` the shape of one result's, ``pixels`` those of a
-    latent pixel, ``frames`` those of a video. ``network``, ``vae``, ``encoder``: arguments of those classes."""
+    latent pixel, ``frames`` those of a video. ``network``, ``vae``, ``encoder``: arguments of those classes.
+    ``boundary``: the share of the noise below which a second network runs."""
 
     model: str
     pipeline: str
@@ -35,6 +36,7 @@ class TinyFlow:
     scheduler: Callable[[], Any]
     frames: int = 1
     encoder: Mapping[str, Any] = field(default_factory=dict)
+    boundary: float | None = None
 
 
 def _sana(heads: int, head_width: int, cross_heads: int, **more: Any) -> dict[str, Any]:
@@ -194,10 +196,10 @@ def _euler() -> Any:
     )
 
 
-def _flow_unipc() -> Any:
+def _flow_unipc(shift: float = 3.0) -> Any:
     """As published with Wan."""
     return diffusers.UniPCMultistepScheduler(
-        beta_schedule="linear", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        beta_schedule="linear", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
 
 
@@ -467,6 +469,31 @@ FLOW_VARIANTS: Mapping[str, TinyFlow] = {
         vae=_wan_vae((1, 2, 2, 2), (True, True, False)),
         scheduler=_flow_unipc,
     ),
+    # Two networks. The second one begins about the gate of the tests here, and well after it in the next.
+    "wan22_a": TinyFlow(
+        model="wan22-t2v-a14b",
+        pipeline="WanPipeline",
+        latents=(4, 3, 4, 8),
+        pixels=4,
+        frames=5,
+        text_width=24,
+        network=_wan(2, 12, 24),
+        vae=_wan_vae((1, 1, 2), (False, True)),
+        scheduler=_flow_unipc,
+        boundary=0.875,
+    ),
+    "wan22_b": TinyFlow(
+        model="wan22-t2v-a14b",
+        pipeline="WanPipeline",
+        latents=(4, 2, 4, 2),
+        pixels=8,
+        frames=5,
+        text_width=16,
+        network=_wan(3, 16, 16, cross_attn_norm=False, num_layers=1),
+        vae=_wan_vae((1, 2, 2, 2), (True, True, False)),
+        scheduler=lambda: _flow_unipc(12.0),
+        boundary=0.9,
+    ),
     "ltx_a": TinyFlow(
         model="ltx-video",
         pipeline="LTXPipeline",
@@ -599,11 +626,16 @@ def _build_flux(tiny: TinyFlow, variant: str) -> Any:
 
 
 def _build_wan(tiny: TinyFlow, variant: str) -> Any:
+    second: dict[str, Any] = {}
+    if tiny.boundary is not None:
+        network = diffusers.WanTransformer3DModel(**tiny.network).eval()
+        second = {"transformer_2": draw(network, f"{variant}/transformer_2"), "boundary_ratio": tiny.boundary}
     return diffusers.WanPipeline(
         transformer=draw(diffusers.WanTransformer3DModel(**tiny.network).eval(), f"{variant}/transformer"),
         vae=draw(diffusers.AutoencoderKLWan(**tiny.vae).eval(), f"{variant}/vae"),
         scheduler=tiny.scheduler(),
         **umt5(tiny.text_width, f"{variant}/text"),
+        **second,
     )
 
 

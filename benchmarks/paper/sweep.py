@@ -8,6 +8,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.plan import Plan
 from tgate_export.methods import find_method
 from tgate_export.methods.base import settings_of
+from tgate_export.methods.late import Late
 from tgate_export.plans import make_plans, sampler_of
 
 GATES = (5, 10, 15, 20)
@@ -59,5 +60,6 @@ def _plan(
         guided=manifest.guided,
         graphs=manifest.shapes[0].graphs,
         carries=manifest.carries,
+        late=Late.of(default.settings, default.guidance_scale),
     )
     return plans["other" if m is not None else "other.ungated"]

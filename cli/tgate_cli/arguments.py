@@ -334,6 +334,8 @@ def export_parser(list_models: Callable[[], int] = lambda: 0) -> Parser:
         metavar="R",
         help="of tome: the share of the finest grid's tokens that are merged for self-attention; 0.5 if left out",
     )
+    second = "of a second network, for late steps (Wan 2.2); the model's own if left out"
+    add("--guidance-scale-2", type=number, metavar="S", help=second)
     rescaled = "bring guided outputs back to the prompt's deviation: 0 not at all, 1 wholly; 0.7 is usual"
     add("--guidance-rescale", type=number, default=0.0, metavar="R", help=rescaled)
     sizes = "in pixels, such as 1024x1024; repeatable, the first one is the default"

@@ -47,6 +47,7 @@ def export(args: argparse.Namespace, report: Reporter) -> Show:
         refresh_interval=args.refresh,
         sampler=args.sampler,
         guidance_scale=args.guidance_scale,
+        guidance_scale_2=args.guidance_scale_2,
         checkpoint=args.checkpoint,
         preview_decoder=args.preview_decoder,
         weights=args.weights,

@@ -26,6 +26,7 @@ from tgate_export.checkpoints.headers import read_header
 from tgate_export.families import find_model
 from tgate_export.lora import Layer, check_fits
 from tgate_export.lora_files import DENOISERS, TEXT_ENCODERS, Change, LoraFile, Takes, read_lora
+from tgate_export.methods.late import has_late
 
 _MULTIPLY = ("Conv", "Gemm", "MatMul")
 _BLOCK = re.compile(r"(?P<stem>.*\.layers)\.(?P<number>[0-9]{1,4})\.(?P<rest>.+)")
@@ -57,6 +58,11 @@ def adapt(place: Path, lora: Path, *, name: str, force: bool = False) -> Adapted
     bundle = Bundle.open(place)
     if not bundle.manifest.weights:
         raise ExportError(f"{place} was exported with --weights none, and a LoRA changes weights; export it with them")
+    if any(has_late(shape.graphs) for shape in bundle.manifest.shapes):
+        raise ExportError(
+            f"{place} has two networks, and which of them LoRA {lora} is for is not known; fuse it into the "
+            "checkpoint, and export that"
+        )
     weights = _Weights(bundle)
     file = read_lora(lora, weights.takes)
     tensors: dict[str, Tensor] = {}

@@ -130,6 +130,7 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
         guided=job.guided,
         graphs=shapes[0].graphs,
         carries=carries,
+        late=job.late,
     )
     samplers = compile_tables(job.sampler.name, job.scheduler)
     starts = compile_starts(samplers, job.sampler, job.scheduler) if "encoder" in job.components else {}
@@ -217,8 +218,10 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
             beside[size].append(trace(partial(trace_preview, sized, mode), f"the small decoder, {size}"))
         if "encoder" in around:
             beside[size].append(trace(partial(trace_encoder, sized, mode), f"the encoder, {size}"))
-    denoiser = fake_module(mode, job.family, job.checkpoint, job.family.denoiser, getattr(torch, job.dtype))
-    transposed = store_linears_transposed(denoiser)
+    denoisers: dict[str, tuple[nn.Module, frozenset[str]]] = {}
+    for component in dict.fromkeys(map(job.denoiser_of, job.variants)):
+        module = fake_module(mode, job.family, job.checkpoint, component, getattr(torch, job.dtype))
+        denoisers[component] = module, store_linears_transposed(module)
     nets: dict[str, tuple[nn.Module, frozenset[str]]] = {}
     for net in job.controls:
         module = fake_module(mode, job.family, job.checkpoint, control_component(net), getattr(torch, job.dtype))
@@ -229,7 +232,7 @@ def _trace(job: Job, tokenizers: Sequence[Tokenizer], report: Reporter) -> list[
             sized, graphs, carries = job.at(size), list[TracedGraph](), dict[str, TensorSpec]()
             for variant in job.variants:
                 graph = trace(
-                    partial(trace_step, sized, mode, denoiser, transposed, variant, batch, carries),
+                    partial(trace_step, sized, mode, *denoisers[job.denoiser_of(variant)], variant, batch, carries),
                     f"{variant.name}, {size}",
                 )
                 stored = {name for part in variant.parts for name in part.writes}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tgate_engine.bundle import DEFAULT, Bundle
@@ -12,9 +12,10 @@ from tgate_engine.errors import MethodError, PlanError
 from tgate_engine.plan import Call, Plan
 from tgate_engine.plan_build import build_plan
 from tgate_engine.sampler import Fact, Sampler
-from tgate_export.methods.base import Method, Settings, guidance_stopped, settings_of, ungated
+from tgate_export.methods.base import Method, Program, Settings, guidance_stopped, settings_of, ungated
 from tgate_export.methods.forecast import Forecast
 from tgate_export.methods.forecast.fold import FORECAST_OF, forecast
+from tgate_export.methods.late import Late, shared_out
 from tgate_export.plans import make_plans, method_of, sampler_of
 
 INTERVALS = (1, 2, 3, 5, 8)
@@ -72,6 +73,7 @@ class Candidates:
             graphs=manifest.shapes[0].graphs,
             carries=manifest.carries,
             existing={n: p for n, p in manifest.plans.items() if n != name and not n.startswith(f"{name}.")},
+            late=_late(manifest.plan(DEFAULT)),
         )
         own = made.pop(name)
         if plan.settings["method"] != STOPPED:
@@ -92,7 +94,11 @@ def candidates(bundle: Bundle, *, steps: int | None = None, others: bool = True)
     method = method_of(default)
     n = int(default.sampler.options.get(FORECAST_OF) or default.sampler.steps) if steps is None else steps
     sampler = sampler_of(bundle, default.sampler.name, n)
-    graphs = manifest.shapes[0].graphs
+    graphs, late = manifest.shapes[0].graphs, _late(default)
+    of_two = {} if late is None else late.at(manifest.guidance_scale).facts()
+
+    def made(program: Program) -> Program:
+        return program if late is None else shared_out(program, late.calls(sampler))
 
     @functools.cache
     def folded(left_out: tuple[int, ...]) -> Sampler | None:
@@ -109,20 +115,21 @@ def candidates(bundle: Bundle, *, steps: int | None = None, others: bool = True)
             guidance_scale=manifest.guidance_scale,
             graphs=graphs,
             carries=manifest.carries,
-            settings=facts,
+            settings={**facts, **of_two},
         )
 
     plans: dict[str, Plan] = {}
     places: dict[str, Place] = {}
-    plain = ungated(n, sampler.lead_in)
-    seen: set[tuple[tuple[Call, ...], tuple[int, ...]]] = {(plain, ())}
-    for place, settings, whole in _programs(method, default, n, sampler, others=others, guided=manifest.guided):
+    plain = made(ungated(n, sampler.lead_in))
+    seen: set[tuple[tuple[str, ...], tuple[int, ...]]] = {(_graphs(plain), ())}  # phases are words
+    programs = _programs(method, default, n, sampler, made, others=others, guided=manifest.guided)
+    for place, settings, whole in programs:
         left_out = settings.left_out(sampler.lead_in)
-        program, own_sampler = tuple(call for i, call in enumerate(whole) if i not in left_out), folded(left_out)
-        there = {call.graph for call in program} <= graphs.keys()
-        if own_sampler is None or not there or (program, left_out) in seen:
+        program, own_sampler = tuple(call for i, call in enumerate(made(whole)) if i not in left_out), folded(left_out)
+        named = _graphs(program)
+        if own_sampler is None or not set(named) <= graphs.keys() or (named, left_out) in seen:
             continue
-        seen.add((program, left_out))
+        seen.add((named, left_out))
         own: dict[str, Fact] = {"method": STOPPED, "n": n, "m": settings.gate}
         facts = (method.facts(settings), own, _FORECAST.facts(settings))[place[0]]
         label = _label(settings, gated=method.gated or place[0] > 0) + ("", " guidance stopped", " alone")[place[0]]
@@ -142,15 +149,32 @@ def candidates(bundle: Bundle, *, steps: int | None = None, others: bool = True)
     )
 
 
+def _graphs(program: Sequence[Call]) -> tuple[str, ...]:
+    return tuple(call.graph for call in program)
+
+
+def _late(default: Plan) -> Late | None:
+    return Late.of(default.settings, default.guidance_scale)
+
+
 def _programs(
-    method: Method, default: Plan, n: int, sampler: Sampler, *, others: bool, guided: bool
-) -> Iterator[tuple[Place, Settings, tuple[Call, ...]]]:
-    """Every program to look at, by its place; plainer settings come before others of the same program."""
+    method: Method,
+    default: Plan,
+    n: int,
+    sampler: Sampler,
+    made: Callable[[Program], Program],
+    *,
+    others: bool,
+    guided: bool,
+) -> Iterator[tuple[Place, Settings, Program]]:
+    """Every program to look at, by its place; plainer settings come before others of the same program. ``made``: what
+    becomes of one before it runs."""
+    alone = sampler.stochastic or method.name == _FORECAST.name or _late(default) is not None  # no forecasts beside it
     warm_up, ratio = int(default.settings.get("w") or 0), settings_of(default.settings).merge_ratio
     own = {name: int(default.settings.get(name) or 1) for name in ("k", "f", "c")}
     k, f, c = (sorted({*INTERVALS, own[name]}) if name in method.takes else [1] for name in ("k", "f", "c"))
     w = sorted({0, warm_up}) if "w" in method.takes else [0]
-    r = FORECASTS[:1] if sampler.stochastic or "c" in method.takes else FORECASTS
+    r = FORECASTS[:1] if sampler.stochastic or "c" in method.takes or _late(default) is not None else FORECASTS
     g = REFRESHES if "g" in method.takes else REFRESHES[:1]
     for m in range(1, n + 1) if method.gated else (n,):
         for place in itertools.product(*(range(len(each)) for each in (f, k, w, c, g, r))):
@@ -175,13 +199,13 @@ def _programs(
             if "c" in method.takes and program == method.program(replace(settings, cache_interval=1), sampler.lead_in):
                 continue  # it refuses a cache that nothing reads, too
             # Warm-up means something beside k alone; the default plan's is what a plan with k = 1 says it has.
-            if (each_k > 1 or each_w == w[-1]) and not method.idle(settings, sampler.lead_in):
+            if (each_k > 1 or each_w == w[-1]) and not method.idle(settings, sampler.lead_in, made):
                 yield (0, m, *place), settings, program
     for m in range(1, n + 1) if others else ():
         settings = Settings(steps=n, gate=m, warm_up=0)
         if guided:
             yield (1, m, 0, 0, 0, 0, 0, 0), settings, guidance_stopped(settings, sampler.lead_in)
-        for i, each_r in enumerate(() if sampler.stochastic or method.name == _FORECAST.name else ALONE):
+        for i, each_r in enumerate(() if alone else ALONE):
             settings = Settings(steps=n, gate=m, warm_up=0, forecast_interval=each_r)
             if settings.left_out():
                 yield (2, m, 0, 0, 0, 0, 0, i), settings, _FORECAST.program(settings, sampler.lead_in)

@@ -19,14 +19,15 @@ from tgate_engine.conditioning import halves, reference_halves
 from tgate_engine.control import controls_for, picture_name
 from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Golden, Tokenizer
-from tgate_engine.plan import Call, Plan
+from tgate_engine.plan import Plan
 from tgate_engine.plan_build import build_plan
-from tgate_engine.sampler import HISTORY
+from tgate_engine.sampler import HISTORY, Sampler
 from tgate_engine.step import LATENTS, NEXT_LATENTS, NOISE, OUTPUT, STEP, past, step_row
 from tgate_export.families.base import Texts, control_component
 from tgate_export.ip_adapter import COMPONENTS, ENCODER
 from tgate_export.job import Job
-from tgate_export.methods.base import FULL, Settings, Variant, ungated
+from tgate_export.methods.base import FULL, Program, Settings, Variant, ungated
+from tgate_export.methods.late import PREFIX, shared_out
 from tgate_export.oracle import Oracle
 from tgate_export.sampling import compile_sampler
 from tgate_export.step import ControlStep, DenoisingStep
@@ -119,18 +120,19 @@ def _record_size(
             TOLERANCES[job.dtype],
             f"AutoencoderTiny of diffusers {diffusers.__version__}",
         )
-    if not oracle.fits(family.denoiser, *([family.decoder] if "decoder" in job.components else [])):
+    networks = dict.fromkeys(map(job.denoiser_of, job.variants))
+    if not oracle.fits(*networks, *([family.decoder] if "decoder" in job.components else [])):
         return recorded
-    denoiser = oracle.module(family.denoiser)
+    denoiser, *others = map(oracle.module, networks)
+    second = others[0] if others else None
     shape = (1, *job.latents)
     noise = torch.randn(shape, generator=generator)
     by_name = {variant.name: variant for variant in job.variants}
     made: dict[str, tuple[Plan, list[Tensor], dict[int, Tensor]]] = {}
     moved: dict[str, float] = {}  # by trajectory, what SHAKE of its noise moves it; diffusers' is not shaken
     decoded: Tensor | None = None
-    for name, (steps, program) in _programs(job).items():
+    for name, (sampler, program) in _programs(job).items():
         on_golden(f"{name}, {job.size}")
-        sampler = compile_sampler(job.sampler.name, job.scheduler, steps)
         short = build_plan(
             name,
             program,
@@ -138,15 +140,15 @@ def _record_size(
             guidance_scale=job.guidance_scale,
             graphs=graphs,
             carries=carries,
-            settings={"n": steps},
+            settings={"n": sampler.steps},
         )
         noises = {i: torch.randn(shape, generator=generator) for i, call in enumerate(sampler.calls) if call.noise}
         if name == UNGATED:
-            trajectory = oracle.trajectory(denoiser, noise, conditioning, steps, noises)
+            trajectory = oracle.trajectory(denoiser, noise, conditioning, sampler.steps, noises, second)
             latents, decoded = trajectory.latents, trajectory.decoded
         else:
-            latents = walk(job, short, denoiser, by_name, noise, conditioning, noises)
-            shaken = walk(job, short, denoiser, by_name, noise * (1 + SHAKE), conditioning, noises)
+            latents = walk(job, short, denoiser, by_name, noise, conditioning, noises, second)
+            shaken = walk(job, short, denoiser, by_name, noise * (1 + SHAKE), conditioning, noises, second)
             pairs = zip(shaken, latents, strict=True)
             moved[name] = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
         made[name] = (short, latents, noises)
@@ -227,12 +229,13 @@ def walk(
     noise: Tensor,
     conditioning: Mapping[str, Tensor],
     step_noise: Mapping[int, Tensor] | None = None,
+    second: nn.Module | None = None,
 ) -> list[Tensor]:
     """Run a plan in eager PyTorch, float32, on the device of ``noise``, where all else must be, too. Returns the
     latents before the first step and after each.
 
     ``noise``: unit variance, [B, ...]. ``conditioning``: ``<name>.<half>``, each [B, ...]. ``step_noise``: of the
-    steps that draw noise, by index.
+    steps that draw noise, by index. ``second``: the network of late graphs, where there are any.
     """
     family = job.family
     names = tuple(dict.fromkeys(name.rpartition(".")[0] for name in conditioning))
@@ -241,12 +244,15 @@ def walk(
     outputs: list[Tensor] = []
     carries: dict[str, Tensor] = {}
     nothing = torch.zeros_like(noise)
-    ramp = family.guidance_ramp(noise.shape[1:])
     for step in plan.steps:
+        variant = variants[step.graph]
+        network = second if variant.late else denoiser
+        assert network is not None  # whoever has late graphs brings it
+        ramp = job.ramp(variant)
         gated = DenoisingStep(
-            denoiser,
+            network,
             family.denoise,
-            variants[step.graph],
+            variant,
             names,
             torch.float32,
             ramp,
@@ -355,14 +361,19 @@ def _picture(height: int, width: int) -> Tensor:
     return torch.stack([rows, columns, torch.where(disc, 220.0, 30.0)], dim=-1).to(torch.uint8)[None]
 
 
-def _programs(job: Job) -> dict[str, tuple[int, tuple[Call, ...]]]:
-    """Short programs, with their steps, that between them run every graph of the bundle; the first is what diffusers
-    does."""
+def _programs(job: Job) -> dict[str, tuple[Sampler, Program]]:
+    """Short programs that between them run every graph of the bundle; the first is what diffusers does. Of a second
+    network's graphs each of the others has a program of its own, which runs no others."""
     lead_in, short = job.sampler.lead_in, job.method.short(job.method_settings)
+    first, sampler = (compile_sampler(job.sampler.name, job.scheduler, n) for n in (UNGATED_STEPS, short.steps))
     baselines = job.method.baselines(Settings(steps=short.steps, gate=2), lead_in, guided=job.guided)
-    programs = {UNGATED: (UNGATED_STEPS, ungated(UNGATED_STEPS, lead_in))}
-    programs["gated"] = (short.steps, job.method.program(short, lead_in))
-    return programs | {name: (short.steps, own) for name, own in baselines.items() if name not in programs}
+    own = {"gated": job.method.program(short, lead_in)}
+    own |= {name: program for name, program in baselines.items() if name not in (UNGATED, *own)}
+    programs = {UNGATED: (first, job.made(ungated(UNGATED_STEPS, lead_in), first))}
+    programs |= {name: (sampler, program) for name, program in own.items()}
+    if job.late is not None:
+        programs |= {f"{PREFIX}{n}": (sampler, shared_out(each, [True] * len(each))) for n, each in own.items()}
+    return programs
 
 
 def _record_graph(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -23,12 +24,13 @@ from tgate_export.families.base import ConditioningInput, Family, Size, control_
 from tgate_export.ip_adapter import COMPONENTS, AdaptedCheckpoint
 from tgate_export.ip_adapter_file import read_ip_adapter
 from tgate_export.lora import fuse_loras
-from tgate_export.methods.base import Method, Network, Settings, Variant
+from tgate_export.methods.base import Method, Network, Program, Settings, Variant
 from tgate_export.methods.forecast.fold import forecast
+from tgate_export.methods.late import PREFIX, Late, shared_out
 from tgate_export.modules import fake_module
 from tgate_export.preview_decoder import COMPONENT, PreviewDecoder
 from tgate_export.sampling import compile_sampler
-from tgate_export.settings import DTYPES, ExportSettings, check_settings, encoder_of
+from tgate_export.settings import DTYPES, Asked, ExportSettings, check_settings, encoder_of
 from tgate_export.storage import check_tensors
 
 __all__ = ["ExportSettings", "Job", "check_checkpoint", "directories", "prepare", "preview_of"]
@@ -40,7 +42,8 @@ class Job:
 
     ``size``, ``latents``, ``conditioning`` and ``controls`` are those of one of ``sizes``; :meth:`at` gives the job at
     another.
-    ``controls``: by ControlNet, the shapes of what it adds to the denoiser's own, [C, h, w] each.
+    ``controls``: by ControlNet, the shapes of what it adds to the denoiser's own, [C, h, w] each. ``late``: when a
+    second network runs, where there is one.
     """
 
     settings: ExportSettings
@@ -65,6 +68,7 @@ class Job:
     variants: tuple[Variant, ...]
     controls: Mapping[str, tuple[tuple[int, ...], ...]]
     preview: PreviewDecoder | None = None
+    late: Late | None = None
 
     @property
     def guided(self) -> bool:
@@ -73,6 +77,22 @@ class Job:
     def dtype_of(self, component: str) -> str:
         """The dtype of a component's weights and arithmetic."""
         return self.decoder_dtype if component == self.family.decoder else self.dtype
+
+    def denoiser_of(self, variant: Variant) -> str:
+        """The component that a graph is of."""
+        return self.family.late_denoiser if variant.late else self.family.denoiser
+
+    def ramp(self, variant: Variant) -> Tensor | None:
+        """What a graph makes of the guidance scale; see :class:`~tgate_export.step.DenoisingStep`."""
+        own = self.family.guidance_ramp(self.latents)
+        if not variant.late or self.late is None or self.late.share == 1:
+            return own
+        share = torch.tensor(self.late.share)
+        return share if own is None else own * share
+
+    def made(self, program: Program, sampler: Sampler) -> Program:
+        """What becomes of a method's program before it runs."""
+        return program if self.late is None else shared_out(program, self.late.calls(sampler))
 
     def holder(self, component: str) -> Holder:
         """What holds a component's tensors."""
@@ -99,7 +119,8 @@ def prepare(settings: ExportSettings) -> Job:
     family = model.family
     checkpoint = _open(settings, model, components)
     nets = [net.name for net in settings.controlnets]
-    parts = (*directories(family, components), *map(control_component, nets))
+    late = _late(settings, asked, family, checkpoint)
+    parts = (*directories(family, components, checkpoint), *map(control_component, nets))
     check_checkpoint(family, checkpoint, parts, weights=settings.weights != "none")
     for net in nets:
         family.check_control(checkpoint, net)
@@ -122,6 +143,19 @@ def prepare(settings: ExportSettings) -> Job:
     compiled = compile_sampler(asked.sampler, scheduler, asked.method_settings.steps)
     forecast(compiled, asked.method_settings.left_out(compiled.lead_in))  # what it refuses is refused before the work
     dtype = DTYPES[settings.dtype]
+    variants = method.variants(
+        Network(
+            sites=sites,
+            guided=guidance == "classifier-free",
+            after_gate=family.after_gate,
+            deep=family.deep(checkpoint, settings.cache_branch),
+            rows=latents[0] if family.frames_axis == 1 else 1,
+            finest=family.finest(checkpoint, sites),
+        ),
+        asked.method_settings,
+    )
+    if late is not None:
+        variants += tuple(replace(variant, name=PREFIX + variant.name, late=True) for variant in variants)
     return Job(
         settings=settings,
         model=model,
@@ -143,20 +177,26 @@ def prepare(settings: ExportSettings) -> Job:
         dtype=dtype,
         # Some decoders overflow in half precision and say so.
         decoder_dtype="float32" if family.config(checkpoint, family.decoder).get("force_upcast") else dtype,
-        variants=method.variants(
-            Network(
-                sites=sites,
-                guided=guidance == "classifier-free",
-                after_gate=family.after_gate,
-                deep=family.deep(checkpoint, settings.cache_branch),
-                rows=latents[0] if family.frames_axis == 1 else 1,
-                finest=family.finest(checkpoint, sites),
-            ),
-            asked.method_settings,
-        ),
+        variants=variants,
         controls=controls,
         preview=preview,
+        late=late,
     )
+
+
+def _late(settings: ExportSettings, asked: Asked, family: Family, checkpoint: Checkpoint) -> Late | None:
+    """When a second network runs. Raises a TgateError for what two networks do not take, and one does not."""
+    below = family.late(checkpoint)
+    if below is None:
+        if settings.guidance_scale_2 is not None:
+            raise ExportError(
+                f"--guidance-scale-2 {settings.guidance_scale_2:g} would change nothing: {checkpoint.where} has one "
+                "network; leave it out"
+            )
+        return None
+    late = Late(below=below, guidance=asked.guidance_scale_2, beside=asked.guidance_scale)
+    late.check(asked.method_settings)
+    return late
 
 
 def check_checkpoint(
@@ -184,12 +224,14 @@ def preview_of(settings: ExportSettings, family: Family, checkpoint: Checkpoint)
     return preview
 
 
-def directories(family: Family, components: Sequence[str]) -> tuple[str, ...]:
-    """The checkpoint's directories behind some of :data:`~tgate_export.settings.COMPONENTS`, each once."""
+def directories(family: Family, components: Sequence[str], checkpoint: Checkpoint | None = None) -> tuple[str, ...]:
+    """The checkpoint's directories behind some of :data:`~tgate_export.settings.COMPONENTS`, each once; where the
+    checkpoint is not known yet, those that it may have."""
+    may_have = tuple(filter(None, (family.denoiser, family.late_denoiser)))
     folders = {
         "text": family.text_components,
         "image": family.image_components,
-        "denoiser": (family.denoiser,),
+        "denoiser": may_have if checkpoint is None else family.denoisers(checkpoint),
         "decoder": (family.decoder,),
         "encoder": (family.decoder,),
         "reference": COMPONENTS,
@@ -212,8 +254,14 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
         prefer_half=settings.dtype != "fp32",
     )
     family.check_pipeline(checkpoint)  # a LoRA is read by its pipeline's rules
+    if settings.loras and family.late(checkpoint) is not None:
+        raise ExportError(
+            f"{checkpoint.where} has two networks ({family.denoiser}, {family.late_denoiser}), and which of them "
+            f"{settings.loras[0].path} is for is not known; fuse it into the checkpoint first, and leave --lora out"
+        )
     if settings.loras:
-        checkpoint = fuse_loras(checkpoint, settings.loras, family.build, components=own)
+        there = (name for name in directories(family, components, checkpoint) if name in own)
+        checkpoint = fuse_loras(checkpoint, settings.loras, family.build, components=there)
     if settings.ip_adapter is not None:
         return AdaptedCheckpoint(
             checkpoint,

@@ -212,16 +212,19 @@ class Oracle:
         conditioning: Texts,
         steps: int,
         step_noise: Mapping[int, Tensor],
+        second: nn.Module | None = None,
     ) -> Trajectory:
         """The pipeline's own loop from ``noise`` [B, ...], with conditioning ``<name>.<half>`` to [B, ...].
 
-        ``step_noise``: what a stochastic sampler draws, by step.
+        ``step_noise``: what a stochastic sampler draws, by step. ``second``: the network of late steps, where there is
+        one.
         """
         job = self._job
         decodes = "decoder" in job.components
         scheduler = self._scheduler()
         vae = self.module(job.family.decoder) if decodes else None
-        pipe = self._pipeline(**{job.family.denoiser: denoiser, job.family.decoder: vae, "scheduler": scheduler})
+        networks = {job.family.denoiser: denoiser, **({} if second is None else {job.family.late_denoiser: second})}
+        pipe = self._pipeline(**networks, **{job.family.decoder: vae, "scheduler": scheduler})
         pipe.vae_scale_factor = job.family.pixels(job.checkpoint)
         latents: list[Tensor] = [noise]
         decoded: list[Tensor] = []
@@ -248,8 +251,10 @@ class Oracle:
         }
         if job.family.frames_argument:
             options[job.family.frames_argument] = job.size.frames
+        if job.late is not None and job.guided:
+            options[job.family.late_guidance_argument] = job.late.guidance
         call = job.family.call(pipe, conditioning, job.guidance_scale, job.settings.guidance_rescale)
-        exported = {job.family.denoiser: denoiser, **({} if vae is None else {job.family.decoder: vae})}
+        exported = {**networks, **({} if vae is None else {job.family.decoder: vae})}
         with as_diffusers(denoiser, conditioning) as picture, torch.no_grad(), quiet(), self._in_range(exported):
             self._run(pipe, **call, **options, **picture)
         for tensor in (*latents, *decoded):

@@ -16,17 +16,18 @@ from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Manifest
 from tgate_engine.plan import MOST_GUIDANCE, Plan
 from tgate_engine.plan_build import build_plan
-from tgate_engine.sampler import Sampler
+from tgate_engine.sampler import Fact, Sampler
 from tgate_engine.sampler_tables import load_tables
 from tgate_export.methods import METHODS, find_method
-from tgate_export.methods.base import Method, Settings, settings_of
+from tgate_export.methods.base import Method, Program, Settings, settings_of
 from tgate_export.methods.forecast.fold import FORECAST_OF, forecast
+from tgate_export.methods.late import Late, has_late, shared_out
 from tgate_export.recipes import check_sampler
 
 log = logging.getLogger("tgate")
 
-_INSTEAD = {"k": "; take a larger m, or a smaller k or w", "f": "; take a smaller m or f"}
-"""What brings reuse where a setting brings none: k counts before the gate, f after it."""
+_INSTEAD = {"k": "; take a larger m, or a smaller k or w", "f": "; take a smaller m or f", "g": "; take another g"}
+"""What brings reuse where a setting brings none: k counts before the gate, f and g after it."""
 
 
 def make_plans(
@@ -40,25 +41,36 @@ def make_plans(
     graphs: Mapping[str, GraphSpec],
     carries: Collection[str],
     existing: Mapping[str, Plan] | None = None,
+    late: Late | None = None,
 ) -> dict[str, Plan]:
     """The plan of those settings, and its baselines, by name.
 
     A baseline that one of ``existing`` already is, whatever its name, is not made again. The default plan's are called
-    as the method calls them, where that is free, those of others ``<name>.<baseline>``. Raises :class:`PlanError` where
-    graphs are missing.
+    as the method calls them, where that is free, those of others ``<name>.<baseline>``. ``late``: when a second network
+    runs, where there are two. Raises :class:`PlanError` where graphs are missing, and :class:`MethodError` for settings
+    that two networks cannot share.
     """
+    if late is None and has_late(graphs):
+        raise PlanError("the graphs are of two networks, and nothing says at which timesteps each of them runs")
+    if late is not None:
+        late.check(settings)
+        late = late.at(guidance_scale)
+    of_two: dict[str, Fact] = {} if late is None else late.facts()
+
+    def made(program: Program) -> Program:
+        return program if late is None else shared_out(program, late.calls(sampler))
 
     def build(
-        label: str, program: Any, facts: Any, baselines: tuple[str, ...] = (), left_out: Collection[int] = ()
+        label: str, program: Program, facts: Any, baselines: tuple[str, ...] = (), left_out: Collection[int] = ()
     ) -> Plan:
         return build_plan(
             label,
-            [call for i, call in enumerate(program) if i not in left_out],
+            [call for i, call in enumerate(made(program)) if i not in left_out],
             sampler=forecast(sampler, left_out),
             guidance_scale=guidance_scale,
             graphs=graphs,
             carries=carries,
-            settings=facts,
+            settings={**facts, **of_two},
             baselines=baselines,
         )
 
@@ -73,12 +85,18 @@ def make_plans(
             plans[label] = plan
         if (same or label) not in baselines:  # where m = n, stopping guidance at m is no other than the ungated plan
             baselines.append(same or label)
-    if told := method.idle(settings, sampler.lead_in):
+    if told := method.idle(settings, sampler.lead_in, made):
         log.warning("plan %s: %s%s", name, told, _INSTEAD[told[0]])
     if method.gated and settings.gate == settings.steps:
         log.warning("plan %s: m = n = %d, so that no step comes after the gate; take a smaller m", name, settings.gate)
     own_program, left_out = method.program(settings, sampler.lead_in), settings.left_out(sampler.lead_in)
     own = build(name, own_program, method.facts(settings), tuple(baselines), left_out)
+    if late is not None and settings.gate < settings.steps and not any(step.reads for step in own.steps):
+        log.warning(
+            "plan %s: nothing is left to reuse, since a network's first step computes everything, and no other step "
+            "comes after the gate; take a smaller m, or more steps",
+            name,
+        )
     return {name: own, **plans}
 
 
@@ -130,6 +148,9 @@ def add_plan(
         defaults={"w": int(default.settings.get("w") or 0)},
     )
     scale = _guidance(manifest, guidance_scale)
+    late = Late.of(default.settings, default.guidance_scale)
+    if late is not None:
+        late.check(settings)
     bundle = bundle.checked()
     plans = make_plans(
         name,
@@ -141,6 +162,7 @@ def add_plan(
         graphs=manifest.shapes[0].graphs,
         carries=manifest.carries,
         existing={n: plan for n, plan in manifest.plans.items() if n != name and not n.startswith(f"{name}.")},
+        late=late,
     )
     if save:
         bundle.save_plans(plans, force=force)

@@ -109,6 +109,7 @@ class ExportSettings:
     ``weights``: one of :data:`WEIGHTS`. ``components``: some of :data:`COMPONENTS`; None is
     everything for a checkpoint, and the denoiser alone without one. ``clip_skip``: last layers of CLIP's text encoders
     to leave out of a prompt's text. ``guidance_rescale``: from 0 to 1, see :class:`~tgate_export.step.DenoisingStep`.
+    ``guidance_scale_2``: of a second network, for late steps.
     ``method``: one of :data:`~tgate_export.methods.METHODS`. ``cache_branch``: how many layers beside the last one the
     shallow calls of such a method compute. ``merge_ratio``: the share of tokens that a method merges; None is its own.
     ``preview_decoder``: the directory of a diffusers AutoencoderTiny (:mod:`tgate_export.preview_decoder`).
@@ -129,6 +130,7 @@ class ExportSettings:
     refresh_interval: int | None = None
     sampler: str | None = None
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
     checkpoint: str | None = None
     preview_decoder: Path | None = None
     weights: str = "checkpoint"
@@ -166,6 +168,7 @@ class Asked:
     method_settings: Settings
     sampler: str
     guidance_scale: float
+    guidance_scale_2: float
     batches: tuple[tuple[int, int], ...]
     components: tuple[str, ...]
 
@@ -206,6 +209,7 @@ def check_settings(settings: ExportSettings) -> Asked:
     check_sampler(sampler)
     scale = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     check_guidance(scale)
+    second = _second_scale(settings, model, scale)
     _check_numbers(settings)
     batches, components = _batches(settings, model), _components(settings, model)
     _check_options(settings, model)
@@ -215,9 +219,28 @@ def check_settings(settings: ExportSettings) -> Asked:
         method_settings=method_settings,
         sampler=sampler,
         guidance_scale=scale,
+        guidance_scale_2=second,
         batches=batches,
         components=components,
     )
+
+
+def _second_scale(settings: ExportSettings, model: Model, scale: float) -> float:
+    """The second network's guidance scale; whether the checkpoint has one is asked for later."""
+    asked = settings.guidance_scale_2
+    if asked is None:
+        return scale if model.guidance_scale_2 is None else model.guidance_scale_2
+    check_guidance(asked)
+    if not model.facts.late:
+        raise ExportError(
+            f"--guidance-scale-2 {asked:g} would change nothing: {settings.model} has one network; leave it out"
+        )
+    if scale <= 1:
+        raise ExportError(
+            f"--guidance-scale-2 {asked:g} would change nothing: with --guidance-scale {scale:g} there is no guidance, "
+            "in either network; leave it out, or give a --guidance-scale above 1"
+        )
+    return asked
 
 
 def check_text(model: str, *, checkpoint: str | None, clip_skip: int) -> None:

@@ -145,7 +145,8 @@ def trace_step(
     batch: tuple[int, int],
     carries: Mapping[str, TensorSpec],
 ) -> TracedGraph:
-    """One denoising step of ``variant``; ``carries`` are those that the graphs traced before it give."""
+    """One denoising step of ``variant``, whose network ``denoiser`` is; ``carries`` are those that the graphs traced
+    before it give."""
     conditioning = {c.conditioning.name: c for c in job.conditioning}
     step = DenoisingStep(
         denoiser,
@@ -153,7 +154,7 @@ def trace_step(
         variant,
         tuple(conditioning),
         getattr(torch, job.dtype),
-        job.family.guidance_ramp(job.latents),
+        job.ramp(variant),
         job.settings.guidance_rescale,
         job.family.lengths,
         {net: len(shapes) for net, shapes in job.controls.items()},
@@ -180,7 +181,7 @@ def trace_step(
             inputs=[spec(name) for name in step.input_names],
             outputs=step.output_names,
             batch=batch,
-            components={"denoiser.": job.family.denoiser},
+            components={"denoiser.": job.denoiser_of(variant)},
             transposed=frozenset(f"denoiser.{name}" for name in transposed),
         )
     if any(part.ends_text for part in variant.parts):

@@ -86,6 +86,8 @@ def test_what_is_left_out_is_left_to_the_model(run: Run, exports: list[Any]) -> 
     assert run("--model", "sdxl", "--height", 64, "--width", 128, main=export_main)[0] == 0
     plain, sized = (settings for settings, _ in exports)
     assert plain == ExportSettings(model="sdxl")
+    assert run("--model", "wan22-t2v-a14b", "--guidance-scale-2", 2.5, main=export_main)[0] == 0
+    assert exports[-1][0] == ExportSettings(model="wan22-t2v-a14b", guidance_scale_2=2.5)
     assert sized == ExportSettings(model="sdxl", height=64, width=128)
 
 
@@ -95,6 +97,10 @@ def test_what_is_left_out_is_left_to_the_model(run: Run, exports: list[Any]) -> 
         (["--method", "other"], "unknown method 'other'; choose one of tgate, guidance_delta, tgate+guidance_delta"),
         (["--method", "guidance_delta", "--k", "5"], "--k 5 would change nothing"),
         (["--method", "deepcache", "--m", "5"], "--m 5 would change nothing: method deepcache has no gate"),
+        (
+            ["--guidance-scale-2", "3"],
+            "--guidance-scale-2 3 would change nothing: mini-sdxl has one network; leave it out",
+        ),
         (["--cache-branch", "1"], "--cache-branch 1 would change nothing: method tgate makes no shallow call"),
         (
             ["--merge-ratio", "0.5"],

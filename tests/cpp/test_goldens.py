@@ -12,7 +12,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.cpp.library import Bundle, Library, Request, Session
+from tests.cpp.twins import Twins, same
+from tests.tiny_flow import make_tiny_flow
 from tgate_engine.bundle import Bundle as Facts
+from tgate_engine.report import Silent
+from tgate_export.build import ExportSettings, export
 from tgate_runtime.mini import place_of
 from tgate_runtime.verify import relative_error
 
@@ -57,6 +61,30 @@ def test_goldens_of_other_families(library: Library, family_bundle: Family, tmp_
     errors = replay(library, family_bundle(variant)[1], tmp_path)
     assert errors
     assert max(errors.values()) <= 1
+
+
+@pytest.mark.slow
+def test_goldens_of_two_networks(library: Library, tmp_path: Path) -> None:
+    """Wan 2.2's, and a plan that passes from one to the other: it is the plan that knows, not the host."""
+    checkpoint, path = make_tiny_flow(tmp_path / "checkpoint", "wan22_a"), tmp_path / "bundle"
+    settings: dict[str, Any] = {
+        "steps": 6,
+        "m": 3,
+        "warm_up": 0,
+        "height": 16,
+        "width": 32,
+        "frames": 5,
+        "components": ("denoiser",),
+    }
+    export(ExportSettings(model="wan22-t2v-a14b", checkpoint=str(checkpoint), output=path, **settings), Silent())
+    errors = replay(library, path, tmp_path)
+    assert {"ungated", "gated", "late_gated", "late_guidance_stopped"} <= {*errors}
+    assert max(errors.values()) <= 1
+    plan = Facts.open(path).manifest.plan("default")
+    assert plan.graphs() == ("full", "late_full", "late_reuse_cross")
+    twins, rng = Twins(library, path), np.random.default_rng(1)
+    tensors = {name: rng.standard_normal((1, 512, 24)).astype(np.float32) for name in twins.bundle.tensors()}
+    same(twins.draw(tensors=tensors, seed=3), twins.wanted(tensors=tensors, seed=3).latents)
 
 
 def test_a_golden_that_is_another_s_is_told(library: Library, tmp_path: Path) -> None:

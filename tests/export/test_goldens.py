@@ -121,9 +121,8 @@ def test_a_walk_is_the_samplers_recurrence_over_the_network(job: Job) -> None:
     plan = build_plan(
         "x", [Call("p", FULL)] * 3, sampler=job.sampler, guidance_scale=7.5, graphs=graphs, carries={}, settings={}
     )
-    own = {"guidance_ramp": job.family.guidance_ramp, "lengths": job.family.lengths}
-    family = SimpleNamespace(denoise=network, **own)
-    stub: Any = SimpleNamespace(family=family, settings=job.settings, guidance_scale=7.5)
+    family = SimpleNamespace(denoise=network, lengths=job.family.lengths)
+    stub: Any = SimpleNamespace(family=family, settings=job.settings, guidance_scale=7.5, ramp=job.ramp)
     got = goldens.walk(stub, plan, denoiser, {FULL: Variant(name=FULL, halves="both")}, noise, rows)
     want = [noise * job.sampler.initial_scale]
     for call in job.sampler.calls:

@@ -17,6 +17,7 @@ def test_what_is_left_out_is_the_models_own(name: str) -> None:
     model, asked = MODELS[name], check_settings(ExportSettings(model=name))
     settings = asked.method_settings
     assert (settings.steps, settings.gate, settings.self_interval) == (model.steps, model.gate, model.self_interval)
+    assert asked.guidance_scale_2 == (model.guidance_scale_2 or model.guidance_scale)
     assert (asked.sampler, asked.guidance_scale, asked.batches) == (model.sampler, model.guidance_scale, (model.batch,))
     source = (model.facts.source,) if model.facts.text_graph else ()
     encoder = ("encoder",) if model.facts.from_pictures else ()

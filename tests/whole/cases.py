@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from tgate_engine.bundle import DEFAULT, Bundle
 from tgate_engine.plan import Plan
 from tgate_export.methods import find_method
+from tgate_export.methods.late import Late
 from tgate_export.plans import make_plans
 from tgate_export.sampling import compile_sampler
 
@@ -48,6 +49,7 @@ def plans_of(
         guided=manifest.guided,
         graphs=manifest.shapes[0].graphs,
         carries=manifest.carries,
+        late=Late.of(manifest.plan(DEFAULT).settings, manifest.plan(DEFAULT).guidance_scale),
     )
 
 

@@ -31,14 +31,18 @@ from tgate_export.embed import embed
 from tgate_export.families import MODELS, wan
 from tgate_export.job import ExportSettings
 from tgate_export.schedulers import make_scheduler
+from tgate_runtime.engines import open_engine
 from tgate_runtime.pipeline import Pipeline
+from tgate_runtime.verify import verify
 
 PROMPT, NEGATIVE = "A large red circle above a small blue square", "a photo of a green circle"
 GATED = [name for name, tiny in FLOW_VARIANTS.items() if MODELS[tiny.model].facts.cross_attention]
 JOINT = [name for name in FLOW_VARIANTS if name not in GATED]
 GUIDED = [name for name, tiny in FLOW_VARIANTS.items() if MODELS[tiny.model].facts.guided]
-ONE_OF_EACH = ("sana_a", "sd3_a", "wan_a", "hunyuan_a", "ltx_a", "kolors_a", "qwen_a", "flux_a")
+ONE_OF_EACH = ("sana_a", "sd3_a", "wan22_a", "hunyuan_a", "ltx_a", "kolors_a", "qwen_a", "flux_a")
 """In every run of the tests; the other shapes are slow."""
+OF_TWO = [name for name, tiny in FLOW_VARIANTS.items() if tiny.boundary is not None]
+"""Of two networks, where what goes on in one of them is what goes on in those of one."""
 EMBEDDED = [name for name, tiny in FLOW_VARIANTS.items() if not MODELS[tiny.model].facts.text_graph]
 
 
@@ -82,6 +86,8 @@ class Subject:
             options["num_frames"] = self.tiny.frames
         noise, scale = flow_noise(self.variant), self.bundle.manifest.guidance_scale
         qwen = self.model.facts.name == "qwen"
+        if self.tiny.boundary is not None:
+            options["guidance_scale_2"] = self.model.guidance_scale_2
         if self.model.facts.name == "flux" and not self.tiny.network["guidance_embeds"]:
             options["max_sequence_length"] = 256  # which its authors have as the most
         return options | {
@@ -92,14 +98,15 @@ class Subject:
             "width": shape.width,
         }
 
-    def engine(self, sampler: str, plan: str, **settings: int) -> Any:
+    def engine(self, sampler: str, plan: str, on: str = "ort-cpu", **settings: int) -> Any:
         walked = plans_of(self.bundle, sampler=sampler, **settings)[plan]
         given: dict[str, Any] = (
             {"prompt": PROMPT, "negative_prompt": NEGATIVE if self.model.facts.guided else None}
             if self.embeds is None
             else {"prompt_embeds": self.embeds}
         )
-        with Pipeline.open(self.bundle, threads=1, plans=[walked]) as pipe:
+        exact: dict[str, Any] = {"precision": "f32"} if on == "openvino" else {}
+        with Pipeline.open(self.bundle, engine=on, threads=1, plans=[walked], **exact) as pipe:
             return pipe(**given, plan=walked, initial_latents=flow_noise(self.variant).numpy())
 
 
@@ -157,6 +164,24 @@ def test_gated_latents_are_the_method_written_out(
     assert relative(got, want) < TOLERANCE
     plain = plain_run(subject.eager, PROMPT, NEGATIVE, **subject.options(own, n))
     assert relative(got, plain) > 10 * TOLERANCE, "gating changes the trajectory, so the test could fail"
+
+
+@pytest.mark.parametrize("variant", _marked(OF_TWO))
+def test_two_networks_on_openvino_and_by_their_goldens(subject_of: Callable[..., Subject], variant: str) -> None:
+    pytest.importorskip("openvino")
+    subject = subject_of(variant, "tgate")
+    options = subject.options("unipc", 7)
+    networks = ["late_" in step.graph for step in plans_of(subject.bundle, sampler="unipc", n=7, m=3)[NAME].steps]
+    assert len(set(networks)) == 2
+    want = gated_run(subject.eager, PROMPT, NEGATIVE, 3, 2, 2, 0, **options)
+    got = subject.engine("unipc", NAME, "openvino", n=7, m=3, k=2, f=2, w=0).latents
+    assert relative(got, want) < TOLERANCE
+    plain = plain_run(subject.eager, PROMPT, NEGATIVE, **options)
+    assert relative(subject.engine("unipc", UNGATED, "openvino", n=7, m=3).latents, plain) < TOLERANCE
+    first = plain_run(subject.eager, PROMPT, NEGATIVE, **{**options, "guidance_scale_2": None})
+    assert relative(first.numpy(), plain) > 10 * TOLERANCE, "the second network has a guidance scale of its own"
+    checked = verify(subject.bundle, engine=open_engine("ort-cpu"))
+    assert {"ungated", "gated", "late_gated", "late_guidance_stopped"} <= {golden.name for golden in checked}
 
 
 @pytest.mark.parametrize("variant", _marked(GUIDED, ("sd3_a",)))

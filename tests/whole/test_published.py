@@ -117,7 +117,7 @@ def test_every_component_is_read_as_diffusers_reads_it(checkpoint_of: Callable[[
     directory, family = checkpoint_of(model), find_model(model).family
     checkpoint, pipe = DirectoryCheckpoint(directory), load_shrunken(directory)
     family.check(checkpoint)
-    for name in family.classes:
+    for name in dict.fromkeys((*family.classes, *family.denoisers(checkpoint))):
         got, want = real_module(family, checkpoint, name).state_dict(), getattr(pipe, name).state_dict()
         assert got.keys() == want.keys()
         assert all(torch.equal(got[key], want[key]) for key in want), name
@@ -360,6 +360,21 @@ FULL: Mapping[str, Full] = {
     # The decoder's graph of 21 latent frames takes minutes to trace.
     "wan21-t2v-1.3b": Full(
         denoiser=1_418_996_800, latents=(16, 21, 60, 104), size=(81, 480, 832), components="denoiser", decoder_bytes=0
+    ),
+    "wan21-t2v-14b": Full(
+        denoiser=14_288_491_584,
+        latents=(16, 21, 60, 104),
+        size=(81, 480, 832),
+        components="denoiser",
+        weights="none",
+    ),
+    # Of each of its two networks.
+    "wan22-t2v-a14b": Full(
+        denoiser=14_288_491_584,
+        latents=(16, 21, 60, 104),
+        size=(81, 480, 832),
+        components="denoiser",
+        weights="none",
     ),
 }
 

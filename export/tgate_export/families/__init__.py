@@ -46,7 +46,8 @@ class Model:
     its authors use.
 
     ``checkpoint``: a hub id, or :data:`EMBEDDED` for one in `tgate_engine/models`. ``elsewhere``: hub ids of
-    components that lie in repositories of their own. ``licence``: the weights'. ``batch``: images in one
+    components that lie in repositories of their own. ``licence``: the weights'. ``guidance_scale_2``: of the second
+    network where there are two; None is the first one's. ``batch``: images in one
     call, least and most, where the user names no range.
     """
 
@@ -57,6 +58,7 @@ class Model:
     gate: int
     self_interval: int
     guidance_scale: float
+    guidance_scale_2: float | None = None
     warm_up: int = 2
     sampler: str = "dpmpp_2m"
     batch: tuple[int, int] = (1, 1)
@@ -298,6 +300,27 @@ MODELS: Mapping[str, Model] = {
         gate=30,
         self_interval=3,
         guidance_scale=5.0,
+        sampler="unipc",
+    ),
+    "wan21-t2v-14b": Model(
+        facts=WAN,
+        checkpoint="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        licence="apache-2.0",
+        steps=50,
+        gate=30,
+        self_interval=3,
+        guidance_scale=5.0,
+        sampler="unipc",
+    ),
+    "wan22-t2v-a14b": Model(
+        facts=WAN,
+        checkpoint="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        licence="apache-2.0",
+        steps=40,
+        gate=24,
+        self_interval=3,
+        guidance_scale=4.0,
+        guidance_scale_2=3.0,
         sampler="unipc",
     ),
 }

@@ -103,6 +103,10 @@ class Family(ABC):
     """Further names that checkpoints have for a class, by its own."""
     denoiser: str
     decoder: str = "vae"
+    late_denoiser: str = ""
+    """A second network of the denoiser's class, for late steps, where checkpoints may have one; see :meth:`late`."""
+    late_guidance_argument: str = ""
+    """What diffusers' pipeline calls its guidance scale."""
     text_components: tuple[str, ...] = ()
     tokenizers: tuple[str, ...] = ()
     """One for each text component."""
@@ -285,8 +289,18 @@ class Family(ABC):
         something that the pipeline would not do."""
         raise NotImplementedError(f"{self.name} takes no ControlNets")
 
+    def late(self, checkpoint: Checkpoint) -> float | None:
+        """The timestep, in training steps, below which :attr:`late_denoiser` runs; None where there is one network.
+        Raises :class:`ExportError` where the configuration does not say it rightly."""
+        return None
+
+    def denoisers(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """The components that denoise, the first steps' first."""
+        return (self.denoiser,) if self.late(checkpoint) is None else (self.denoiser, self.late_denoiser)
+
     def class_of(self, component: str) -> type[Any]:
         """The module's class of a component."""
+        component = self.denoiser if component == self.late_denoiser else component
         if component.startswith(_CONTROL) and self.control_class is not None:
             return self.control_class
         return self.classes[component] if component in self.classes else self.beside[component]

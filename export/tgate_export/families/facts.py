@@ -20,7 +20,8 @@ class Facts:
     takes as an input.
     ``from_pictures``: whether diffusers has a pipeline that begins from a picture in place of noise, and so export an
     encoder. ``ip_adapters``: whether an IP-Adapter may be brought (``--ip-adapter``). ``controlnets``: whether
-    ControlNets can be exported beside it (``--controlnet``).
+    ControlNets can be exported beside it (``--controlnet``). ``late``: whether a checkpoint may have a second network,
+    for late steps, with a guidance scale of its own (``--guidance-scale-2``).
     """
 
     name: str
@@ -35,6 +36,7 @@ class Facts:
     from_pictures: bool = False
     ip_adapters: bool = False
     controlnets: bool = False
+    late: bool = False
 
 
 SD = Facts(
@@ -61,7 +63,7 @@ SVD = Facts(name="svd", cls="StableVideo", source="image", video=True)
 LATTE = Facts(name="latte", cls="Latte", video=True)
 SANA = Facts(name="sana", cls="Sana", text_graph=False)
 SD3 = Facts(name="sd3", cls="StableDiffusion3", cross_attention=False)
-WAN = Facts(name="wan", cls="Wan", video=True, text_graph=False)
+WAN = Facts(name="wan", cls="Wan", video=True, text_graph=False, late=True)
 LTX = Facts(name="ltx", cls="Ltx", video=True, rescales_guidance=True)
 QWEN = Facts(name="qwen", cls="QwenImage", text_graph=False, cross_attention=False)
 FLUX = Facts(name="flux", cls="Flux", cross_attention=False, guided=False)

@@ -1,4 +1,4 @@
-"""Wan 2.1: a video transformer over space and time at once, with UMT5's text and a causal video autoencoder."""
+"""Wan: a video transformer over space and time at once, with UMT5's text and a causal video autoencoder."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
+from tgate_export.checkpoints.files import quoted
 from tgate_export.families.base import ConditioningInput, Family, Scaling, Size, Texts
 from tgate_export.families.facts import WAN
 
@@ -26,9 +27,13 @@ TOKENS = 512
 DEFAULT_SIZE = Size(height=480, width=832, frames=81)
 """The pipeline's own, whatever the checkpoint says."""
 
+_MOST_LEVELS = 1 << 20
+"""Of noise; there are 1000 everywhere."""
+
 
 class Wan(Family):
-    """Wan 2.1, text to video (arXiv 2503.20314), in diffusers layout.
+    """Wan 2.1 (arXiv 2503.20314) and Wan 2.2 of 14 billion parameters, text to video, in diffusers layout. Wan 2.2 has
+    a second transformer for late steps, of the same structure.
 
     Latents are [C, F, h, w], the first of F for one frame and each further one for several. The autoencoder decodes
     one latent frame after the other, and keeps what its convolutions saw: its graph holds all of them in a row.
@@ -42,6 +47,8 @@ class Wan(Family):
         "text_encoder": transformers.UMT5EncoderModel,
     }
     denoiser = "transformer"
+    late_denoiser = "transformer_2"
+    late_guidance_argument = "guidance_scale_2"
     text_components = ("text_encoder",)
     tokenizers = ("tokenizer",)
     tokenizer_class = transformers.T5Tokenizer
@@ -64,21 +71,54 @@ class Wan(Family):
 
     def check_pipeline(self, checkpoint: Checkpoint) -> None:
         super().check_pipeline(checkpoint)
-        second = checkpoint.model_index.get("transformer_2")
-        if isinstance(second, (list, tuple)) and second[1:] != [None] and list(second) != [None, None]:
+        index = checkpoint.model_index
+        if index.get("expand_timesteps"):
             raise ExportError(
-                f"{checkpoint.where} has a second transformer for late steps (transformer_2), as Wan 2.2 of 14 billion "
-                "parameters has; a bundle has one network, so it cannot be exported"
+                f"{checkpoint.where}: model_index.json has expand_timesteps = {quoted(index['expand_timesteps'])}, as "
+                "Wan 2.2 of 5 billion parameters has, whose frames have timesteps of their own; Wan 2.1 and Wan 2.2 of "
+                "14 billion parameters can be exported"
             )
-        for key in ("boundary_ratio", "expand_timesteps"):
-            if checkpoint.model_index.get(key):
-                raise ExportError(
-                    f"{checkpoint.where}: model_index.json has {key} = {checkpoint.model_index[key]}, as Wan 2.2 has; "
-                    "Wan 2.1 can be exported"
-                )
+        ratio, second = index.get("boundary_ratio"), index.get("transformer_2")
+        there = isinstance(second, (list, tuple)) and any(part is not None for part in second)
+        if there and ratio is None:
+            raise ExportError(
+                f"{checkpoint.where} has a second transformer (transformer_2) and no boundary_ratio in "
+                "model_index.json, so that diffusers' pipeline never runs it; name the ratio (Wan 2.2 has 0.875), or "
+                "remove the second transformer"
+            )
+        if ratio is not None and not there:
+            raise ExportError(
+                f"{checkpoint.where}: model_index.json has boundary_ratio = {quoted(ratio)} and no transformer_2, "
+                "which would run below it; the checkpoint is incomplete"
+            )
+        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1):
+            raise ExportError(
+                f"{checkpoint.where}: model_index.json has boundary_ratio = {quoted(ratio)}; a number between 0 and 1 "
+                "is wanted"
+            )
+
+    def late(self, checkpoint: Checkpoint) -> float | None:
+        ratio = checkpoint.model_index.get("boundary_ratio")
+        if ratio is None:
+            return None
+        levels = checkpoint.scheduler_config().get("num_train_timesteps", 1000)
+        if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= _MOST_LEVELS:
+            raise ExportError(
+                f"{checkpoint.where}: scheduler/scheduler_config.json has num_train_timesteps = {quoted(levels)}; a "
+                f"whole number from 1 to {_MOST_LEVELS} is wanted"
+            )
+        return float(ratio) * levels
 
     def check(self, checkpoint: Checkpoint) -> None:
         super().check(checkpoint)
+        if self.late(checkpoint) is not None:
+            first, second = (dict(self.config(checkpoint, name)) for name in self.denoisers(checkpoint))
+            for key in first:
+                if not key.startswith("_") and first[key] != second[key]:
+                    raise ExportError(
+                        f"{checkpoint.where}: transformer/config.json has {key} = {quoted(first[key])}, "
+                        f"transformer_2/config.json {quoted(second[key])}; both networks must be of one structure"
+                    )
         config = self.config(checkpoint, "transformer")
         if config["out_channels"] not in (None, config["in_channels"]):
             raise ExportError(

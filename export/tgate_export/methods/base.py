@@ -7,7 +7,7 @@ Nothing here needs torch, so that plans can be made where bundles run. What a me
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from tgate_engine.plan import Call
 from tgate_engine.sampler import MOST_STEPS, Fact
 
 Halves = Literal["both", "negative", "positive"]
+Program = tuple[Call, ...]
 
 FULL = "full"
 """Everything is computed, for both halves of guidance where there are two; what a method stores, this graph gives."""
@@ -139,11 +140,13 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One denoising graph: which halves of guidance it runs, and what a method does inside it."""
+    """One denoising graph: which halves of guidance it runs, and what a method does inside it. ``late``: whether it is
+    of a second network (:mod:`tgate_export.methods.late`)."""
 
     name: str
     halves: Halves
     parts: tuple[Any, ...] = field(default=())
+    late: bool = False
 
 
 class Method(ABC):
@@ -182,16 +185,22 @@ class Method(ABC):
         plain = {"ungated": ungated(settings.steps, lead_in)}
         return plain | ({"guidance_stopped": guidance_stopped(settings, lead_in)} if guided else {})
 
-    def idle(self, settings: Settings, lead_in: int = 0) -> str:
-        """What of k and f asks for reuse and brings none, as a sentence; empty where there is nothing to tell.
+    def idle(self, settings: Settings, lead_in: int = 0, made: Callable[[Program], Program] = lambda own: own) -> str:
+        """What of k, f and g asks for reuse and brings none, as a sentence; empty where there is nothing to tell.
 
-        A short stretch may hold nothing but warm-up and steps that compute their self-attention anyway.
+        A short stretch may hold nothing but warm-up and steps that compute their self-attention anyway. ``made``: what
+        becomes of a program before it runs.
         """
-        own, said = self.program(settings, lead_in), []
-        for letter, name in (("k", "self_interval"), ("f", "fidelity_interval")):
+        own, said = made(self.program(settings, lead_in)), []
+        for letter, name, none in (
+            ("k", "self_interval", 1),
+            ("f", "fidelity_interval", 1),
+            ("g", "refresh_interval", 0),
+        ):
             value = getattr(settings, name)
-            if letter in self.takes and value > 1 and self.program(replace(settings, **{name: 1}), lead_in) == own:
-                said.append(f"{letter} = {value} reuses nothing")
+            plain = replace(settings, **{name: none})
+            if letter in self.takes and value > 1 and made(self.program(plain, lead_in)) == own:
+                said.append(f"g = {value} refreshes nothing" if letter == "g" else f"{letter} = {value} reuses nothing")
         numbers = f"n = {settings.steps}, m = {settings.gate}, w = {settings.warm_up}"
         return f"{' and '.join(said)} at {numbers}" if said else ""
 

@@ -1,8 +1,10 @@
-"""Wan 2.1 as published: frames, sizes, the decoder's scale, and what is refused."""
+"""Wan as published: frames, sizes, the decoder's scale, where Wan 2.2 changes networks, and what is refused."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,15 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 
 from tests.export.families.published import published
 from tests.tiny_flow import make_tiny_flow
-from tgate_engine.errors import ExportError
+from tgate_engine.errors import ExportError, TgateError
 from tgate_export.checkpoints.directory import DirectoryCheckpoint
 from tgate_export.families import find_model
 from tgate_export.families.base import Size
 from tgate_export.families.wan import _Attention
+from tgate_export.job import ExportSettings, prepare
+from tgate_export.lora import Lora
+from tgate_export.methods.late import Late
+from tgate_export.sampling import compile_sampler
 
 
 def test_a_latent_frame_is_one_frame_and_then_four() -> None:
@@ -63,8 +69,13 @@ def test_attention_is_diffusers(rotated: bool) -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "said"),
     [
-        ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "has a second transformer"),
-        ("model_index.json", {"boundary_ratio": 0.875}, "boundary_ratio = 0.875, as Wan 2.2 has"),
+        (
+            "model_index.json",
+            {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+            r"has a second transformer \(transformer_2\) and no boundary_ratio",
+        ),
+        ("model_index.json", {"boundary_ratio": 0.875}, "boundary_ratio = 0.875 and no transformer_2"),
+        ("model_index.json", {"expand_timesteps": True}, "expand_timesteps = True, as Wan 2.2 of 5 billion"),
         ("transformer/config.json", {"image_dim": 16}, "takes a picture beside the prompt"),
         ("transformer/config.json", {"patch_size": [2, 2, 2]}, r"patch_size = \[2, 2, 2\]"),
         ("transformer/config.json", {"out_channels": 8}, "takes 4 channels and gives 8"),
@@ -75,10 +86,115 @@ def test_attention_is_diffusers(rotated: bool) -> None:
 )
 def test_other_models_of_the_kind_are_refused(tmp_path: Path, file: str, changes: dict[str, Any], said: str) -> None:
     root = make_tiny_flow(tmp_path / "checkpoint", "wan_a")
-    path = root / file
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+    _change(root / file, changes)
     with pytest.raises(ExportError, match=said):
         _check(root)
+
+
+def test_the_second_network_runs_below_its_share_of_the_noise() -> None:
+    """By the authors' own noise levels, and by those of another shift."""
+    model, checkpoint = published("wan22-t2v-a14b")
+    family = model.family
+    assert (family.late(checkpoint), family.denoisers(checkpoint)) == (875.0, ("transformer", "transformer_2"))
+    config = family.scheduler_config(checkpoint, family.default_size(checkpoint))
+    for shift, first in ((12.0, 26), (3.0, 13)):
+        sampler = compile_sampler("unipc", {**config, "flow_shift": shift}, model.steps)
+        late = Late(below=875.0).calls(sampler)
+        assert late == (False,) * first + (True,) * (model.steps - first)
+    one, checkpoint = published("wan21-t2v-14b")
+    assert (one.family.late(checkpoint), one.family.denoisers(checkpoint)) == (None, ("transformer",))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("model_index.json", {"boundary_ratio": 875}, "boundary_ratio = 875; a number between 0 and 1 is wanted"),
+        ("model_index.json", {"boundary_ratio": True}, "boundary_ratio = True; a number between 0 and 1 is wanted"),
+        ("model_index.json", {"boundary_ratio": "0.9"}, "boundary_ratio = '0.9'; a number between 0 and 1 is wanted"),
+        ("model_index.json", {"transformer_2": [None, None]}, "boundary_ratio = 0.875 and no transformer_2"),
+        ("model_index.json", {"transformer_2": ["diffusers", "UNet2DModel"]}, "transformer_2 is a UNet2DModel in"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "num_train_timesteps = 0; a whole number from"),
+        (
+            "transformer_2/config.json",
+            {"num_layers": 1},
+            "has num_layers = 2, transformer_2/config.json 1; both networks",
+        ),
+    ],
+)
+def test_two_networks_that_do_not_belong_together_are_refused(
+    tmp_path: Path, file: str, changes: dict[str, Any], said: str
+) -> None:
+    root = make_tiny_flow(tmp_path / "checkpoint", "wan22_a")
+    _change(root / file, changes)
+    with pytest.raises(ExportError, match=said):
+        _check(root)
+
+
+def test_a_second_network_that_is_not_there_is_told(tmp_path: Path) -> None:
+    root = make_tiny_flow(tmp_path / "checkpoint", "wan22_a")
+    shutil.rmtree(root / "transformer_2")
+    with pytest.raises(ExportError, match=r"transformer_2/config.json is missing; the checkpoint is incomplete"):
+        _check(root)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"forecast_interval": 2}, "forecasts .every 2 steps. are not made of a model of two networks"),
+        ({"method": "forecast", "k": None}, "forecasts .every 2 steps. are not made of a model of two networks"),
+        ({"method": "deepcache", "m": None, "k": None}, "method deepcache keeps what a U-Net's last layers take"),
+        ({"method": "tgate+deepcache", "k": None}, "method tgate.deepcache keeps what a U-Net's last layers take"),
+        ({"method": "tome", "m": None, "k": None}, "method tome merges"),
+        ({"method": "tgate+tome"}, "method tgate.tome merges"),
+        ({"loras": True}, r"has two networks \(transformer, transformer_2\), and which of them .* is for is not known"),
+        ({"guidance_scale": 1.0, "guidance_scale_2": 3.0}, "with --guidance-scale 1 there is no guidance"),
+        ({"guidance_scale_2": -1.0}, "the guidance scale must be"),
+    ],
+)
+def test_what_two_networks_do_not_take(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    root = make_tiny_flow(tmp_path / "checkpoint", "wan22_a")
+    if options.get("loras"):
+        (tmp_path / "x.safetensors").touch()
+        options = {"loras": (Lora(tmp_path / "x.safetensors"),)}
+    with pytest.raises(TgateError, match=said):
+        prepare(_settings(root, tmp_path / "bundle", **options))
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "said"),
+    [
+        ("wan_a", {"guidance_scale_2": 3.0}, "--guidance-scale-2 3 would change nothing: .* has one network"),
+        ("wan22_a", {}, None),
+    ],
+)
+def test_a_second_guidance_scale_is_the_second_networks(
+    tmp_path: Path, variant: str, options: dict[str, Any], said: str | None
+) -> None:
+    root = make_tiny_flow(tmp_path / "checkpoint", variant)
+    settings = _settings(root, tmp_path / "bundle", **options)
+    if said is not None:
+        with pytest.raises(ExportError, match=said):
+            prepare(settings)
+        return
+    assert prepare(settings).late == Late(below=875.0, guidance=3.0, beside=4.0), "the model's own"
+    assert prepare(replace(settings, guidance_scale_2=2.0)).late == Late(below=875.0, guidance=2.0, beside=4.0)
+    job = prepare(replace(settings, guidance_scale=6.0, guidance_scale_2=2.0))
+    ramps = {variant.name: job.ramp(variant) for variant in job.variants}
+    assert ramps["full"] is None
+    assert ramps["late_full"] == pytest.approx(1 / 5)
+    unguided = prepare(replace(settings, guidance_scale=1.0))
+    assert unguided.late is not None
+    assert {unguided.ramp(variant) for variant in unguided.variants} == {None}
+
+
+def _settings(root: Path, output: Path, **options: Any) -> ExportSettings:
+    named = {"steps": 6, "m": 3, "k": 2, "height": 16, "width": 32, "frames": 5, "components": ("denoiser",)}
+    return ExportSettings(**{"model": "wan22-t2v-a14b", "checkpoint": str(root), "output": output, **named, **options})
+
+
+def _change(path: Path, changes: dict[str, Any]) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
 
 
 def _check(root: Path) -> None:
@@ -86,3 +202,4 @@ def _check(root: Path) -> None:
     family.check_pipeline(checkpoint)
     family.check(checkpoint)
     family.scaling(checkpoint)
+    family.late(checkpoint)

@@ -214,6 +214,7 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
     family.check_pipeline(checkpoint)  # a LoRA is read by its pipeline's rules
     if settings.loras:
         checkpoint = fuse_loras(checkpoint, settings.loras, family.build, components=own)
+    checkpoint = with_controls(checkpoint, settings.controlnets, prefer_half=settings.dtype != "fp32")
     if settings.ip_adapter is not None:
         return AdaptedCheckpoint(
             checkpoint,
@@ -222,7 +223,7 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
             family.skeleton(checkpoint, family.denoiser),
             prefer_half=settings.dtype != "fp32",
         )
-    return with_controls(checkpoint, settings.controlnets, prefer_half=settings.dtype != "fp32")
+    return checkpoint
 
 
 def _sizes(settings: ExportSettings, family: Family, checkpoint: Checkpoint) -> tuple[Size, ...]:

@@ -89,7 +89,5 @@ def _loaded(
     pipe: Any = getattr(diffusers, cls).from_pretrained(checkpoint, controlnet=own, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     if adapter is not None:
-        pipe.load_ip_adapter(
-            str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=ENCODER
-        )
+        pipe.load_ip_adapter(str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=ENCODER)
     return pipe, {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}

@@ -106,6 +106,9 @@ def prepare(settings: ExportSettings) -> Job:
     family.check_clip_skip(checkpoint, settings.clip_skip)
     guidance = family.guidance(checkpoint, asked.guidance_scale)
     _check_rescale(settings, guidance)
+    if settings.guidance_rescale and not family.rescales_guidance(checkpoint):
+        name = checkpoint.model_index["_class_name"]
+        raise ExportError(f"--guidance-rescale: {name} does not rescale guidance; leave it out")
     method.check(guided=guidance == "classifier-free")
     sizes = _sizes(settings, family, checkpoint)
     latents, conditioning = family.latents(checkpoint, sizes[0]), tuple(family.conditioning(checkpoint, sizes[0]))

@@ -34,7 +34,7 @@ from tgate_runtime.verify import verify
 
 TOLERANCE = 1e-4
 PROMPT, NEGATIVE, SEED, STEPS = "a red circle", "blue", 3, 10
-GATE = Gate(m=4, k=2, f=1)
+GATE = Gate(m=6, k=3, f=1)
 PIPELINES = {"sd": "StableDiffusionInpaintPipeline", "sdxl": "StableDiffusionXLInpaintPipeline"}
 SLOW = pytest.mark.slow
 
@@ -239,11 +239,12 @@ def test_with_a_control_picture_and_one_beside_the_prompt(
 def test_everything_that_is_given_matters(made: Callable[[str], Made]) -> None:
     """Beyond the tolerance by far, so that a wrong one could not hide."""
     _, bundle = made("sd")
-    plan, size = plans(bundle, "dpmpp_2m")[1], size_of(bundle)
-    with Pipeline.open(bundle, plans=[plan], threads=1) as pipe:
+    (ungated, plan), size = plans(bundle, "dpmpp_2m"), size_of(bundle)
+    with Pipeline.open(bundle, plans=[ungated, plan], threads=1) as pipe:
         ask = functools.partial(pipe, PROMPT, seed=SEED, plan=plan)
         usual: dict[str, Any] = {"image": picture(size), "mask": mask(size)}
         whole = ask(**usual).latents
+        assert apart(ask(**{**usual, "plan": ungated}).latents, whole) > 20 * TOLERANCE
         inverted = mask(size).point([255 - value for value in range(256)])
         for other in ({"image": picture(size, 1)}, {"mask": inverted}, {"strength": 0.7}):
             assert apart(ask(**{**usual, **other}).latents, whole) > 20 * TOLERANCE

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from tests.oracle_pictures import Draws, Gate, _drawn, gated
+from tests.tiny_ip_adapter import ENCODER
 from tgate_export.sampling import make_scheduler
 
 
@@ -44,11 +45,15 @@ def latents_with(
     guidance_scale: float,
     draws: Draws,
     gate: Gate | None = None,
+    adapter: Path | None = None,
+    adapter_scale: float = 1.0,
     **more: Any,
 ) -> torch.Tensor:
-    """Final latents [1, 4, h, w]. ``cls``: diffusers' pipeline. ``more``: what else it is given, such as a picture to
-    begin from."""
-    pipe, config = _loaded(checkpoint, cls, tuple(control.net for control in controls))
+    """Final latents [1, 4, h, w]. ``cls``: diffusers' pipeline. ``adapter``: an IP-Adapter's file. ``more``: what else
+    it is given, such as a picture to begin from."""
+    pipe, config = _loaded(checkpoint, cls, tuple(control.net for control in controls), adapter)
+    if adapter is not None:
+        pipe.set_ip_adapter_scale(adapter_scale)
     pipe.scheduler = make_scheduler(sampler, config)
     several = len(controls) > 1
     pictures = [control.picture for control in controls]
@@ -75,10 +80,14 @@ def latents_with(
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(checkpoint: Path, cls: str, nets: tuple[Path, ...]) -> tuple[Any, dict[str, Any]]:
+def _loaded(
+    checkpoint: Path, cls: str, nets: tuple[Path, ...], adapter: Path | None = None
+) -> tuple[Any, dict[str, Any]]:
     """A pipeline, and the configuration of the checkpoint's own scheduler."""
     loaded = [diffusers.ControlNetModel.from_pretrained(net) for net in nets]
     own = loaded if len(loaded) > 1 else loaded[0]
     pipe: Any = getattr(diffusers, cls).from_pretrained(checkpoint, controlnet=own, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
+    if adapter is not None:
+        pipe.load_ip_adapter(str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=ENCODER)
     return pipe, {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}

@@ -70,6 +70,8 @@ TABLE_STEPS = range(1, 13)
 """Steps of which the bundle has a table of the toy's sampler."""
 REFERENCES = (Conditioning(name="seen", source="reference"), Conditioning(name="much", source="scale", negative="same"))
 """What conditions a toy that refers to a picture: WIDTH numbers of it, and how much of them is added to the text."""
+AROUND = Conditioning(name="masked", source="masked", negative="same")
+"""What conditions a toy that inpaints: a mask, and latents of what is left."""
 MACS = {
     FULL: Macs(paper=2000, all=2600),
     REUSE_SELF: Macs(paper=1600, all=1700),
@@ -88,7 +90,8 @@ class Toy:
     name; their baselines are stored beside them. ``pictured``: conditioned by a picture instead of a text. ``begins``:
     with an encoder, and starts for its samplers, of which those of 4 steps take no mask.
     ``small``: with a small decoder, whose pictures have half the contrast. ``refers``: with what makes a picture beside
-    the prompt a part of the text; it has no goldens. ``controls``: the names of its ControlNets.
+    the prompt a part of the text; it has no goldens. ``inpaints``: it is told of a mask, and of the latents around it;
+    its encoder leaves out what a mask covers, and it has no goldens. ``controls``: the names of its ControlNets.
     """
 
     guided: bool = True
@@ -96,6 +99,7 @@ class Toy:
     begins: bool = False
     small: bool = False
     refers: bool = False
+    inpaints: bool = False
     controls: Sequence[str] = ()
     batches: Sequence[tuple[int, int]] = ((1, 4),)
     sizes: Sequence[tuple[int, int]] = ((4, 4),)
@@ -180,6 +184,7 @@ def build(path: Path, toy: Toy | None = None, *, goldens: bool = True) -> Path:
                 Conditioning(name="pooled", source=source, negative=negative),
                 Conditioning(name="time_ids", source="constant"),
                 *(REFERENCES if toy.refers else ()),
+                *((AROUND,) if toy.inpaints else ()),
             ),
             tokenizers=() if toy.pictured else _save_tokenizers(stage),
             plans=_plans(toy, shapes[0].graphs),
@@ -187,7 +192,7 @@ def build(path: Path, toy: Toy | None = None, *, goldens: bool = True) -> Path:
             files={},
             scheduler={},
         )
-        recorded = _goldens(stage, manifest, toy) if goldens and not toy.refers else {}
+        recorded = _goldens(stage, manifest, toy) if goldens and not toy.refers and not toy.inpaints else {}
         manifest = replace(manifest, goldens=recorded, files=digests_of(stage))
         (stage / MANIFEST_FILE).write_text(dump_manifest(manifest), encoding="utf-8")
     return path
@@ -293,7 +298,7 @@ def _shape(stage: Path, offsets: Mapping[str, Any], toy: Toy, size: tuple[int, i
     if toy.small:
         graphs["small"] = _decoder(stage / f"small{of_size}.onnx", offsets, latents, PREVIEW)
     if toy.begins:
-        graphs["encoder"] = _encoder(stage / f"encoder{of_size}.onnx", offsets, latents)
+        graphs["encoder"] = _encoder(stage / f"encoder{of_size}.onnx", offsets, latents, masked=toy.inpaints)
     if toy.refers:
         graphs["reference"] = _reference(stage / "reference.onnx", offsets, toy)
     return Shape(
@@ -442,6 +447,12 @@ def _denoiser(
     inputs.extend(float32(scale_name(net), BATCH) for net in toy.controls)
     for added in residual(0):
         hidden = g.add("Add", hidden, added)
+    if toy.inpaints:
+        around = condition("masked", latents[0] + 1, *latents[1:])
+        ends = [g.constant([end]) for end in (0, 1, latents[0] + 1, 1)]
+        mask = g.add("Slice", around, ends[0], ends[1], ends[3])
+        left = g.add("Slice", around, ends[1], ends[2], ends[3])
+        hidden = g.add("Add", hidden, g.reshape(g.add("Sub", left, mask), -1, FEATURES))
     text = ""
     if not reuses_cross:
         # The mean of the tokens as a product: ONNX Runtime sums a middle axis in another order where there is one row.
@@ -566,14 +577,19 @@ def _decoder(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...], r
     return g.save(path, role, (1, 1), inputs, outputs, Macs(paper=96, all=96))
 
 
-def _encoder(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...]) -> GraphSpec:
-    """The mean is a picture's first colour from 0 to 1 in every channel, the deviation a tenth of it."""
+def _encoder(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...], *, masked: bool) -> GraphSpec:
+    """The mean is a picture's first colour from 0 to 1 in every channel, the deviation a tenth of it; what a mask
+    covers is 0."""
     g = _Graph(offsets)
     inputs = [TensorSpec(name="picture", dtype="uint8", shape=(1, *latents[1:], 3))]
     outputs = [TensorSpec(name=name, dtype="float32", shape=(1, *latents)) for name in ("latents", "deviation")]
     planes = g.add("Transpose", g.add("Cast", "picture", to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
     first = g.add("Slice", planes, g.constant([0]), g.constant([1]), g.constant([1]))
     scaled = g.add("Div", first, g.constant(255, np.float32))
+    if masked:
+        inputs.append(TensorSpec(name="mask", dtype="uint8", shape=(1, *latents[1:])))
+        left = g.add("Cast", g.add("Equal", "mask", g.constant(0, np.uint8)), to=TensorProto.FLOAT)
+        scaled = g.add("Mul", scaled, g.reshape(left, 1, 1, *latents[1:]))
     g.add("Concat", *[scaled] * latents[0], output="latents", axis=1)
     g.add("Mul", "latents", g.constant(0.1, np.float32), output="deviation")
     return g.save(path, ENCODE, (1, 1), inputs, outputs, Macs(paper=0, all=0))

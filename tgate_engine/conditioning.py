@@ -14,8 +14,9 @@ from tgate_engine.step import HALVES, half
 Tensors = Mapping[str, NDArray[Any]]
 """Outputs of the text or the image graph for one request: name to [1, ...]."""
 
-BESIDE = ("reference", "scale")
-"""Sources of what comes beside that which conditions a request, and need not: zeros then."""
+_REFERENCE = ("reference", "scale")
+BESIDE = (*_REFERENCE, "masked")
+"""Sources of what pictures bring in beside that which conditions a request: zeros until they do."""
 
 
 def halves(
@@ -29,8 +30,8 @@ def halves(
     """``<name>.<half>`` to [1, ...] for one image. ``negative`` None stands for zeros in place of a text.
 
     ``constants``: the rows of a shape. Where an encoder gives ``<name>.negative`` as well, that is what a negative
-    prompt becomes. Without guidance there is a positive half only. What a reference picture adds is not among them
-    (:func:`reference_halves`). Pure.
+    prompt becomes. Without guidance there is a positive half only. What a reference picture adds, or a masked one, is
+    not among them (:func:`reference_halves`, :func:`masked_halves`). Pure.
     """
     rows: dict[str, NDArray[Any]] = {}
     for tensor in conditioning:
@@ -60,12 +61,22 @@ def reference_halves(
     """
     rows: dict[str, NDArray[Any]] = {}
     for tensor in conditioning:
-        if tensor.source not in BESIDE:
+        if tensor.source not in _REFERENCE:
             continue
         for which in HALVES if guided else HALVES[1:]:
             name = half(tensor.name, which)
             rows[name] = np.array([[scale]], np.float32) if tensor.source == "scale" else encoded[name]
     return rows
+
+
+def masked_halves(
+    conditioning: Sequence[Conditioning], mask: NDArray[np.float32], latents: NDArray[np.float32], *, guided: bool
+) -> dict[str, NDArray[Any]]:
+    """``<name>.<half>`` to [1, 1 + C, h, w] of what lies around an image's mask. ``mask``: [h, w], 1 where it is drawn
+    anew. ``latents``: [C, h, w], of the picture without what the mask covers. Pure."""
+    row = np.concatenate([mask[np.newaxis], latents])[np.newaxis]
+    names = [tensor.name for tensor in conditioning if tensor.source == "masked"]
+    return {half(name, which): row for name in names for which in (HALVES if guided else HALVES[1:])}
 
 
 def half_names(conditioning: Sequence[Conditioning]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ MANIFEST_FILE = "manifest.json"
 
 Guidance = Literal["classifier-free", "embedded", "none"]
 GUIDANCE: tuple[Guidance, ...] = get_args(Guidance)
-SOURCES = ("text", "image", "constant", "reference", "scale")
+SOURCES = ("text", "image", "constant", "reference", "scale", "masked")
 NEGATIVES = ("own", "same", "zeros")
 
 
@@ -56,6 +56,9 @@ class Conditioning:
     With an IP-Adapter, what a picture beside the prompt adds: outputs of the reference graph, ``<name>.<half>``
     (``"reference"``), and how much of it is added, a number of the request's [1] (``"scale"``). Both are 0 in a request
     without such a picture.
+
+    Of an inpainting model, what lies around the mask (``"masked"``), [1 + C, h, w] beside latents [C, h, w]: the mask,
+    1 where a picture is drawn anew, and then the latents of what is left of it.
     """
 
     name: str
@@ -198,6 +201,11 @@ class Manifest:
     def graph(self, role: Role, size: str | None = None) -> GraphSpec | None:
         """The graph of a role other than ``"denoise"``, at a size; None where the export left it out."""
         return self.shapes_of(size)[0].graph(role)
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether it draws within the mask of a picture, which every request then has."""
+        return bool(self.conditioned_by("masked"))
 
     def conditioned_by(self, source: str) -> tuple[str, ...]:
         """The conditioning tensors of that source."""

@@ -134,8 +134,8 @@ def tgate_parser() -> Parser:
     p.add_argument("--output", type=Path, metavar="OUT.png", help=f"{several}- is standard output")
     begins = "what to begin from in place of noise, beside a prompt; or what an image-to-video model starts from"
     p.add_argument("--image", type=Path, metavar="IN.png", help=begins)
-    part = "the part of the plan's steps that is taken from --image on, above 0 and at most 1; 0.6 if left out"
-    p.add_argument("--strength", type=number, metavar="S", help=part)
+    part = "the part of the plan's steps that is taken from --image on, above 0 and at most 1; if left out 0.6"
+    p.add_argument("--strength", type=number, metavar="S", help=f"{part}, 1 of an inpainting model")
     anew = "what of --image is drawn anew: what is white, or transparent where it has alpha; the rest stays"
     p.add_argument("--mask", type=Path, metavar="M.png", help=anew)
     p.add_argument("--prompt-embeds", type=Path, metavar="E.safetensors", help="from `tgate embed`, for a prompt")

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tgate_engine.conditioning import halves, reference_halves
+from tgate_engine.conditioning import halves, masked_halves, reference_halves
 from tgate_engine.control import controls_for, picture_name
 from tgate_engine.graph import GraphSpec
 from tgate_engine.manifest import Golden, Tokenizer
@@ -98,12 +98,13 @@ def _record_size(
     conditioning = _conditioning(job, oracle, tokenizers, generator, directory, recorded)
     if "encoder" in job.components and oracle.fits(family.decoder):
         picture = _picture(job.size.height, job.size.width)
-        latents, deviation = oracle.encoded(picture)
+        mask = _mask(job.size.height, job.size.width) if job.inputs_from("masked") else None
+        latents, deviation = oracle.encoded(picture, mask)
         recorded["latents"] = _record_graph(
             job,
             directory / f"latents{suffix}.safetensors",
             ENCODER_GRAPH,
-            {"picture": picture},
+            {"picture": picture} if mask is None else {"picture": picture, "mask": mask},
             {"latents": latents, "deviation": deviation},
             IMAGE_TOLERANCES[job.decoder_dtype],
             oracle.name,
@@ -309,11 +310,12 @@ def _conditioning(
         )
     else:  # nothing that makes conditioning: anything will do
         drawn = {}
-        for c in job.conditioning:  # a reference's are not taken from here
+        for c in job.conditioning:  # those of pictures are not taken from here
             shape = (1, *c.shape)
             drawn[c.conditioning.name] = torch.ones(shape) if c.mask else torch.randn(shape, generator=generator)
         positive, negative = drawn, {n: -value if value.min() < 0 else value for n, value in drawn.items()}
-    return both_halves(job, positive, negative) | _reference(job, oracle, generator, directory, recorded)
+    beside = _reference(job, oracle, generator, directory, recorded) | _masked(job, generator)
+    return both_halves(job, positive, negative) | beside
 
 
 def _reference(
@@ -342,6 +344,17 @@ def _reference(
     return {name: torch.from_numpy(values) for name, values in rows.items()}
 
 
+def _masked(job: Job, generator: torch.Generator) -> dict[str, Tensor]:
+    """``<name>.<half>`` to [1, 1 + C, h, w] of what lies around the golden request's mask; nothing of other models."""
+    if not job.inputs_from("masked"):
+        return {}
+    latents = torch.randn(job.latents, generator=generator)
+    mask = _mask(*job.latents[-2:])[0].float() / 255
+    conditioning = [c.conditioning for c in job.conditioning]
+    rows = masked_halves(conditioning, mask.numpy(), latents.numpy(), guided=job.guided)
+    return {name: torch.from_numpy(values) for name, values in rows.items()}
+
+
 def both_halves(job: Job, positive: Texts, negative: Texts | None) -> dict[str, Tensor]:
     """``<name>.<half>`` to [1, ...] of a job's size, as :func:`tgate_engine.conditioning.halves` puts them together."""
     rows = halves(
@@ -359,6 +372,13 @@ def _picture(height: int, width: int) -> Tensor:
     rows, columns = torch.meshgrid(torch.linspace(0, 255, height), torch.linspace(0, 255, width), indexing="ij")
     disc = (rows - 128) ** 2 + (columns - 128) ** 2 < 60**2
     return torch.stack([rows, columns, torch.where(disc, 220.0, 30.0)], dim=-1).to(torch.uint8)[None]
+
+
+def _mask(height: int, width: int) -> Tensor:
+    """A mask of the lower right, uint8 [1, H, W]: 255 where it is drawn anew."""
+    mask = torch.zeros(1, height, width, dtype=torch.uint8)
+    mask[:, height // 3 :, width // 2 :] = 255
+    return mask
 
 
 def _programs(job: Job) -> dict[str, tuple[Sampler, Program]]:

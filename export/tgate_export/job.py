@@ -127,6 +127,9 @@ def prepare(settings: ExportSettings) -> Job:
     family.check_clip_skip(checkpoint, settings.clip_skip)
     guidance = family.guidance(checkpoint, asked.guidance_scale)
     _check_rescale(settings, guidance)
+    if settings.guidance_rescale and not family.rescales_guidance(checkpoint):
+        name = checkpoint.model_index["_class_name"]
+        raise ExportError(f"--guidance-rescale: {name} does not rescale guidance; leave it out")
     method.check(guided=guidance == "classifier-free")
     sizes = _sizes(settings, family, checkpoint)
     latents, conditioning = family.latents(checkpoint, sizes[0]), tuple(family.conditioning(checkpoint, sizes[0]))
@@ -260,8 +263,8 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
             f"{settings.loras[0].path} is for is not known; fuse it into the checkpoint first, and leave --lora out"
         )
     if settings.loras:
-        there = (name for name in directories(family, components, checkpoint) if name in own)
-        checkpoint = fuse_loras(checkpoint, settings.loras, family.build, components=there)
+        checkpoint = fuse_loras(checkpoint, settings.loras, family.build, components=own)
+    checkpoint = with_controls(checkpoint, settings.controlnets, prefer_half=settings.dtype != "fp32")
     if settings.ip_adapter is not None:
         return AdaptedCheckpoint(
             checkpoint,
@@ -270,7 +273,7 @@ def _open(settings: ExportSettings, model: Model, components: Sequence[str]) -> 
             family.skeleton(checkpoint, family.denoiser),
             prefer_half=settings.dtype != "fp32",
         )
-    return with_controls(checkpoint, settings.controlnets, prefer_half=settings.dtype != "fp32")
+    return checkpoint
 
 
 def _sizes(settings: ExportSettings, family: Family, checkpoint: Checkpoint) -> tuple[Size, ...]:

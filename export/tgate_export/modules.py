@@ -131,7 +131,11 @@ class Decoder(nn.Module):
 
 class Encoder(nn.Module):
     """A picture, uint8 [1, H, W, 3], to the mean and the standard deviation of its latents in the denoiser's scale,
-    both float32 [1, C, h, w]: a trajectory begins from a sample of them."""
+    both float32 [1, C, h, w]: a trajectory begins from a sample of them.
+
+    It takes a mask as well, uint8 [1, H, W], if it is called with one: where that is not 0, the picture is the middle
+    of all colours.
+    """
 
     def __init__(self, vae: nn.Module, scaling: Scaling, dtype: torch.dtype) -> None:
         super().__init__()
@@ -139,8 +143,10 @@ class Encoder(nn.Module):
         self._scaling = scaling
         self._dtype = dtype
 
-    def forward(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, picture: Tensor, *masks: Tensor) -> tuple[Tensor, Tensor]:
         pixels = picture.permute(0, 3, 1, 2).float() / 255 * 2 - 1
+        for mask in masks:
+            pixels = pixels * (mask == 0).float().unsqueeze(1)
         encode = self.vae.encode
         assert callable(encode)
         posterior: Any = encode(pixels.to(self._dtype)).latent_dist

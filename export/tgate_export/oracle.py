@@ -164,21 +164,27 @@ class Oracle:
                 return transformers.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
             return transformers.CLIPImageProcessor(**otherwise)
 
-    def encoded(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+    def encoded(self, picture: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, in the denoiser's scale, of the latents that diffusers' pipeline begins from
-        with a picture, uint8 [1, H, W, 3]: [1, C, h, w] each."""
+        with a picture, uint8 [1, H, W, 3]: [1, C, h, w] each. ``mask``: those that its inpainting pipeline is told of
+        what is left of it, where a mask, uint8 [1, H, W], is 0."""
         job = self._job
-        cls: Any = getattr(diffusers, job.family.picture_pipeline)
+        cls: Any = self._class if mask is not None else getattr(diffusers, job.family.picture_pipeline)
         pipe = self._pipeline(cls, **{job.family.decoder: self.module(job.family.decoder)})
         pipe.scheduler = _Clean()
 
         def sample(noise: float) -> Tensor:
             pixels = pipe.image_processor.preprocess(PIL.Image.fromarray(picture[0].numpy()))
+            if mask is not None:
+                pixels = pixels * (pipe.mask_processor.preprocess(PIL.Image.fromarray(mask[0].numpy())) < 0.5)
             posterior = pipe.vae.encode(pixels).latent_dist
             pipe.vae.encode = lambda _pixels: AutoencoderKLOutput(latent_dist=posterior)
             try:
                 with drawing(posterior, torch.full_like(posterior.mean, noise)):
-                    latents: Tensor = pipe.prepare_latents(pixels, None, 1, 1, torch.float32, torch.device("cpu"))
+                    if mask is not None:
+                        latents: Tensor = pipe._encode_vae_image(pixels, None)
+                    else:
+                        latents = pipe.prepare_latents(pixels, None, 1, 1, torch.float32, torch.device("cpu"))
             finally:
                 del pipe.vae.encode
             return latents
@@ -222,7 +228,8 @@ class Oracle:
         job = self._job
         decodes = "decoder" in job.components
         scheduler = self._scheduler()
-        vae = self.module(job.family.decoder) if decodes else None
+        told = job.family.inpaints(job.checkpoint)  # its pipeline asks the decoder how many channels latents have
+        vae = self.module(job.family.decoder) if decodes or told else None
         networks = {job.family.denoiser: denoiser, **({} if second is None else {job.family.late_denoiser: second})}
         pipe = self._pipeline(**networks, **{job.family.decoder: vae, "scheduler": scheduler})
         pipe.vae_scale_factor = job.family.pixels(job.checkpoint)
@@ -254,7 +261,7 @@ class Oracle:
         if job.late is not None and job.guided:
             options[job.family.late_guidance_argument] = job.late.guidance
         call = job.family.call(pipe, conditioning, job.guidance_scale, job.settings.guidance_rescale)
-        exported = {**networks, **({} if vae is None else {job.family.decoder: vae})}
+        exported = {**networks, **({job.family.decoder: vae} if vae and decodes else {})}
         with as_diffusers(denoiser, conditioning) as picture, torch.no_grad(), quiet(), self._in_range(exported):
             self._run(pipe, **call, **options, **picture)
         for tensor in (*latents, *decoded):

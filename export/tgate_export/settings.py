@@ -286,8 +286,6 @@ def _check_controlnets(settings: ExportSettings, model: Model) -> None:
     nets = settings.controlnets
     if nets and not model.facts.controlnets:
         raise ExportError(f"--controlnet is for Stable Diffusion and SDXL; {settings.model} takes none, leave it out")
-    if nets and settings.ip_adapter is not None:
-        raise ExportError("--controlnet beside --ip-adapter is not exported yet; leave one of the two out")
     if len(nets) > MOST_CONTROLNETS:
         raise ExportError(f"got {len(nets)} --controlnet, at most {MOST_CONTROLNETS} are taken")
     names = [net.name for net in nets]

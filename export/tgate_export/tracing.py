@@ -95,8 +95,11 @@ def trace_preview(job: Job, mode: FakeTensorMode) -> TracedGraph:
 
 
 def trace_encoder(job: Job, mode: FakeTensorMode) -> TracedGraph:
-    """A picture that requests begin from, to the mean and the standard deviation of its latents."""
+    """A picture that requests begin from, to the mean and the standard deviation of its latents; of an inpainting
+    model, without what a mask covers."""
     family = job.family
+    height, width = job.size.height, job.size.width
+    mask = [TensorSpec(name="mask", dtype="uint8", shape=(1, height, width))] if job.inputs_from("masked") else []
     vae, scaling = _fake(job, mode, family.decoder), family.scaling(job.checkpoint)
     module = Encoder(vae, scaling, getattr(torch, job.decoder_dtype))
     return trace(
@@ -104,7 +107,7 @@ def trace_encoder(job: Job, mode: FakeTensorMode) -> TracedGraph:
         ENCODE,
         module,
         mode=mode,
-        inputs=[TensorSpec(name="picture", dtype="uint8", shape=(1, job.size.height, job.size.width, 3))],
+        inputs=[TensorSpec(name="picture", dtype="uint8", shape=(1, height, width, 3)), *mask],
         outputs=["latents", "deviation"],
         batch=(1, 1),
         components={"vae.": family.decoder},

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tgate_engine.errors import PlanError, RequestError, shown
 from tgate_engine.graph import ENCODE, GraphSpec
-from tgate_engine.manifest import Shape
+from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.plan import Plan
 from tgate_engine.starts import Start, Starts, begin_of, plan_from
 from tgate_runtime.finite import check_computed
@@ -22,7 +22,7 @@ from tgate_runtime.image import fit_picture
 from tgate_runtime.picture import as_mask
 from tgate_runtime.request import NO_ENCODER, check_strength
 from tgate_runtime.session import Session
-from tgate_runtime.signatures import DEVIATION, FINAL_LATENTS, PICTURE
+from tgate_runtime.signatures import DEVIATION, FINAL_LATENTS, MASK, PICTURE
 from tgate_runtime.state import Mend
 
 log = logging.getLogger("tgate")
@@ -138,13 +138,24 @@ class Beginner:
         return start, plan_from(plan, start, manifest.shapes[0].graphs, manifest.carries)
 
 
-def encode(session: Session, graph: GraphSpec, image: Image.Image) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def begins(manifest: Manifest, strength: float | None) -> bool:
+    """Whether a request of that strength begins from its picture: one of a model that inpaints begins from noise alone
+    where it takes all steps, as it is told what lies around the mask."""
+    return strength is not None and not (manifest.inpaints and strength == 1)
+
+
+def encode(
+    session: Session, graph: GraphSpec, image: Image.Image, covered: NDArray[np.uint8] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Mean and standard deviation of a picture's latents, float32 [...] each. Thread-safe.
 
     ``graph``: the session's of role "encode" for the size. ``image``: see :func:`~tgate_runtime.image.fit_picture`.
+    ``covered``: uint8 [H, W], of an inpainting model's graph: what is left out of the picture, where it is not 0.
     """
     with GraphCall.borrow(session, graph) as encoder:
         encoder.inputs[PICTURE].write(np.asarray(fit_picture(image, graph), np.uint8)[np.newaxis])
+        if (mask := encoder.inputs.get(MASK)) is not None:
+            mask.write(np.zeros(mask.shape, np.uint8) if covered is None else covered[np.newaxis])
         encoder()
         mean, deviation = (encoder.outputs[name].read()[0] for name in (FINAL_LATENTS, DEVIATION))
     check_computed(mean, "the latents of this picture")
@@ -156,14 +167,26 @@ def fit_mask(mask: Image.Image, shape: Shape) -> NDArray[np.float32]:
     """A mask as float32 [h, w] of the latents of a shape: 1 where its first pixel of each latent's is to be drawn anew,
     and 0 elsewhere. Raises :class:`RequestError` as :func:`~tgate_runtime.picture.as_mask` does, and for one that would
     change nothing."""
+    return of_latents(mask_pixels(mask, shape), shape)
+
+
+def mask_pixels(mask: Image.Image, shape: Shape) -> NDArray[np.uint8]:
+    """A mask as uint8 [H, W] of a shape: 255 where it is to be drawn anew, and 0 elsewhere. Raises
+    :class:`RequestError` as :func:`~tgate_runtime.picture.as_mask` does."""
     fitted = as_mask(mask)
     if fitted.size != (shape.width, shape.height):
         grey = fitted.resize((shape.width, shape.height), Image.Resampling.LANCZOS)
         fitted = grey.point([255 if value >= 128 else 0 for value in range(256)])
+    return np.asarray(fitted, np.uint8)
+
+
+def of_latents(pixels: NDArray[np.uint8], shape: Shape) -> NDArray[np.float32]:
+    """:func:`mask_pixels` as :func:`fit_mask` gives it. Raises :class:`RequestError` for one that would change
+    nothing."""
     height, width = shape.latents[-2:]
     rows = np.arange(height) * shape.height // height
     columns = np.arange(width) * shape.width // width
-    values = (np.asarray(fitted)[rows][:, columns] > 0).astype(np.float32)
+    values = (pixels[rows][:, columns] > 0).astype(np.float32)
     if not values.any():
         raise RequestError(
             "the mask leaves everything as it is: what is to be drawn anew is white, or transparent where it has alpha"

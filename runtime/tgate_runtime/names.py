@@ -34,6 +34,7 @@ INSTEAD: Mapping[str, str] = {
     "negative_prompt_embeds": "prompt_embeds hold the negative half, as <name>.negative",
     "pooled_prompt_embeds": "prompt_embeds hold every tensor of a prompt, as <name>.<half>",
     "guidance_rescale": "it is settled at export: tgate-export --guidance-rescale R",
+    "mask_image": "mask=M says what of the image is drawn anew",
     "control_image": "controls={NAME: Control(image=…)} takes a control picture for each ControlNet",
     "controlnet_conditioning_scale": "each of controls has its scale: Control(image=…, scale=S)",
     "control_guidance_start": "each of controls has its start: Control(image=…, start=A)",

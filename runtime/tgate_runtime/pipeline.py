@@ -20,7 +20,7 @@ from tgate_engine.errors import shown
 from tgate_engine.graph import PREVIEW, Role
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
-from tgate_runtime.beginning import Beginner
+from tgate_runtime.beginning import Beginner, Beginning, begins
 from tgate_runtime.conditioning import from_embeddings, rows_of
 from tgate_runtime.control import Controls, Steered, steered
 from tgate_runtime.decoder import decode
@@ -28,6 +28,7 @@ from tgate_runtime.encoder import Encoder, Row
 from tgate_runtime.engines.protocol import Engine, OnBuild, Options
 from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import check_generator, in_dtype, in_step, noise
+from tgate_runtime.inpainting import Around, around, draw_of
 from tgate_runtime.names import with_hints
 from tgate_runtime.preview import Look, Previews
 from tgate_runtime.record import EngineRecord, PlanRecord, Record, controls_of, digests_of_given, loras_of
@@ -161,7 +162,8 @@ class Pipeline:
         ``image``: what conditions an image-to-video model, in place of a prompt; beside a prompt, what the request
         begins from in place of noise, with ``strength`` above 0 and at most 1, the part of the plan's steps that is
         taken (:class:`~tgate_runtime.beginning.Beginner`; None is 0.6). ``mask``: what of it is drawn anew
-        (:func:`~tgate_runtime.picture.as_mask`); the rest of it stays.
+        (:func:`~tgate_runtime.picture.as_mask`); the rest of it stays. An inpainting model wants both, and there None
+        is a strength of 1.
         ``prompt_embeds``: in place of a prompt or an image, ``<name>.<half>`` to [N, ...], float32, as ``tgate embed``
         writes them for N prompts.
         ``seed``: 0 .. 2**63 - 1. Image j of the request has the seed ``seed + j``, and comes out the same when it is
@@ -207,11 +209,10 @@ class Pipeline:
         reference_scale = reference_scale_of(ip_adapter_scale, own.session.manifest, ip_adapter_image)
         if initial_latents is not None:
             check_latents(initial_latents, (count, *latents_shape))
-        begun = image is not None and strength is not None
-        beginning = own._beginner.begin(chosen, image, strength, size, mask) if begun else None  # type: ignore[arg-type]
+        within, beginning = own._from_picture(chosen, size, image, mask, strength)
         taken = chosen if beginning is None else beginning.plan
         steering = steered(own.session, controls, taken, size)
-        rows = own._rows(texts, None if begun else image, prompt_embeds, seeds, number, size)
+        rows = own._rows(texts, image if strength is None else None, prompt_embeds, seeds, number, size)
         if ip_adapter_image is not None and reference_scale is not None:
             reference = own._encoder.of_reference(ip_adapter_image, reference_scale, size)
             rows = [{**row, **reference} for row in rows]
@@ -227,6 +228,10 @@ class Pipeline:
             first = [beginning.first(drawn(j, 0), start[j]) for j in range(count)]
             start, mends = np.stack([latents for latents, _ in first]), [mend for _, mend in first]
         skipped = 0 if beginning is None else beginning.draws
+        if within is not None:
+            sampled = draw_of(beginning)
+            rows = [{**rows[j], **within.row(drawn(j, sampled))} for j in range(count)]
+            skipped += 1
 
         def in_steps(image: int, index: int) -> NDArray[np.float32]:
             return drawn(image, skipped + in_step(index))
@@ -290,6 +295,19 @@ class Pipeline:
         if not manifest.guided and negative_prompt:
             log.warning("the bundle was exported without guidance: the negative prompt is not used")
         return list(zip(prompts, negatives, strict=True))
+
+    def _from_picture(
+        self, plan: Plan, size: str, image: Image.Image | None, mask: Image.Image | None, strength: float | None
+    ) -> tuple[Around | None, Beginning | None]:
+        """What an inpainting model is told of a picture, and what is begun from in place of noise."""
+        if image is None or strength is None:
+            return None, None
+        manifest, within = self.session.manifest, None
+        if manifest.inpaints and mask is not None:
+            within = around(self.session, image, mask, size)
+        if not begins(manifest, strength):
+            return within, None
+        return within, self._beginner.begin(plan, image, strength, size, mask if within is None else None)
 
     def _rows(
         self,

@@ -81,7 +81,15 @@ def begins_from(manifest: Manifest, image: object) -> bool:
 
 def strength_of(strength: object, manifest: Manifest, image: object, mask: object = None) -> float | None:
     """The strength of a request that begins from ``image``; None for others, for whom neither it nor a mask is of any
-    use."""
+    use. An inpainting model wants both, and if nothing else is said takes all steps."""
+    if manifest.inpaints:
+        missing = [name for name, value in (("image", image), ("mask", mask)) if value is None]
+        if missing:
+            raise RequestError(
+                "the bundle draws within a mask (an inpainting model), and a request has no "
+                f"{' and no '.join(missing)}: give an image and a mask beside the prompt"
+            )
+        return 1.0 if strength is None else check_strength(strength)
     if not begins_from(manifest, image):
         for name, value in (("strength", strength), ("mask", mask)):
             if value is not None:

@@ -26,7 +26,7 @@ from tgate_engine.manifest import Manifest, Shape
 from tgate_engine.step import HALVES, LATENTS, STEP, STEP_INPUTS, STEP_OUTPUTS, STEP_ROW, half
 
 TOKENS, PICTURE, PICTURE_NOISE, FINAL_LATENTS, PIXELS = "ids", "picture", "noise", "latents", "image"
-DEVIATION = "deviation"
+DEVIATION, MASK = "deviation", "mask"
 """Names of what the graphs around the denoiser take and give: ``ids.<i>`` for tokenizer i, and so on."""
 
 
@@ -35,12 +35,13 @@ def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> Non
     output that is needed, or with a tensor of the trajectory in another form than the others have it: all denoising
     graphs of a shape, and the ControlNets beside them, work on the same buffers."""
     halves = HALVES if manifest.guided else HALVES[1:]
+    masks = (MASK,) if manifest.inpaints else ()
     feeds: dict[Role, set[str]] = {
         DENOISE: {*STEP_INPUTS, *half_names(manifest.conditioning), *manifest.carries},
         TEXT: {t.input for t in manifest.tokenizers},
         IMAGE: {PICTURE, PICTURE_NOISE},
         DECODE: {FINAL_LATENTS},
-        ENCODE: {PICTURE},
+        ENCODE: {PICTURE, *masks},
         PREVIEW: {FINAL_LATENTS},
         REFERENCE: {PICTURE},
         CONTROL: {LATENTS, STEP, *half_names(manifest.conditioning)},
@@ -67,6 +68,8 @@ def check_signatures(manifest: Manifest, graphs: Mapping[str, GraphSpec]) -> Non
             raise BundleError(f"graph {name!r} takes {', '.join(odd)}, which nothing feeds; export the bundle again")
         if missing := [o for o in needs[spec.role] if o not in spec.output_names()]:
             raise BundleError(f"graph {name!r} does not give {', '.join(missing)}; export the bundle again")
+        if spec.role == ENCODE and masks and MASK not in spec.input_names():
+            raise BundleError(f"graph {name!r} has no input {MASK}; export the bundle again")
         if spec.role == TEXT and (unfed := feeds[TEXT] - {*spec.input_names()}):
             raise BundleError(f"graph {name!r} has no input {', '.join(sorted(unfed))}; export the bundle again")
 
@@ -87,6 +90,7 @@ def check_forms(shape: Shape, graphs: Mapping[str, GraphSpec]) -> None:
         DECODE: {FINAL_LATENTS: ("float32", (1, *latents))},
         ENCODE: {
             PICTURE: ("uint8", (1, *picture)),
+            MASK: ("uint8", (1, *picture[:2])),
             **dict.fromkeys((LATENTS, DEVIATION), ("float32", (1, *latents))),
         },
         PREVIEW: {FINAL_LATENTS: ("float32", (1, *latents))},

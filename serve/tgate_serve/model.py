@@ -17,11 +17,12 @@ from tgate_engine.graph import DECODE, ENCODE, PREVIEW, REFERENCE
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
 from tgate_runtime.adapters import scales_of_adapters
-from tgate_runtime.beginning import Beginner
+from tgate_runtime.beginning import Beginner, begins
 from tgate_runtime.control import Controls, scales_of_controls, steered
 from tgate_runtime.decoder import decode
 from tgate_runtime.encoder import Encoder, Row
 from tgate_runtime.generators import check_generator
+from tgate_runtime.inpainting import around
 from tgate_runtime.record import EngineRecord, PlanRecord, Record, controls_of, digests_of_given, loras_of
 from tgate_runtime.reference import reference_scale_of
 from tgate_runtime.request import (
@@ -163,6 +164,11 @@ class Model:
         return self.session.manifest.graph(ENCODE) is not None
 
     @property
+    def inpaints(self) -> bool:
+        """Whether all of them do, within a mask."""
+        return self.session.manifest.inpaints
+
+    @property
     def decoders(self) -> tuple[str, ...]:
         """What its pictures may be decoded by."""
         return tuple(name for name, role in DECODERS.items() if self.session.manifest.graph(role) is not None)
@@ -203,8 +209,9 @@ class Model:
             raise RequestError(f"a priority is 0 to {PRIORITIES[-1]}, got {wish.priority}")
         strength = strength_of(wish.strength, manifest, wish.picture, wish.mask)
         taken = plan
-        if strength is not None:
-            taken = self._beginner.left(plan, strength, masked=wish.mask is not None)[1]
+        if strength is not None and begins(manifest, strength):
+            mended = wish.mask is not None and not manifest.inpaints
+            taken = self._beginner.left(plan, strength, masked=mended)[1]
         scales_of_controls(wish.controls, taken, manifest)
         steps = len(taken.steps)
         if wish.partials >= steps:
@@ -225,14 +232,19 @@ class Model:
         plan, size, scale = self.check(wish)
         seeds = seeds_of(wish.seed, wish.images)
         strength = strength_of(wish.strength, self.session.manifest, wish.picture, wish.mask)
-        beginning, taken = None, plan
+        beginning, taken, within, manifest = None, plan, None, self.session.manifest
         with self._entrance(size, wish.images):
             session = self.worker.adapted(size, wish.loras)
             encoder = self._encoder if session is self.session else Encoder(session)
             row, cuts = self._encoded(encoder, wish, seeds, size)
-            if strength is not None:
+            if manifest.inpaints:
+                assert wish.picture is not None  # strength_of has seen them
+                assert wish.mask is not None
+                within = around(self.session, wish.picture, wish.mask, size)
+            if strength is not None and begins(manifest, strength):
                 assert wish.picture is not None  # strength_of has seen it
-                beginning = self._beginner.begin(plan, wish.picture, strength, size, wish.mask)
+                mended = None if manifest.inpaints else wish.mask
+                beginning = self._beginner.begin(plan, wish.picture, strength, size, mended)
                 taken = beginning.plan
             controls = steered(session, wish.controls, taken, size)
             handle = self.worker.submit(
@@ -248,6 +260,7 @@ class Model:
                     came_s=came_s,
                     looks=looks(len(taken.steps), wish.partials),
                     beginning=beginning,
+                    around=within,
                     session=session,
                     controls=controls,
                 )

@@ -32,6 +32,7 @@ from tgate_runtime.control import Steered
 from tgate_runtime.decoder import decode
 from tgate_runtime.finite import check_computed
 from tgate_runtime.generators import check_generator, check_seed, in_dtype, in_step, noise
+from tgate_runtime.inpainting import Around, draw_of
 from tgate_runtime.preview import end_of
 from tgate_runtime.request import check_mapping, check_several, numbers_of, scales_of
 from tgate_runtime.runner import StepDone, advance
@@ -61,7 +62,8 @@ class Request:
     ``priority``: one of :data:`tgate_serve.scheduler.PRIORITIES`. ``within_s``: after so many seconds nobody wants it
     any more. ``came_s``: when it arrived, by :func:`time.monotonic`, if that was before it was encoded. ``looks``: the
     steps, by index, of which :class:`~tgate_serve.handle.Step` tells where the latents are heading. ``beginning``: what
-    is begun from in place of noise, with what is left of ``plan``. ``session``: of adapters, which the worker's gave
+    is begun from in place of noise, with what is left of ``plan``. ``around``: of an inpainting model, what lies around
+    the mask. ``session``: of adapters, which the worker's gave
     (:meth:`~tgate_runtime.session.Session.adapted`); None is the worker's own. ``controls``: by ControlNet, as
     :func:`~tgate_runtime.control.steered` gives them for that plan.
     """
@@ -77,6 +79,7 @@ class Request:
     came_s: float | None = None
     looks: Iterable[int] = ()
     beginning: Beginning | None = None
+    around: Around | None = None
     session: Session | None = None
     controls: Mapping[str, Steered] = field(default_factory=dict)
 
@@ -439,11 +442,16 @@ class Worker:
         first, mend, skipped = drawn(0), None, 0
         if beginning is not None:
             (first, mend), skipped = beginning.first(first, drawn(1)), beginning.draws
+        conditioning = order.conditioning
+        if (within := order.request.around) is not None:
+            row_of = within.row(drawn(draw_of(beginning)))
+            conditioning = {**conditioning, **{name: values[0] for name, values in row_of.items()}}
+            skipped += 1
         try:
             place.state.begin(
                 row,
                 first,
-                order.conditioning,
+                conditioning,
                 guidance_scale=order.guidance_scale,
                 plan=order.plan,
                 step_noise=lambda index: drawn(skipped + in_step(index)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from PIL import Image
 from tests.cli.running import PROMPT, Run, fails
 from tests.toy_bundle import Toy, build
 from tgate_cli import main as cli
+from tgate_runtime.control import Control
 from tgate_runtime.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")
 def refers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("refers") / "toy", Toy(refers=True))
+    return build(tmp_path_factory.mktemp("refers") / "toy", Toy(refers=True, controls=("edges",)))
 
 
 @pytest.fixture
@@ -47,6 +49,24 @@ def test_it_draws_what_the_pipeline_draws_and_draws_it_again(
     assert "ip adapter image" in err
 
 
+def test_beside_a_control_picture(run: Run, refers: Path, seen: Path, tmp_path: Path) -> None:
+    edges, out, again = tmp_path / "edges.png", tmp_path / "out.png", tmp_path / "again.png"
+    Image.fromarray(np.random.default_rng(2).integers(0, 256, (4, 4, 3), np.uint8)).save(edges)
+    pictures = ("--ip-adapter-image", seen, "--control", f"edges={edges}")
+    options = (*pictures, "--ip-adapter-scale", "0.5", "--control-scale", "edges=0.7", "--seed", "3", "--quiet")
+    assert run("generate", refers, PROMPT, *options, "--output", out)[0] == 0
+    with Pipeline.open(refers, threads=1) as pipe, Image.open(seen) as image, Image.open(edges) as looked:
+        asked: dict[str, Any] = {"ip_adapter_image": image, "ip_adapter_scale": 0.5}
+        control = {"edges": Control(image=looked, scale=0.7)}
+        drawn = pipe(PROMPT, seed=3, controls=control, **asked).images[0]
+        for less in ({"controls": control}, asked):
+            assert pipe(PROMPT, seed=3, **less).images[0] != drawn
+    with Image.open(out) as written:
+        np.testing.assert_array_equal(np.asarray(written), np.asarray(drawn))
+    assert run("generate", refers, "--from", out, *pictures, "--output", again, "--quiet")[0] == 0
+    assert again.read_bytes() == out.read_bytes()
+
+
 def test_refused(run: Run, refers: Path, good: Path, seen: Path, tmp_path: Path) -> None:
     out = ("--output", tmp_path / "out.png", "--quiet")
     no_adapter = run("generate", good, PROMPT, "--ip-adapter-image", seen, *out)
@@ -74,5 +94,5 @@ def test_export_refuses_before_pytorch_is_loaded(run: Run, tmp_path: Path) -> No
     both = ("--ip-adapter", adapter, "--image-encoder", tmp_path)
     refused("--weights random reads no checkpoint; leave out --ip-adapter", *both, "--weights", "random")
     refused("--ip-adapter would change nothing without reference", *both, "--components", "text,denoiser,decoder")
-    refused("--controlnet beside --ip-adapter is not exported yet", *both, "--controlnet", "edges=lllyasviel/canny")
+    refused("ControlNet edges: ./nowhere is no directory", *both, "--controlnet", "edges=./nowhere")
     refused("got denoiser, reference", "--components", "denoiser,reference")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tgate_engine.conditioning import half_names, halves
+from tgate_engine.conditioning import half_names, halves, masked_halves, reference_halves
 from tgate_engine.manifest import Conditioning
 
 TEXT = Conditioning(name="text", source="text")
@@ -77,6 +77,19 @@ def test_nothing_is_changed_in_place() -> None:
     given["picture.negative"] += 1
     np.testing.assert_array_equal(POSITIVE["text"], before)
     assert POSITIVE["picture"].tolist() == [[5]]
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_what_lies_around_a_mask_comes_from_its_picture_alone(guided: bool) -> None:
+    around = Conditioning(name="around", source="masked", negative="same")
+    assert not halves([around], {}, {}, None, guided=guided)
+    mask, latents = np.array([[0, 1]], np.float32), np.array([[[2, 3]], [[4, 5]]], np.float32)
+    rows = masked_halves([TEXT, around], mask, latents, guided=guided)
+    assert {name: values.tolist() for name, values in rows.items()} == {
+        f"around.{which}": [[[[0, 1]], [[2, 3]], [[4, 5]]]]
+        for which in (("negative", "positive") if guided else ("positive",))
+    }
+    assert not reference_halves([around], {}, 1.0, guided=guided)
 
 
 def test_every_name_that_a_graph_may_take() -> None:

@@ -513,6 +513,12 @@ def test_a_bundle_with_an_ip_adapter_is_refused_by_name(library: Library, tmp_pa
         LoadedBundle(library, path)
 
 
+def test_a_bundle_of_an_inpainting_model_is_refused_by_name(library: Library, tmp_path: Path) -> None:
+    path = build(tmp_path / "toy", Toy(begins=True, inpaints=True))
+    with pytest.raises(Failure, match="the bundle is of an inpainting model, which libtgate does not run"):
+        LoadedBundle(library, path)
+
+
 def test_a_bundle_with_controlnets_is_refused_by_name(library: Library, tmp_path: Path) -> None:
     """Which Python draws with."""
     path = build(tmp_path / "toy", Toy(controls=("edges",)))

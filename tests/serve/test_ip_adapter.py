@@ -13,6 +13,7 @@ from PIL import Image
 from tests.serve.running import Server, pixels, running
 from tests.serve.test_edits import PICTURE, PROMPT, asked, png
 from tests.toy_bundle import Toy, build
+from tgate_runtime.control import Control
 from tgate_runtime.pipeline import Pipeline
 from tgate_runtime.session import Session
 from tgate_runtime.stamps import read_stamp
@@ -23,7 +24,7 @@ SEEN = Image.fromarray(np.random.default_rng(1).integers(0, 256, (9, 6, 3), np.u
 
 @pytest.fixture(scope="module")
 def refers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    path = build(tmp_path_factory.mktemp("refers") / "toy", Toy(begins=True, refers=True))
+    path = build(tmp_path_factory.mktemp("refers") / "toy", Toy(begins=True, refers=True, controls=("edges",)))
     with Session.open(path, threads=1) as opened:
         yield opened
 
@@ -55,6 +56,17 @@ def test_an_edit_has_one_as_well(server: Server, refers: Session) -> None:
     answer = asked(server, image=png(PICTURE), prompt=PROMPT, seed=2, ip_adapter_image=png(SEEN)).json()
     drawn = Pipeline(refers)(PROMPT, image=PICTURE, seed=2, ip_adapter_image=SEEN)
     np.testing.assert_array_equal(pixels(answer["data"][0]["b64_json"]), np.asarray(drawn.images[0]))
+
+
+def test_beside_a_control_picture(server: Server, refers: Session) -> None:
+    edges = Image.fromarray(np.random.default_rng(2).integers(0, 256, (4, 4, 3), np.uint8))
+    fields = {"prompt": PROMPT, "seed": 7, "ip_adapter_image": within(png(SEEN)), "ip_adapter_scale": 0.5}
+    answer = server.draw(**fields, controls={"edges": {**within(png(edges)), "scale": 0.7}}).json()
+    controls = {"edges": Control(image=edges, scale=0.7)}
+    drawn = Pipeline(refers)(PROMPT, seed=7, ip_adapter_image=SEEN, ip_adapter_scale=0.5, controls=controls)
+    np.testing.assert_array_equal(pixels(answer["data"][0]["b64_json"]), np.asarray(drawn.images[0]))
+    without = server.draw(**fields).json()["data"][0]["b64_json"]
+    assert (pixels(without) != np.asarray(drawn.images[0])).any()
 
 
 @pytest.mark.parametrize(

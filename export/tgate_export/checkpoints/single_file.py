@@ -70,7 +70,8 @@ _KNOWN = {
 }
 
 # Networks that take more than latents, by their channels.
-_CONDITIONED = {5: "depth-to-image", 7: "upscaling", 8: "instruct-pix2pix and other image-to-image", 9: "inpainting"}
+_CONDITIONED = {5: "depth-to-image", 7: "upscaling", 8: "instruct-pix2pix and other image-to-image"}
+_INPAINTING = 9
 
 
 @dataclass(frozen=True)
@@ -185,10 +186,14 @@ class SingleFileCheckpoint(Checkpoint):
             )
         channels = first[1]
         if channels != config["in_channels"]:
-            what = _CONDITIONED.get(channels, "inpainting and image-to-image")
+            what = _CONDITIONED.get(channels, "image-to-image")
             raise ExportError(
                 f"{self.where}: its U-Net takes {channels} channels, {self._model} takes {config['in_channels']}; "
-                f"{what} checkpoints cannot be exported"
+                + (
+                    "an inpainting checkpoint is read from a diffusers directory alone"
+                    if channels == _INPAINTING
+                    else f"{what} checkpoints cannot be exported"
+                )
             )
 
     def _check_rest(self) -> None:

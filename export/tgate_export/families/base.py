@@ -73,6 +73,8 @@ class Scaling:
     stored: bool = False
 
 
+INPAINTING = 9
+"""Channels that diffusers' inpainting pipelines give a network: 4 of latents, the mask, 4 of the masked picture's."""
 _CONTROL = "controlnet:"
 
 
@@ -97,6 +99,9 @@ class Family(ABC):
     """The module of each component, by its directory in the checkpoint."""
     beside: Mapping[str, type[nn.Module]] = {}
     """The same of components that are brought beside a checkpoint."""
+    inpainting_class: str = ""
+    """The one of ``pipeline_classes`` whose networks are told what lies around a mask, beside latents; empty where
+    there is none."""
     control_class: type[nn.Module] | None = None
     """The class of its ControlNets; None where it takes none."""
     aliases: Mapping[str, tuple[str, ...]] = {}
@@ -152,12 +157,29 @@ class Family(ABC):
         """Raises :class:`~tgate_engine.errors.ExportError` where the configs are of another architecture, or ask for
         something that the pipeline would not do."""
         inputs, channels = self.config(checkpoint, self.denoiser)["in_channels"], self.latent_channels(checkpoint)
-        if inputs != channels:
+        if self.inpaints(checkpoint):
+            if (inputs, channels) != (INPAINTING, 4):
+                raise ExportError(
+                    f"{checkpoint.where}: the {self.denoiser} takes {inputs} channels, its latents have {channels}; "
+                    f"{self.inpainting_class} is exported with {INPAINTING} and 4. A plain model takes masks as well: "
+                    f"name {self.pipeline_classes[0]} in its model_index.json"
+                )
+        elif inputs != channels:
+            if self.inpainting_class and (inputs, channels) == (INPAINTING, 4):
+                raise ExportError(
+                    f"{checkpoint.where}: the {self.denoiser} takes {inputs} channels, its latents have {channels}; "
+                    f"that is an inpainting model's: name {self.inpainting_class} in its model_index.json"
+                )
             raise ExportError(
                 f"{checkpoint.where}: the {self.denoiser} takes {inputs} channels, its latents have {channels}; "
-                "inpainting and image-to-image checkpoints cannot be exported"
+                "image-to-image checkpoints cannot be exported"
             )
         self.check_decoder(checkpoint)
+
+    def inpaints(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint's network is told what lies around a mask."""
+        name = checkpoint.model_index.get("_class_name")
+        return bool(self.inpainting_class) and name == self.inpainting_class
 
     def check_decoder(self, checkpoint: Checkpoint) -> None:
         """Raises :class:`~tgate_engine.errors.ExportError` for a decoder of anything but colours."""
@@ -422,6 +444,10 @@ class Family(ABC):
     def negative_text(self, clip_skip: int) -> tuple[str, ...]:
         """Names of conditioning that :meth:`text` gives once more, for negative prompts, after all the others."""
         return ()
+
+    def rescales_guidance(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint's pipeline can rescale guidance."""
+        return self.facts.rescales_guidance
 
     def check_clip_skip(self, checkpoint: Checkpoint, clip_skip: int) -> None:
         """Raises :class:`ExportError` where so many layers cannot be left out of the text encoders."""

@@ -14,7 +14,7 @@ from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Size, Texts
 from tgate_export.families.facts import SD
-from tgate_export.families.unet import TextUNet
+from tgate_export.families.unet import TextUNet, beside_mask, inpainting_call, masked
 from tgate_export.ip_adapter import attended, inputs_of
 from tgate_export.schedulers import options_of
 
@@ -26,7 +26,8 @@ class StableDiffusion(TextUNet):
     """Stable Diffusion 1.x and 2.x (arXiv 2112.10752), in diffusers layout. The sampler knows what they predict."""
 
     facts = SD
-    pipeline_classes = ("StableDiffusionPipeline",)
+    pipeline_classes = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
+    inpainting_class = "StableDiffusionInpaintPipeline"
     picture_pipeline = "StableDiffusionImg2ImgPipeline"
     classes: Mapping[str, type[nn.Module]] = {
         "unet": diffusers.UNet2DConditionModel,
@@ -57,6 +58,7 @@ class StableDiffusion(TextUNet):
         residuals: Sequence[Tensor],
     ) -> Tensor:
         text = attended(conditioning["prompt_embeds"], conditioning)
+        latents = beside_mask(latents, conditioning)
         return self.predict(denoiser, latents, timesteps, guidance, text, residuals=residuals)
 
     def look(
@@ -70,10 +72,10 @@ class StableDiffusion(TextUNet):
         return self.residuals(net, latents, timesteps, conditioning["prompt_embeds"], pictures)
 
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
-        """The text and, with an IP-Adapter, a picture."""
+        """The text, with an IP-Adapter a picture and, of an inpainting model, what lies around the mask."""
         shape = (self.token_length(checkpoint, 0), int(self.config(checkpoint, "text_encoder")["hidden_size"]))
         text = ConditioningInput(Conditioning(name="prompt_embeds", source="text"), shape, attended=True)
-        return (text, *inputs_of(checkpoint))
+        return (text, *inputs_of(checkpoint), *masked(self, checkpoint, size))
 
     def text(self, encoders: Sequence[nn.Module], clip_skip: int = 0) -> nn.Module:
         return _Text(encoders[0], clip_skip)
@@ -82,20 +84,23 @@ class StableDiffusion(TextUNet):
         return ("prompt_embeds",) if clip_skip else ()
 
     def scheduler_config(self, checkpoint: Checkpoint, size: Size) -> Mapping[str, Any]:
-        """The pipeline sets two options of its scheduler itself, whatever the checkpoint says.
+        """The pipeline sets two options of its scheduler itself, whatever the checkpoint says; that for inpainting one.
 
         Where the checkpoint does not state one, it stays what diffusers calls a default, which other classes of
         scheduler replace by their own.
         """
         config = dict(super().scheduler_config(checkpoint, size))
         own = options_of(config.get("_class_name"))
-        if config.get("clip_sample") is True:
+        if config.get("clip_sample") is True and not self.inpaints(checkpoint):
             config["clip_sample"] = False
         if "steps_offset" not in config and "steps_offset" in own:
             config["_use_default_values"] = ["steps_offset"]
         if "_use_default_values" in config or "steps_offset" in config:
             config["steps_offset"] = 1
         return config
+
+    def rescales_guidance(self, checkpoint: Checkpoint) -> bool:
+        return not self.inpaints(checkpoint)
 
     def default_size(self, checkpoint: Checkpoint) -> Size:
         """Before diffusers 0.9 no checkpoint said its size: the pipeline takes 64 latent pixels for less than that."""
@@ -116,11 +121,13 @@ class StableDiffusion(TextUNet):
         return {"prompt_embeds": positive}, {"prompt_embeds": other}
 
     def call(self, pipe: Any, conditioning: Texts, guidance_scale: float, guidance_rescale: float) -> dict[str, Any]:
+        around = inpainting_call(conditioning, pipe.vae_scale_factor)
         return {
             "prompt_embeds": conditioning["prompt_embeds.positive"],
             "negative_prompt_embeds": conditioning.get("prompt_embeds.negative"),
             "guidance_scale": guidance_scale,
-            "guidance_rescale": guidance_rescale,
+            **({} if around else {"guidance_rescale": guidance_rescale}),
+            **around,
         }
 
 

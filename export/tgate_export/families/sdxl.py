@@ -15,7 +15,7 @@ from tgate_engine.manifest import Conditioning
 from tgate_export.checkpoints import Checkpoint
 from tgate_export.families.base import ConditioningInput, Scaling, Size, Texts
 from tgate_export.families.facts import SDXL
-from tgate_export.families.unet import TIME_IDS, TextUNet, time_ids
+from tgate_export.families.unet import TIME_IDS, TextUNet, beside_mask, inpainting_call, masked, time_ids
 from tgate_export.ip_adapter import attended, inputs_of
 
 
@@ -23,7 +23,8 @@ class Sdxl(TextUNet):
     """Stable Diffusion XL and models of its structure (arXiv 2307.01952), in diffusers layout."""
 
     facts = SDXL
-    pipeline_classes = ("StableDiffusionXLPipeline",)
+    pipeline_classes = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
+    inpainting_class = "StableDiffusionXLInpaintPipeline"
     picture_pipeline = "StableDiffusionXLImg2ImgPipeline"
     classes: Mapping[str, type[nn.Module]] = {
         "unet": diffusers.UNet2DConditionModel,
@@ -46,6 +47,11 @@ class Sdxl(TextUNet):
 
     def check(self, checkpoint: Checkpoint) -> None:
         super().check(checkpoint)
+        if checkpoint.model_index.get("requires_aesthetics_score") and self.inpaints(checkpoint):
+            raise ExportError(
+                f"{checkpoint.where}: model_index.json has requires_aesthetics_score = true, as the SDXL refiner's; "
+                "such networks cannot be exported"
+            )
         unet, second = self.config(checkpoint, "unet"), self.config(checkpoint, "text_encoder_2")
         parts = (int(unet["addition_time_embed_dim"] or 0) * TIME_IDS, int(second["projection_dim"]))
         if sum(parts) != unet["projection_class_embeddings_input_dim"]:
@@ -82,6 +88,7 @@ class Sdxl(TextUNet):
         residuals: Sequence[Tensor],
     ) -> Tensor:
         text, added = attended(conditioning["prompt_embeds"], conditioning), _added(conditioning)
+        latents = beside_mask(latents, conditioning)
         return self.predict(denoiser, latents, timesteps, guidance, text, added, residuals)
 
     def look(
@@ -96,7 +103,8 @@ class Sdxl(TextUNet):
         return self.residuals(net, latents, timesteps, text, pictures, added)
 
     def conditioning(self, checkpoint: Checkpoint, size: Size) -> Sequence[ConditioningInput]:
-        """Text and pooled text from both encoders, the size row and, with an IP-Adapter, a picture."""
+        """Text and pooled text from both encoders, the size row, with an IP-Adapter a picture and, of an inpainting
+        model, what lies around the mask."""
         first, second = (self.config(checkpoint, component) for component in self.text_components)
         width = int(first["hidden_size"]) + int(second["hidden_size"])
         text = Conditioning(name="prompt_embeds", source="text")
@@ -106,6 +114,7 @@ class Sdxl(TextUNet):
             ConditioningInput(pooled, (int(second["projection_dim"]),)),
             time_ids(size),
             *inputs_of(checkpoint),
+            *masked(self, checkpoint, size),
         )
 
     def text(self, encoders: Sequence[nn.Module], clip_skip: int = 0) -> nn.Module:
@@ -120,6 +129,11 @@ class Sdxl(TextUNet):
         mean, std = config["latents_mean"], config["latents_std"]
         if mean is None or std is None:
             return super().scaling(checkpoint)
+        if self.inpaints(checkpoint):
+            raise ExportError(
+                f"{checkpoint.where}: vae/config.json has latents_mean and latents_std, which {self.inpainting_class} "
+                "goes by where it decodes and not where it encodes; set them to null"
+            )
         channels = self.latent_channels(checkpoint)
         if len(mean) != channels or len(std) != channels or channels != 4:
             raise ExportError(
@@ -151,6 +165,7 @@ class Sdxl(TextUNet):
             "negative_pooled_prompt_embeds": conditioning.get("pooled.negative"),
             "guidance_scale": guidance_scale,
             "guidance_rescale": guidance_rescale,
+            **inpainting_call(conditioning, pipe.vae_scale_factor),
         }
 
 

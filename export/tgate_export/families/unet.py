@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from tgate_engine.errors import ExportError
 from tgate_engine.manifest import Conditioning, Guidance
+from tgate_engine.step import half
 from tgate_export.attention import AttentionSite
 from tgate_export.checkpoints import Checkpoint
-from tgate_export.families.base import ConditioningInput, Family, Size, control_component, side
+from tgate_export.families.base import ConditioningInput, Family, Size, Texts, control_component, side
 from tgate_export.ip_adapter import ENCODER, PROJECTION, Reference, adapted, attach, check_encoder
 from tgate_export.pictures import check_processor, normalisation
 
+MASKED = "masked"
+"""Conditioning of an inpainting network: the mask and, after it, the latents of what is left of the picture."""
 TIME_IDS = 6
 """Original height and width, crop top and left, target height and width."""
 
@@ -61,9 +64,9 @@ class TextUNet(Family):
                 f"{checkpoint.where}: the unet has encoder_hid_dim_type = {config['encoder_hid_dim_type']!r}, which "
                 "wants an image beside the prompt; only text is exported"
             )
-        if config["out_channels"] != config["in_channels"]:
+        if config["out_channels"] != self.latent_channels(checkpoint):
             raise ExportError(
-                f"{checkpoint.where}: the unet takes {config['in_channels']} channels and gives "
+                f"{checkpoint.where}: the unet takes {self.latent_channels(checkpoint)} channels of latents and gives "
                 f"{config['out_channels']}; samplers want as many"
             )
         check_clip(self, checkpoint, self.text_components if self.facts.clip_skips else ())
@@ -169,7 +172,8 @@ class TextUNet(Family):
     def check_control(self, checkpoint: Checkpoint, net: str) -> None:
         component = control_component(net)
         where = f"{checkpoint.where}: ControlNet {net}"
-        config, unet = self.config(checkpoint, component), self.config(checkpoint, "unet")
+        config, unet = self.config(checkpoint, component), dict(self.config(checkpoint, "unet"))
+        unet["in_channels"] = self.latent_channels(checkpoint)  # what lies around a mask, a ControlNet is not told
         for key in ("in_channels", "cross_attention_dim", "addition_embed_type"):
             if config[key] != unet[key]:
                 raise ExportError(
@@ -190,6 +194,34 @@ class TextUNet(Family):
                 raise ExportError(
                     f"{where} has {key} = {config[key]!r} and so a further input, which the pipeline does not give it"
                 )
+
+
+def masked(family: Family, checkpoint: Checkpoint, size: Size) -> tuple[ConditioningInput, ...]:
+    """What an inpainting network is told of what lies around the mask; nothing of others."""
+    if not family.inpaints(checkpoint):
+        return ()
+    channels, height, width = family.latents(checkpoint, size)
+    around = Conditioning(name=MASKED, source="masked", negative="same")
+    return (ConditioningInput(around, (1 + channels, height, width)),)
+
+
+def beside_mask(latents: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """What the network takes: latents [N, C, h, w] and, of an inpainting one, what lies around the mask after them."""
+    return torch.cat([latents, conditioning[MASKED]], dim=1) if MASKED in conditioning else latents
+
+
+def inpainting_call(conditioning: Texts, pixels: int) -> dict[str, Any]:
+    """Arguments that have diffusers' inpainting pipeline begin from noise with that mask and those latents of what is
+    left, ``masked.<half>`` [B, 1 + C, h, w]; nothing of other networks. ``pixels``: of a latent pixel."""
+    if (around := conditioning.get(half(MASKED, "positive"))) is None:
+        return {}
+    mask = around[:, :1].repeat_interleave(pixels, 2).repeat_interleave(pixels, 3)
+    return {
+        "image": torch.zeros_like(mask).repeat(1, 3, 1, 1),  # nothing of it is left at that strength
+        "mask_image": mask,
+        "masked_image_latents": around[:, 1:],
+        "strength": 1.0,
+    }
 
 
 def time_ids(size: Size) -> ConditioningInput:

@@ -132,7 +132,8 @@ class EditAsked(PicturesAsked):
         Field(description="what of it is drawn anew: what is transparent or, without alpha, white; all if left out"),
     ] = None
     strength: Annotated[
-        float | None, Field(gt=0, le=1, description="the part of the plan's steps that is taken; 0.6 if left out")
+        float | None,
+        Field(gt=0, le=1, description="the part of the plan's steps that is taken; if left out 0.6, or 1 to inpaint"),
     ] = None
 
 
@@ -263,10 +264,10 @@ class PlanFacts(BaseModel):
 
 
 class ModelFacts(BaseModel):
-    """A model that is served. ``takes``: what it is conditioned by. ``edits``: whether its pictures
-    can begin from one. ``decoders``: what its pictures can be decoded by. ``ip_adapter``: whether they can attend to
-    one beside the prompt. ``loras``: the names of its adapters. ``controls``: of its ControlNets. ``running``,
-    ``waiting``: images, now."""
+    """A model that is served. ``takes``: what it is conditioned by. ``edits``: whether its pictures can begin from one;
+    ``inpaints``: whether all of them do, within a mask. ``decoders``: what its pictures can be decoded by.
+    ``ip_adapter``: whether they can attend to one beside the prompt. ``loras``: the names of its adapters.
+    ``controls``: of its ControlNets. ``running``, ``waiting``: images, now."""
 
     sizes: list[str]
     plans: list[PlanFacts]
@@ -276,6 +277,7 @@ class ModelFacts(BaseModel):
     negative_prompt: bool
     guidance_scale: bool
     edits: bool
+    inpaints: bool
     decoders: list[str]
     loras: list[str]
     ip_adapter: bool

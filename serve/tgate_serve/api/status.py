@@ -75,6 +75,7 @@ def _answer(model: Model) -> ModelAnswer:
             negative_prompt=manifest.guided and not model.takes_picture,
             guidance_scale=manifest.guidance != "none",
             edits=model.edits,
+            inpaints=model.inpaints,
             decoders=list(model.decoders),
             loras=list(manifest.adapters),
             ip_adapter=model.refers,

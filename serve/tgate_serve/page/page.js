@@ -18,7 +18,7 @@ let seedDrawn = null;
 async function load() {
   try {
     const all = (await (await ask("v1/models")).json()).data;
-    models = all.filter(({ tgate }) => tgate.makes === "pictures" && tgate.takes === "prompt");
+    models = all.filter(({ tgate }) => tgate.makes === "pictures" && tgate.takes === "prompt" && !tgate.inpaints);
     const others = all.filter((model) => !models.includes(model)).map((model) => model.id);
     at("left-out").textContent = `Left out, as this page draws pictures of prompts: ${others.join(", ")}.`;
     at("left-out").hidden = !others.length;

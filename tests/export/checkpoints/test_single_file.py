@@ -103,7 +103,7 @@ def test_a_file_of_another_model(written: Callable[[str], tuple[Path, Small]]) -
             lambda d: {
                 k: torch.zeros(4, 9, 3, 3) if k.endswith("input_blocks.0.0.weight") else t for k, t in d.items()
             },
-            "takes 9 channels, sd15 takes 4; inpainting",
+            "takes 9 channels, sd15 takes 4; an inpainting checkpoint is read from a diffusers directory alone",
             id="inpainting",
         ),
         pytest.param(

@@ -147,6 +147,10 @@ FileDigest read_digest(Reader& r) {
 }
 
 Conditioning read_conditioning(Reader& r) {
+  if (const std::string* source = r.get("source").as<std::string>(); source && *source == "masked") {
+    throw Error(Code::bundle, "the bundle is of an inpainting model, which libtgate does not run; draw with the Python "
+                              "runtime");
+  }
   return {r.word("name"), r.choice("source", sources), r.choice("negative", negatives)};
 }
 

@@ -9,15 +9,20 @@ combination the pipeline then takes to be that.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 from unittest import mock
 
 import torch
+from diffusers.schedulers import scheduling_scm
 from torch import Tensor
 
 from tests.oracle import Action, _actions
+from tgate_runtime.generators import in_step, noise
+
+SEED = 5
 
 Call = Callable[..., tuple[Tensor]]
 Rule = Callable[[int, Call, Call, Call], Tensor]
@@ -27,17 +32,29 @@ Rule = Callable[[int, Call, Call, Call], Tensor]
 def plain_run(pipe: Any, prompt: str, negative: str, *, latents: Tensor, **options: Any) -> Tensor:
     """Final latents of diffusers' own pipeline. ``latents``: noise, [1, ...] as bundles have it. ``options``: others of
     its call."""
-    with torch.no_grad():
-        result: Tensor = pipe(
-            prompt, negative_prompt=negative, output_type="latent", latents=held(pipe, latents), **options
-        )[0]
     kind = type(pipe).__name__
+    if kind != "SanaSprintPipeline":  # which knows no negative prompt
+        options["negative_prompt"] = negative
+    with torch.no_grad(), drawn_as_engines_do(latents):
+        result: Tensor = pipe(prompt, output_type="latent", latents=held(pipe, latents), **options)[0]
     if kind == "LTXPipeline":
         return cast(Tensor, pipe._unpack_latents(result, *latents.shape[2:]))
     if kind in _PATCHED:
         result = pipe._unpack_latents(result, options["height"], options["width"], pipe.vae_scale_factor)
         return result[:, :, 0] if result.ndim == 5 else result
     return result
+
+
+@contextmanager
+def drawn_as_engines_do(latents: Tensor) -> Iterator[None]:
+    """While open, a sampler of Sana-Sprint draws what an engine draws with :data:`SEED`, a step after the other."""
+    calls = itertools.count()
+
+    def drawn(*_args: Any, **_options: Any) -> Tensor:
+        return torch.from_numpy(noise(SEED, latents.shape[1:], draw=in_step(next(calls))))[None]
+
+    with mock.patch.object(scheduling_scm, "randn_tensor", drawn):
+        yield
 
 
 def held(pipe: Any, latents: Tensor) -> Tensor:
@@ -74,8 +91,11 @@ def gated_run(pipe: Any, prompt: str, negative: str, m: int, k: int, f: int, w: 
         return hook
 
     def rule(step: int, both: Call, negative_half: Call, _positive: Call) -> Tensor:
-        now["self"], now["cross"] = _actions(step, m=m, k=k, f=f, w=w, guided=True)
-        return both()[0] if step < m else torch.cat([negative_half()[0]] * 2)
+        guided = type(pipe).__name__ != "SanaSprintPipeline"
+        now["self"], now["cross"] = _actions(step, m=m, k=k, f=f, w=w, guided=guided)
+        if step < m or not guided:
+            return both()[0]
+        return torch.cat([negative_half()[0]] * 2)
 
     with ExitStack() as stack:
         for name, module in _network(pipe).named_modules():
@@ -198,7 +218,8 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
 
         return (rule(next(steps), whole, whole, whole),)
 
-    ways = {"WanPipeline": run_twice, "QwenImagePipeline": run_apart, "FluxPipeline": run_alone}
+    ways = {"WanPipeline": run_twice, "QwenImagePipeline": run_apart}
+    ways |= dict.fromkeys(("FluxPipeline", "SanaSprintPipeline"), run_alone)
 
     def named(*args: Any, **options: Any) -> tuple[Tensor]:
         given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **options}

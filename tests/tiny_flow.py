@@ -315,6 +315,38 @@ FLOW_VARIANTS: Mapping[str, TinyFlow] = {
         vae=_dc_ae((16, 16, 16, 32), (_RES, _VIT, _RES, _VIT), (0, 1, 1, 1), "pixel_shuffle"),
         scheduler=_flow_dpm,
     ),
+    # Sana-Sprint takes the guidance scale, and its noise is an angle.
+    "sprint_a": TinyFlow(
+        model="sana-sprint-1.6b",
+        pipeline="SanaSprintPipeline",
+        latents=(8, 8, 16),
+        pixels=4,
+        text_width=16,
+        network=_sana(4, 8, 2, guidance_embeds=True, qk_norm="rms_norm_across_heads"),
+        vae=_dc_ae((16, 16, 32), (_RES, _RES, _VIT), (1, 1, 1), "interpolate"),
+        scheduler=diffusers.SCMScheduler,
+    ),
+    "sprint_b": TinyFlow(
+        model="sana-sprint-0.6b",
+        pipeline="SanaSprintPipeline",
+        latents=(8, 8, 4),
+        pixels=8,
+        text_width=24,
+        network=_sana(
+            3,
+            8,
+            3,
+            guidance_embeds=True,
+            guidance_embeds_scale=0.3,
+            patch_size=2,
+            interpolation_scale=1.0,
+            timestep_scale=0.5,
+            attention_bias=True,
+            num_layers=3,
+        ),
+        vae=_dc_ae((16, 16, 16, 32), (_RES, _VIT, _RES, _VIT), (0, 1, 1, 1), "pixel_shuffle"),
+        scheduler=lambda: diffusers.SCMScheduler(sigma_data=0.8),
+    ),
     "sd3_a": TinyFlow(
         model="sd3-medium",
         pipeline="StableDiffusion3Pipeline",
@@ -538,7 +570,7 @@ def flow_noise(variant: str, seed: int = 0) -> torch.Tensor:
 
 def _build_sana(tiny: TinyFlow, variant: str) -> Any:
     network = diffusers.SanaTransformer2DModel(**tiny.network, caption_channels=tiny.text_width)
-    return diffusers.SanaPipeline(
+    return getattr(diffusers, tiny.pipeline)(
         transformer=draw(network.eval(), f"{variant}/transformer"),
         vae=draw(diffusers.AutoencoderDC(**tiny.vae).eval(), f"{variant}/vae"),
         scheduler=tiny.scheduler(),
@@ -622,6 +654,7 @@ def _build_ltx(tiny: TinyFlow, variant: str) -> Any:
 
 _BUILD: Mapping[str, Callable[[TinyFlow, str], Any]] = {
     "SanaPipeline": _build_sana,
+    "SanaSprintPipeline": _build_sana,
     "StableDiffusion3Pipeline": _build_sd3,
     "WanPipeline": _build_wan,
     "LTXPipeline": _build_ltx,

@@ -39,6 +39,7 @@ from tgate_export.schedulers import (
     make_scheduler,
     refuse_options,
     set_timesteps,
+    timesteps_of,
 )
 
 __all__ = ["SAMPLERS", "compile_sampler", "compile_scheduler", "drawing", "make_scheduler"]
@@ -158,7 +159,7 @@ class Run:
         self.scheduler = from_config(type(scheduler), scheduler.config)
         try:
             set_timesteps(self.scheduler, steps)
-            self.timesteps = list(self.scheduler.timesteps)
+            self.timesteps = timesteps_of(self.scheduler)
         except Exception as error:
             raise self._failed(error) from error
 

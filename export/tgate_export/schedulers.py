@@ -68,10 +68,18 @@ TRAINED_UNDER_FLOW = (FLOW_EULER,)
 """Schedulers of checkpoints trained by flow matching. Some such checkpoints bring one of :data:`TRAINED_UNDER`, told to
 take flow matching's noise levels (``use_flow_sigmas``)."""
 
+TRAINED_UNDER_TRIG = ("SCMScheduler",)
+"""Schedulers of checkpoints distilled as TrigFlow (arXiv 2410.11081), whose noise is an angle."""
+
 MU, PIPELINE_SIGMAS = "mu", "pipeline_sigmas"
 """What a pipeline hands to its scheduler beside the number of steps, kept in the configuration, where no class of
 diffusers has such options: the shift of noise levels that it computes from the size (a number; with
 ``use_dynamic_shifting``), and whether it spaces noise levels itself, from 1 to 1/n (true)."""
+
+_KNOWN = (*TRAINED_UNDER, *TRAINED_UNDER_EDM, *TRAINED_UNDER_FLOW, *TRAINED_UNDER_TRIG)
+
+MIDDLE = 1.3
+"""The angle between both calls of a two-step trajectory under TrigFlow: what Sana-Sprint's pipeline has."""
 
 TRAINING = (
     "num_train_timesteps",
@@ -99,7 +107,7 @@ _LADDERS_OWN = ("sigma_min", "sigma_max")
 
 def options_of(class_name: object) -> Collection[str]:
     """The options that a scheduler of that name lists; none for a name that is not known."""
-    if class_name not in (*TRAINED_UNDER, *TRAINED_UNDER_EDM, *TRAINED_UNDER_FLOW):
+    if class_name not in _KNOWN:
         return ()
     return declared_values(getattr(diffusers, str(class_name)))
 
@@ -108,7 +116,7 @@ def options_of(class_name: object) -> Collection[str]:
 def _options() -> Mapping[str, Wanted]:
     """What some scheduler takes, by option. Samplers read what a checkpoint's own scheduler does not list, too."""
     known: dict[str, Wanted] = {}
-    for name in (*TRAINED_UNDER, *TRAINED_UNDER_EDM, *TRAINED_UNDER_FLOW):
+    for name in _KNOWN:
         for key, wanted in declared_values(getattr(diffusers, name)).items():
             known[key] = known[key] | wanted if key in known else wanted
     return known
@@ -166,7 +174,17 @@ def sampler_class(name: str, base_config: Mapping[str, Any]) -> tuple[str, dict[
         return recipe.edm[0], dict(recipe.edm[1])
     if owner in TRAINED_UNDER_FLOW:
         return _flow_class(name, base_config)
-    if owner not in TRAINED_UNDER:
+    if owner in TRAINED_UNDER_TRIG and recipe.scheduler != owner:
+        raise ExportError(
+            f"the checkpoint's scheduler is {owner}: its network was distilled as TrigFlow, whose noise is an angle, "
+            f"which sampler {name!r} does not know. Choose scm"
+        )
+    if recipe.scheduler in TRAINED_UNDER_TRIG and recipe.scheduler != owner:
+        raise ExportError(
+            f"the checkpoint's scheduler is {plain(owner)}, and sampler {name!r} knows no network but those that were "
+            "distilled as TrigFlow (Sana-Sprint); leave --sampler out for the model's own"
+        )
+    if owner not in (*TRAINED_UNDER, *TRAINED_UNDER_TRIG):
         raise ExportError(
             f"the checkpoint's scheduler is {plain(owner)}; sampler {name!r} would read a noise schedule that such a "
             "model does not have. Models are exported whose noise is a table of betas (DDIM's, Euler's, DPM-Solver's "
@@ -225,10 +243,17 @@ def set_timesteps(scheduler: Any, steps: int) -> None:
     mu = scheduler.config.get(MU) if scheduler.config.get("use_dynamic_shifting") else None
     shift = {} if mu is None else {"mu": mu}
     with np.errstate(all="ignore"):  # shift_terminal divides one step's by zero; coefficients tell
-        if scheduler.config.get(PIPELINE_SIGMAS):
+        if type(scheduler).__name__ in TRAINED_UNDER_TRIG:
+            scheduler.set_timesteps(steps, intermediate_timesteps=MIDDLE if steps == 2 else None)
+        elif scheduler.config.get(PIPELINE_SIGMAS):
             scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **shift)
         else:
             scheduler.set_timesteps(steps, **shift)
+
+
+def timesteps_of(scheduler: Any) -> list[Any]:
+    """The timestep of each call, once they are set. TrigFlow's last is where the trajectory ends."""
+    return list(scheduler.timesteps[:-1] if type(scheduler).__name__ in TRAINED_UNDER_TRIG else scheduler.timesteps)
 
 
 def from_config(cls: Any, config: Mapping[str, Any], **options: Fact) -> Any:

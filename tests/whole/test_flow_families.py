@@ -20,7 +20,16 @@ from diffusers.utils import is_ftfy_available
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from tests.oracle_flow import delta_run, forecast_run, gated_run, held, plain_run, stopped_run
+from tests.oracle_flow import (
+    SEED,
+    delta_run,
+    drawn_as_engines_do,
+    forecast_run,
+    gated_run,
+    held,
+    plain_run,
+    stopped_run,
+)
 from tests.tiny_flow import FLOW_VARIANTS, flow_noise, load_tiny_flow, make_tiny_flow
 from tests.whole.cases import GUIDANCE_STOPPED, NAME, TOLERANCE, UNGATED, plans_of, relative
 from tgate_engine.bundle import Bundle
@@ -37,7 +46,7 @@ PROMPT, NEGATIVE = "A large red circle above a small blue square", "a photo of a
 GATED = [name for name, tiny in FLOW_VARIANTS.items() if MODELS[tiny.model].facts.cross_attention]
 JOINT = [name for name in FLOW_VARIANTS if name not in GATED]
 GUIDED = [name for name, tiny in FLOW_VARIANTS.items() if MODELS[tiny.model].facts.guided]
-ONE_OF_EACH = ("sana_a", "sd3_a", "wan_a", "hunyuan_a", "ltx_a", "kolors_a", "qwen_a", "flux_a")
+ONE_OF_EACH = ("sana_a", "sprint_a", "sd3_a", "wan_a", "hunyuan_a", "ltx_a", "kolors_a", "qwen_a", "flux_a")
 """In every run of the tests; the other shapes are slow."""
 EMBEDDED = [name for name, tiny in FLOW_VARIANTS.items() if not MODELS[tiny.model].facts.text_graph]
 
@@ -58,7 +67,8 @@ class Subject:
         self.embeds: Mapping[str, NDArray[Any]] | None = None
         if not self.model.facts.text_graph:
             file = root / "prompt.safetensors"
-            embed(self.tiny.model, [PROMPT], file, checkpoint=str(self.checkpoint), negative_prompt=NEGATIVE)
+            negative = NEGATIVE if self.model.facts.guided else None
+            embed(self.tiny.model, [PROMPT], file, checkpoint=str(self.checkpoint), negative_prompt=negative)
             self.embeds = load_file(file)
 
     def settings(self, output: Path, method: str, **more: Any) -> ExportSettings:
@@ -73,11 +83,13 @@ class Subject:
 
     def options(self, sampler: str, steps: int) -> dict[str, Any]:
         """How diffusers' pipeline is asked for the same; its scheduler is the sampler's."""
-        self.eager.scheduler = make_scheduler(sampler, self.bundle.manifest.scheduler)
         shape = self.bundle.manifest.shapes[0]
-        options: dict[str, Any] = (
-            {"use_resolution_binning": False} if self.model.facts.name in ("sana", "hunyuan") else {}
-        )
+        binned = self.model.facts.name in ("sana", "sprint", "hunyuan")
+        options: dict[str, Any] = {"use_resolution_binning": False} if binned else {}
+        if sampler != "scm":  # diffusers' own there, as the checkpoint has it
+            self.eager.scheduler = make_scheduler(sampler, self.bundle.manifest.scheduler)
+        elif steps != 2:
+            options["intermediate_timesteps"] = None
         if self.model.facts.video:
             options["num_frames"] = self.tiny.frames
         noise, scale = flow_noise(self.variant), self.bundle.manifest.guidance_scale
@@ -100,7 +112,7 @@ class Subject:
             else {"prompt_embeds": self.embeds}
         )
         with Pipeline.open(self.bundle, threads=1, plans=[walked]) as pipe:
-            return pipe(**given, plan=walked, initial_latents=flow_noise(self.variant).numpy())
+            return pipe(**given, plan=walked, seed=SEED, initial_latents=flow_noise(self.variant).numpy())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,17 +139,23 @@ def test_ungated_latents_and_picture_are_those_of_diffusers(subject_of: Callable
     subject = subject_of(variant, _method(variant))
     scheduler = subject.bundle.manifest.scheduler
     handed = scheduler.get("use_dynamic_shifting") or scheduler.get("pipeline_sigmas")
-    for sampler in ("euler",) if handed else ("unipc", "euler", "dpmpp_2m"):
-        options = subject.options(sampler, 4)
+    samplers = ("euler",) if handed else ("unipc", "euler", "dpmpp_2m")
+    n = 4
+    if subject.model.sampler == "scm":
+        samplers, n = ("scm",), 2
+    for sampler in samplers:
+        options = subject.options(sampler, n)
         want = plain_run(subject.eager, PROMPT, NEGATIVE, **options)
         other = plain_run(subject.eager, NEGATIVE, PROMPT, **options)
-        got = subject.engine(sampler, UNGATED, n=4, m=2)
+        got = subject.engine(sampler, UNGATED, n=n, m=min(2, n - 1))
         assert relative(got.latents, want) < TOLERANCE, sampler
         assert relative(other.numpy(), want) > 50 * TOLERANCE, "what conditions it matters"
-    options = subject.options(sampler, 4)
-    options["latents"] = held(subject.eager, options["latents"])
-    with torch.no_grad():
-        wanted = subject.eager(PROMPT, negative_prompt=NEGATIVE, output_type="np", **options)[0]
+    options = subject.options(sampler, n)
+    noise = options.pop("latents")
+    if sampler != "scm":
+        options["negative_prompt"] = NEGATIVE
+    with torch.no_grad(), drawn_as_engines_do(noise):
+        wanted = subject.eager(PROMPT, output_type="np", latents=held(subject.eager, noise), **options)[0]
     pictures = np.stack([np.asarray(frame, np.float64) for frame in (got.videos[0] if got.videos else got.images)])
     assert pictures.std() > 5, "it is no grey card"
     assert np.abs(pictures - 255 * wanted.reshape(pictures.shape)).max() <= 1

@@ -344,6 +344,12 @@ FULL: Mapping[str, Full] = {
     "sana-1.6b-512": Full(
         denoiser=1_604_462_752, latents=(32, 16, 16), size=(1, 512, 512), decoder_bytes=2 * DC_AE_DECODER
     ),
+    "sana-sprint-1.6b": Full(
+        denoiser=1_610_237_472, latents=(32, 32, 32), size=(1, 1024, 1024), decoder_bytes=2 * DC_AE_DECODER
+    ),
+    "sana-sprint-0.6b": Full(
+        denoiser=593_501_216, latents=(32, 32, 32), size=(1, 1024, 1024), decoder_bytes=2 * DC_AE_DECODER
+    ),
     "svd": Full(
         denoiser=1_524_623_082,
         latents=(25, 4, 72, 128),

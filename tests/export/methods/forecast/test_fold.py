@@ -15,7 +15,7 @@ from tgate_export.methods.base import Settings
 from tgate_export.methods.forecast.fold import FORECAST_OF, forecast
 from tgate_export.sampling import SAMPLERS, compile_sampler
 
-STOCHASTIC = ("lcm", "euler_a")
+STOCHASTIC = ("lcm", "euler_a", "scm")
 
 
 class Extrapolating:

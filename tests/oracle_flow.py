@@ -62,6 +62,8 @@ def held(pipe: Any, latents: Tensor) -> Tensor:
     kind = type(pipe).__name__
     if kind == "LTXPipeline":
         return cast(Tensor, pipe._pack_latents(latents))
+    if kind == "Cosmos2TextToImagePipeline":
+        return latents.unsqueeze(2)  # of one frame
     return cast(Tensor, pipe._pack_latents(latents, *latents.shape)) if kind in _PATCHED else latents
 
 
@@ -140,7 +142,7 @@ def _half(given: Any, index: int) -> Any:
     """One half of every batch in arguments; a timestep for all is one number."""
     if isinstance(given, dict):
         return {name: _half(value, index) for name, value in given.items()}
-    return given.chunk(2)[index] if isinstance(given, Tensor) and given.ndim else given
+    return given.chunk(2)[index] if isinstance(given, Tensor) and given.ndim and len(given) > 1 else given
 
 
 def forecast_run(
@@ -173,6 +175,13 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
     forward = network.forward
     steps = iter(range(1000))
     waiting: list[tuple[dict[str, Any], Tensor]] = []
+    asked: list[Tensor] = []
+    texts: list[tuple[Tensor, Tensor]] = []
+    encode = pipe.encode_prompt
+
+    def encoded(*args: Any, **options: Any) -> Any:
+        texts.append(encode(*args, **options))
+        return texts[-1]
 
     def run(**options: Any) -> tuple[Tensor]:
         def half(index: int) -> Call:
@@ -189,6 +198,16 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
         negative, prompts = run(**both)[0].chunk(2)
         positive.copy_(prompts)
         return (negative,)
+
+    def run_known(**options: Any) -> tuple[Tensor]:
+        """The prompt's half first, of which the pipeline makes something before it asks for the other."""
+        if asked:
+            return (asked.pop(),)
+        other = {**options, "encoder_hidden_states": texts[-1][1]}
+        each = ("hidden_states", "timestep", "encoder_hidden_states")
+        negative, prompts = run(**{**options, **{n: torch.cat([other[n], options[n]]) for n in each}})[0].chunk(2)
+        asked.append(negative)
+        return (prompts,)
 
     def run_apart(**options: Any) -> tuple[Tensor]:
         """Texts of their own lengths, which lie in no batch together."""
@@ -210,6 +229,19 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
         positive.copy_(prompts)
         return (negative,)
 
+    def run_turned(**options: Any) -> tuple[Tensor]:
+        """The prompt's half first, in one batch."""
+
+        def half(index: int) -> Call:
+            return lambda: forward(**_half(options, index))
+
+        def both() -> tuple[Tensor]:
+            prompts, negative = forward(**options)[0].chunk(2)
+            return (torch.cat([negative, prompts]),)
+
+        negative, prompts = rule(next(steps), both, half(1), half(0)).chunk(2)
+        return (torch.cat([prompts, negative]),)
+
     def run_alone(**options: Any) -> tuple[Tensor]:
         """No halves at all."""
 
@@ -218,12 +250,17 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
 
         return (rule(next(steps), whole, whole, whole),)
 
-    ways = {"WanPipeline": run_twice, "QwenImagePipeline": run_apart}
+    ways = {
+        "WanPipeline": run_twice,
+        "Cosmos2TextToImagePipeline": run_known,
+        "QwenImagePipeline": run_apart,
+        "LuminaPipeline": run_turned,
+    }
     ways |= dict.fromkeys(("FluxPipeline", "SanaSprintPipeline"), run_alone)
 
     def named(*args: Any, **options: Any) -> tuple[Tensor]:
         given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **options}
         return ways.get(type(pipe).__name__, run)(**given)
 
-    with mock.patch.object(network, "forward", named):
+    with mock.patch.object(network, "forward", named), mock.patch.object(pipe, "encode_prompt", encoded):
         yield

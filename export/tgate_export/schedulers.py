@@ -78,6 +78,11 @@ diffusers has such options: the shift of noise levels that it computes from the 
 
 _KNOWN = (*TRAINED_UNDER, *TRAINED_UNDER_EDM, *TRAINED_UNDER_FLOW, *TRAINED_UNDER_TRIG)
 
+PIPELINE_SCALES = "pipeline_scales"
+"""Kept beside :data:`MU` where a pipeline adds noise to pictures, from ``sigma_max`` to ``sigma_min``, and scales what
+the network sees by itself: to σ / (σ + 1) of noise, which it tells the network as the timestep. To its scheduler it
+gives latents and output, added and as much smaller (true)."""
+
 MIDDLE = 1.3
 """The angle between both calls of a two-step trajectory under TrigFlow: what Sana-Sprint's pipeline has."""
 
@@ -211,7 +216,7 @@ def _flow_class(name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Fa
     kind, options = recipe.flow[0], dict(recipe.flow[1])
     if kind == owner:
         return kind, options
-    if config.get("use_dynamic_shifting") or config.get(PIPELINE_SIGMAS):
+    if config.get("use_dynamic_shifting") or config.get(PIPELINE_SIGMAS) or config.get(PIPELINE_SCALES):
         raise ExportError(
             f"the pipeline of the checkpoint shifts or spaces noise levels itself, and hands them to {owner} alone; "
             f"sampler {name!r} would take others. Choose euler"
@@ -245,6 +250,9 @@ def set_timesteps(scheduler: Any, steps: int) -> None:
     with np.errstate(all="ignore"):  # shift_terminal divides one step's by zero; coefficients tell
         if type(scheduler).__name__ in TRAINED_UNDER_TRIG:
             scheduler.set_timesteps(steps, intermediate_timesteps=MIDDLE if steps == 2 else None)
+        elif scheduler.config.get(PIPELINE_SCALES):
+            scheduler.set_timesteps(sigmas=np.linspace(0.0, 1.0, steps))
+            scheduler.sigmas[-1] = scheduler.sigmas[-2]  # it ends at sigma_min
         elif scheduler.config.get(PIPELINE_SIGMAS):
             scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **shift)
         else:
@@ -254,6 +262,14 @@ def set_timesteps(scheduler: Any, steps: int) -> None:
 def timesteps_of(scheduler: Any) -> list[Any]:
     """The timestep of each call, once they are set. TrigFlow's last is where the trajectory ends."""
     return list(scheduler.timesteps[:-1] if type(scheduler).__name__ in TRAINED_UNDER_TRIG else scheduler.timesteps)
+
+
+def pipeline_level(scheduler: Any, call: int) -> tuple[Any, Any]:
+    """A call's noise level σ, and σ / (σ + 1), where a pipeline scales by it (:data:`PIPELINE_SCALES`); else None."""
+    if not scheduler.config.get(PIPELINE_SCALES):
+        return None, None
+    level = scheduler.sigmas[call]
+    return level, level / (level + 1)
 
 
 def from_config(cls: Any, config: Mapping[str, Any], **options: Fact) -> Any:
@@ -357,12 +373,15 @@ def refuse_options(scheduler: Any) -> None:
 
 def facts(scheduler: Any) -> dict[str, Fact]:
     """Where the coefficients come from: class, version of diffusers, and the options that matter."""
-    options = {**declared(scheduler), **{key: scheduler.config.get(key) for key in (MU, PIPELINE_SIGMAS)}}
+    options = {
+        **declared(scheduler),
+        **{key: scheduler.config.get(key) for key in (MU, PIPELINE_SIGMAS, PIPELINE_SCALES)},
+    }
     kept: dict[str, Fact] = {
         "scheduler": type(scheduler).__name__,
         "diffusers": str(diffusers.__version__),
     }
-    for key in (*FACTS, MU, PIPELINE_SIGMAS):
+    for key in (*FACTS, MU, PIPELINE_SIGMAS, PIPELINE_SCALES):
         value = options.get(key)
         if isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
             kept[key] = value

@@ -156,6 +156,7 @@ def trace_step(
         job.family.guidance_ramp(job.latents),
         job.settings.guidance_rescale,
         job.family.lengths,
+        job.family.guidance_beyond,
         {net: len(shapes) for net, shapes in job.controls.items()},
         job.family.steered,
     )

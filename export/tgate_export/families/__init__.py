@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 
 from tgate_engine.errors import ExportError, shown
 from tgate_export.families.facts import (
+    COSMOS,
     FLUX,
     HUNYUAN,
     KOLORS,
     LATTE,
     LTX,
+    LUMINA,
     PIXART,
     QWEN,
     SANA,
@@ -193,6 +195,16 @@ MODELS: Mapping[str, Model] = {
         self_interval=3,
         guidance_scale=5.0,
     ),
+    "lumina-next": Model(
+        facts=LUMINA,
+        checkpoint="Alpha-VLLM/Lumina-Next-SFT-diffusers",
+        licence="apache-2.0",
+        steps=30,
+        gate=18,
+        self_interval=3,
+        guidance_scale=4.0,
+        sampler="euler",
+    ),
     "sd3-medium": Model(
         facts=SD3,
         checkpoint="stabilityai/stable-diffusion-3-medium-diffusers",
@@ -282,6 +294,16 @@ MODELS: Mapping[str, Model] = {
         warm_up=0,
         guidance_scale=4.5,
         sampler="scm",
+    ),
+    "cosmos-predict2-2b": Model(
+        facts=COSMOS,
+        checkpoint="nvidia/Cosmos-Predict2-2B-Text2Image",
+        licence="nvidia-open-model-license",
+        steps=35,
+        gate=21,
+        self_interval=3,
+        guidance_scale=7.0,
+        sampler="euler",
     ),
     "svd": Model(
         facts=SVD,

@@ -35,7 +35,7 @@ def test_diffusers_pipeline_is_asked_for_its_own_angles(tmp_path: Path) -> None:
     pipe = load_tiny_flow(make_tiny_flow(tmp_path / "checkpoint", "sprint_a"), "sprint_a")
     pipe.scheduler = make_scheduler("scm", {"_class_name": "SCMScheduler"})
     family = find_model("sana-sprint-1.6b").family
-    asked = family.call(pipe, {"prompt_embeds.positive": None, "prompt_mask.positive": None}, 4.5, 0.0)  # type: ignore[dict-item]
+    asked = family.call(pipe, {"prompt_embeds.positive": None, "prompt_mask.positive": None}, 4.5, 0.0)
     assert asked["intermediate_timesteps"] is None
     for steps, angles in ((1, [1.5708, 0.0]), (2, [1.5708, 1.3, 0.0]), (4, [1.5708, 1.1781, 0.7854, 0.3927, 0.0])):
         pipe.scheduler.set_timesteps(steps, device="cpu", max_timesteps=1.5708, intermediate_timesteps=None)

@@ -10,15 +10,20 @@ to the second.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 from unittest import mock
 
 import torch
+from diffusers.schedulers import scheduling_scm
 from torch import Tensor
 
 from tests.oracle import Action, _actions
+from tgate_runtime.generators import in_step, noise
+
+SEED = 5
 
 Call = Callable[..., tuple[Tensor]]
 Rule = Callable[[int, Call, Call, Call, bool], Tensor]
@@ -29,11 +34,11 @@ pipeline is given, [2B, ...]."""
 def plain_run(pipe: Any, prompt: str, negative: str, *, latents: Tensor, **options: Any) -> Tensor:
     """Final latents of diffusers' own pipeline. ``latents``: noise, [1, ...] as bundles have it. ``options``: others of
     its call."""
-    with torch.no_grad():
-        result: Tensor = pipe(
-            prompt, negative_prompt=negative, output_type="latent", latents=held(pipe, latents), **options
-        )[0]
     kind = type(pipe).__name__
+    if kind != "SanaSprintPipeline":  # which knows no negative prompt
+        options["negative_prompt"] = negative
+    with torch.no_grad(), drawn_as_engines_do(latents):
+        result: Tensor = pipe(prompt, output_type="latent", latents=held(pipe, latents), **options)[0]
     if kind == "LTXPipeline":
         return cast(Tensor, pipe._unpack_latents(result, *latents.shape[2:]))
     if kind in _PATCHED:
@@ -42,11 +47,25 @@ def plain_run(pipe: Any, prompt: str, negative: str, *, latents: Tensor, **optio
     return result
 
 
+@contextmanager
+def drawn_as_engines_do(latents: Tensor) -> Iterator[None]:
+    """While open, a sampler of Sana-Sprint draws what an engine draws with :data:`SEED`, a step after the other."""
+    calls = itertools.count()
+
+    def drawn(*_args: Any, **_options: Any) -> Tensor:
+        return torch.from_numpy(noise(SEED, latents.shape[1:], draw=in_step(next(calls))))[None]
+
+    with mock.patch.object(scheduling_scm, "randn_tensor", drawn):
+        yield
+
+
 def held(pipe: Any, latents: Tensor) -> Tensor:
     """Latents as the pipeline's loop holds them: some have them as one row of places."""
     kind = type(pipe).__name__
     if kind == "LTXPipeline":
         return cast(Tensor, pipe._pack_latents(latents))
+    if kind == "Cosmos2TextToImagePipeline":
+        return latents.unsqueeze(2)  # of one frame
     return cast(Tensor, pipe._pack_latents(latents, *latents.shape)) if kind in _PATCHED else latents
 
 
@@ -75,12 +94,16 @@ def gated_run(pipe: Any, prompt: str, negative: str, m: int, k: int, f: int, w: 
 
         return hook
 
+    guided = type(pipe).__name__ != "SanaSprintPipeline"
+
     def rule(step: int, both: Call, negative_half: Call, _positive: Call, passed: bool) -> Tensor:
-        now["self"], now["cross"] = _actions(step, m=m, k=k, f=f, w=w, guided=True)
+        now["self"], now["cross"] = _actions(step, m=m, k=k, f=f, w=w, guided=guided)
         if passed:  # nothing of what there is is this network's: it computes everything, and keeps what it will need
             stored.clear()
             now["self"], now["cross"] = ("store_mean", "store_mean") if step >= m - 1 else ("store", "compute")
-        return both()[0] if step < m or passed else torch.cat([negative_half()[0]] * 2)
+        if step < m or passed or not guided:
+            return both()[0]
+        return torch.cat([negative_half()[0]] * 2)
 
     with ExitStack() as stack:
         for name, module in (pair for network in _networks(pipe) for pair in network.named_modules()):
@@ -126,7 +149,7 @@ def _half(given: Any, index: int) -> Any:
     """One half of every batch in arguments; a timestep for all is one number."""
     if isinstance(given, dict):
         return {name: _half(value, index) for name, value in given.items()}
-    return given.chunk(2)[index] if isinstance(given, Tensor) and given.ndim else given
+    return given.chunk(2)[index] if isinstance(given, Tensor) and given.ndim and len(given) > 1 else given
 
 
 def forecast_run(
@@ -158,6 +181,13 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
     steps = iter(range(1000))
     waiting: list[tuple[dict[str, Any], Tensor]] = []
     ran: list[int] = []  # the network of each step
+    asked: list[Tensor] = []
+    texts: list[tuple[Tensor, Tensor]] = []
+    encode = pipe.encode_prompt
+
+    def encoded(*args: Any, **options: Any) -> Any:
+        texts.append(encode(*args, **options))
+        return texts[-1]
 
     def placed(index: int, forward: Any) -> Any:
         """What stands in the place of that network's forward."""
@@ -182,6 +212,16 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
             positive.copy_(prompts)
             return (negative,)
 
+        def run_known(**options: Any) -> tuple[Tensor]:
+            """The prompt's half first, of which the pipeline makes something before it asks for the other."""
+            if asked:
+                return (asked.pop(),)
+            other = {**options, "encoder_hidden_states": texts[-1][1]}
+            each = ("hidden_states", "timestep", "encoder_hidden_states")
+            negative, prompts = run(**{**options, **{n: torch.cat([other[n], options[n]]) for n in each}})[0].chunk(2)
+            asked.append(negative)
+            return (prompts,)
+
         def run_apart(**options: Any) -> tuple[Tensor]:
             """Texts of their own lengths, which lie in no batch together."""
             if not waiting:
@@ -202,6 +242,19 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
             positive.copy_(prompts)
             return (negative,)
 
+        def run_turned(**options: Any) -> tuple[Tensor]:
+            """The prompt's half first, in one batch."""
+
+            def half(which: int) -> Call:
+                return lambda: forward(**_half(options, which))
+
+            def both() -> tuple[Tensor]:
+                prompts, negative = forward(**options)[0].chunk(2)
+                return (torch.cat([negative, prompts]),)
+
+            negative, prompts = ruled(both, half(1), half(0)).chunk(2)
+            return (torch.cat([prompts, negative]),)
+
         def run_alone(**options: Any) -> tuple[Tensor]:
             """No halves at all."""
 
@@ -210,7 +263,13 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
 
             return (ruled(whole, whole, whole),)
 
-        ways = {"WanPipeline": run_twice, "QwenImagePipeline": run_apart, "FluxPipeline": run_alone}
+        ways = {
+            "WanPipeline": run_twice,
+            "Cosmos2TextToImagePipeline": run_known,
+            "QwenImagePipeline": run_apart,
+            "LuminaPipeline": run_turned,
+        }
+        ways |= dict.fromkeys(("FluxPipeline", "SanaSprintPipeline"), run_alone)
 
         def named(*args: Any, **options: Any) -> tuple[Tensor]:
             given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **options}
@@ -219,6 +278,7 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
         return named
 
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(pipe, "encode_prompt", encoded))
         for index, network in enumerate(_networks(pipe)):
             stack.enter_context(mock.patch.object(network, "forward", placed(index, network.forward)))
         yield

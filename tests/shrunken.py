@@ -25,6 +25,7 @@ from diffusers.pipelines.kolors.text_encoder import ChatGLMModel
 
 from tests.draw import draw
 from tests.tiny_encoders import T5_WORDS, bert_tokenizer, chatglm_tokenizer, gemma_tokenizer, qwen_tokenizer
+from tests.tiny_flow import Unguarded
 from tests.tiny_models import END_TOKEN, _save_vocabulary, _vocabulary
 from tgate_export.checkpoints import published
 
@@ -36,8 +37,8 @@ CAPTIONS = tuple(
 )
 """What the vocabularies of T5 are fitted to."""
 
-# Modules whose class in the published files is a name of old.
-_NAMES = {"Transformer2DModel": "PixArtTransformer2DModel"}
+# Modules and pipelines whose class in the published files is a name of old.
+_NAMES = {"Transformer2DModel": "PixArtTransformer2DModel", "LuminaText2ImgPipeline": "LuminaPipeline"}
 
 
 def write_shrunken(directory: Path, model: str) -> Path:
@@ -68,7 +69,9 @@ def load_shrunken(directory: Path) -> Any:
         del without["feature_extractor"]
     if index["_class_name"] == "StableDiffusionXLPipeline":
         without["add_watermarker"] = False
-    loader = getattr(diffusers, index["_class_name"])
+    if index["_class_name"] == "Cosmos2TextToImagePipeline":
+        without["safety_checker"] = Unguarded()
+    loader = getattr(diffusers, _NAMES.get(index["_class_name"], index["_class_name"]))
     pipe = loader.from_pretrained(directory, dtype=torch.float32, local_files_only=True, **without)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -187,6 +190,21 @@ _HUNYUAN = {
     "pooled_projection_dim": _TEXT,
     "num_layers": _layers,
 }
+_LUMINA = {
+    "num_attention_heads": _over(4),
+    "num_kv_heads": _over(4),
+    "hidden_size": _over(12),  # heads times their width
+    "multiple_of": _over(16),
+    "cross_attention_dim": _TEXT,
+    "num_layers": _layers,
+}
+_COSMOS = {
+    "num_attention_heads": _over(8),
+    "attention_head_dim": _over(8),
+    "adaln_lora_dim": _over(16),
+    "text_embed_dim": _TEXT,
+    "num_layers": _layers,
+}
 _FLUX = {
     "num_attention_heads": _over(12),
     "attention_head_dim": _over(4),
@@ -246,6 +264,8 @@ _SMALLER: Mapping[str, Mapping[str, Any]] = {
         **dict.fromkeys(("layers_per_block", "decoder_layers_per_block"), _layers),
     },
     "FluxTransformer2DModel": _FLUX,
+    "CosmosTransformer3DModel": _COSMOS,
+    "LuminaNextDiT2DModel": _LUMINA,
     "QwenImageTransformer2DModel": _QWEN,
     "AutoencoderKLWan": _CAUSAL,
     "AutoencoderKLQwenImage": _CAUSAL,
@@ -258,6 +278,13 @@ _SMALLER: Mapping[str, Mapping[str, Any]] = {
         "num_layers": _layers,
     },
     "clip_text_model": _CLIP,
+    "gemma": {
+        "hidden_size": _TEXT,
+        "intermediate_size": _TEXT,
+        "head_dim": _over(16),
+        "num_attention_heads": _over(4),
+        "num_hidden_layers": _layers,
+    },
     "clip_vision_model": _CLIP,
     "gemma2": {
         "hidden_size": _TEXT,

@@ -26,6 +26,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    GemmaConfig,
+    GemmaModel,
     GemmaTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -189,20 +191,22 @@ def image_encoder(width: int) -> Any:
     return encoder
 
 
-def gemma(width: int, seed: str) -> dict[str, Any]:
-    """Gemma 2 in small."""
+def gemma(width: int, seed: str, *, first: bool = False) -> dict[str, Any]:
+    """Gemma 2 in small, or Gemma, the ``first``."""
     tokenizer = gemma_tokenizer()
-    config = Gemma2Config(
-        vocab_size=len(tokenizer.get_vocab()),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        query_pre_attn_scalar=8,
+    options = {
+        "vocab_size": len(tokenizer.get_vocab()),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    model = (
+        GemmaModel(GemmaConfig(**options)) if first else Gemma2Model(Gemma2Config(**options, query_pre_attn_scalar=8))
     )
-    return {"text_encoder": draw(Gemma2Model(config).eval(), seed), "tokenizer": tokenizer}
+    return {"text_encoder": draw(model.eval(), seed), "tokenizer": tokenizer}
 
 
 def qwen(width: int, seed: str) -> dict[str, Any]:

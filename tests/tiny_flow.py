@@ -167,6 +167,32 @@ def _ddpm() -> Any:
     )
 
 
+def _lumina(heads: int, head_width: int, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": heads * head_width,
+        "num_attention_heads": heads,
+        "num_layers": 2,
+        "multiple_of": 16,
+        "sample_size": 16,
+        **more,
+    }
+
+
+def _cosmos(heads: int, head_width: int, **more: Any) -> dict[str, Any]:
+    return {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": heads,
+        "attention_head_dim": head_width,
+        "num_layers": 2,
+        "adaln_lora_dim": 8,
+        "max_size": (16, 24, 24),
+        "rope_scale": (1.0, 4.0, 4.0),
+        "extra_pos_embed_type": None,
+        **more,
+    }
+
+
 def _kolors(channels: Shape, blocks: tuple[str, ...], heads: Shape, text_width: int, **more: Any) -> dict[str, Any]:
     return {
         "block_out_channels": channels,
@@ -317,6 +343,38 @@ FLOW_VARIANTS: Mapping[str, TinyFlow] = {
         vae=_dc_ae((16, 16, 16, 32), (_RES, _VIT, _RES, _VIT), (0, 1, 1, 1), "pixel_shuffle"),
         scheduler=_flow_dpm,
     ),
+    # Sana-Sprint takes the guidance scale, and its noise is an angle.
+    "sprint_a": TinyFlow(
+        model="sana-sprint-1.6b",
+        pipeline="SanaSprintPipeline",
+        latents=(8, 8, 16),
+        pixels=4,
+        text_width=16,
+        network=_sana(4, 8, 2, guidance_embeds=True, qk_norm="rms_norm_across_heads"),
+        vae=_dc_ae((16, 16, 32), (_RES, _RES, _VIT), (1, 1, 1), "interpolate"),
+        scheduler=diffusers.SCMScheduler,
+    ),
+    "sprint_b": TinyFlow(
+        model="sana-sprint-0.6b",
+        pipeline="SanaSprintPipeline",
+        latents=(8, 8, 4),
+        pixels=8,
+        text_width=24,
+        network=_sana(
+            3,
+            8,
+            3,
+            guidance_embeds=True,
+            guidance_embeds_scale=0.3,
+            patch_size=2,
+            interpolation_scale=1.0,
+            timestep_scale=0.5,
+            attention_bias=True,
+            num_layers=3,
+        ),
+        vae=_dc_ae((16, 16, 16, 32), (_RES, _VIT, _RES, _VIT), (0, 1, 1, 1), "pixel_shuffle"),
+        scheduler=lambda: diffusers.SCMScheduler(sigma_data=0.8),
+    ),
     "sd3_a": TinyFlow(
         model="sd3-medium",
         pipeline="StableDiffusion3Pipeline",
@@ -337,6 +395,26 @@ FLOW_VARIANTS: Mapping[str, TinyFlow] = {
         network=_sd3(3, 8, 48, qk_norm="rms_norm", dual_attention_layers=(0,), num_layers=3),
         vae=_kl(3),
         scheduler=lambda: diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=8),
+    ),
+    "lumina_a": TinyFlow(
+        model="lumina-next",
+        pipeline="LuminaPipeline",
+        latents=(4, 8, 12),
+        pixels=8,
+        text_width=16,
+        network=_lumina(4, 12, num_kv_heads=2),
+        vae={**_kl(4), "shift_factor": None},
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler,
+    ),
+    "lumina_b": TinyFlow(
+        model="lumina-next",
+        pipeline="LuminaPipeline",
+        latents=(4, 12, 8),
+        pixels=8,
+        text_width=24,
+        network=_lumina(3, 8, num_layers=3, qk_norm=False, ffn_dim_multiplier=1.3, sample_size=6),
+        vae={**_kl(4), "shift_factor": None},
+        scheduler=lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0),
     ),
     # No flow matching here, and an encoder that no graph holds.
     "hunyuan_a": TinyFlow(
@@ -447,6 +525,26 @@ FLOW_VARIANTS: Mapping[str, TinyFlow] = {
         vae=_kl(3),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler,
     ),
+    "cosmos_a": TinyFlow(
+        model="cosmos-predict2-2b",
+        pipeline="Cosmos2TextToImagePipeline",
+        latents=(4, 8, 12),
+        pixels=8,
+        text_width=24,
+        network=_cosmos(2, 16),
+        vae=_wan_vae((1, 1, 2, 2), (False, True, True)),
+        scheduler=lambda: diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+    ),
+    "cosmos_b": TinyFlow(
+        model="cosmos-predict2-2b",
+        pipeline="Cosmos2TextToImagePipeline",
+        latents=(4, 12, 8),
+        pixels=4,
+        text_width=16,
+        network=_cosmos(3, 12, num_layers=3, mlp_ratio=2.0, rope_scale=(2.0, 1.0, 3.0), concat_padding_mask=False),
+        vae=_wan_vae((1, 2, 2), (True, False)),
+        scheduler=lambda: diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True, shift=3.0),
+    ),
     "wan_a": TinyFlow(
         model="wan21-t2v-1.3b",
         pipeline="WanPipeline",
@@ -553,7 +651,8 @@ def make_tiny_flow(directory: Path, variant: str) -> Path:
 def load_tiny_flow(directory: Path, variant: str) -> Any:
     """diffusers' own pipeline of a directory of :func:`make_tiny_flow`, in float32 on the CPU, silent."""
     loader = getattr(diffusers, FLOW_VARIANTS[variant].pipeline)
-    pipe = loader.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    further = {"safety_checker": Unguarded()} if variant.startswith("cosmos") else {}
+    pipe = loader.from_pretrained(directory, dtype=torch.float32, local_files_only=True, **further)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -565,12 +664,49 @@ def flow_noise(variant: str, seed: int = 0) -> torch.Tensor:
 
 def _build_sana(tiny: TinyFlow, variant: str) -> Any:
     network = diffusers.SanaTransformer2DModel(**tiny.network, caption_channels=tiny.text_width)
-    return diffusers.SanaPipeline(
+    return getattr(diffusers, tiny.pipeline)(
         transformer=draw(network.eval(), f"{variant}/transformer"),
         vae=draw(diffusers.AutoencoderDC(**tiny.vae).eval(), f"{variant}/vae"),
         scheduler=tiny.scheduler(),
         **gemma(tiny.text_width, f"{variant}/text"),
     )
+
+
+def _build_lumina(tiny: TinyFlow, variant: str) -> Any:
+    network = diffusers.LuminaNextDiT2DModel(**tiny.network, cross_attention_dim=tiny.text_width)
+    draw(network.eval(), f"{variant}/transformer")
+    with torch.no_grad():
+        for layer in network.layers:
+            layer.gate.normal_()  # else a text counts for little
+    return diffusers.LuminaPipeline(
+        transformer=network,
+        vae=draw(diffusers.AutoencoderKL(**tiny.vae).eval(), f"{variant}/vae"),
+        scheduler=tiny.scheduler(),
+        **gemma(tiny.text_width, f"{variant}/text", first=True),
+    )
+
+
+def _build_cosmos(tiny: TinyFlow, variant: str) -> Any:
+    network = diffusers.CosmosTransformer3DModel(**tiny.network, text_embed_dim=tiny.text_width)
+    return diffusers.Cosmos2TextToImagePipeline(
+        transformer=draw(network.eval(), f"{variant}/transformer"),
+        vae=draw(diffusers.AutoencoderKLWan(**tiny.vae).eval(), f"{variant}/vae"),
+        scheduler=tiny.scheduler(),
+        safety_checker=Unguarded(),
+        **t5(tiny.text_width),
+    )
+
+
+class Unguarded:
+    """In the place of Cosmos's guardrail, one that lets everything pass."""
+
+    def to(self, _device: object) -> None: ...
+
+    def check_text_safety(self, _text: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
 
 
 def _build_sd3(tiny: TinyFlow, variant: str) -> Any:
@@ -654,7 +790,10 @@ def _build_ltx(tiny: TinyFlow, variant: str) -> Any:
 
 _BUILD: Mapping[str, Callable[[TinyFlow, str], Any]] = {
     "SanaPipeline": _build_sana,
+    "SanaSprintPipeline": _build_sana,
+    "LuminaPipeline": _build_lumina,
     "StableDiffusion3Pipeline": _build_sd3,
+    "Cosmos2TextToImagePipeline": _build_cosmos,
     "WanPipeline": _build_wan,
     "LTXPipeline": _build_ltx,
     "QwenImagePipeline": _build_qwen,

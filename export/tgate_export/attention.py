@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from diffusers.models.attention import AttentionModuleMixin
@@ -19,11 +19,13 @@ Kind = Literal["self", "cross", "joint"]
 @dataclass(frozen=True)
 class AttentionSite:
     """An attention module: its qualified name in the denoiser, its kind, and the rows of its output for one half of one
-    image, 1 but for videos, whose frames (or places) are rows."""
+    image, 1 but for videos, whose frames (or places) are rows. ``projects``: whether its output is projected within it,
+    and not by the block around it, which then takes the projection from it."""
 
     module: str
     kind: Kind
     rows: int = 1
+    projects: bool = True
 
 
 def observe(
@@ -53,16 +55,31 @@ def observe(
                 )
             hidden = args[0] if args else kwargs["hidden_states"]
             attended = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-            kind: Kind = "joint" if both else "self" if attended is None else "cross"
+            own = attended is None or attended is hidden
+            kind: Kind = "joint" if both else "self" if own else "cross"
             sites[name] = AttentionSite(name, kind, int(hidden.shape[0]) // images)
 
         return look
 
-    hooks = [
-        module.register_forward_pre_hook(watch(name, module), with_kwargs=True)
-        for name, module in denoiser.named_modules()
-        if isinstance(module, (Attention, AttentionModuleMixin))
-    ]
+    def leave(name: str) -> Callable[..., None]:
+        return lambda *_: left.add(name)
+
+    def projecting(name: str) -> Callable[..., None]:
+        def look(*_: object) -> None:
+            if name in left:
+                sites[name] = replace(sites[name], projects=False)
+
+        return look
+
+    left: set[str] = set()
+    hooks = []
+    for name, module in denoiser.named_modules():
+        if isinstance(module, (Attention, AttentionModuleMixin)):
+            hooks.append(module.register_forward_pre_hook(watch(name, module), with_kwargs=True))
+            hooks.append(module.register_forward_hook(leave(name)))
+            projection = getattr(module, "to_out", None)
+            if isinstance(projection, nn.ModuleList):
+                hooks.append(projection[0].register_forward_pre_hook(projecting(name)))
     try:
         call()
     finally:

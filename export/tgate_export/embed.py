@@ -73,16 +73,18 @@ def embed(
     guided = family.guidance(source, scale=2.0) == "classifier-free"  # with any scale that guides
     if negative_prompt is not None and not guided:
         raise ExportError(f"{model} has no negative half of guidance; leave out the negative prompt")
-    nothing = None if negative_prompt is None and family.zero_negative(source) else negative_prompt or ""
+    nothing = negative_prompt
+    if negative_prompt is None and not family.zero_negative(source):
+        nothing = family.no_negative()
     texts = list(dict.fromkeys(prompts))
     if family.facts.text_graph:
         text = family.text([*encoders.values()], clip_skip)
         encoded = _by_graph(family, source, text, names, [*texts, *([] if nothing is None else [nothing])])
-        negative = None if nothing is None else encoded[nothing]
+        negatives = {} if nothing is None else dict.fromkeys(texts, encoded[nothing])
     else:
-        encoded, negative = _by_pipeline(family, source, encoders, texts, nothing)
+        encoded, negatives = _by_pipeline(family, source, encoders, texts, nothing)
     own = [c.conditioning for c in inputs]
-    rows = [halves(own, {}, encoded[prompt], negative, guided=guided) for prompt in prompts]
+    rows = [halves(own, {}, encoded[prompt], negatives.get(prompt), guided=guided) for prompt in prompts]
     tensors = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     write_atomically(output, safetensors.numpy.save(tensors))
     return list(tensors)
@@ -102,16 +104,17 @@ def _by_graph(
 
 def _by_pipeline(
     family: Family, source: Checkpoint, encoders: Mapping[str, nn.Module], texts: Sequence[str], nothing: str | None
-) -> tuple[dict[str, Arrays], Arrays | None]:
-    """What diffusers' own pipeline makes of each prompt, and of the negative prompt."""
+) -> tuple[dict[str, Arrays], dict[str, Arrays]]:
+    """What diffusers' own pipeline makes of each prompt, and of the negative prompt beside it, which some pipelines cut
+    to the prompt's length."""
     loaded = {name: load(family, source, i) for i, name in enumerate(family.tokenizers)}
-    cls = getattr(diffusers, str(source.model_index["_class_name"]))
+    cls = getattr(diffusers, family.pipeline(source))
     advice = "the checkpoint's text encoders and tokenizers do not fit each other"
     with quiet(), torch.no_grad(), refusing(f"{source.where}: {cls.__name__} does not encode prompts", advice):
-        pipe = bare_pipeline(cls, source, **loaded, **encoders)
+        pipe = bare_pipeline(cls, source, **family.pipeline_parts(), **loaded, **encoders)
         pairs = {t: family.encode_with(pipe, t, nothing or "", 0) for t in texts}
-    negative = None if nothing is None else _arrays(next(iter(pairs.values()))[1])
-    return {t: _arrays(positive) for t, (positive, _) in pairs.items()}, negative
+    negatives = {} if nothing is None else {t: _arrays(negative) for t, (_, negative) in pairs.items()}
+    return {t: _arrays(positive) for t, (positive, _) in pairs.items()}, negatives
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> Arrays:

@@ -259,6 +259,7 @@ def walk(
             ramp,
             job.settings.guidance_rescale,
             family.lengths,
+            family.guidance_beyond,
         )
         named = {
             **conditioning,

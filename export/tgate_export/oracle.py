@@ -64,7 +64,7 @@ class Oracle:
         self._job = job
         self._own = False
         with quiet():  # importing a pipeline makes transformers speak
-            self._class: Any = getattr(diffusers, str(job.checkpoint.model_index["_class_name"]))
+            self._class: Any = getattr(diffusers, job.family.pipeline(job.checkpoint))
 
     @property
     def name(self) -> str:
@@ -326,7 +326,7 @@ class Oracle:
 
     def _pipeline(self, cls: Any = None, /, **parts: Any) -> Any:
         """``cls``: another pipeline than the checkpoint's own."""
-        return bare_pipeline(cls or self._class, self._job.checkpoint, **parts)
+        return bare_pipeline(cls or self._class, self._job.checkpoint, **self._job.family.pipeline_parts(), **parts)
 
     def _run(self, function: Any, *args: Any, **options: Any) -> Any:
         try:

@@ -99,6 +99,12 @@ SAMPLERS: Mapping[str, Recipe] = {
         paper="Luo et al., arXiv 2310.04378, algorithm 3: stochastic",
         unless_stated={"clip_sample": False},
     ),
+    "scm": Recipe(
+        scheduler="SCMScheduler",
+        paper="Lu and Song, arXiv 2410.11081, with the times of SANA-Sprint, arXiv 2503.09641: stochastic",
+        # The pipeline multiplies latents by it before, and divides them after: of one that is 1 nothing is left.
+        overrides={"sigma_data": 1.0},
+    ),
     "euler_a": Recipe(
         scheduler="EulerAncestralDiscreteScheduler",
         paper="Katherine Crowson's k-diffusion, ancestral Euler: stochastic",

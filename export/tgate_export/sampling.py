@@ -33,12 +33,15 @@ from tgate_export.libraries import one_line, refusing
 from tgate_export.recipes import FLOW_EULER, SAMPLERS
 from tgate_export.schedulers import (
     ADVICE,
+    PIPELINE_SCALES,
     declared,
     facts,
     from_config,
     make_scheduler,
+    pipeline_level,
     refuse_options,
     set_timesteps,
+    timesteps_of,
 )
 
 __all__ = ["SAMPLERS", "compile_sampler", "compile_scheduler", "drawing", "make_scheduler"]
@@ -127,7 +130,8 @@ def compile_scheduler(scheduler: Any, steps: int, *, name: str) -> Sampler:
             f"would not know which calls to count. {other}{ADVICE}"
         )
     with refusing(f"diffusers cannot run {kind} with {steps} steps", ADVICE):
-        initial_scale = float(getattr(run.scheduler, "init_noise_sigma", 1.0))
+        own = run.scheduler.sigmas[0] if run.explodes else getattr(run.scheduler, "init_noise_sigma", 1.0)
+        initial_scale = float(own)
     calls, residual, _ = coefficients(run, kind, initial_scale)
     # A comparison with nan is false, so this also refuses a residual that is not a number.
     if not residual < MAX_RESIDUAL:
@@ -156,9 +160,10 @@ class Run:
         self.kind = type(scheduler).__name__
         self.steps = steps
         self.scheduler = from_config(type(scheduler), scheduler.config)
+        self.explodes = bool(scheduler.config.get(PIPELINE_SCALES))
         try:
             set_timesteps(self.scheduler, steps)
-            self.timesteps = list(self.scheduler.timesteps)
+            self.timesteps = timesteps_of(self.scheduler)
         except Exception as error:
             raise self._failed(error) from error
 
@@ -181,14 +186,24 @@ class Run:
         sample = torch.from_numpy(latents)[:, None, None]
         try:
             seen = sample
-            if hasattr(self.scheduler, "scale_model_input"):
+            level, time = pipeline_level(self.scheduler, call)
+            if level is not None:
+                seen = sample * (1 - time)
+            elif hasattr(self.scheduler, "scale_model_input"):
                 seen = self.scheduler.scale_model_input(sample, timestep)
             noise = torch.from_numpy(output)[:, None, None]
+            if level is not None:
+                noise = (sample - ((1 - time) * sample - time * noise)) / level
             with drawing(self.scheduler, torch.from_numpy(drawn)[:, None, None]):
                 following = self.scheduler.step(noise, timestep, sample, return_dict=False)[0]
         except Exception as error:
             raise self._failed(error) from error
         return _array(seen), _array(following)
+
+    def shown(self, call: int) -> float:
+        """The timestep that the network is told."""
+        level, time = pipeline_level(self.scheduler, call)
+        return float(self.timesteps[call] if level is None else time)
 
     def _failed(self, error: Exception) -> ExportError:
         return ExportError(
@@ -234,7 +249,7 @@ def coefficients(run: Run, kind: str, initial_scale: float) -> tuple[tuple[Sampl
     is X_j, calls + j is E_j, 2 calls + j is Z_j. The others are :class:`_Random`.
     """
     calls = len(run.timesteps)
-    random = _Random(max(3 * calls, LEAST_NUMBERS), initial_scale)
+    random = _Random(max(3 * calls, LEAST_NUMBERS), initial_scale, explodes=run.explodes)
     formulas: Array = np.zeros((calls, 2, calls))  # [call, X or E, index]
     steps, free = [], True
     for i in range(calls):
@@ -260,7 +275,7 @@ def coefficients(run: Run, kind: str, initial_scale: float) -> tuple[tuple[Sampl
         free = free and not used
         steps.append(
             SamplerStep(
-                timestep=float(run.timesteps[i]),
+                timestep=run.shown(i),
                 input_scale=float(seen[0, i]),
                 latents=tuple(window[0].tolist()),
                 outputs=tuple(window[1].tolist()),
@@ -306,10 +321,12 @@ class _Random:
     """Random trajectories, one at each of :data:`MAGNITUDES`; ``worst``: how far their steps are from compiled ones.
 
     Each step is compared by itself, on the scheduler's own latents, relative to the largest of its terms: float32
-    rounding inside the scheduler is of that size.
+    rounding inside the scheduler is of that size; or where noise ``explodes``, of the latents', most of which a step
+    takes away.
     """
 
-    def __init__(self, size: int, initial_scale: float) -> None:
+    def __init__(self, size: int, initial_scale: float, *, explodes: bool = False) -> None:
+        self._explodes = explodes
         self._rng = np.random.default_rng(0)
         self._magnitudes = np.array(MAGNITUDES)[:, None]
         self._shape = (len(MAGNITUDES), size)
@@ -335,7 +352,8 @@ class _Random:
         terms = [c * x for c, x in zip(call.latents, reversed(self._latents), strict=False) if c]
         terms += [c * e for c, e in zip(call.outputs, reversed(self._outputs), strict=False) if c]
         terms.append(call.noise * self._drawn)
-        size = np.abs([following, *terms]).max(axis=(0, 2))
+        inside = [self._latents[-1]] if self._explodes else []
+        size = np.abs([following, *terms, *inside]).max(axis=(0, 2))
         differences = [
             np.abs(seen - expected).max(axis=1) / np.abs(expected).max(axis=1),
             np.abs(following - sum(terms)).max(axis=1) / size,

@@ -68,10 +68,23 @@ TRAINED_UNDER_FLOW = (FLOW_EULER,)
 """Schedulers of checkpoints trained by flow matching. Some such checkpoints bring one of :data:`TRAINED_UNDER`, told to
 take flow matching's noise levels (``use_flow_sigmas``)."""
 
+TRAINED_UNDER_TRIG = ("SCMScheduler",)
+"""Schedulers of checkpoints distilled as TrigFlow (arXiv 2410.11081), whose noise is an angle."""
+
 MU, PIPELINE_SIGMAS = "mu", "pipeline_sigmas"
 """What a pipeline hands to its scheduler beside the number of steps, kept in the configuration, where no class of
 diffusers has such options: the shift of noise levels that it computes from the size (a number; with
 ``use_dynamic_shifting``), and whether it spaces noise levels itself, from 1 to 1/n (true)."""
+
+_KNOWN = (*TRAINED_UNDER, *TRAINED_UNDER_EDM, *TRAINED_UNDER_FLOW, *TRAINED_UNDER_TRIG)
+
+PIPELINE_SCALES = "pipeline_scales"
+"""Kept beside :data:`MU` where a pipeline adds noise to pictures, from ``sigma_max`` to ``sigma_min``, and scales what
+the network sees by itself: to σ / (σ + 1) of noise, which it tells the network as the timestep. To its scheduler it
+gives latents and output, added and as much smaller (true)."""
+
+MIDDLE = 1.3
+"""The angle between both calls of a two-step trajectory under TrigFlow: what Sana-Sprint's pipeline has."""
 
 TRAINING = (
     "num_train_timesteps",
@@ -99,7 +112,7 @@ _LADDERS_OWN = ("sigma_min", "sigma_max")
 
 def options_of(class_name: object) -> Collection[str]:
     """The options that a scheduler of that name lists; none for a name that is not known."""
-    if class_name not in (*TRAINED_UNDER, *TRAINED_UNDER_EDM, *TRAINED_UNDER_FLOW):
+    if class_name not in _KNOWN:
         return ()
     return declared_values(getattr(diffusers, str(class_name)))
 
@@ -108,7 +121,7 @@ def options_of(class_name: object) -> Collection[str]:
 def _options() -> Mapping[str, Wanted]:
     """What some scheduler takes, by option. Samplers read what a checkpoint's own scheduler does not list, too."""
     known: dict[str, Wanted] = {}
-    for name in (*TRAINED_UNDER, *TRAINED_UNDER_EDM, *TRAINED_UNDER_FLOW):
+    for name in _KNOWN:
         for key, wanted in declared_values(getattr(diffusers, name)).items():
             known[key] = known[key] | wanted if key in known else wanted
     return known
@@ -166,7 +179,17 @@ def sampler_class(name: str, base_config: Mapping[str, Any]) -> tuple[str, dict[
         return recipe.edm[0], dict(recipe.edm[1])
     if owner in TRAINED_UNDER_FLOW:
         return _flow_class(name, base_config)
-    if owner not in TRAINED_UNDER:
+    if owner in TRAINED_UNDER_TRIG and recipe.scheduler != owner:
+        raise ExportError(
+            f"the checkpoint's scheduler is {owner}: its network was distilled as TrigFlow, whose noise is an angle, "
+            f"which sampler {name!r} does not know. Choose scm"
+        )
+    if recipe.scheduler in TRAINED_UNDER_TRIG and recipe.scheduler != owner:
+        raise ExportError(
+            f"the checkpoint's scheduler is {plain(owner)}, and sampler {name!r} knows no network but those that were "
+            "distilled as TrigFlow (Sana-Sprint); leave --sampler out for the model's own"
+        )
+    if owner not in (*TRAINED_UNDER, *TRAINED_UNDER_TRIG):
         raise ExportError(
             f"the checkpoint's scheduler is {plain(owner)}; sampler {name!r} would read a noise schedule that such a "
             "model does not have. Models are exported whose noise is a table of betas (DDIM's, Euler's, DPM-Solver's "
@@ -193,7 +216,7 @@ def _flow_class(name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Fa
     kind, options = recipe.flow[0], dict(recipe.flow[1])
     if kind == owner:
         return kind, options
-    if config.get("use_dynamic_shifting") or config.get(PIPELINE_SIGMAS):
+    if config.get("use_dynamic_shifting") or config.get(PIPELINE_SIGMAS) or config.get(PIPELINE_SCALES):
         raise ExportError(
             f"the pipeline of the checkpoint shifts or spaces noise levels itself, and hands them to {owner} alone; "
             f"sampler {name!r} would take others. Choose euler"
@@ -225,10 +248,28 @@ def set_timesteps(scheduler: Any, steps: int) -> None:
     mu = scheduler.config.get(MU) if scheduler.config.get("use_dynamic_shifting") else None
     shift = {} if mu is None else {"mu": mu}
     with np.errstate(all="ignore"):  # shift_terminal divides one step's by zero; coefficients tell
-        if scheduler.config.get(PIPELINE_SIGMAS):
+        if type(scheduler).__name__ in TRAINED_UNDER_TRIG:
+            scheduler.set_timesteps(steps, intermediate_timesteps=MIDDLE if steps == 2 else None)
+        elif scheduler.config.get(PIPELINE_SCALES):
+            scheduler.set_timesteps(sigmas=np.linspace(0.0, 1.0, steps))
+            scheduler.sigmas[-1] = scheduler.sigmas[-2]  # it ends at sigma_min
+        elif scheduler.config.get(PIPELINE_SIGMAS):
             scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **shift)
         else:
             scheduler.set_timesteps(steps, **shift)
+
+
+def timesteps_of(scheduler: Any) -> list[Any]:
+    """The timestep of each call, once they are set. TrigFlow's last is where the trajectory ends."""
+    return list(scheduler.timesteps[:-1] if type(scheduler).__name__ in TRAINED_UNDER_TRIG else scheduler.timesteps)
+
+
+def pipeline_level(scheduler: Any, call: int) -> tuple[Any, Any]:
+    """A call's noise level σ, and σ / (σ + 1), where a pipeline scales by it (:data:`PIPELINE_SCALES`); else None."""
+    if not scheduler.config.get(PIPELINE_SCALES):
+        return None, None
+    level = scheduler.sigmas[call]
+    return level, level / (level + 1)
 
 
 def from_config(cls: Any, config: Mapping[str, Any], **options: Fact) -> Any:
@@ -332,12 +373,15 @@ def refuse_options(scheduler: Any) -> None:
 
 def facts(scheduler: Any) -> dict[str, Fact]:
     """Where the coefficients come from: class, version of diffusers, and the options that matter."""
-    options = {**declared(scheduler), **{key: scheduler.config.get(key) for key in (MU, PIPELINE_SIGMAS)}}
+    options = {
+        **declared(scheduler),
+        **{key: scheduler.config.get(key) for key in (MU, PIPELINE_SIGMAS, PIPELINE_SCALES)},
+    }
     kept: dict[str, Fact] = {
         "scheduler": type(scheduler).__name__,
         "diffusers": str(diffusers.__version__),
     }
-    for key in (*FACTS, MU, PIPELINE_SIGMAS):
+    for key in (*FACTS, MU, PIPELINE_SIGMAS, PIPELINE_SCALES):
         value = options.get(key)
         if isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
             kept[key] = value

@@ -58,6 +58,7 @@ class DenoisingStep(nn.Module):
     ``ramp``: None, or guidance over the frames, a tensor that broadcasts to [B, ...] with numbers from 0 to 1: the
     scale is then 1 where it is 0, and the step row's where it is 1. ``rescale``: how far the guided output is brought
     back to the deviation of the prompt's half, from 0, not at all, to 1 (arXiv 2305.08891, equations 15 and 16).
+    ``beyond``: added to every step row's guidance scale.
     ``lengths``: the guided output is then brought to the lengths of the prompt's half, where that gives any.
     ``controls``: how many residuals each ControlNet has, by its name; where there are any, ``steer`` is called in place
     of ``denoise``.
@@ -75,6 +76,7 @@ class DenoisingStep(nn.Module):
         ramp: Tensor | None = None,
         rescale: float = 0.0,
         lengths: Lengths = lambda _: None,
+        beyond: float = 0.0,
         controls: Mapping[str, int] | None = None,
         steer: Steer | None = None,
     ) -> None:
@@ -82,6 +84,7 @@ class DenoisingStep(nn.Module):
         self._ramp = ramp
         self._rescale = rescale
         self._lengths = lengths
+        self._beyond = beyond
         self.denoiser = denoiser
         self._denoise = denoise
         self._parts = variant.parts
@@ -143,6 +146,8 @@ class DenoisingStep(nn.Module):
     def _guide(self, output: Tensor, step: Tensor, batch: int) -> tuple[Tensor, Tensor | None]:
         """The guided output [B, ...], and the difference of both halves where both were computed."""
         scale = _column(step, GUIDANCE, output.dim())
+        if self._beyond:
+            scale = scale + self._beyond
         if self._ramp is not None:
             scale = 1 + (scale - 1) * self._ramp
         difference: Tensor | None = None

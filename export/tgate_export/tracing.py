@@ -160,6 +160,7 @@ def trace_step(
         job.ramp(variant),
         job.settings.guidance_rescale,
         job.family.lengths,
+        job.family.guidance_beyond,
         {net: len(shapes) for net, shapes in job.controls.items()},
         job.family.steered,
     )

@@ -45,6 +45,7 @@ _SAMPLERS: Mapping[str, tuple[str, str]] = {
     "lcm": ("LCM", ""),
     "lms": ("LMS", ""),
     "pndm": ("PLMS", ""),
+    "scm": ("SCM", ""),
     "unipc": ("UniPC", ""),
 }
 """What the web UI calls our samplers and their noise levels."""

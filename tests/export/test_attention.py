@@ -15,6 +15,7 @@ from tests.tiny_families import make_tiny, reshape_unet
 from tgate_engine.errors import ExportError
 from tgate_export.attention import observe
 from tgate_export.job import prepare
+from tgate_export.methods.tgate.cache import cache
 
 
 class Attending(nn.Module):
@@ -47,6 +48,50 @@ def test_rows_are_those_of_one_image(images: int, rows: int) -> None:
     module = Attending()
     sites = observe(module, lambda: module(torch.zeros(6, 3, 8), torch.zeros(6, 2, 6)), images=images)
     assert [site.rows for site in sites] == [rows] * 3
+
+
+class Unprojected:
+    """A processor that leaves the projection to the block."""
+
+    def __call__(self, attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+        return torch.relu(attention.to_q(hidden_states)) * attention.to_v(encoder_hidden_states).mean()
+
+
+class Projecting(nn.Module):
+    """A block that is told its own states as what they attend to, and projects what both kinds of attention give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn1 = Attention(8, heads=2, processor=Unprojected())
+        self.attn2 = Attention(8, cross_attention_dim=6, heads=2, processor=Unprojected())
+        self.attn3 = Attention(8, heads=2)
+
+    def forward(self, states: Tensor, text: Tensor) -> Tensor:
+        both = self.attn1(states, encoder_hidden_states=states) + self.attn2(states, encoder_hidden_states=text)
+        projected: Tensor = self.attn2.to_out[0](both)
+        return projected + self.attn3(projected)
+
+
+def test_a_block_that_projects_finds_its_projection_where_a_carry_stands() -> None:
+    torch.manual_seed(0)
+    block, states, text = Projecting(), torch.randn(1, 3, 8), torch.randn(1, 2, 6)
+    sites = observe(block, lambda: block(states, text))
+    assert [(site.module, site.kind, site.projects) for site in sites] == [
+        ("attn1", "self", True),
+        ("attn2", "cross", False),
+        ("attn3", "self", True),
+    ]
+    assert not any(part._forward_pre_hooks or part._forward_hooks for part in block.modules())
+    with torch.no_grad():
+        want, kept = block(states, text), block.attn2(states, encoder_hidden_states=text)
+        part, weights = cache(sites, reuses=(("cross", "all"),)), dict(block.named_parameters())
+        with part.attached(block):
+            assert {n for n in weights if n.startswith("attn2")} - dict(block.named_parameters()).keys() == {
+                *(f"attn2.{name}.weight" for name in ("to_q", "to_k", "to_v"))
+            }
+            part.begin({"cross.0": kept}, 1, 1)
+            assert torch.allclose(block(states, torch.full_like(text, torch.nan)), want, atol=1e-6)
+    assert dict(block.named_parameters()).keys() == weights.keys()
 
 
 def test_a_module_that_runs_twice_is_refused() -> None:

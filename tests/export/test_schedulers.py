@@ -12,14 +12,24 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from numpy.typing import NDArray
 
-from tests.export.test_sampling import NOISE, SDXL, compiled_walk, config, difference, diffusers_walk, model
+from tests.export.test_sampling import (
+    NOISE,
+    SDXL,
+    compiled_walk,
+    config,
+    difference,
+    diffusers_walk,
+    model,
+    step_noise,
+)
 from tgate_engine.errors import ExportError
 from tgate_export.recipes import SAMPLERS
-from tgate_export.sampling import compile_sampler
+from tgate_export.sampling import compile_sampler, drawing
 from tgate_export.schedulers import (
     TRAINED_UNDER,
     TRAINED_UNDER_EDM,
     TRAINED_UNDER_FLOW,
+    TRAINED_UNDER_TRIG,
     TRAINING,
     make_scheduler,
     size_shift,
@@ -224,8 +234,53 @@ def test_options_of_flow_that_a_sampler_does_not_read_are_refused(change: dict[s
         compile_sampler("dpmpp_2m", saved(SD3, **change), 6)
 
 
+def trig_walk(scheduler: Any, **times: Any) -> list[Any]:
+    """The loop of Sana-Sprint's pipeline, x_0 .. x_N, on a network that is given and gives what the sampler has."""
+    scheduler.set_timesteps(**times)
+    latents = torch.from_numpy(NOISE) * scheduler.config.sigma_data
+    trajectory = [NOISE]
+    for i, timestep in enumerate(scheduler.timesteps[:-1]):
+        output = torch.from_numpy(model((latents / scheduler.config.sigma_data).numpy(), float(timestep)))
+        with drawing(scheduler, torch.from_numpy(step_noise(i))):
+            latents = scheduler.step(output * scheduler.config.sigma_data, timestep, latents, return_dict=False)[0]
+        trajectory.append((latents / scheduler.config.sigma_data).numpy())
+    return trajectory
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.7])
+@pytest.mark.parametrize(("steps", "middle"), [(1, None), (2, 1.3), (3, None), (10, None)])
+def test_trigflow_is_diffusers_whatever_the_deviation_of_data(
+    sigma_data: float, steps: int, middle: float | None
+) -> None:
+    """The pipeline multiplies latents by it and divides them again; the angle between two steps is the pipeline's."""
+    own = diffusers.SCMScheduler(sigma_data=sigma_data)
+    sampler = compile_sampler("scm", saved(own), steps)
+    want = trig_walk(own, num_inference_steps=steps, intermediate_timesteps=middle)
+    assert difference(compiled_walk(sampler), want) < ROUNDED
+    assert (sampler.prediction_type, sampler.initial_scale, len(sampler.calls)) == ("trigflow", 1.0, steps)
+    assert [call.noise != 0 for call in sampler.calls] == [True] * (steps - 1) + [False], "the last adds none"
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "scm"])
+def test_samplers_that_know_no_trigflow_are_refused(name: str) -> None:
+    with pytest.raises(ExportError, match=r"SCMScheduler: its network was distilled as TrigFlow.*Choose scm"):
+        compile_sampler(name, saved(diffusers.SCMScheduler()), 2)
+
+
+@pytest.mark.parametrize("other", [diffusers.DDIMScheduler(), SD3, COSXL], ids=lambda s: type(s).__name__)
+def test_trigflow_is_for_networks_that_were_distilled_so(other: Any) -> None:
+    with pytest.raises(ExportError, match=rf"scheduler is {type(other).__name__}.*'scm'"):
+        compile_sampler("scm", saved(other), 2)
+
+
+@pytest.mark.parametrize("config", [{"prediction_type": "epsilon"}, {"num_train_timesteps": 1}])
+def test_what_trigflow_is_not_diffusers_refuses(config: dict[str, Any]) -> None:
+    with pytest.raises(ExportError, match="diffusers cannot run SCMScheduler with 2 steps"):
+        compile_sampler("scm", saved(diffusers.SCMScheduler(), **config), 2)
+
+
 def test_the_lists_name_schedulers_of_diffusers() -> None:
-    for name in (*TRAINED_UNDER, *TRAINED_UNDER_EDM, *TRAINED_UNDER_FLOW):
+    for name in (*TRAINED_UNDER, *TRAINED_UNDER_EDM, *TRAINED_UNDER_FLOW, *TRAINED_UNDER_TRIG):
         assert hasattr(diffusers, name), name
 
 

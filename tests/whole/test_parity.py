@@ -29,8 +29,9 @@ from tgate_export.sampling import SAMPLERS as EVERY_SAMPLER
 from tgate_export.sampling import make_scheduler
 from tgate_runtime.pipeline import Pipeline
 
-SAMPLERS = tuple(name for name in EVERY_SAMPLER if name not in ("lcm", "euler_a"))
-"""The deterministic ones. Stochastic ones, whose noise must be injected, are in ``tests/whole/test_families.py``."""
+SAMPLERS = tuple(name for name in EVERY_SAMPLER if name not in ("lcm", "euler_a", "scm"))
+"""The deterministic ones. Stochastic ones, whose noise must be injected, are in ``tests/whole/test_families.py``; SCM,
+which knows other networks, in ``tests/whole/test_flow_families.py``."""
 
 PROMPT = "a large red circle above a small blue square"
 VARIANTS = ("sdxl_like", "conv_projection", "half_on_disk", "sharded")

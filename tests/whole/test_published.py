@@ -329,6 +329,7 @@ FULL: Mapping[str, Full] = {
     "pixart-sigma": Full(denoiser=610_856_096, latents=(4, 128, 128), size=(1, 1024, 1024), decoder_bytes=2 * DECODER),
     "lcm-pixart": Full(denoiser=611_349_152, latents=(4, 128, 128), size=(1, 1024, 1024)),
     "hunyuandit-1.2": Full(denoiser=1_499_952_032, latents=(4, 128, 128), size=(1, 1024, 1024)),
+    "lumina-next": Full(denoiser=1_754_898_976, latents=(4, 128, 128), size=(1, 1024, 1024)),
     "sd3-medium": Full(
         denoiser=2_084_951_104, latents=(16, 128, 128), size=(1, 1024, 1024), decoder_bytes=4 * SD3_DECODER
     ),
@@ -344,6 +345,13 @@ FULL: Mapping[str, Full] = {
     "sana-1.6b-512": Full(
         denoiser=1_604_462_752, latents=(32, 16, 16), size=(1, 512, 512), decoder_bytes=2 * DC_AE_DECODER
     ),
+    "sana-sprint-1.6b": Full(
+        denoiser=1_610_237_472, latents=(32, 32, 32), size=(1, 1024, 1024), decoder_bytes=2 * DC_AE_DECODER
+    ),
+    "sana-sprint-0.6b": Full(
+        denoiser=593_501_216, latents=(32, 32, 32), size=(1, 1024, 1024), decoder_bytes=2 * DC_AE_DECODER
+    ),
+    "cosmos-predict2-2b": Full(denoiser=1_956_405_248, latents=(16, 96, 170), size=(1, 768, 1360), weights="none"),
     "svd": Full(
         denoiser=1_524_623_082,
         latents=(25, 4, 72, 128),

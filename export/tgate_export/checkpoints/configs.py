@@ -30,8 +30,9 @@ MOST_CHARACTERS = 256
 
 LARGEST_NUMBER = 1e12
 
-_WIDTH = (1, 1 << 15)
-"""Channels, heads and the like. Ten times the widest network; two of them make a tensor that memory need not hold."""
+_WIDTH = (1, 1 << 16)
+"""Channels, heads and the like. As many as T5 11B has in a layer, the widest network; two of them make a tensor that
+memory need not hold."""
 
 _BOUNDS: Mapping[str, tuple[int, int]] = {
     # Layers, and what may be 0 of them.

@@ -23,7 +23,7 @@ from tgate_export.checkpoints.files import plain, quoted
 from tgate_export.families.facts import Facts
 from tgate_export.libraries import refusing
 from tgate_export.methods.base import Halves
-from tgate_export.schedulers import MU, PIPELINE_SIGMAS
+from tgate_export.schedulers import MU, PIPELINE_SCALES, PIPELINE_SIGMAS
 
 Texts = Mapping[str, Tensor]
 """Conditioning of one prompt by name, each [1, ...]."""
@@ -104,6 +104,8 @@ class Family(ABC):
     there is none."""
     control_class: type[nn.Module] | None = None
     """The class of its ControlNets; None where it takes none."""
+    renamed: Mapping[str, str] = {}
+    """Pipelines that checkpoints name and diffusers has by another name now."""
     aliases: Mapping[str, tuple[str, ...]] = {}
     """Further names that checkpoints have for a class, by its own."""
     denoiser: str
@@ -135,6 +137,8 @@ class Family(ABC):
     """diffusers' pipeline that begins from a picture; empty where there is none."""
     fps: int = 8
     """Frames a second of a video."""
+    guidance_beyond: float = 0.0
+    """How much more a pipeline guides than its guidance scale says."""
     textual_inversions: bool = False
     """Whether the pipeline writes out a textual inversion of several vectors before the tokenizer sees it."""
 
@@ -144,6 +148,19 @@ class Family(ABC):
     @property
     def name(self) -> str:
         return self.facts.name
+
+    def pipeline(self, checkpoint: Checkpoint) -> str:
+        """The name of diffusers' class of the checkpoint's pipeline."""
+        name = str(checkpoint.model_index["_class_name"])
+        return self.renamed.get(name, name)
+
+    def pipeline_parts(self) -> Mapping[str, Any]:
+        """What diffusers' pipeline wants beside a checkpoint's components, and is no part of a bundle."""
+        return {}
+
+    def no_negative(self) -> str:
+        """What the pipeline takes for a negative prompt where none is given."""
+        return ""
 
     def check_pipeline(self, checkpoint: Checkpoint) -> None:
         """Raises :class:`~tgate_engine.errors.ExportError` for a checkpoint of another pipeline."""
@@ -406,7 +423,9 @@ class Family(ABC):
     def scheduler_config(self, checkpoint: Checkpoint, size: Size) -> Mapping[str, Any]:
         """The scheduler's configuration as the pipeline uses it for a size, with what it hands over beside it
         (:data:`~tgate_export.schedulers.MU`); its class is the one that model_index.json names."""
-        config = {k: v for k, v in checkpoint.scheduler_config().items() if k not in (MU, PIPELINE_SIGMAS)}
+        config = {
+            k: v for k, v in checkpoint.scheduler_config().items() if k not in (MU, PIPELINE_SIGMAS, PIPELINE_SCALES)
+        }
         class_name(f"{checkpoint.where}: scheduler/scheduler_config.json", config)
         if named := checkpoint.named_class("scheduler"):
             config["_class_name"] = named

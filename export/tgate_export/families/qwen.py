@@ -260,12 +260,15 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([one * cos - other * sin, one * sin + other * cos], dim=4).flatten(3).type_as(x)
 
 
-class _Frame(QwenImageCausalConv3d):
-    """A convolution that looks at frames gone by, of a video of one: what of it is not multiplied with zeros."""
+def one_frame(convolution: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """What a convolution that looks at frames gone by makes of a video of one, [B, C, 1, h, w], to the same with its
+    own channels: what of it is not multiplied with zeros."""
+    assert x.shape[2] == 1  # the pipeline decodes one frame
+    assert cache_x is None
+    padding = (convolution._padding[2], convolution._padding[0])
+    frame = nn.functional.conv2d(x[:, :, 0], convolution.weight[:, :, -1], convolution.bias, padding=padding)
+    return frame.unsqueeze(2)
 
-    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-        """[B, C, 1, h, w] to the same with its own channels."""
-        assert x.shape[2] == 1  # the pipeline decodes one frame
-        assert cache_x is None
-        padding = (self._padding[2], self._padding[0])
-        return nn.functional.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=padding).unsqueeze(2)
+
+class _Frame(QwenImageCausalConv3d):
+    forward = one_frame

@@ -43,6 +43,16 @@ class Sana(Family):
     def check(self, checkpoint: Checkpoint) -> None:
         super().check(checkpoint)
         config = self.config(checkpoint, "transformer")
+        self.check_output(checkpoint)
+        if config["cross_attention_dim"] is None:
+            raise ExportError(
+                f"{checkpoint.where}: the transformer has cross_attention_dim = null, and diffusers cannot run it; "
+                "the checkpoint is of another architecture"
+            )
+
+    def check_output(self, checkpoint: Checkpoint) -> None:
+        """Raises :class:`~tgate_engine.errors.ExportError` for a network whose output or guidance is another's."""
+        config = self.config(checkpoint, "transformer")
         channels, outputs = config["in_channels"], config["out_channels"]
         if outputs not in (channels, 2 * channels):
             raise ExportError(
@@ -52,12 +62,7 @@ class Sana(Family):
         if config["guidance_embeds"]:
             raise ExportError(
                 f"{checkpoint.where}: the transformer takes the guidance scale (guidance_embeds), as Sana-Sprint's "
-                "does, whose sampler draws noise in a way that is not compiled; give a checkpoint of Sana"
-            )
-        if config["cross_attention_dim"] is None:
-            raise ExportError(
-                f"{checkpoint.where}: the transformer has cross_attention_dim = null, and diffusers cannot run it; "
-                "the checkpoint is of another architecture"
+                "does; take --model sana-sprint-1.6b or sana-sprint-0.6b, or give a checkpoint of Sana"
             )
 
     def check_decoder(self, checkpoint: Checkpoint) -> None:

@@ -137,21 +137,7 @@ class Wan(Family):
             )
 
     def check_decoder(self, checkpoint: Checkpoint) -> None:
-        config = self.config(checkpoint, "vae")
-        for key, wanted in (("in_channels", 3), ("out_channels", 3), ("patch_size", None), ("is_residual", False)):
-            if config[key] != wanted:
-                raise ExportError(
-                    f"{checkpoint.where}: vae/config.json has {key} = {config[key]}, Wan 2.1 has {wanted}; this "
-                    "checkpoint is of another architecture"
-                )
-        halved = (2 ** (len(config["dim_mult"]) - 1), 2 ** sum(map(bool, config["temperal_downsample"])))
-        stated = (config["scale_factor_spatial"], config["scale_factor_temporal"])
-        if halved != stated or len(config["temperal_downsample"]) != len(config["dim_mult"]) - 1:
-            raise ExportError(
-                f"{checkpoint.where}: vae/config.json has scale_factor_spatial = {stated[0]} and "
-                f"scale_factor_temporal = {stated[1]}, its levels (dim_mult, temperal_downsample) make {halved[0]} and "
-                f"{halved[1]}; they must agree"
-            )
+        check_causal(checkpoint, self.config(checkpoint, "vae"))
 
     def denoise(
         self,
@@ -227,6 +213,24 @@ class Wan(Family):
             "negative_prompt_embeds": conditioning.get("prompt_embeds.negative"),
             "guidance_scale": guidance_scale,
         }
+
+
+def check_causal(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Raises :class:`~tgate_engine.errors.ExportError` for an autoencoder that is not Wan 2.1's."""
+    for key, wanted in (("in_channels", 3), ("out_channels", 3), ("patch_size", None), ("is_residual", False)):
+        if config[key] != wanted:
+            raise ExportError(
+                f"{checkpoint.where}: vae/config.json has {key} = {config[key]}, Wan 2.1 has {wanted}; this "
+                "checkpoint is of another architecture"
+            )
+    halved = (2 ** (len(config["dim_mult"]) - 1), 2 ** sum(map(bool, config["temperal_downsample"])))
+    stated = (config["scale_factor_spatial"], config["scale_factor_temporal"])
+    if halved != stated or len(config["temperal_downsample"]) != len(config["dim_mult"]) - 1:
+        raise ExportError(
+            f"{checkpoint.where}: vae/config.json has scale_factor_spatial = {stated[0]} and "
+            f"scale_factor_temporal = {stated[1]}, its levels (dim_mult, temperal_downsample) make {halved[0]} and "
+            f"{halved[1]}; they must agree"
+        )
 
 
 class _Attention:

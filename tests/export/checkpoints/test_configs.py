@@ -57,7 +57,7 @@ def own_values(cls: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"in_channels": "text"}, r"in_channels = 'text' \(text\); a whole number from 1 to 32768 is wanted"),
+        ({"in_channels": "text"}, r"in_channels = 'text' \(text\); a whole number from 1 to 65536 is wanted"),
         ({"in_channels": True}, r"in_channels = True \(true or false\); a whole number"),
         ({"in_channels": 0.5}, "a whole number"),
         ({"in_channels": 0}, "a whole number from 1"),

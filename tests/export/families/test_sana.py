@@ -48,7 +48,7 @@ def test_its_sampler_takes_the_noise_levels_of_flow_matching() -> None:
 @pytest.mark.parametrize(
     ("part", "changes", "said"),
     [
-        ("transformer", {"guidance_embeds": True}, "takes the guidance scale .*Sana-Sprint"),
+        ("transformer", {"guidance_embeds": True}, "takes the guidance scale .*take --model sana-sprint-1.6b"),
         ("transformer", {"out_channels": 12}, "gives 12 channels; samplers take 8, or twice as many"),
         ("transformer", {"in_channels": 12}, "takes 12 channels, its latents have 8"),
         ("transformer", {"cross_attention_dim": None}, "cross_attention_dim = null, and diffusers cannot run it"),

@@ -77,13 +77,13 @@ class AttentionCache(Part):
     @contextmanager
     def attached(self, denoiser: nn.Module) -> Iterator[None]:
         undo: list[Callable[[], object]] = []
-        replaced = {site.module for site, _ in self._reuses.values()}
+        replaced = {site.module: site.projects for site, _ in self._reuses.values()}
         try:
             for name in self._modules:
                 parent_name, _, leaf = name.rpartition(".")
                 parent, module = denoiser.get_submodule(parent_name), denoiser.get_submodule(name)
                 if name in replaced:
-                    setattr(parent, leaf, _Carried(self._carried, name))
+                    setattr(parent, leaf, _Carried(self._carried, name, None if replaced[name] else module.to_out))
                     undo.append(functools.partial(setattr, parent, leaf, module))
                 else:
                     undo.append(module.register_forward_hook(self._watch(name)).remove)
@@ -123,11 +123,13 @@ class AttentionCache(Part):
 
 
 class _Carried(nn.Module):
-    """Stands where an attention module was and returns its carry."""
+    """Stands where an attention module was and returns its carry. ``projection``: what the block takes from it."""
 
-    def __init__(self, carried: Mapping[str, Tensor], name: str) -> None:
+    def __init__(self, carried: Mapping[str, Tensor], name: str, projection: nn.Module | None) -> None:
         super().__init__()
         self._carried, self._name = carried, name
+        if projection is not None:
+            self.to_out = projection  # the block's own, which lies in it
 
     def forward(self, *_args: object, **_kwargs: object) -> Tensor:
         return self._carried[self._name]

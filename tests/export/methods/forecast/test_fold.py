@@ -15,7 +15,7 @@ from tgate_export.methods.base import Settings
 from tgate_export.methods.forecast.fold import FORECAST_OF, forecast
 from tgate_export.sampling import SAMPLERS, compile_sampler
 
-STOCHASTIC = ("lcm", "euler_a")
+STOCHASTIC = ("lcm", "euler_a", "scm")
 
 
 class Extrapolating:
@@ -70,8 +70,9 @@ def test_nothing_left_out_is_the_same_sampler() -> None:
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_a_sampler_that_draws_noise_is_refused(name: str) -> None:
+    config = {"_class_name": "SCMScheduler"} if name == "scm" else SDXL
     with pytest.raises(MethodError, match=f"sampler {name} draws noise in every step"):
-        forecast(compile_sampler(name, SDXL, 8), (5, 7))
+        forecast(compile_sampler(name, config, 8), (5, 7))
 
 
 def test_the_first_call_is_never_left_out() -> None:

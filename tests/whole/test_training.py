@@ -18,6 +18,7 @@ from training.evaluate import evaluation_captions
 from training.grammar import (
     COLOURS,
     PAIRS,
+    Scene,
     draw_scene,
     is_held_out,
     named_pairs,
@@ -26,13 +27,14 @@ from training.grammar import (
     write_caption,
 )
 from training.pixart import build_tokenizer
-from training.pool import MINI_SDXL
+from training.pool import MINI_SDXL, load_vae
 from training.reading import NOTHING, token_targets
 from training.relations import item_places, named_relation, relation_shown
 from training.render import render
 from training.settings import LATENT_PX, MAX_PIPELINE_BYTES, PIXART_SETTINGS
 from training.text import t5_encode
 from training.train_denoiser import build
+from training.train_vae import to_model, to_pixels
 
 
 def test_the_judge_is_right_on_renders_it_never_saw() -> None:
@@ -59,6 +61,26 @@ def test_the_judge_of_places_is_right_on_renders() -> None:
             assert relation_shown(at, opposite) is False, caption
         missing = np.vstack([at[:-1], [[np.nan, np.nan]]])
         assert relation_shown(missing, caption) is False
+
+
+def test_the_autoencoder_keeps_what_small_items_are() -> None:
+    """Above 98 %, of renders through encoder and decoder: a picture can show no more than its latents do. Small stars,
+    whose corners are a few pixels, were lost in seven of ten once."""
+    rng = random.Random(29)
+    scenes: list[Scene] = []
+    while len(scenes) < 100:
+        scene = draw_scene(rng)
+        if len(scene.items) > 1 and any(item.size == "small" and item.shape == "star" for item in scene.items):
+            scenes.append(scene)
+    vae = load_vae(Path("no folder"))
+    captions = [" and ".join(f"a {item.colour} {item.shape}" for item in scene.items) for scene in scenes]
+    shown = []
+    for start in range(0, len(scenes), 20):
+        images = to_model(np.stack([render(scene) for scene in scenes[start : start + 20]]))
+        with torch.no_grad():
+            shown.append(to_pixels(vae.decode(vae.encode(images).latent_dist.mode()).sample))
+    places = np.concatenate(item_places(load_classifier(), np.concatenate(shown), captions))
+    assert np.isfinite(places).all(axis=1).mean() > 0.98
 
 
 def test_a_caption_without_a_relation_is_not_judged_for_one() -> None:

@@ -23,7 +23,8 @@ benchmarks.paper.run` measures. The paper looks at Stable Diffusion, SDXL and Pi
 two embedded models, which draw coloured shapes, looked at in the same way: its figures 2, 3, A1 and A4, its tables 1,
 2, 6 and A1 to A5. {captions} captions that training never saw, {steps} steps of DPM-Solver++ 2M unless a row says
 otherwise, the same noise in every row. A table that a model lacks was not drawn yet: the first command goes on. The
-rows of `mini-sdxl` are of its weights before the third training.
+rows are of earlier weights: `mini-sdxl` before the third of its four trainings, `mini-pixart` before its last, and both
+before the last training of the autoencoder's decoder, which lost small stars.
 
 *All objects right*: the judge sees every object that the caption names. *Relations right*: of the captions that say
 how objects lie, those whose picture shows them so. *Fréchet distance*: to {renders} true renders, over the judge's

@@ -18,6 +18,7 @@ from training.evaluate import evaluation_captions
 from training.grammar import (
     COLOURS,
     PAIRS,
+    Item,
     Scene,
     draw_scene,
     is_held_out,
@@ -31,8 +32,9 @@ from training.pool import MINI_SDXL, load_vae
 from training.reading import NOTHING, token_targets
 from training.relations import item_places, named_relation, relation_shown
 from training.render import render
-from training.settings import LATENT_PX, MAX_PIPELINE_BYTES, PIXART_SETTINGS
+from training.settings import LATENT_PX, MAX_PIPELINE_BYTES, PIXART_SETTINGS, SETTINGS
 from training.text import t5_encode
+from training.train_decoder import decoder_loss, weights_of
 from training.train_denoiser import build
 from training.train_vae import to_model, to_pixels
 
@@ -81,6 +83,25 @@ def test_the_autoencoder_keeps_what_small_items_are() -> None:
             shown.append(to_pixels(vae.decode(vae.encode(images).latent_dist.mode()).sample))
     places = np.concatenate(item_places(load_classifier(), np.concatenate(shown), captions))
     assert np.isfinite(places).all(axis=1).mean() > 0.98
+
+
+def test_errors_inside_of_small_items_count_most() -> None:
+    small, large = (
+        Item(colour="red", shape="star", size=size, x_px=x, y_px=64.0, radius_px=radius)
+        for size, x, radius in (("small", 30.0, 17.0), ("large", 90.0, 28.0))
+    )
+    scene = Scene(items=(small, large), layout="left", background="grey", texture="plain", texture_seed=0)
+    weights = weights_of([scene])
+    assert weights.shape == (1, 1, 128, 128)
+    beside, inside = weights[0, 0, 0, 0], [weights[0, 0, 64, column] for column in (30, 90)]
+    assert beside == 1 < inside[1] < inside[0]
+    picture, settings = torch.zeros(1, 3, 128, 128), SETTINGS
+    wrong = [picture.clone() for _ in range(3)]
+    for image, (x, y) in zip(wrong, ((2, 2), (90, 64), (30, 64)), strict=True):
+        image[:, :, y, x] = 1.0
+    losses = [float(decoder_loss(image, picture, weights, settings)) for image in wrong]
+    assert 0 < losses[0] < losses[1] < losses[2]
+    assert float(decoder_loss(picture, picture, weights, settings)) == 0
 
 
 def test_a_caption_without_a_relation_is_not_judged_for_one() -> None:

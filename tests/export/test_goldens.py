@@ -121,7 +121,7 @@ def test_a_walk_is_the_samplers_recurrence_over_the_network(job: Job) -> None:
     plan = build_plan(
         "x", [Call("p", FULL)] * 3, sampler=job.sampler, guidance_scale=7.5, graphs=graphs, carries={}, settings={}
     )
-    family = SimpleNamespace(denoise=network, lengths=job.family.lengths)
+    family = SimpleNamespace(denoise=network, lengths=job.family.lengths, guidance_beyond=job.family.guidance_beyond)
     stub: Any = SimpleNamespace(family=family, settings=job.settings, guidance_scale=7.5, ramp=job.ramp)
     got = goldens.walk(stub, plan, denoiser, {FULL: Variant(name=FULL, halves="both")}, noise, rows)
     want = [noise * job.sampler.initial_scale]

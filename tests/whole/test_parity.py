@@ -35,6 +35,7 @@ which knows other networks, in ``tests/whole/test_flow_families.py``."""
 
 PROMPT = "a large red circle above a small blue square"
 VARIANTS = ("sdxl_like", "conv_projection", "half_on_disk", "sharded")
+MARKS = {"sharded": [pytest.mark.slow]}  # how files are read is tested where they are: test_directory.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,9 @@ class Subject:
         return tgate_latents(self.eager, **self.arguments(case, **more), m=case.m, k=case.k, f=case.f, w=case.w)
 
 
-@pytest.fixture(scope="module", params=("mini-sdxl", *VARIANTS))
+@pytest.fixture(
+    scope="module", params=("mini-sdxl", *(pytest.param(name, marks=MARKS.get(name, ())) for name in VARIANTS))
+)
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     if request.param == "mini-sdxl":
         yield Subject(Path(location("mini-sdxl")), request.getfixturevalue("mini_bundle"))
@@ -163,7 +166,11 @@ def test_gated_latents_equal_the_package_on_more_of_the_grid(subject: Subject, c
     ("subject", "sampler"),
     [
         *[("mini-sdxl", sampler) for sampler in SAMPLERS],  # which knows nothing of the checkpoint
-        *[(variant, sampler) for variant in VARIANTS for sampler in ("dpmpp_2m", "pndm")],
+        *[
+            pytest.param(name, sampler, marks=MARKS.get(name, ()))
+            for name in VARIANTS
+            for sampler in ("dpmpp_2m", "pndm")
+        ],
     ],
     indirect=["subject"],
 )

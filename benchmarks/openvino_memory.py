@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from benchmarks.frugality import machine, watched
 from tgate_engine.atomic import write_atomically
@@ -57,7 +58,7 @@ def run(place: Path, names: Sequence[str], options: EngineOptions, repeats: int,
             times.append((time.perf_counter() - began) * 1e3)
         found["ms"][name] = round(min(times[1:]), 1)
         given[name] = decode(outputs["output"].read(), next(t.dtype for t in spec.outputs if t.name == "output"))
-    np.savez(output.with_suffix(".npz"), **given)  # type: ignore[arg-type]
+    save_file(given, output.with_suffix(".safetensors"))
     output.write_text(json.dumps(found))
 
 
@@ -76,9 +77,9 @@ def measured(place: Path, names: Sequence[str], precision: str, repeats: int, th
                 rows[way]["failed"] = usage.killed or output.with_suffix(".log").read_text()[-400:]
             else:
                 rows[way] |= json.loads(output.read_text())
-        files = [Path(folder) / f"{way}.npz" for way in WAYS]
+        files = [Path(folder) / f"{way}.safetensors" for way in WAYS]
         if all(file.is_file() for file in files):
-            one, other = map(np.load, files)
+            one, other = map(load_file, files)
             apart = {name: float(np.abs(one[name] - other[name]).max() / np.abs(one[name]).max()) for name in names}
             rows["apart"] = apart
     return rows

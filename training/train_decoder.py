@@ -2,9 +2,9 @@
 
     python -m training.train_decoder --work .cache/training --seconds 1300
 
-It begins with the embedded autoencoder, and leaves a whole one where the other steps look for it. It takes whole
-pictures, since the decoder attends to all of one; errors count for more inside of items, and most inside of small ones,
-whose corners are a few pixels.
+It begins with the autoencoder of the folder, or with the embedded one where there is none, and leaves a whole one. It
+takes whole pictures, since the decoder attends to all of one; errors count for more inside of items, and most inside of
+small ones, whose corners are a few pixels.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
-from training.budget import Budget, append_row, save_checkpoint, set_lr
 from training.grammar import Scene, draw_scene
-from training.parallel import average_gradients, launch
+from training.parallel import launch
 from training.pool import load_vae
 from training.render import render
 from training.settings import IMAGE_PX, SETTINGS, Settings
-from training.train_vae import to_model
+from training.train_vae import fit, save_vae, to_model
 
 _LARGEST_PX = 28.5
 _BATCH = 4  # of a worker
@@ -57,41 +55,20 @@ def decoder_loss(
 def train(rank: int, work: Path, seconds: float, settings: Settings) -> None:
     """Train as worker `rank` for `seconds` in all; resumes decoder.ckpt. Worker 0 leaves vae.safetensors, vae.scale."""
     vae = load_vae(work, settings)
-    parts = (vae.decoder, vae.post_quant_conv)
-    parameters = [parameter.requires_grad_() for part in parts for parameter in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=_LR, betas=(0.9, 0.99), weight_decay=1e-4)
-    checkpoint, step, spent = work / "decoder.ckpt", 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent = state["step"], state["spent_s"]
-    budget = Budget(seconds=seconds, peak_lr=_LR, warmup_steps=50, spent_s=spent)
-    rng = random.Random(f"decoder-{settings.seed}-{step}-{rank}")
-    torch.manual_seed(settings.seed * 1_000_003 + step * settings.workers + rank)
-    spent = budget.spent_s
-    while spent < seconds:
+    for part in (vae.decoder, vae.post_quant_conv):
+        part.requires_grad_()
+
+    def loss_of(rng: random.Random, _share: float) -> tuple[torch.Tensor, dict[str, float]]:
         scenes = [draw_scene(rng) for _ in range(_BATCH)]
         images = to_model(np.stack([render(scene) for scene in scenes]))
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.mode()
             latents += torch.randn_like(latents) * _LATENT_NOISE / vae.config.scaling_factor
-        loss = decoder_loss(vae.decode(latents).sample, images, weights_of(scenes), settings)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        spent = average_gradients(parameters, budget.spent_s)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        set_lr(optimizer, budget.lr(step, spent))
-        optimizer.step()
-        step += 1
-        if rank == 0 and step % 25 == 0:
-            append_row(work / "decoder.csv", {"step": step, "spent_s": round(spent, 1), "loss": loss.item()})
-        if rank == 0 and (step % 200 == 0 or spent >= seconds):
-            state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
-            save_checkpoint(checkpoint, {**state, "step": step, "spent_s": spent})
+        return decoder_loss(vae.decode(latents).sample, images, weights_of(scenes), settings), {}
+
+    fit(rank, work, "decoder", vae, loss_of, seconds=seconds, lr=_LR, settings=settings)
     if rank == 0:
-        save_file({key: value.contiguous() for key, value in vae.state_dict().items()}, work / "vae.safetensors")
-        (work / "vae.scale").write_text(f"{vae.config.scaling_factor:.6f}\n")
+        save_vae(vae, vae.config.scaling_factor, work)
 
 
 def main() -> None:

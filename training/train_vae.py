@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -107,43 +108,73 @@ def latent_scale(vae: AutoencoderKL, count: int = 128) -> float:
     return float(1.0 / torch.cat(latents).std())
 
 
-def train(rank: int, work: Path, seconds: float, settings: Settings) -> None:
-    """Train as worker `rank` for `seconds` in all; resumes vae.ckpt. Worker 0 leaves vae.safetensors and vae.scale."""
-    torch.manual_seed(settings.seed)
-    vae = build_vae(settings)
-    start_transparent(vae)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.vae_lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    checkpoint, step, spent = work / "vae.ckpt", 0, 0.0
+def fit(
+    rank: int,
+    work: Path,
+    name: str,
+    vae: AutoencoderKL,
+    loss_of: Callable[[random.Random, float], tuple[torch.Tensor, dict[str, float]]],
+    *,
+    seconds: float,
+    lr: float,
+    settings: Settings,
+) -> None:
+    """Train what of ``vae`` takes gradients, as worker `rank` for `seconds` in all; resumes <name>.ckpt.
+
+    ``loss_of``: from a random source and the share of the seconds that is spent, the loss of a new batch and what the
+    log says of it.
+    """
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    checkpoint, step, spent = work / f"{name}.ckpt", 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         vae.load_state_dict(state["vae"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent_s"]
-    budget = Budget(seconds=seconds, peak_lr=settings.vae_lr, warmup_steps=50, spent_s=spent)
-    rng = random.Random(f"vae-{settings.seed}-{step}-{rank}")
+    budget = Budget(seconds=seconds, peak_lr=lr, warmup_steps=50, spent_s=spent)
+    rng = random.Random(f"{name}-{settings.seed}-{step}-{rank}")
     torch.manual_seed(settings.seed * 1_000_003 + step * settings.workers + rank)
-    spent, crops = budget.spent_s, settings.vae_batch // settings.workers
+    spent = budget.spent_s
     while spent < seconds:
-        crop = spent < _CROP_SHARE * seconds
-        images = _batch(rng, crops if crop else max(1, crops // 4), _CROP_PX if crop else IMAGE_PX)
-        loss, absolute = vae_loss(vae, images, settings)
+        loss, told = loss_of(rng, spent / seconds)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        spent = average_gradients(list(vae.parameters()), budget.spent_s)
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        spent = average_gradients(parameters, budget.spent_s)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         set_lr(optimizer, budget.lr(step, spent))
         optimizer.step()
         step += 1
         if rank == 0 and step % 25 == 0:
-            row = {"step": step, "spent_s": round(spent, 1), "loss": loss.item(), "l1": absolute.item()}
-            append_row(work / "vae.csv", row)
+            append_row(work / f"{name}.csv", {"step": step, "spent_s": round(spent, 1), "loss": loss.item(), **told})
         if rank == 0 and (step % 200 == 0 or spent >= seconds):
-            _preview(vae, work / "vae.png")
+            _preview(vae, work / f"{name}.png")
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
             save_checkpoint(checkpoint, {**state, "step": step, "spent_s": spent})
+
+
+def save_vae(vae: AutoencoderKL, scale: float, work: Path) -> None:
+    """Write vae.safetensors, and vae.scale, the factor that gives its latents a standard deviation of one."""
+    save_file({key: value.contiguous() for key, value in vae.state_dict().items()}, work / "vae.safetensors")
+    (work / "vae.scale").write_text(f"{scale:.6f}\n")
+
+
+def train(rank: int, work: Path, seconds: float, settings: Settings) -> None:
+    """Train as worker `rank` for `seconds` in all; resumes vae.ckpt. Worker 0 leaves vae.safetensors and vae.scale."""
+    torch.manual_seed(settings.seed)
+    vae = build_vae(settings)
+    start_transparent(vae)
+    crops = settings.vae_batch // settings.workers
+
+    def loss_of(rng: random.Random, share: float) -> tuple[torch.Tensor, dict[str, float]]:
+        crop = share < _CROP_SHARE
+        images = _batch(rng, crops if crop else max(1, crops // 4), _CROP_PX if crop else IMAGE_PX)
+        loss, absolute = vae_loss(vae, images, settings)
+        return loss, {"l1": absolute.item()}
+
+    fit(rank, work, "vae", vae, loss_of, seconds=seconds, lr=settings.vae_lr, settings=settings)
     if rank == 0:
-        save_file({key: value.contiguous() for key, value in vae.state_dict().items()}, work / "vae.safetensors")
-        (work / "vae.scale").write_text(f"{latent_scale(vae):.6f}\n")
+        save_vae(vae, latent_scale(vae), work)
 
 
 def main() -> None:

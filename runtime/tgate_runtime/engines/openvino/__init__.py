@@ -25,7 +25,16 @@ from tgate_engine.errors import EngineError
 from tgate_engine.graph import GraphSpec
 from tgate_engine.underway import Cancellable
 from tgate_runtime.engines.host import CpuBuffer
-from tgate_runtime.engines.openvino.branches import BRANCH, Ports, join, share_weights, which_share
+from tgate_runtime.engines.openvino.branches import (
+    BRANCH,
+    Ports,
+    constants,
+    join,
+    name_of,
+    put,
+    share_weights,
+    which_share,
+)
 from tgate_runtime.engines.openvino.timestep import part_name, split_time
 from tgate_runtime.engines.protocol import EngineOptions, Instead, OnBuild, check_buffers, check_interface
 from tgate_runtime.graph_check import read_graphs
@@ -51,7 +60,7 @@ class _Request:
         self._time_outputs = 0
         if time is not None:
             self._time = time.create_infer_request()
-            self._time_inputs = [_name(port, spec.input_names()) for port in time.inputs]
+            self._time_inputs = [name_of(port, spec.input_names()) for port in time.inputs]
             self._time_outputs = len(time.outputs)
         # What nobody binds is written to the request's own memory; a carry may have been bound there before.
         self._own = {tensor.name: self._infer.get_tensor(self._ports[tensor.name]) for tensor in spec.outputs}
@@ -259,27 +268,20 @@ class _Part:
 
 def _take(model: Any, instead: Instead) -> None:
     """Put weights in place of the constants of their names."""
-    constants = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
-    for name in instead.keys() & constants.keys():
-        weight, old = instead[name], constants[name]
+    known = {node.get_friendly_name(): node for node in constants(model)}
+    for name in instead.keys() & known.keys():
+        weight = instead[name]
         array = np.ascontiguousarray(weight.array)
         if weight.dtype == "bfloat16":
             new = ov.op.Constant(ov.Tensor(array, ov.Shape(weight.array.shape), ov.Type.bf16))
         else:
             new = ov.op.Constant(array)
         new.set_friendly_name(name)
-        for reader in old.output(0).get_target_inputs():
-            reader.replace_source_output(new.output(0))
-
-
-def _name(port: Any, names: Collection[str]) -> str:
-    """What a port is called: of several names, which it has where the engine left out what changes nothing between
-    them, the one in ``names``."""
-    return next((name for name in sorted(port.names) if name in names), str(port.any_name))
+        put(known[name].output(0), new)
 
 
 def _dtypes(ports: Sequence[Any], names: Collection[str]) -> dict[str, str]:
-    kinds = {_name(port, names): port.element_type.get_type_name() for port in ports}
+    kinds = {name_of(port, names): port.element_type.get_type_name() for port in ports}
     return {name: _DTYPE_OF.get(kind, kind) for name, kind in kinds.items()}
 
 

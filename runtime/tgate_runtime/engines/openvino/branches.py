@@ -40,7 +40,7 @@ class Ports:
 
 def which_share(models: Sequence[Any], weights: Collection[str]) -> list[bool]:
     """Of each model, whether it reads one of the ``weights`` that another one reads, too."""
-    read = [{node.get_friendly_name() for node in _constants(model)}.intersection(weights) for model in models]
+    read = [{node.get_friendly_name() for node in constants(model)}.intersection(weights) for model in models]
     readers = Counter(name for names in read for name in names)
     return [any(readers[name] > 1 for name in names) for names in read]
 
@@ -53,7 +53,7 @@ def share_weights(models: Sequence[Any], weights: Collection[str], precision: st
     shared: dict[str, Any] = {}
     memory = []
     for model in models:
-        for constant in _constants(model):
+        for constant in constants(model):
             name, dtype = constant.get_friendly_name(), constant.get_element_type()
             if name not in weights or not dtype.is_real():
                 continue
@@ -65,7 +65,7 @@ def share_weights(models: Sequence[Any], weights: Collection[str], precision: st
             if dtype != value.get_element_type():
                 value = ops.convert(value, dtype.get_type_name())
                 value.get_rt_info()[_DECOMPRESSION] = ""
-            _replace(constant.output(0), value)
+            put(constant.output(0), value)
     return memory
 
 
@@ -163,7 +163,7 @@ def _plain_norms(model: Any) -> None:
         scaled = ops.multiply(
             ops.reshape(normal, ops.shape_of(values, "i64"), False), ops.reshape(scale, of_channels, False)
         )
-        _replace(node.output(0), ops.add(scaled, ops.reshape(bias, of_channels, False)))
+        put(node.output(0), ops.add(scaled, ops.reshape(bias, of_channels, False)))
 
 
 def _in(constant: Any, precision: str) -> tuple[Any, Any]:
@@ -178,13 +178,21 @@ def _in(constant: Any, precision: str) -> tuple[Any, Any]:
     return ov.Tensor(values, own.shape, getattr(ov.Type, DTYPES[precision].short)), values
 
 
-def _constants(model: Any) -> list[Any]:
+def constants(model: Any) -> list[Any]:
+    """The constants of a model."""
     return [node for node in model.get_ops() if node.get_type_name() == "Constant"]
 
 
-def _replace(old: Any, new: Any) -> None:
+def put(old: Any, new: Any) -> None:
+    """Have whatever reads the output ``old`` read that of the node ``new``."""
     for reader in old.get_target_inputs():
         reader.replace_source_output(new.output(0))
+
+
+def name_of(port: Any, names: Collection[str]) -> str:
+    """What a port is called: of several names, which it has where the engine left out what changes nothing between
+    them, the one in ``names``."""
+    return next((name for name in sorted(port.names) if name in names), str(port.any_name))
 
 
 def _call(node: Any, name: str) -> None:
@@ -196,5 +204,4 @@ def _port_name(kind: str, key: _Key) -> str:
 
 
 def _key(port: Any, known: Collection[str]) -> _Key:
-    name = next((name for name in sorted(port.names) if name in known), str(port.any_name))
-    return name, str(port.get_partial_shape()), port.get_element_type().get_type_name()
+    return name_of(port, known), str(port.get_partial_shape()), port.get_element_type().get_type_name()

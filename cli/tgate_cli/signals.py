@@ -4,7 +4,8 @@ Python raises in the main thread, but only between two of its own instructions, 
 for minutes. So a thread waits for signals beside it. It cancels the calls that can be cancelled, and the stack unwinds
 as after any error. What has not ended after :data:`GRACE_S`, or when a second signal comes, it ends hard: what is half
 made is removed, the line is written, and the process exits. A load, a compilation or a kernel cannot be cancelled, so
-such commands end that way.
+such commands end that way. In the middle of an import nothing is raised, and the end is hard at once: native code that
+runs Python while a library is loaded need not bear an exception, and PyTorch's aborts.
 
 A call that keeps Python's lock (AOTInductor's) would stop that thread as well: around it a signal does what it does by
 default, and kills the process. Nothing is half made there, and a shell sees the same exit status.
@@ -29,6 +30,8 @@ GRACE_S = 0.5
 _AGAIN_S = 0.02
 """How often calls are cancelled meanwhile: one may begin just after the first time."""
 _SAYS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+_IMPORTING = "<frozen importlib._bootstrap>"
+"""The file that Python's own frames of an import name."""
 _SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -68,9 +71,10 @@ class Signals:
         undo(os.close, ours)
         undo(watcher.join)
         undo(os.close, theirs)
-        undo(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _raise_ended))
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as tgate_cli.entry leaves it
-            undo(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+        undo(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._raise))
+        # As tgate_cli.entry leaves it, or as Python does; whoever ignores it goes on ignoring it.
+        if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
+            undo(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self._raise))
         undo(signal.set_wakeup_fd, signal.set_wakeup_fd(theirs, warn_on_full_buffer=False))
         underway.shield_with(_by_default)
         undo(underway.shield_with, None)
@@ -92,6 +96,13 @@ class Signals:
         if self.number is None and isinstance(error, KeyboardInterrupt | Ended):
             self.number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
         return self.number is not None
+
+    def _raise(self, number: int, frame: FrameType | None) -> NoReturn:
+        """What the main thread does when a signal comes."""
+        self.number = signal.Signals(number)
+        if _imports(frame):
+            self._end()
+        raise KeyboardInterrupt if number == signal.SIGINT else Ended
 
     def _watch(self, pipe: int) -> None:
         """Read the numbers of signals until the command has ended, which closes the pipe."""
@@ -121,8 +132,13 @@ class Signals:
         os._exit(self.status)
 
 
-def _raise_ended(number: int, frame: FrameType | None) -> NoReturn:
-    raise Ended
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported somewhere up the stack."""
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORTING:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager

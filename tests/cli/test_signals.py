@@ -173,6 +173,39 @@ def test_a_second_signal_ends_at_once(good: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+IMPORTS = """
+import os, pathlib, time
+from tgate_engine.atomic import staging
+from tgate_runtime.pipeline import Pipeline
+pathlib.Path({folder!r}, "frail.py").write_text('''
+import os, sys, time
+try:
+    print("importing", file=sys.stderr, flush=True)
+    time.sleep(60)
+except BaseException:
+    os.abort()  # as PyTorch does, where native code called back
+''')
+sys.path.insert(0, {folder!r})
+def imports(*_, **__):
+    with staging(pathlib.Path({target!r})) as stage:
+        (stage / "half").write_bytes(b"half")
+        import frail
+Pipeline.__call__ = imports
+"""
+
+
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_nothing_is_raised_in_the_middle_of_an_import(
+    good: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, number: signal.Signals
+) -> None:
+    arguments = ["generate", good, PROMPT, "--quiet", "--output", tmp_path / "x.png"]
+    more = PATIENT + IMPORTS.format(folder=str(tmp_path_factory.mktemp("frail")), target=str(tmp_path / "b"))
+    status, line, elapsed_s = signalled(start(*arguments, more=more), "importing", number)
+    assert (status, line) == (128 + number, f"tgate: error: {'interrupted' if number is INT else 'terminated'}")
+    assert elapsed_s < LIMIT_S
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_call_that_keeps_pythons_lock_is_killed(good: Path, tmp_path: Path) -> None:
     arguments = ["generate", good, PROMPT, "--quiet", "--output", tmp_path / "x.png"]
     status, _, elapsed_s = signalled(start(*arguments, more=KEPT), "kept", INT)

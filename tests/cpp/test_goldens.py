@@ -56,7 +56,9 @@ def test_goldens_of_the_bundle_that_ships(library: Library, tmp_path: Path) -> N
     assert max(errors.values()) <= 1
 
 
-@pytest.mark.parametrize("variant", ["sd15_a", "pixart_alpha_1024", "svd_a", "latte_a"])
+@pytest.mark.parametrize(
+    "variant", ["sd15_a", "pixart_alpha_1024", "latte_a", pytest.param("svd_a", marks=pytest.mark.slow)]
+)
 def test_goldens_of_other_families(library: Library, family_bundle: Family, tmp_path: Path, variant: str) -> None:
     errors = replay(library, family_bundle(variant)[1], tmp_path)
     assert errors

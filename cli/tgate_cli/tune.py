@@ -74,6 +74,7 @@ def tune(args: argparse.Namespace, report: Reporter) -> Show:
         plans=choices.plans,
         start=choices.start,
         near=choices.near,
+        kind=choices.kind,
         asked=asked,
         engine=engine,
         kept=kept,

@@ -59,6 +59,10 @@ class Candidates:
             if other != label and all(abs(a - b) <= 1 for a, b in zip(own, place, strict=True))
         ]
 
+    def kind(self, label: str) -> int:
+        """What a plan saves by: its number is that of the method, of stopping guidance, or of forecasts alone."""
+        return self._places[label][0]
+
     def named(self, bundle: Bundle, label: str, name: str) -> dict[str, Plan]:
         """The plan of that label under a name, and those of its baselines that the bundle has not, as
         :func:`~tgate_export.plans.make_plans` makes them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,7 @@ def tune(
     plans: Mapping[str, Plan],
     start: Collection[str],
     near: Callable[[str], Iterable[str]],
+    kind: Callable[[str], Hashable] = lambda name: None,
     asked: Asked,
     engine: Engine,
     kept: Kept,
@@ -123,9 +124,12 @@ def tune(
         def measure(name: str, count: int, told: str = "") -> Sequence[float]:
             return judge.scores(plans[name], count, told)
 
+        def nearness(name: str, count: int) -> Sequence[float]:
+            return measure(name, count, "psnr")
+
         options: dict[str, Any] = {"images": asked.images, "start": begins, "near": near, "on_picture": tell}
         if metric.judge:
-            points = guided(predicted, lambda name, count: measure(name, count, "psnr"), measure, goal, **options)
+            points = guided(predicted, nearness, measure, goal, kind=kind, **options)
         else:
             points = search(predicted, measure, goal, **options)
         best = goal.chosen(points)

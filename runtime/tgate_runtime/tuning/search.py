@@ -7,8 +7,9 @@ in a line by another measure, which a few do tell, and the line is searched by h
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -140,17 +141,20 @@ def guided(
     images: int,
     start: Collection[str],
     near: Callable[[str], Iterable[str]],
+    kind: Callable[[str], Hashable] = lambda name: None,
     on_picture: OnPicture | None = None,
 ) -> list[Point]:
     """As :func:`search`, for a quality of which few pictures tell little, such as a share of them that is right.
 
-    Plans stand in a line, Pareto's front by ``guide`` on :data:`GUIDING` pictures: the farther along, the slower and
-    the better. Where the goal is a quality, the middle of the line is measured, then that of the faster or the slower
-    half, and so on; then the same again next to the best, until nothing is faster. Where it is a time, the
-    :data:`LEAST` best of the front are measured.
+    Plans of one ``kind`` stand in a line, Pareto's front by ``guide`` on :data:`GUIDING` pictures: the farther along,
+    the slower and the better. What ``guide`` tells of plans that change pictures in different ways says nothing of
+    which is right, so each kind has a line of its own, the largest first. Where the goal is a quality, the middle of
+    the line is measured, then that of the faster or the slower half, and so on, and of the next line what would be
+    faster than the best so far; then the same again next to the best of each, until nothing is faster. Where it is a
+    time, the :data:`LEAST` best of each front are measured.
     """
     few, done, total = min(GUIDING, images), 0, 0
-    seen, found = set[str](), list[Point]()
+    seen, found = set[str](), dict[Hashable, list[Point]]()
 
     def measured(name: str, by: Measure, count: int) -> Point:
         nonlocal done
@@ -160,29 +164,47 @@ def guided(
             on_picture(done, max(done, total), name)
         return point
 
-    def line(names: Collection[str]) -> list[Point]:
+    def lines(names: Collection[str]) -> dict[Hashable, list[Point]]:
         nonlocal total
         seen.update(names)
-        wholes = LEAST if goal.least is None else len(names).bit_length()
+        of_kind: dict[Hashable, list[str]] = {}
+        for name in sorted(names, key=lambda name: (times[name], name)):
+            of_kind.setdefault(kind(name), []).append(name)
+        wholes = sum(LEAST if goal.least is None else len(own).bit_length() for own in of_kind.values())
         total = done + few * len(names) + images * wholes
-        return front([measured(name, guide, few) for name in sorted(names, key=lambda name: (times[name], name))])
+        largest = sorted(of_kind.items(), key=lambda item: -len(item[1]))
+        return {of: front([measured(name, guide, few) for name in own]) for of, own in largest}
 
-    stand = line([name for name in start if goal.allows(times[name])])
+    def fastest() -> Point | None:
+        return goal.chosen(itertools.chain(*found.values()))
+
+    def everything() -> list[Point]:
+        return sorted(itertools.chain(*found.values()), key=lambda p: (p.ms, p.name))
+
+    stands = lines([name for name in start if goal.allows(times[name])])
     if goal.least is None:
-        found = [measured(point.name, measure, images) for point in stand[-LEAST:]]
-        return sorted(found, key=lambda p: (p.ms, p.name))
+        for of, stand in stands.items():
+            found[of] = [measured(point.name, measure, images) for point in stand[-LEAST:]]
+        return everything()
     while True:
-        before, low, high = goal.chosen(found), 0, len(stand)
-        while low < high:
-            middle = (low + high) // 2
-            total = done + images * (high - low).bit_length()
-            found.append(measured(stand[middle].name, measure, images))
-            low, high = (low, middle) if goal.chosen(found[-1:]) else (middle + 1, high)
-        best = goal.chosen(found)
-        fresh = [] if best is None else [n for n in near(best.name) if n not in seen and times[n] < best.ms]
-        if best == before or not fresh:
-            return sorted(found, key=lambda p: (p.ms, p.name))
-        stand = line(fresh)
+        before = fastest()
+        for of, stand in stands.items():
+            own, best = found.setdefault(of, []), fastest()
+            faster = [point for point in stand if best is None or point.ms < best.ms]
+            low, high = 0, len(faster)
+            while low < high:
+                middle = (low + high) // 2
+                total = max(total, done + images * (high - low).bit_length())
+                own.append(measured(faster[middle].name, measure, images))
+                low, high = (low, middle) if goal.chosen(own[-1:]) else (middle + 1, high)
+        best = fastest()
+        if best is None or best == before:
+            return everything()
+        bests = filter(None, map(goal.chosen, found.values()))
+        fresh = {name for own in bests for name in near(own.name) if times[name] < best.ms} - seen
+        if not fresh:
+            return everything()
+        stands = lines(fresh)
 
 
 def sizes(plans: int, images: int, first: int) -> list[tuple[int, int]]:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.full_size --work /tmp/full-size --output benchmarks/results/full_size.json
 
-SD 1.5 and PixArt-alpha walk a short plan at 512 x 512 in float32, and eager PyTorch walks the same one with the same
-weights: the latents are compared after every step. SDXL takes one step of each graph at 1024 x 1024 from float16
-weights, with the graphs open together or one after another. Every part runs in a process of its own, which is stopped
-before the machine runs out of memory. Wants 6 GB of disk and some 20 GB of memory.
+SD 1.5, PixArt-alpha and Sana 1.6B walk a short plan at 512 x 512 in float32, Wan 2.1 1.3B one of a video of 832 x 480
+and 17 frames, and eager PyTorch walks the same one with the same weights: the latents are compared after every step.
+SDXL takes one step of each graph at 1024 x 1024 from float16 weights, with the graphs open together or one after
+another. Every part runs in a process of its own, which is stopped before the machine runs out of memory. Wants 7 GB of
+disk and some 20 GB of memory.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ from tgate_export.methods.base import FULL, Settings
 from tgate_export.methods.tgate import REUSE_CROSS, REUSE_SELF
 
 SEED = 2404
-SETTINGS = Settings(steps=4, gate=3, self_interval=2, warm_up=0)
+FOUR = Settings(steps=4, gate=3, self_interval=2, warm_up=0)
 """full, reuse_self, full (the gate step), reuse_cross: the shortest that runs all three graphs."""
+TWO = Settings(steps=2, gate=1, self_interval=1, warm_up=0)
+"""full, reuse_cross: the same for networks of which a step takes minutes."""
 
 GRAPHS = (FULL, REUSE_SELF, REUSE_CROSS)
 MOST_ANONYMOUS_BYTES = 20 * GIB
@@ -45,25 +48,36 @@ MOST_ANONYMOUS_BYTES = 20 * GIB
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One model, and what ``tgate-export`` is told. ``compared``: with eager PyTorch; otherwise one step a graph."""
+    """One model, and what ``tgate-export`` is told. ``frames``: of a video. ``compared``: with eager PyTorch; otherwise
+    one step a graph."""
 
-    pixels: int
+    width: int
+    height: int
     dtype: str
     compared: bool
+    frames: int | None = None
+    schedule: Settings = FOUR
+    sampler: str = "dpmpp_2m"
     weights: str = "random"
 
     def options(self, model: str) -> list[str]:
         """The options of its export."""
-        method = ["--m", "3", "--k", "2", "--steps", "4", "--warm-up", "0"]
-        size = ["--height", str(self.pixels), "--width", str(self.pixels)]
+        own = self.schedule
+        method = ["--m", str(own.gate), "--k", str(own.self_interval), "--steps", str(own.steps), "--warm-up", "0"]
+        size = ["--height", str(self.height), "--width", str(self.width)]
+        size += [] if self.frames is None else ["--frames", str(self.frames)]
         what = ["--weights", self.weights, "--components", "denoiser", "--dtype", self.dtype]
         return ["--model", model, *method, *size, *what]
 
 
 CASES: Mapping[str, Case] = {
-    "sd15": Case(pixels=512, dtype="fp32", compared=True),
-    "pixart-alpha": Case(pixels=512, dtype="fp32", compared=True),
-    "sdxl": Case(pixels=1024, dtype="fp16", compared=False),
+    "sd15": Case(width=512, height=512, dtype="fp32", compared=True),
+    "pixart-alpha": Case(width=512, height=512, dtype="fp32", compared=True),
+    "sdxl": Case(width=1024, height=1024, dtype="fp16", compared=False),
+    "sana-1.6b-512": Case(width=512, height=512, dtype="fp32", compared=True, schedule=TWO),
+    "wan21-t2v-1.3b": Case(
+        width=832, height=480, frames=17, dtype="fp32", compared=True, schedule=TWO, sampler="unipc"
+    ),
 }
 
 WAYS: Mapping[str, str] = {
@@ -92,9 +106,9 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {"models": {}}
-    found["settings"] = {**machine(), "seed": SEED, "schedule": asdict(SETTINGS), "weights": "random"}
     for model in args.models.split(","):
-        parts = found["models"][model] = {"pixels": CASES[model].pixels, "dtype": CASES[model].dtype}
+        settings = {**machine(), "seed": SEED}
+        parts = found["models"][model] = {"settings": {**settings, **asdict(CASES[model])}}
 
         def keep(name: str, part: dict[str, Any], parts: dict[str, Any] = parts, model: str = model) -> None:
             parts[name] = part
@@ -155,6 +169,7 @@ def request(model: str, work: Path, result: Path, way: str) -> None:
     from tgate_export.sampling import compile_sampler
 
     job, manifest = _job(model), Bundle.open(work / model, check_digests=False).manifest
+    case = CASES[model]
     generator = torch.Generator().manual_seed(SEED)
     positive, negative = (
         {
@@ -167,12 +182,12 @@ def request(model: str, work: Path, result: Path, way: str) -> None:
     noise = torch.randn((1, *job.latents), generator=generator)
     plan = build_plan(
         "short",
-        find_method("tgate").program(SETTINGS),
-        sampler=compile_sampler("dpmpp_2m", manifest.scheduler, SETTINGS.steps),
+        find_method("tgate").program(case.schedule),
+        sampler=compile_sampler(case.sampler, manifest.scheduler, case.schedule.steps),
         guidance_scale=job.guidance_scale,
         graphs=manifest.shapes[0].graphs,
         carries=manifest.carries,
-        settings=find_method("tgate").facts(SETTINGS),
+        settings=find_method("tgate").facts(case.schedule),
     )
     np.savez(work / f"{model}-request.npz", noise=noise.numpy(), **{name: row.numpy() for name, row in rows.items()})
     (work / f"{model}-plan.json").write_text(json.dumps(plan.to_json()))
@@ -306,12 +321,13 @@ def _job(model: str) -> Any:
     return prepare(
         ExportSettings(
             model=model,
-            m=SETTINGS.gate,
-            k=SETTINGS.self_interval,
-            steps=SETTINGS.steps,
-            warm_up=SETTINGS.warm_up,
-            height=case.pixels,
-            width=case.pixels,
+            m=case.schedule.gate,
+            k=case.schedule.self_interval,
+            steps=case.schedule.steps,
+            warm_up=case.schedule.warm_up,
+            height=case.height,
+            width=case.width,
+            frames=case.frames,
             weights=case.weights,
             components=("denoiser",),
             dtype=case.dtype,

@@ -65,6 +65,7 @@ def test_neighbours_are_one_place_away(bundle: Bundle) -> None:
     assert "m=6 k=3 w=2 r=2" not in found.start
     assert "m=5 guidance stopped" in found.near("m=5")
     assert "m=5" in found.near("m=5 guidance stopped")
+    assert [found.kind(label) for label in ("m=6 k=3 w=2 r=2", "m=5 guidance stopped", "m=5 r=2 alone")] == [0, 1, 2]
 
 
 def test_a_plan_that_stops_guidance_has_the_ungated_one_to_be_measured_against(tmp_path: Path) -> None:

@@ -64,13 +64,15 @@ class Verdicts(Model):
         best = max(means.values())
         self.quality = {n: [-100.0 * (lot < (best - m) / 100) for lot in lots] for n, m in means.items()}
 
-    def guided(self, goal: Goal) -> list[Point]:
+    def guided(self, goal: Goal, kinds: Mapping[str, str] | None = None) -> list[Point]:
         start = [name for name, (m, _) in self.places.items() if m % 3 == 1]
 
         def guide(name: str, count: int) -> list[float]:
             return self.nearness[name][:count]
 
-        return guided(self.times, guide, self.measure, goal, images=self.IMAGES, start=start, near=self.near)
+        kind = (kinds or dict.fromkeys(self.places, "")).__getitem__
+        of = self.IMAGES
+        return guided(self.times, guide, self.measure, goal, images=of, start=start, near=self.near, kind=kind)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -85,6 +87,24 @@ def test_verdicts_are_looked_for_along_the_line_of_what_is_near(seed: int, least
     assert best.ms <= found.ms <= 1.1 * best.ms
     assert {len(point.values) for point in points} == {model.IMAGES}
     assert len(points) <= 12  # of a hundred
+
+
+def test_kinds_that_change_pictures_in_different_ways_are_not_told_apart_by_nearness() -> None:
+    """Half of the plans move pictures far away and lose half as many: the fastest of them is found, which in one line
+    with the others would not be looked at."""
+    model, goal = Verdicts(2), Goal(least=-3.0)
+    kinds = {name: "far" if k % 2 else "near" for name, (_, k) in model.places.items()}
+    for name in (name for name, kind in kinds.items() if kind == "far"):
+        model.nearness[name] = [value - 40 for value in model.nearness[name]]
+        model.quality[name] = [value * (i % 2) for i, value in enumerate(model.quality[name])]
+    of_one = goal.chosen(model.guided(goal))
+    found, best = goal.chosen(model.guided(goal, kinds)), goal.chosen(model.every())
+    assert found is not None
+    assert best is not None
+    assert of_one is not None
+    assert kinds[of_one.name] == "near"
+    assert kinds[found.name] == "far"
+    assert best.ms <= found.ms <= 1.05 * best.ms < of_one.ms
 
 
 def test_no_verdict_that_will_do_is_none_and_the_nearest_was_tried() -> None:

@@ -2,6 +2,7 @@
 
 A report lies in the bundle beside what its manifest lists, as ``reports/<program>.json``, so that hosts need not know
 of it. It belongs to a program, whatever plans of it are called: a plan that is made anew with other settings has none.
+And it belongs to the files that draw, whichever bundle they lie in: an export that comes out the same has it too.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tgate_engine.atomic import write_atomically
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError, TgateError
-from tgate_engine.manifest_json import bundle_digest, content_digest
+from tgate_engine.graph import DECODE, IMAGE, TEXT
+from tgate_engine.manifest import Manifest
+from tgate_engine.manifest_json import content_digest
 from tgate_engine.plain_files import open_inside, read_most
 from tgate_engine.plan import Plan
 from tgate_engine.reader import Reader, parse_json
@@ -23,7 +27,8 @@ from tgate_engine.sampler import MOST_CALLS, Fact, check_facts
 
 FORM = 1
 """Of the JSON; another one means something else."""
-FOLDER = "reports"
+REPORTS = "reports"
+"""The folder they lie in."""
 MOST_BYTES = 1 << 20
 NEARNESS, DIFFERENCES = ("psnr", "ssim", "lpips"), ("accuracy", "clip")
 """The metrics: how near a plan's pictures are to the ungated ones, and a judge's verdict on them less that on those."""
@@ -65,7 +70,7 @@ class Estimate:
 @dataclass(frozen=True, kw_only=True)
 class PlanReport:
     """``bundle``: its :func:`~tgate_engine.manifest_json.bundle_digest`. ``program``: :func:`program_digest` of the
-    plan; ``settings``: its. ``files``: SHA-256 of the weights' file and of the graphs that it runs, by name.
+    plan; ``settings``: its. ``files``: :func:`files_of` it.
 
     ``metric``: one of :data:`NEARNESS` ("psnr" in dB, "lpips" minus a distance) or of :data:`DIFFERENCES` (in points),
     more being better; ``quality``: of the plan's pictures to the ungated ones of the same seeds; ``beside``: what else
@@ -124,6 +129,16 @@ def program_digest(plan: Plan) -> str:
     return content_digest({name: data[name] for name in ("guidance_scale", "sampler", "steps")})
 
 
+def files_of(manifest: Manifest, plan: Plan, size: str) -> dict[str, str]:
+    """SHA-256, in hex, of all files that decide on the plan's pictures of that size, by name: weights, tokenizers, and
+    the graphs that it runs, those of text and of the decoder included. Raises as ``Manifest.shapes_of`` does."""
+    shape = manifest.shapes_of(size)[0]
+    around = [graph for role in (TEXT, IMAGE, DECODE) if (graph := shape.graph(role)) is not None]
+    graphs = [*around, *(shape.graphs[name] for name in plan.graphs())]
+    names = [manifest.weights, *(each.file for each in manifest.tokenizers), *(graph.file for graph in graphs)]
+    return {name: manifest.files[name].sha256 for name in names if name}
+
+
 def save_report(bundle: Bundle, report: PlanReport) -> str:
     """Write the report into the bundle, in place of one of the same program; its name there. Raises
     :class:`BundleError` where it cannot be written."""
@@ -138,16 +153,17 @@ def save_report(bundle: Bundle, report: PlanReport) -> str:
     return name
 
 
-def report_of(bundle: Bundle, plan: Plan) -> PlanReport | None:
-    """The report of a plan's program; None where there is none, or it was measured on another bundle.
+def report_of(bundle: Bundle, plan: Plan, folder: Path | None = None) -> PlanReport | None:
+    """The report of a plan's program, which lies in the bundle, or in ``folder`` as it would there; None where there is
+    none, or it was measured on other files.
 
     Raises :class:`BundleError` in one line for a file that holds no report.
     """
-    program = program_digest(plan)
+    program, root = program_digest(plan), folder or bundle.path
     name = _name_of(program)
-    where = f"{bundle.path / name}"
+    where = f"{root / name}"
     try:
-        with open_inside(bundle.path, name) as file:
+        with open_inside(root, name) as file:
             data = parse_json(read_most(file, MOST_BYTES))
     except FileNotFoundError:
         return None
@@ -159,11 +175,13 @@ def report_of(bundle: Bundle, plan: Plan) -> PlanReport | None:
         raise
     except TgateError as error:  # a plan's facts'
         raise BundleError(f"{where}: {error}") from None
-    return report if (report.bundle, report.program) == (bundle_digest(bundle.manifest), program) else None
+    if report.program != program or report.size not in {shape.size for shape in bundle.manifest.shapes}:
+        return None
+    return report if report.files == files_of(bundle.manifest, plan, report.size) else None
 
 
 def _name_of(program: str) -> str:
-    return f"{FOLDER}/{program[:16]}.json"
+    return f"{REPORTS}/{program[:16]}.json"
 
 
 def _report(r: Reader) -> PlanReport:

@@ -22,10 +22,12 @@ from tgate_engine.control import is_control, scale_name
 from tgate_engine.graph import CONTROL, DENOISE, REFERENCE, TEXT, GraphSpec, TensorSpec
 from tgate_engine.manifest import MANIFEST_FILE, Golden, Manifest, Shape, Tokenizer
 from tgate_engine.manifest_json import dump_manifest
+from tgate_engine.plan_report import report_of, save_report
 from tgate_engine.report import Reporter
 from tgate_engine.sampler import Fact
 from tgate_engine.sampler_tables import dump_tables
 from tgate_export import goldens, macs, scratch
+from tgate_export.families import EMBEDDED, location
 from tgate_export.families.base import Size, control_component
 from tgate_export.graph_check import check_written
 from tgate_export.graphs import TracedGraph, store_linears_transposed
@@ -65,11 +67,21 @@ def export(settings: ExportSettings, report: Reporter, verify: Callable[[Path], 
         manifest = _build(job, stage, report)
         (stage / MANIFEST_FILE).write_text(dump_manifest(manifest), "utf-8")
         report.stage("checking the bundle")
-        Bundle.open(stage)
+        bundle = Bundle.open(stage)
+        if job.model.checkpoint == EMBEDDED:
+            _take_reports(bundle, Path(location(settings.model)))
         if settings.verify and verify is not None and manifest.goldens:
             report.stage("replaying goldens")
             verify(stage)
     return settings.target
+
+
+def _take_reports(bundle: Bundle, model: Path) -> None:
+    """What was measured of the bundle's plans and ships with the model, where this export came out the same."""
+    for plan in bundle.manifest.plans.values():
+        measured = report_of(bundle, plan, model)
+        if measured is not None:
+            save_report(bundle, measured)
 
 
 @dataclass(frozen=True)

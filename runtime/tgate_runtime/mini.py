@@ -25,6 +25,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError, shown
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_engine.manifest_json import parse_manifest
+from tgate_engine.plan_report import REPORTS
 from tgate_runtime.cache import cache_directory, own_directory
 
 log = logging.getLogger("tgate")
@@ -99,6 +100,8 @@ def assemble(shipped: Path, bundle: Path) -> None:
         if name != manifest.weights:
             (bundle / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(shipped / name, bundle / name)
+    if (shipped / REPORTS).is_dir():
+        shutil.copytree(shipped / REPORTS, bundle / REPORTS, copy_function=shutil.copyfile)
     try:
         _write_weights((shipped / HEAD_FILE).read_bytes(), bundle / manifest.weights)
         Bundle.open(bundle)

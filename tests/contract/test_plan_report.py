@@ -18,6 +18,7 @@ from tgate_engine.plan_report import (
     NEARNESS,
     Estimate,
     PlanReport,
+    files_of,
     program_digest,
     report_of,
     save_report,
@@ -36,7 +37,7 @@ def report(bundle: Bundle, name: str = "default") -> PlanReport:
         bundle=bundle_digest(bundle.manifest),
         program=program_digest(plan),
         settings=dict(plan.settings),
-        files={"full.onnx": bundle.manifest.files["full.onnx"].sha256},
+        files=files_of(bundle.manifest, plan, "4x4"),
         metric="psnr",
         quality=Estimate(mean=31.2, low=30.1, high=32.3),
         unrelated=Estimate(mean=12.0, low=11.0, high=13.0),
@@ -84,11 +85,26 @@ def test_it_belongs_to_what_a_plan_does_and_not_to_its_name(bundle: Bundle) -> N
     assert report_of(again, again.manifest.plan("same")) == report(bundle)
 
 
-def test_what_was_measured_on_another_bundle_is_not_taken(bundle: Bundle) -> None:
+def test_it_is_of_the_files_that_draw_in_whatever_bundle(bundle: Bundle) -> None:
+    """Another decoder or tokenizer is another picture; another licence, and a graph that the plan does not run, are
+    not."""
+    drawing = {*report(bundle).files}
+    assert {"weights.safetensors", "text.onnx", "decoder.onnx", "full.onnx"} <= drawing
+    assert any("token" in name for name in drawing)
     save_report(bundle, report(bundle))
     edit_manifest(bundle.path, lambda data: data.update(licence="another"))
     again = Bundle.open(bundle.path)
-    assert report_of(again, again.manifest.plan("default")) is None
+    assert bundle_digest(again.manifest) != bundle_digest(bundle.manifest)
+    assert report_of(again, again.manifest.plan("default")) == report(bundle)
+    for name, digest in bundle.manifest.files.items():
+        files = {**bundle.manifest.files, name: replace(digest, sha256="f" * 64)}
+        other = replace(bundle, manifest=replace(bundle.manifest, files=files))
+        assert (report_of(other, other.manifest.plan("default")) is None) == (name in drawing), name
+
+
+def test_a_size_that_the_bundle_has_not_is_not_what_was_measured(bundle: Bundle) -> None:
+    save_report(bundle, replace(report(bundle), size="8x8"))
+    assert report_of(bundle, bundle.manifest.plan("default")) is None
 
 
 @pytest.mark.parametrize(

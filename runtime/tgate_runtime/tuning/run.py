@@ -13,7 +13,7 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import RequestError
 from tgate_engine.manifest_json import bundle_digest
 from tgate_engine.plan import Plan
-from tgate_engine.plan_report import DIFFERENCES, Estimate, PlanReport, program_digest
+from tgate_engine.plan_report import DIFFERENCES, Estimate, PlanReport, files_of, program_digest
 from tgate_engine.report import Reporter
 from tgate_runtime.benchmark import cpu_model
 from tgate_runtime.engines.protocol import Engine
@@ -208,12 +208,11 @@ def _report(
 ) -> PlanReport:
     manifest = bundle.manifest
     graphs = manifest.shapes_of(asked.size)[0].graphs
-    files = [manifest.weights, *(graphs[name].file for name in plan.graphs())]
     return PlanReport(
         bundle=bundle_digest(manifest),
         program=program_digest(plan),
         settings=dict(plan.settings),
-        files={name: manifest.files[name].sha256 for name in files},
+        files=files_of(manifest, plan, asked.size),
         metric=asked.metric.name,
         judge=asked.metric.judge,
         quality=_estimate(best.values),

@@ -12,7 +12,7 @@ import pytest
 from tests.toy_bundle import build
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import RequestError
-from tgate_engine.plan_report import Estimate, program_digest
+from tgate_engine.plan_report import Estimate, files_of, program_digest
 from tgate_engine.report import Silent
 from tgate_export.candidates import Candidates, candidates
 from tgate_runtime.engines import open_engine
@@ -54,8 +54,7 @@ def test_the_plan_meets_the_budget_and_its_report_says_what_was_measured(bundle:
     assert (report.images, report.prompts, report.seed, report.size) == (6, 2, 1, "4x4")
     graphs = bundle.manifest.shapes[0].graphs
     assert (report.macs, report.ungated_macs) == (plan.macs(graphs)[1], 5 * 2600)
-    assert set(report.files) == {"weights.safetensors", *(f"{name}.onnx" for name in plan.graphs())}
-    assert all(bundle.manifest.files[name].sha256 == digest for name, digest in report.files.items())
+    assert report.files == files_of(bundle.manifest, plan, ASKED.size)
     assert (report.engine, report.threads) == ("ort-cpu", 1)
     (point,) = (point for point in found.front if point.name == found.chosen)
     assert point.ms == report.predicted_ms

@@ -136,7 +136,7 @@ def _build(job: Job, stage: Path, report: Reporter) -> Manifest:
     plans = make_plans(
         DEFAULT,
         job.method,
-        job.method_settings,
+        job.plan_settings,
         sampler=job.sampler,
         guidance_scale=job.guidance_scale,
         guided=job.guided,

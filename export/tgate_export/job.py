@@ -42,6 +42,7 @@ class Job:
 
     ``size``, ``latents``, ``conditioning`` and ``controls`` are those of one of ``sizes``; :meth:`at` gives the job at
     another.
+    ``method_settings``: what graphs are made for; ``plan_settings``: the default plan's, which runs some of them.
     ``controls``: by ControlNet, the shapes of what it adds to the denoiser's own, [C, h, w] each. ``late``: when a
     second network runs, where there is one.
     """
@@ -53,6 +54,7 @@ class Job:
     components: tuple[str, ...]
     method: Method
     method_settings: Settings
+    plan_settings: Settings
     sampler: Sampler
     guidance: Guidance
     guidance_scale: float
@@ -143,8 +145,8 @@ def prepare(settings: ExportSettings) -> Job:
             f"{checkpoint.where}: its noise levels depend on the size (use_dynamic_shifting), and a bundle has one set "
             "of them; export one --size a bundle"
         )
-    compiled = compile_sampler(asked.sampler, scheduler, asked.method_settings.steps)
-    forecast(compiled, asked.method_settings.left_out(compiled.lead_in))  # what it refuses is refused before the work
+    compiled = compile_sampler(asked.sampler, scheduler, asked.plan_settings.steps)
+    forecast(compiled, asked.plan_settings.left_out(compiled.lead_in))  # what it refuses is refused before the work
     dtype = DTYPES[settings.dtype]
     variants = method.variants(
         Network(
@@ -167,6 +169,7 @@ def prepare(settings: ExportSettings) -> Job:
         components=components,
         method=method,
         method_settings=asked.method_settings,
+        plan_settings=asked.plan_settings,
         sampler=compiled,
         guidance=guidance,
         guidance_scale=asked.guidance_scale,
@@ -198,7 +201,7 @@ def _late(settings: ExportSettings, asked: Asked, family: Family, checkpoint: Ch
             )
         return None
     late = Late(below=below, guidance=asked.guidance_scale_2, beside=asked.guidance_scale)
-    late.check(asked.method_settings)
+    late.check(asked.plan_settings)
     return late
 
 

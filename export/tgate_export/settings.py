@@ -166,6 +166,7 @@ class Asked:
     model: Model
     method: Method
     method_settings: Settings
+    plan_settings: Settings
     sampler: str
     guidance_scale: float
     guidance_scale_2: float
@@ -180,7 +181,9 @@ def check_settings(settings: ExportSettings) -> Asked:
         raise ExportError(f"unknown dtype '{shown(settings.dtype)}'; choose one of {', '.join(DTYPES)}")
     if settings.weights not in WEIGHTS:
         raise ExportError(f"unknown weights '{shown(settings.weights)}'; choose one of {', '.join(WEIGHTS)}")
-    method = find_method(model.method if settings.method is None else settings.method)
+    tuned = None if _names_a_plan(settings) else model.tuned
+    default = model.method if tuned is None else tuned[0]
+    method = find_method(default if settings.method is None else settings.method)
     if "k" in method.takes and not model.facts.cross_attention:
         raise ExportError(
             f"method {method.name} reuses cross-attention, and {settings.model} has none of its own: its text and its "
@@ -217,12 +220,21 @@ def check_settings(settings: ExportSettings) -> Asked:
         model=model,
         method=method,
         method_settings=method_settings,
+        plan_settings=method_settings if tuned is None else tuned[1],
         sampler=sampler,
         guidance_scale=scale,
         guidance_scale_2=second,
         batches=batches,
         components=components,
     )
+
+
+def _names_a_plan(settings: ExportSettings) -> bool:
+    """Whether the user names any part of a plan, or weights that are not the model's own."""
+    named = settings.method, settings.steps, settings.m, settings.warm_up, settings.sampler, settings.guidance_scale
+    intervals = settings.k, settings.fidelity_interval, settings.cache_interval, settings.refresh_interval
+    others = settings.forecast_interval, settings.merge_ratio, settings.checkpoint
+    return any(value is not None for value in (*named, *intervals, *others))
 
 
 def _second_scale(settings: ExportSettings, model: Model, scale: float) -> float:

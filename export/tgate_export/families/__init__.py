@@ -36,6 +36,7 @@ from tgate_export.families.facts import (
     WAN,
     Facts,
 )
+from tgate_export.methods.base import Settings
 
 if TYPE_CHECKING:
     from tgate_export.families.base import Family
@@ -50,8 +51,10 @@ class Model:
 
     ``checkpoint``: a hub id, or :data:`EMBEDDED` for one in `tgate_engine/models`. ``elsewhere``: hub ids of
     components that lie in repositories of their own. ``licence``: the weights'. ``guidance_scale_2``: of the second
-    network where there are two; None is the first one's. ``batch``: images in one
-    call, least and most, where the user names no range.
+    network where there are two; None is the first one's. ``batch``: images in one call, least and most, where the user
+    names no range. ``tuned``: the method and the default plan's settings that `tgate tune` found, where it was asked:
+    taken where the user names no part of a plan and no other weights, over the graphs that ``gate`` and
+    ``self_interval`` want.
     """
 
     facts: Facts
@@ -66,6 +69,7 @@ class Model:
     sampler: str = "dpmpp_2m"
     batch: tuple[int, int] = (1, 1)
     elsewhere: Mapping[str, str] = field(default_factory=dict)
+    tuned: tuple[str, Settings] | None = None
 
     @property
     def method(self) -> str:
@@ -100,6 +104,7 @@ MODELS: Mapping[str, Model] = {
         self_interval=3,
         guidance_scale=4.5,
         batch=(1, 4),
+        tuned=("tgate+guidance_delta", Settings(steps=25, gate=7, refresh_interval=8)),
     ),
     "sd15": Model(
         facts=SD,

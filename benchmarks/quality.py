@@ -7,14 +7,16 @@
         --output benchmarks/results/gates-mini-pixart.json
     python -m benchmarks.quality BUNDLE --forecasts 2,3 --captions 250 \\
         --output benchmarks/results/forecast-mini-pixart.json
+    python -m benchmarks.quality BUNDLE [BUNDLE ...] --nearness --captions 32 \\
+        --output benchmarks/results/tome-mini-sdxl.json
 
 Bundles are of one embedded model, with everything around the denoiser, each exported for another method. All plans draw
 the same captions from the same noise, and one classifier judges them all (training/evaluate.py). The first command
 compares the first bundle's baselines with every bundle's default plan, and where that reuses self-attention before the
 gate (k above 1) with the same for k = 1; the second one the ungated and the gated way under each sampler, the third one
 gates at several steps, nothing else reused; the fourth one forecasts, gated and ungated, beside as many network calls
-spent on fewer steps, and how near the pictures are to the ungated ones. What a file of the same settings holds already
-is not drawn again.
+spent on fewer steps, and how near the pictures are to the ungated ones. The last one is the first, with that nearness
+too. What a file of the same settings holds already is not drawn again.
 """
 
 from __future__ import annotations
@@ -113,9 +115,8 @@ def _variation(bundle: Bundle, sampler: str, **changes: int) -> Plan:
 def _label(plan: Plan) -> str:
     """``tgate m=10 k=5``: the method and what it was told."""
     facts = plan.settings
-    numbers = [
-        f"{name}={facts[name]}" for name in ("m", "k", "c", "r") if name in facts and (name, facts[name]) != ("k", 1)
-    ]
+    names = ("m", "k", "c", "r", "ratio")
+    numbers = [f"{name}={facts[name]}" for name in names if name in facts and (name, facts[name]) != ("k", 1)]
     return " ".join([str(facts["method"]), *numbers])
 
 
@@ -163,28 +164,34 @@ def measure(
     workers: int,
     engine: str,
     precision: str | None,
-    beside_first: bool = False,
-) -> None:
-    """Add the scores of those plans to ``output``, row by row, with the settings that they hold for.
+    nearness: bool = False,
+    first: Pictures | None = None,
+) -> Pictures | None:
+    """Add the scores and all multiply-accumulates of those plans to ``output``, row by row, with the settings that they
+    hold for.
 
-    ``beside_first``: how near their pictures are to the first plan's, too (mean PSNR, dB).
+    ``nearness``: how near their pictures are to ``first``, too (mean PSNR, dB), which are the first plan's if left out;
+    they are given back.
     """
-    captions = evaluation_captions(count)
+    captions, graphs = evaluation_captions(count), bundle.manifest.shapes[0].graphs
     with Pipeline.open(bundle, engine=engine, precision=precision, plans=[*plans.values()], threads=1) as pipe:
         settings = conditions(pipe, plans, count, seed, workers)
         before = json.loads(output.read_text()) if output.is_file() else {}
         result = before if before.get("settings") == settings else {"settings": settings, "rows": {}}
-        first: Pictures | None = None
-        if beside_first and plans.keys() - result["rows"].keys():
-            first = draw(pipe, next(iter(plans.values())), captions, seed, workers)
+        drawn: dict[str, Pictures] = {}
+        if nearness and first is None and plans.keys() - result["rows"].keys():
+            name, plan = next(iter(plans.items()))
+            first = drawn[name] = draw(pipe, plan, captions, seed, workers)
         for name, plan in plans.items():
             if name not in result["rows"]:
-                pictures = draw(pipe, plan, captions, seed, workers)
-                result["rows"][name] = asdict(score_pictures(captions, pictures))
+                pictures = drawn[name] if name in drawn else draw(pipe, plan, captions, seed, workers)
+                row = asdict(score_pictures(captions, pictures)) | {"macs": plan.macs(graphs)[1]}
                 if first is not None:
-                    result["rows"][name]["psnr"] = float(np.mean(list(map(psnr, pictures, first))))
+                    row["psnr"] = float(np.mean(list(map(psnr, pictures, first))))
+                result["rows"][name] = row
                 write_atomically(output, (json.dumps(result, indent=1) + "\n").encode())
             print(f"{name}: {result['rows'][name]['first_object']:.1%}", flush=True)
+    return first
 
 
 def main() -> None:
@@ -195,6 +202,7 @@ def main() -> None:
     parser.add_argument("--samplers", metavar="A,B", help="compare these, ungated and gated, in place of methods")
     parser.add_argument("--gates", metavar="M,M", help="compare gates at these steps in place of methods")
     parser.add_argument("--forecasts", metavar="R,R", help="compare forecasts at these intervals in place of methods")
+    parser.add_argument("--nearness", action="store_true", help="say how near pictures are to the first plan's, too")
     parser.add_argument("--captions", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
@@ -202,6 +210,7 @@ def main() -> None:
     parser.add_argument("--precision", help="of the engine; its own choice if left out")
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    first: Pictures | None = None
     for place, path in enumerate(args.bundle):
         bundle = Bundle.open(path)
         if args.gates is not None:
@@ -212,7 +221,7 @@ def main() -> None:
             own = sampler_rows(bundle, args.samplers.split(","))
         else:
             own = rows(bundle, baselines=place == 0)
-        measure(
+        first = measure(
             bundle,
             own,
             args.output,
@@ -221,7 +230,8 @@ def main() -> None:
             workers=args.workers,
             engine=args.engine,
             precision=args.precision,
-            beside_first=args.forecasts is not None,
+            nearness=args.nearness or args.forecasts is not None,
+            first=first,
         )
 
 

@@ -30,7 +30,7 @@ FORM = 1
 REPORTS = "reports"
 """The folder they lie in."""
 MOST_BYTES = 1 << 20
-NEARNESS, DIFFERENCES = ("psnr", "ssim", "lpips"), ("accuracy", "clip")
+NEARNESS, DIFFERENCES = ("psnr", "ssim", "lpips"), ("accuracy", "clip", "reward")
 """The metrics: how near a plan's pictures are to the ungated ones, and a judge's verdict on them less that on those."""
 _FORMS = {
     "psnr": (".2f", " dB"),
@@ -41,6 +41,8 @@ _FORMS = {
     "right": (".1f", " %"),
     "ungated_right": (".1f", " %"),
     "clip": ("+.2f", " points"),
+    "reward": ("+.3f", ""),
+    "ungated_reward": ("+.3f", ""),
     "consistency": ("+.2f", " dB"),
     "frechet": ("+.3f", ""),
     "ungated_frechet": (".3f", ""),
@@ -72,12 +74,12 @@ class PlanReport:
     """``bundle``: its :func:`~tgate_engine.manifest_json.bundle_digest`. ``program``: :func:`program_digest` of the
     plan; ``settings``: its. ``files``: :func:`files_of` it.
 
-    ``metric``: one of :data:`NEARNESS` ("psnr" in dB, "lpips" minus a distance) or of :data:`DIFFERENCES` (in points),
-    more being better; ``quality``: of the plan's pictures to the ungated ones of the same seeds; ``beside``: what else
-    was found of them, by its name; ``judge``: the SHA-256 of the model that judged, or nothing. ``unrelated``: of
-    ungated pictures to ungated ones of other seeds; ``elsewhere``: of ungated pictures of the same seeds on another
-    engine, by that engine's name and version. ``images``, ``prompts``: how many of each; ``prompts_sha256``: of the
-    prompts, a line each; ``seed``: the first picture's; ``size``: WIDTHxHEIGHT.
+    ``metric``: one of :data:`NEARNESS` ("psnr" in dB, "lpips" minus a distance) or of :data:`DIFFERENCES` (in points,
+    "reward" without a unit), more being better; ``quality``: of the plan's pictures to the ungated ones of the same
+    seeds; ``beside``: what else was found of them, by its name; ``judge``: the SHA-256 of the model that judged, or
+    nothing. ``unrelated``: of ungated pictures to ungated ones of other seeds; ``elsewhere``: of ungated pictures of
+    the same seeds on another engine, by that engine's name and version. ``images``, ``prompts``: how many of each;
+    ``prompts_sha256``: of the prompts, a line each; ``seed``: the first picture's; ``size``: WIDTHxHEIGHT.
 
     ``predicted_ms``, ``measured_ms``, ``ungated_ms``: of one picture, text and decoder included, the last two measured
     in turns. ``macs``, ``ungated_macs``: all multiply-accumulates of a picture. ``engine``, ``engine_version``,

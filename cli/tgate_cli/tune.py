@@ -135,6 +135,11 @@ def _metric(args: argparse.Namespace, bundle: Bundle, size: str, prompts: Sequen
 
         with needs("lpips", ADVICE.format("lpips")):
             return lpips(args.lpips_model)
+    if args.metric == "reward":
+        from tgate_runtime.tuning.reward import reward
+
+        with needs("reward", ADVICE.format("reward")):
+            return reward(args.reward_model)
     if args.metric == "ssim":
         with needs("ssim", ADVICE.format("tune")):
             import skimage.metrics  # noqa: F401
@@ -180,7 +185,7 @@ def _check_files(args: argparse.Namespace) -> None:
         check_place(path, RequestError)
         if any((folder / MANIFEST_FILE).exists() for folder in path.resolve().parents):
             raise RequestError(f"{path} lies in a bundle, whose files are its own; name another place")
-        for other in (args.prompts, args.state, args.clip_model, args.lpips_model):
+        for other in (args.prompts, args.state, args.clip_model, args.lpips_model, args.reward_model):
             if other is not None and other.exists() and path.exists() and other.samefile(path):
                 raise RequestError(f"{option} {path} is a file that is read or kept too; choose another")
         if os.path.lexists(path) and not args.force:

@@ -13,10 +13,15 @@ LEAST_IMAGES = 4
 MOST_QUALITY = {"psnr": 58.9, "ssim": 1.0}
 """What equal pictures have, by the name of a budget; as in tgate_runtime.tuning, which is not imported for it."""
 MOST_LOSS = 100.0
-"""Points that a judge's verdict can lose."""
-JUDGED = ("accuracy", "clip")
-DISTANCES = ("lpips",)
-METRICS = (*MOST_QUALITY, *DISTANCES, *JUDGED)
+"""Points that a judge's verdict can lose, and more than any other value can."""
+LOSSES = {
+    "lpips": "minus the distance that may be",
+    "accuracy": "the points that may be lost",
+    "clip": "the points that may be lost",
+    "reward": "what the score may lose",
+}
+"""What the number of other budgets is, which is below 0."""
+METRICS = (*MOST_QUALITY, *LOSSES)
 
 
 def add_tune(parser: argparse.ArgumentParser) -> None:
@@ -24,17 +29,19 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     goal = parser.add_mutually_exclusive_group(required=True)
     fastest = (
         "the fastest plan whose pictures are so near the ungated ones, psnr=30 (dB) or ssim=0.95, or so little worse "
-        "by a judge, accuracy=-1 or clip=-0.3 (points) or lpips=-0.1 (LPIPS' distance)"
+        "by a judge, accuracy=-1 or clip=-0.3 (points), lpips=-0.1 (LPIPS' distance) or reward=-0.05 (ImageReward's)"
     )
     goal.add_argument("--budget", type=budget, metavar="NAME=NUMBER", help=fastest)
     best = "the plan whose pictures are best, of those that take a picture so many times as fast as ungated"
     goal.add_argument("--speedup", type=speedup, metavar="X", help=best)
-    which = "what --speedup goes by: psnr, if left out, ssim, accuracy, clip or lpips"
+    which = "what --speedup goes by: psnr, if left out, ssim, accuracy, clip, lpips or reward"
     parser.add_argument("--metric", choices=METRICS, metavar="NAME", help=which)
     judge = "a CLIP model in a directory, as transformers saves it, for clip; needs [clip]"
     parser.add_argument("--clip-model", type=Path, metavar="DIR", help=judge)
     trunk = "the weights of AlexNet as torchvision has them, .pth or .safetensors, for lpips; needs [lpips]"
     parser.add_argument("--lpips-model", type=Path, metavar="FILE", help=trunk)
+    people = "ImageReward.pt, med_config.json and BERT's vocab.txt in a directory, for reward; needs [reward]"
+    parser.add_argument("--reward-model", type=Path, metavar="DIR", help=people)
     yours = "yours, one a line, as for tgate generate; an embedded model has its own if left out"
     parser.add_argument("--prompts", type=Path, metavar="FILE", help=yours)
     several = "of each plan in the end; if left out 32, and for accuracy as many as can tell"
@@ -64,6 +71,10 @@ def check_tune(args: argparse.Namespace) -> None:
         error("lpips needs the weights of an AlexNet: --lpips-model FILE")
     if args.metric != "lpips" and args.lpips_model is not None:
         error(f"--lpips-model is for lpips, and {args.metric} is asked for; leave it out")
+    if args.metric == "reward" and args.reward_model is None:
+        error("reward needs the files of ImageReward: --reward-model DIR")
+    if args.metric != "reward" and args.reward_model is not None:
+        error(f"--reward-model is for reward, and {args.metric} is asked for; leave it out")
     if args.floor_engine == args.engine:
         error(f"--floor-engine is to be another engine, and {args.engine} draws already; leave it out")
     written = [path for path in (args.state, args.html, args.markdown) if path is not None]
@@ -76,14 +87,13 @@ def budget(text: str) -> tuple[str, float]:
     metric, equals, least = text.partition("=")
     if not equals or metric not in METRICS:
         raise argparse.ArgumentTypeError(
-            f"expected psnr=NUMBER, in dB, ssim=NUMBER, up to 1, accuracy=-NUMBER or clip=-NUMBER, in points, or "
-            f"lpips=-NUMBER, got '{shown(text, 40)}'"
+            f"expected psnr=NUMBER, in dB, ssim=NUMBER, up to 1, accuracy=-NUMBER or clip=-NUMBER, in points, "
+            f"lpips=-NUMBER or reward=-NUMBER, got '{shown(text, 40)}'"
         )
     quality = number(least)
-    if metric in (*JUDGED, *DISTANCES) and not -MOST_LOSS < quality < 0:
-        what = "minus the distance that may be" if metric in DISTANCES else "the points that may be lost"
+    if metric in LOSSES and not -MOST_LOSS < quality < 0:
         raise argparse.ArgumentTypeError(
-            f"expected {metric} below 0, {what}, and above {-MOST_LOSS:g}, got '{shown(least, 40)}'"
+            f"expected {metric} below 0, {LOSSES[metric]}, and above {-MOST_LOSS:g}, got '{shown(least, 40)}'"
         )
     if metric in MOST_QUALITY and not 0 < quality <= MOST_QUALITY[metric]:
         most = MOST_QUALITY[metric]

@@ -13,12 +13,14 @@ import torch
 from tests.cli.running import Run, fails
 from tests.tiny_alexnet import alexnet
 from tests.tiny_clip import save_clip
+from tests.tiny_reward import TINY, save_reward
 from tests.toy_bundle import Toy, build, edit_manifest
 from tgate_engine.bundle import Bundle
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_engine.plan_report import report_of
 from tgate_runtime.mini import MODELS
 from tgate_runtime.tuning.lpips import lpips
+from tgate_runtime.tuning.reward import reward
 from training.grammar import held_out_scenes
 
 QUICK = ("--images", 4, "--threads", 1, "--quiet")
@@ -170,6 +172,19 @@ def test_a_clip_model_of_yours_judges(run: Run, toy: Path, prompts: Path, tmp_pa
     assert report["quality"]["mean"] != 0
 
 
+def test_an_imagereward_of_yours_judges(run: Run, toy: Path, prompts: Path, tmp_path: Path) -> None:
+    model = save_reward(tmp_path / "model", TINY["one"])
+    goal = ("--budget", "reward=-50", "--reward-model", model)
+    status, out, err = run("tune", toy, *goal, "--prompts", prompts, *QUICK, "--json")
+    assert status == 0, err
+    report = json.loads(out)["report"]
+    assert report["metric"] == "reward"
+    assert report["judge"] == reward(model).judge
+    assert -50 < report["quality"]["low"] <= report["quality"]["mean"]
+    assert report["quality"]["mean"] != 0
+    assert set(report["beside"]) == {"ungated_reward", "psnr"}
+
+
 @pytest.mark.slow
 def test_distances_that_a_network_sees_are_kept_to(run: Run, cached: Path, toy: Path, tmp_path: Path) -> None:
     pytest.importorskip("lpips", reason="[lpips] brings torchvision, which is built for one torch alone")
@@ -211,7 +226,10 @@ def test_what_a_judge_needs_is_told_before_anything_is_drawn(
     with monkeypatch.context() as absent:
         absent.setitem(sys.modules, "lpips", None)
         fails(run(*looks, "--quiet"), "lpips needs lpips", "pip install 'tgate-engine[lpips]'")
+    people = ("tune", good, "--prompts", prompts, "--budget", "reward=-0.1", "--quiet", "--reward-model", tmp_path)
+    fails(run(*people), "holds no ImageReward")
     monkeypatch.setitem(sys.modules, "transformers", None)
+    fails(run(*people), "reward needs transformers", "pip install 'tgate-engine[reward]'")
     fails(run(*clip, "--clip-model", tmp_path), "clip needs transformers", "pip install 'tgate-engine[clip]'")
 
 

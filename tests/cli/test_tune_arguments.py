@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.running import Run, fails
 from tgate_cli.arguments import tgate_parser
-from tgate_cli.tune_arguments import DISTANCES, JUDGED, MOST_QUALITY, budget, check_tune, speedup
+from tgate_cli.tune_arguments import METRICS, budget, check_tune, speedup
 from tgate_engine.plan_report import DIFFERENCES, NEARNESS
 
 
@@ -19,8 +19,7 @@ def parsed(*words: str) -> argparse.Namespace:
 
 
 def test_metrics_are_those_that_a_report_may_have() -> None:
-    assert (*MOST_QUALITY, *DISTANCES) == NEARNESS
-    assert JUDGED == DIFFERENCES
+    assert (*NEARNESS, *DIFFERENCES) == METRICS
 
 
 @pytest.mark.parametrize(
@@ -38,6 +37,7 @@ def test_a_budget_is_a_metric_and_a_number(text: str, meant: tuple[str, float]) 
         ("accuracy=0", "expected accuracy below 0"),
         ("clip=-100", "and above -100, got '-100'"),
         ("lpips=0.1", "expected lpips below 0, minus the distance that may be, and above -100"),
+        ("reward=0", "expected reward below 0, what the score may lose, and above -100, got '0'"),
         ("ssim=95", "expected ssim above 0 and at most 1"),
         ("psnr=nan", "expected a finite number"),
         ("fid=0.1", "expected psnr=NUMBER"),
@@ -64,11 +64,13 @@ def test_the_metric_is_the_budgets_or_the_one_that_is_named() -> None:
     ("words", "says"),
     [
         (("--budget", "psnr=30", "--metric", "ssim"), "--budget psnr=… names its metric; leave out --metric"),
-        (("--speedup", "2", "--metric", "beauty"), "expected one of psnr, ssim, lpips, accuracy, clip"),
+        (("--speedup", "2", "--metric", "beauty"), "expected one of psnr, ssim, lpips, accuracy, clip, reward"),
         (("--speedup", "2", "--metric", "clip"), "clip needs a CLIP model of yours: --clip-model DIR"),
         (("--speedup", "2", "--clip-model", "d"), "--clip-model is for clip, and psnr is asked for"),
         (("--speedup", "2", "--metric", "lpips"), "lpips needs the weights of an AlexNet: --lpips-model FILE"),
         (("--budget", "psnr=30", "--lpips-model", "f"), "--lpips-model is for lpips, and psnr is asked for"),
+        (("--speedup", "2", "--metric", "reward"), "reward needs the files of ImageReward: --reward-model DIR"),
+        (("--budget", "psnr=30", "--reward-model", "d"), "--reward-model is for reward, and psnr is asked for"),
         (("--speedup", "2", "--floor-engine", "ort-cpu"), "is to be another engine, and ort-cpu draws already"),
         (("--speedup", "2", "--html", "a.md"), "a page's name ends in .html, got 'a.md'"),
         (("--speedup", "2", "--markdown", "-"), "a report's name ends in .md, got '-'"),

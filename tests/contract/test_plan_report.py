@@ -164,5 +164,6 @@ def test_for_a_reader() -> None:
     assert Estimate(mean=0.95123, low=0.94, high=0.96).told("ssim") == "0.9512 (0.9400 to 0.9600)"
     assert Estimate(mean=-0.84, low=-2.1, high=0.4).told("accuracy") == "-0.8 points (-2.1 to +0.4)"
     assert told("clip", 0.125) == "+0.12 points"
+    assert told("reward", 0.125) == "+0.125"
     assert told("lpips", -0.125) == "-0.1250"
     assert told("unheard of", 0.125) == "0.1250"

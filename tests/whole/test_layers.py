@@ -37,6 +37,8 @@ JUDGES: dict[str, frozenset[str]] = {
     "tgate_runtime.tuning.clip": frozenset({"torch", "transformers"}),
     "tgate_runtime.tuning.lpips": frozenset({"lpips", "torch"}),
     "tgate_runtime.tuning.quality": frozenset({"skimage"}),
+    "tgate_runtime.tuning.reward": frozenset({"torch", "transformers"}),
+    "tgate_runtime.tuning.weights": frozenset({"torch"}),
 }
 """The same of what compares pictures, inside the function that needs it."""
 

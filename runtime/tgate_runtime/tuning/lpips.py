@@ -3,7 +3,6 @@ yours."""
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from tgate_engine.errors import RequestError, shown
 from tgate_runtime.tuning.quality import Metric, Pixels, psnr
+from tgate_runtime.tuning.weights import digest_of, tensors_of
 
 LEAST_SIDE = 31
 """Pixels: of a smaller picture AlexNet's last layers have nothing left."""
@@ -37,7 +37,9 @@ def lpips(file: Path) -> Metric:
         raise RequestError(
             f"the library lpips does not load ({shown(error, 200)}); torchvision is to be the one of this torch"
         ) from None
-    weights = _weights(file)
+    if not file.is_file():
+        raise RequestError(f"there is no file {file} with the weights of an AlexNet; give --lpips-model one")
+    weights = tensors_of(file)
     # Its trunk is drawn at random and replaced at once: asked for its own, it would fetch it.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of how it asks torchvision
@@ -76,23 +78,7 @@ def lpips(file: Path) -> Metric:
         pairs = list(zip(pictures, references, strict=True))
         return {"lpips": [-distance(*pair) for pair in pairs], "psnr": [psnr(*pair) for pair in pairs]}
 
-    return Metric(name="lpips", compare=compare, beside=("psnr",), judge=_digest(model.state_dict()))
-
-
-def _weights(file: Path) -> dict[str, Any]:
-    """Tensors by name."""
-    import torch
-    from safetensors.torch import load_file
-
-    if not file.is_file():
-        raise RequestError(f"there is no file {file} with the weights of an AlexNet; give --lpips-model one")
-    try:
-        held = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except Exception as error:  # whatever ails the file, one line says so
-        raise RequestError(f"{file} holds no weights that can be read ({shown(error, 200)})") from None
-    if not isinstance(held, dict):
-        raise RequestError(f"{file} holds no weights by their names; give --lpips-model torchvision's AlexNet")
-    return {str(name): tensor for name, tensor in held.items() if isinstance(tensor, torch.Tensor)}
+    return Metric(name="lpips", compare=compare, beside=("psnr",), judge=digest_of(model.state_dict()))
 
 
 def _tensor(pictures: Pixels) -> Any:
@@ -100,12 +86,3 @@ def _tensor(pictures: Pixels) -> Any:
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float() / 127.5 - 1
-
-
-def _digest(weights: Any) -> str:
-    """The SHA-256 of all weights, LPIPS' own among them."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.directory import DirectoryCheckpoint
 from tgate_export.families import MODELS
 from tgate_export.families.base import Size
+from tgate_export.families.base import Size
 
 
 def test_a_picture_conditions_both_ways_and_its_half_goes_on() -> None:
@@ -49,4 +50,4 @@ def test_a_feature_extractor_of_a_stranger(tmp_path: Path, file: str, content: o
     (tmp_path / "feature_extractor").mkdir()
     (tmp_path / "feature_extractor" / file).write_text(json.dumps(content))
     with pytest.raises(ExportError, match=re.escape(said)):
-        MODELS["svd"].family.image([torch.nn.Identity()] * 2, DirectoryCheckpoint(tmp_path))
+        MODELS["svd"].family.image([torch.nn.Identity()] * 2, DirectoryCheckpoint(tmp_path), Size(height=8, width=8))

@@ -26,8 +26,8 @@ Shape = tuple[int, ...]
 class TinyFlow:
     """One variant: ``model`` is the name for ``--model``, ``latents`` the shape of one result's, ``pixels`` those of a
     latent pixel, ``frames`` those of a video. ``network``, ``vae``, ``encoder``: arguments of those classes.
-    ``boundary``: the share of the noise below which a second network runs. ``sees``: pixels a side that CLIP is shown of
-    a picture, 0 where it is not."""
+    ``boundary``: the share of the noise below which a second network runs. ``sees``: pixels a side that CLIP is shown,
+    0 where it is shown nothing."""
 
     model: str
     pipeline: str

@@ -116,8 +116,8 @@ def _weighted(pixels: Tensor, high: Tensor, low: Tensor) -> Tensor:
 
 
 def _bicubic(count: int, wanted: int) -> Tensor:
-    """By how much each of ``count`` pixels enters each of ``wanted`` ones, float64 [wanted, count]: whole numbers, which
-    are 2 to the power of 22 together."""
+    """By how much each of ``count`` pixels enters each of ``wanted`` ones, float64 [wanted, count]: whole numbers, 2 to
+    the power of 22 together but for their rounding."""
     scale = count / wanted
     blur = max(scale, 1.0)
     weights = torch.zeros(wanted, count, dtype=torch.float64)

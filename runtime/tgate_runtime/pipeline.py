@@ -161,10 +161,10 @@ class Pipeline:
         """Draw ``num_images`` pictures (or videos) of each prompt, or from ``image``.
 
         ``image``: what conditions an image-to-video model, in place of a prompt, or beside it where the model takes
-        both; of other models, beside a prompt, what the request begins from in place of noise, with ``strength`` above 0 and at most 1, the part of the plan's steps that is
-        taken (:class:`~tgate_runtime.beginning.Beginner`; None is 0.6). ``mask``: what of it is drawn anew
-        (:func:`~tgate_runtime.picture.as_mask`); the rest of it stays. An inpainting model wants both, and there None
-        is a strength of 1.
+        both; of other models, beside a prompt, what the request begins from in place of noise, with ``strength`` above
+        0 and at most 1, the part of the plan's steps that is taken (:class:`~tgate_runtime.beginning.Beginner`; None is
+        0.6). ``mask``: what of it is drawn anew (:func:`~tgate_runtime.picture.as_mask`); the rest of it stays. An
+        inpainting model wants both, and there None is a strength of 1.
         ``prompt_embeds``: in place of a prompt or an image, ``<name>.<half>`` to [N, ...], float32, as ``tgate embed``
         writes them for N prompts.
         ``seed``: 0 .. 2**63 - 1. Image j of the request has the seed ``seed + j``, and comes out the same when it is

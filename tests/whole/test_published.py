@@ -387,6 +387,21 @@ FULL: Mapping[str, Full] = {
         components="denoiser",
         weights="none",
     ),
+    "wan21-i2v-14b": Full(
+        denoiser=16_394_878_784,
+        latents=(16, 21, 60, 104),
+        size=(81, 480, 832),
+        components="denoiser",
+        weights="none",
+    ),
+    # Of each of its two networks.
+    "wan22-i2v-a14b": Full(
+        denoiser=14_288_901_184,
+        latents=(16, 21, 60, 104),
+        size=(81, 480, 832),
+        components="denoiser",
+        weights="none",
+    ),
 }
 
 

@@ -14,7 +14,6 @@ from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.directory import DirectoryCheckpoint
 from tgate_export.families import MODELS
 from tgate_export.families.base import Size
-from tgate_export.families.base import Size
 
 
 def test_a_picture_conditions_both_ways_and_its_half_goes_on() -> None:

@@ -68,7 +68,12 @@ def test_attention_to_text_and_picture_is_diffusers() -> None:
 @pytest.mark.parametrize(
     ("variant", "file", "changes", "said"),
     [
-        ("wan_i2v_a", "model_index.json", {"_class_name": "WanPipeline"}, "holds a WanPipeline; wanted is a WanImageTo"),
+        (
+            "wan_i2v_a",
+            "model_index.json",
+            {"_class_name": "WanPipeline"},
+            "holds a WanPipeline; wanted is a WanImageTo",
+        ),
         ("wan_i2v_a", "model_index.json", {"expand_timesteps": True}, "as Wan 2.2 of 5 billion"),
         ("wan_i2v_a", "model_index.json", {"image_encoder": ["transformers", "SiglipModel"]}, "is a SiglipModel in"),
         ("wan_i2v_a", "transformer/config.json", {"pos_embed_seq_len": 514}, r"between a first and a last .*FLF2V"),
@@ -77,7 +82,12 @@ def test_attention_to_text_and_picture_is_diffusers() -> None:
         ("wan_i2v_a", "transformer/config.json", {"out_channels": 12}, "gives 12 channels, its latents have 4"),
         ("wan_i2v_a", "transformer/config.json", {"image_dim": 8}, "image_dim = 8, the image_encoder has hidden_size"),
         ("wan_i2v_a", "image_encoder/config.json", {"image_size": 32}, r"size = .* is shown pictures of 32 pixels"),
-        ("wan_i2v_a", "image_processor/preprocessor_config.json", {"resample": 2}, "resample = 2, and the image_encoder"),
+        (
+            "wan_i2v_a",
+            "image_processor/preprocessor_config.json",
+            {"resample": 2},
+            "resample = 2, and the image_encoder",
+        ),
         ("wan_i2v_a", "image_processor/preprocessor_config.json", {"image_std": [1, 0, 1]}, "three finite numbers"),
         (
             "wan22_i2v_a",
@@ -137,7 +147,7 @@ def test_components_that_it_has_not(
     copy_of: Callable[[str], Path], tmp_path: Path, components: tuple[str, ...]
 ) -> None:
     root = copy_of("wan_i2v_a")
-    with pytest.raises(ExportError, match="encode prompts with tgate embed|are some of image, denoiser, decoder"):
+    with pytest.raises(ExportError, match=r"encode prompts with tgate embed|are some of image, denoiser, decoder"):
         prepare(_settings("wan21-i2v-14b", root, tmp_path / "bundle", components=components))
 
 

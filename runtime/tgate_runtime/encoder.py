@@ -67,7 +67,7 @@ class Encoder:
         picture = fit_picture(image, graph)
         different = seeds if PICTURE_NOISE in graph.input_names() else seeds[:1]
         encoded = [encode_image(self._session, graph, picture, seed=seed) for seed in different]
-        rows = [conditioning_of(self._session, tensors, None, size=size) for tensors in encoded]
+        rows: list[Row] = [conditioning_of(self._session, tensors, None, size=size) for tensors in encoded]
         return rows if len(rows) == len(seeds) else rows * len(seeds)
 
     def of_reference(self, image: Image.Image, scale: float, size: str | None = None) -> Row:

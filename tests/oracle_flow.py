@@ -38,7 +38,7 @@ def plain_run(pipe: Any, prompt: str, negative: str, *, latents: Tensor, **optio
     if kind != "SanaSprintPipeline":  # which knows no negative prompt
         options["negative_prompt"] = negative
     with torch.no_grad(), drawn_as_engines_do(latents):
-        result: Tensor = pipe(prompt, output_type="latent", latents=held(pipe, latents), **options)[0]
+        result: Tensor = pipe(prompt=prompt, output_type="latent", latents=held(pipe, latents), **options)[0]
     if kind == "LTXPipeline":
         return cast(Tensor, pipe._unpack_latents(result, *latents.shape[2:]))
     if kind in _PATCHED:
@@ -189,8 +189,9 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
         texts.append(encode(*args, **options))
         return texts[-1]
 
-    def placed(index: int, forward: Any) -> Any:
+    def placed(index: int, network: Any) -> Any:
         """What stands in the place of that network's forward."""
+        forward = network.forward
 
         def ruled(both: Call, negative: Call, positive: Call) -> Tensor:
             ran.append(index)
@@ -204,7 +205,8 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
 
         def run_twice(**options: Any) -> tuple[Tensor]:
             if not waiting:  # the prompt's half, which is filled in when the other one is known
-                waiting.append((options, torch.zeros_like(options["hidden_states"])))
+                channels = network.config.out_channels or network.config.in_channels
+                waiting.append((options, torch.zeros_like(options["hidden_states"][:, :channels])))
                 return (waiting[0][1],)
             first, positive = waiting.pop()
             both = {n: torch.cat([v, first[n]]) if isinstance(v, Tensor) else v for n, v in options.items()}
@@ -265,6 +267,7 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
 
         ways = {
             "WanPipeline": run_twice,
+            "WanImageToVideoPipeline": run_twice,
             "Cosmos2TextToImagePipeline": run_known,
             "QwenImagePipeline": run_apart,
             "LuminaPipeline": run_turned,
@@ -280,5 +283,5 @@ def _ruled(pipe: Any, rule: Rule) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(pipe, "encode_prompt", encoded))
         for index, network in enumerate(_networks(pipe)):
-            stack.enter_context(mock.patch.object(network, "forward", placed(index, network.forward)))
+            stack.enter_context(mock.patch.object(network, "forward", placed(index, network)))
         yield

@@ -50,7 +50,7 @@ def write_shrunken(directory: Path, model: str) -> Path:
         folder = directory / name
         if name.startswith("tokenizer"):
             continue
-        if name in ("scheduler", "feature_extractor"):
+        if name in ("scheduler", "feature_extractor", "image_processor"):
             file = "scheduler_config.json" if name == "scheduler" else "preprocessor_config.json"
             _write_json(folder / file, config)
             continue
@@ -172,6 +172,8 @@ _WAN = {
     "ffn_dim": _TEXT,
     "freq_dim": _over(8),
     "text_dim": _TEXT,
+    "image_dim": _TEXT,
+    "added_kv_proj_dim": _over(53),  # heads times their width
     "num_layers": _layers,
 }
 _LTX = {

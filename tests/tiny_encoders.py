@@ -18,11 +18,13 @@ from transformers import (
     BertConfig,
     BertModel,
     BertTokenizer,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
+    CLIPVisionModel,
     CLIPVisionModelWithProjection,
     Gemma2Config,
     Gemma2Model,
@@ -73,6 +75,21 @@ def clip_with_projection(width: int, pooled: int, seed: str) -> dict[str, Any]:
     parts = clip(width, length=24, second=pooled != 8)
     config = CLIPTextConfig(**{**parts["text_encoder"].config.to_dict(), "projection_dim": pooled})
     return {**parts, "text_encoder": draw(CLIPTextModelWithProjection(config).eval(), seed)}
+
+
+def clip_vision(width: int, side: int, seed: str) -> dict[str, Any]:
+    """CLIP's vision model as in Wan 2.1: three layers, of which the last is not read."""
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=side,
+        patch_size=side // 4,
+        hidden_act="gelu",
+    )
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return {"image_encoder": draw(CLIPVisionModel(config).eval(), seed), "image_processor": processor}
 
 
 def t5(width: int) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
+from PIL import Image
 
 from tests.draw import draw
-from tests.tiny_encoders import bert, chatglm, clip, clip_with_projection, gemma, qwen, t5, umt5
+from tests.tiny_encoders import bert, chatglm, clip, clip_vision, clip_with_projection, gemma, qwen, t5, umt5
 
 Shape = tuple[int, ...]
 
@@ -24,7 +26,8 @@ Shape = tuple[int, ...]
 class TinyFlow:
     """One variant: ``model`` is the name for ``--model``, ``latents`` the shape of one result's, ``pixels`` those of a
     latent pixel, ``frames`` those of a video. ``network``, ``vae``, ``encoder``: arguments of those classes.
-    ``boundary``: the share of the noise below which a second network runs."""
+    ``boundary``: the share of the noise below which a second network runs. ``sees``: pixels a side that CLIP is shown,
+    0 where it is shown nothing."""
 
     model: str
     pipeline: str
@@ -37,6 +40,7 @@ class TinyFlow:
     frames: int = 1
     encoder: Mapping[str, Any] = field(default_factory=dict)
     boundary: float | None = None
+    sees: int = 0
 
 
 def _sana(heads: int, head_width: int, cross_heads: int, **more: Any) -> dict[str, Any]:
@@ -592,6 +596,57 @@ FLOW_VARIANTS: Mapping[str, TinyFlow] = {
         scheduler=lambda: _flow_unipc(12.0),
         boundary=0.9,
     ),
+    # From a picture, which the networks of one kind attend to as well.
+    "wan_i2v_a": TinyFlow(
+        model="wan21-i2v-14b",
+        pipeline="WanImageToVideoPipeline",
+        latents=(4, 2, 4, 8),
+        pixels=4,
+        frames=5,
+        text_width=24,
+        network=_wan(2, 12, 24, in_channels=12, image_dim=16, added_kv_proj_dim=24),
+        vae=_wan_vae((1, 1, 2), (True, True)),
+        scheduler=_flow_unipc,
+        sees=12,
+    ),
+    "wan_i2v_b": TinyFlow(
+        model="wan21-i2v-14b",
+        pipeline="WanImageToVideoPipeline",
+        latents=(4, 3, 8, 4),
+        pixels=8,
+        frames=9,
+        text_width=16,
+        network=_wan(
+            3, 16, 16, cross_attn_norm=False, num_layers=1, in_channels=12, image_dim=24, added_kv_proj_dim=48
+        ),
+        vae=_wan_vae((1, 2, 2, 2), (False, True, True)),
+        scheduler=_flow_unipc,
+        sees=20,
+    ),
+    "wan22_i2v_a": TinyFlow(
+        model="wan22-i2v-a14b",
+        pipeline="WanImageToVideoPipeline",
+        latents=(4, 2, 4, 8),
+        pixels=8,
+        frames=5,
+        text_width=24,
+        network=_wan(2, 12, 24, in_channels=12),
+        vae=_wan_vae((1, 1, 2, 2), (False, True, True)),
+        scheduler=_flow_unipc,
+        boundary=0.9,
+    ),
+    "wan22_i2v_b": TinyFlow(
+        model="wan22-i2v-a14b",
+        pipeline="WanImageToVideoPipeline",
+        latents=(4, 3, 4, 4),
+        pixels=8,
+        frames=9,
+        text_width=16,
+        network=_wan(3, 16, 16, cross_attn_norm=False, num_layers=1, in_channels=12),
+        vae=_wan_vae((1, 2, 2, 2), (True, True, False)),
+        scheduler=lambda: _flow_unipc(5.0),
+        boundary=0.875,
+    ),
     "ltx_a": TinyFlow(
         model="ltx-video",
         pipeline="LTXPipeline",
@@ -660,6 +715,14 @@ def load_tiny_flow(directory: Path, variant: str) -> Any:
 def flow_noise(variant: str, seed: int = 0) -> torch.Tensor:
     """Unit-variance noise [1, *latents]; the same for the same seed."""
     return torch.randn(1, *FLOW_VARIANTS[variant].latents, generator=torch.Generator().manual_seed(seed))
+
+
+def flow_picture(variant: str, seed: int = 0) -> Image.Image:
+    """What a video of ``variant`` starts from; the same for the same seed."""
+    tiny = FLOW_VARIANTS[variant]
+    height, width = (side * tiny.pixels for side in tiny.latents[-2:])
+    coarse = Image.fromarray(np.random.default_rng(seed).integers(0, 255, (4, 4, 3), np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _build_sana(tiny: TinyFlow, variant: str) -> Any:
@@ -766,7 +829,9 @@ def _build_wan(tiny: TinyFlow, variant: str) -> Any:
     if tiny.boundary is not None:
         network = diffusers.WanTransformer3DModel(**tiny.network).eval()
         second = {"transformer_2": draw(network, f"{variant}/transformer_2"), "boundary_ratio": tiny.boundary}
-    return diffusers.WanPipeline(
+    if tiny.sees:
+        second |= clip_vision(tiny.network["image_dim"], tiny.sees, f"{variant}/image_encoder")
+    return getattr(diffusers, tiny.pipeline)(
         transformer=draw(diffusers.WanTransformer3DModel(**tiny.network).eval(), f"{variant}/transformer"),
         vae=draw(diffusers.AutoencoderKLWan(**tiny.vae).eval(), f"{variant}/vae"),
         scheduler=tiny.scheduler(),
@@ -795,6 +860,7 @@ _BUILD: Mapping[str, Callable[[TinyFlow, str], Any]] = {
     "StableDiffusion3Pipeline": _build_sd3,
     "Cosmos2TextToImagePipeline": _build_cosmos,
     "WanPipeline": _build_wan,
+    "WanImageToVideoPipeline": _build_wan,
     "LTXPipeline": _build_ltx,
     "QwenImagePipeline": _build_qwen,
     "FluxPipeline": _build_flux,

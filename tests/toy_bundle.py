@@ -70,6 +70,8 @@ TABLE_STEPS = range(1, 13)
 """Steps of which the bundle has a table of the toy's sampler."""
 REFERENCES = (Conditioning(name="seen", source="reference"), Conditioning(name="much", source="scale", negative="same"))
 """What conditions a toy that refers to a picture: WIDTH numbers of it, and how much of them is added to the text."""
+SEEN = Conditioning(name="pooled", source="image", negative="same")
+"""What conditions a toy beside its text, of a picture."""
 AROUND = Conditioning(name="masked", source="masked", negative="same")
 """What conditions a toy that inpaints: a mask, and latents of what is left."""
 MACS = {
@@ -87,7 +89,8 @@ class Toy:
 
     ``batches``: ranges of images in a call, each with graphs of its own. ``sizes``: (width, height) of each, 16 pixels,
     the default first. ``carry_dtype``: of carries; the arithmetic stays float32. ``settings``: of each plan by its
-    name; their baselines are stored beside them. ``pictured``: conditioned by a picture instead of a text. ``begins``:
+    name; their baselines are stored beside them. ``pictured``: conditioned by a picture instead of a text. ``sees``: by
+    both, ``pooled`` being the picture's, without noise. ``begins``:
     with an encoder, and starts for its samplers, of which those of 4 steps take no mask.
     ``small``: with a small decoder, whose pictures have half the contrast. ``refers``: with what makes a picture beside
     the prompt a part of the text; it has no goldens. ``inpaints``: it is told of a mask, and of the latents around it;
@@ -96,6 +99,7 @@ class Toy:
 
     guided: bool = True
     pictured: bool = False
+    sees: bool = False
     begins: bool = False
     small: bool = False
     refers: bool = False
@@ -181,7 +185,7 @@ def build(path: Path, toy: Toy | None = None, *, goldens: bool = True) -> Path:
             carries=carries(toy),
             conditioning=(
                 Conditioning(name="text", source=source, negative=negative),
-                Conditioning(name="pooled", source=source, negative=negative),
+                SEEN if toy.sees else Conditioning(name="pooled", source=source, negative=negative),
                 Conditioning(name="time_ids", source="constant"),
                 *(REFERENCES if toy.refers else ()),
                 *((AROUND,) if toy.inpaints else ()),
@@ -290,10 +294,10 @@ def _shape(stage: Path, offsets: Mapping[str, Any], toy: Toy, size: tuple[int, i
         for halves in dict.fromkeys(_halves(toy, name) for name in names):
             name = f"control-{net}-{'-'.join(halves)}"
             graphs[name] = _control(stage / f"{name}{of_size}{of_batch}.onnx", offsets, net, halves, latents, batch)
-    if toy.pictured:
-        graphs["image"] = _image(stage / f"image{of_size}.onnx", offsets, latents)
-    else:
-        graphs["text"] = _text(stage / "text.onnx", offsets)
+    if toy.pictured or toy.sees:
+        graphs["image"] = _image(stage / f"image{of_size}.onnx", offsets, latents, beside=toy.sees)
+    if not toy.pictured:
+        graphs["text"] = _text(stage / "text.onnx", offsets, beside=toy.sees)
     graphs["decoder"] = _decoder(stage / f"decoder{of_size}.onnx", offsets, latents)
     if toy.small:
         graphs["small"] = _decoder(stage / f"small{of_size}.onnx", offsets, latents, PREVIEW)
@@ -530,21 +534,22 @@ def _control(
     return g.save(path, CONTROL, batch, inputs, outputs, Macs(paper=100, all=100))
 
 
-def _text(path: Path, offsets: Mapping[str, Any]) -> GraphSpec:
-    g = _Graph(offsets)
+def _text(path: Path, offsets: Mapping[str, Any], *, beside: bool) -> GraphSpec:
+    """``beside``: a picture, which makes what is pooled; the text's is of no use then."""
+    g, pooled = _Graph(offsets), "spare" if beside else "pooled"
     inputs = [TensorSpec(name=f"ids.{i}", dtype="int64", shape=(1, LENGTH)) for i in range(2)]
     outputs = [
         TensorSpec(name="text", dtype="float32", shape=(1, LENGTH, WIDTH)),
-        TensorSpec(name="pooled", dtype="float32", shape=(1, WIDTH)),
+        TensorSpec(name=pooled, dtype="float32", shape=(1, WIDTH)),
     ]
     g.add("Gather", g.weight("embed.0"), "ids.0", output="text")
-    g.add("ReduceMean", g.add("Gather", g.weight("embed.1"), "ids.1"), g.constant([1]), output="pooled", keepdims=0)
+    g.add("ReduceMean", g.add("Gather", g.weight("embed.1"), "ids.1"), g.constant([1]), output=pooled, keepdims=0)
     return g.save(path, TEXT, (1, 1), inputs, outputs, Macs(paper=0, all=0))
 
 
-def _image(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...]) -> GraphSpec:
+def _image(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...], *, beside: bool) -> GraphSpec:
     """Of the numbers of a picture, from 0 to 1, and a tenth of the noise, 3 * 16 one after the other: the first 32 as
-    the text, the last 4 pooled."""
+    the text, the last 4 pooled. ``beside`` a text, these alone, and no noise."""
     g = _Graph(offsets)
     height, width = latents[1:]
     inputs = [
@@ -556,9 +561,13 @@ def _image(path: Path, offsets: Mapping[str, Any], latents: tuple[int, ...]) -> 
         TensorSpec(name="pooled", dtype="float32", shape=(1, WIDTH)),
     ]
     planes = g.add("Transpose", g.add("Cast", "picture", to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
-    little = g.add("Mul", "noise", g.constant(0.1, np.float32))
-    numbers = g.reshape(g.add("Add", g.add("Div", planes, g.constant(255, np.float32)), little), 1, -1)
+    numbers = g.add("Div", planes, g.constant(255, np.float32))
     ends = {"text": (0, LENGTH * WIDTH), "pooled": (3 * 16 - WIDTH, 3 * 16)}
+    if beside:
+        del inputs[1], outputs[0], ends["text"]
+    else:
+        numbers = g.add("Add", numbers, g.add("Mul", "noise", g.constant(0.1, np.float32)))
+    numbers = g.reshape(numbers, 1, -1)
     for name, (start, stop) in ends.items():
         own = g.add("Slice", numbers, g.constant([start]), g.constant([stop]), g.constant([1]))
         g.reshape(own, 1, *((LENGTH,) if name == "text" else ()), WIDTH, output=name)

@@ -236,14 +236,14 @@ def _request(
     args: argparse.Namespace, texts: Sequence[str], record: Record | Parameters | None, manifest: Manifest
 ) -> dict[str, Any]:
     """The arguments of a Pipeline that the record has, and in their place those of the command line."""
-    from tgate_runtime.request import begins_from
+    from tgate_runtime.request import begins_from, takes_both
 
     request: dict[str, Any] = {"prompt": None, "negative_prompt": None, "seed": None, "size": None, "strength": None}
     request |= {"generator": "numpy", "guidance_scale": None, "loras": None, "decoder": None, "ip_adapter_scale": None}
     if record is not None:
         request |= record.request()
         request["prompt"] = None if record.prompt is None else [record.prompt]
-    conditions = args.image is not None and not begins_from(manifest, args.image)
+    conditions = args.image is not None and not begins_from(manifest, args.image) and not takes_both(manifest)
     if conditions or args.prompt_embeds is not None:
         request |= {"prompt": None, "negative_prompt": None}
     asked = {name: getattr(args, name) for name in request if name not in ("prompt", "loras")}
@@ -347,7 +347,7 @@ def _check_numbers(
 
     shape, embeds = manifest.shapes_of(request["size"])[0], given.get("prompt_embeds", {})
     if "prompt_embeds" in given:
-        check_embeddings(embeds, manifest, shape)
+        check_embeddings(embeds, manifest, shape, pictured="image" in given)
     count: int = (len(request["prompt"] or ()) or rows_of(embeds, manifest) or 1) * args.num_images
     scales_of(request["guidance_scale"], 1, plan, manifest)
     check_generator(request["generator"], shape.latents)

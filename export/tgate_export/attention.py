@@ -44,8 +44,11 @@ def observe(
         def look(_module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             if name in sites:
                 raise ExportError(f"attention module {name!r} runs more than once in a step, and cannot be reused")
-            # Newer classes have none of what they do not do.
+            # Newer classes have none of what they do not do. In those, keys and values that are added without queries
+            # are of a picture that conditions the network as its text does; in the old one, its own are added to.
             both = getattr(module, "added_kv_proj_dim", None) is not None
+            if not isinstance(module, Attention):
+                both = both and getattr(module, "add_q_proj", None) is not None
             odd = getattr(module, "residual_connection", False) or getattr(module, "spatial_norm", None) is not None
             if odd or (both and not joint):
                 raise ExportError(

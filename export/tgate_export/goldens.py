@@ -296,25 +296,28 @@ def _conditioning(
             ids = {spec.input: torch.tensor([row]) for spec, row in zip(tokenizers, rows, strict=True)}
             path = directory / "text.safetensors"
             recorded["text"] = _record_graph(job, path, TEXT_GRAPH, ids, positive, TOLERANCES[job.dtype], oracle.name)
-    elif "image" in job.components and oracle.fits(*job.family.image_components):
+    if "image" in job.components and oracle.fits(*job.family.image_parts(job.checkpoint)):
         picture = _picture(job.size.height, job.size.width)
         noise = torch.randn((1, 3, job.size.height, job.size.width), generator=generator)
-        positive = oracle.image(picture, noise)
+        made = oracle.image(picture, noise)
         recorded["conditioning"] = _record_graph(
             job,
             directory / f"conditioning{suffix}.safetensors",
             IMAGE_GRAPH,
             {"picture": picture, "noise": noise},
-            positive,
+            made,
             TOLERANCES[job.dtype],
             oracle.name,
         )
-    else:  # nothing that makes conditioning: anything will do
-        drawn = {}
-        for c in job.conditioning:  # those of pictures are not taken from here
+        positive = {**positive, **made}
+    drawn: dict[str, Tensor] = {}  # of what nothing makes: anything will do
+    for c in job.conditioning:
+        if c.conditioning.source in ("text", "image") and c.conditioning.name not in positive:
             shape = (1, *c.shape)
             drawn[c.conditioning.name] = torch.ones(shape) if c.mask else torch.randn(shape, generator=generator)
-        positive, negative = drawn, {n: -value if value.min() < 0 else value for n, value in drawn.items()}
+    if drawn:
+        other = {n: -value if value.min() < 0 else value for n, value in drawn.items()}
+        positive, negative = {**positive, **drawn}, {**(negative or {}), **other}
     beside = _reference(job, oracle, generator, directory, recorded) | _masked(job, generator)
     return both_halves(job, positive, negative) | beside
 

@@ -236,7 +236,7 @@ def directories(family: Family, components: Sequence[str], checkpoint: Checkpoin
     may_have = tuple(filter(None, (family.denoiser, family.late_denoiser)))
     folders = {
         "text": family.text_components,
-        "image": family.image_components,
+        "image": family.image_components if checkpoint is None else family.image_parts(checkpoint),
         "denoiser": may_have if checkpoint is None else family.denoisers(checkpoint),
         "decoder": (family.decoder,),
         "encoder": (family.decoder,),

@@ -135,10 +135,10 @@ class Oracle:
     def image(self, picture: Tensor, noise: Tensor) -> Texts:
         """Conditioning of a picture, uint8 [1, H, W, 3], with noise [1, 3, H, W] on it."""
         job = self._job
-        parts: dict[str, Any] = {name: self.module(name) for name in job.family.image_components}
-        pipe = self._pipeline(**parts, feature_extractor=self._extractor())
+        parts: dict[str, Any] = {name: self.module(name) for name in job.family.image_parts(job.checkpoint)}
+        pipe = self._pipeline(**parts, **{job.family.picture_processor: self._extractor()})
         with torch.no_grad(), quiet():
-            conditioning: Texts = self._run(job.family.encode_image_with, pipe, picture, noise)
+            conditioning: Texts = self._run(job.family.encode_image_with, pipe, picture, noise, job.size)
         return conditioning
 
     def reference(self, picture: Tensor) -> Texts:
@@ -157,7 +157,7 @@ class Oracle:
 
     def _extractor(self, **otherwise: int) -> Any:
         """The checkpoint's feature extractor, or one with CLIP's values but for those."""
-        folder = self._job.checkpoint.directory("feature_extractor")
+        folder = self._job.checkpoint.directory(self._job.family.picture_processor)
         configured = folder is not None and any(folder.glob("*processor_config.json"))
         with quiet(), refusing(f"{folder} makes no CLIPImageProcessor", "correct its preprocessor_config.json"):
             if configured:

@@ -399,11 +399,11 @@ def _batches(settings: ExportSettings, model: Model) -> tuple[tuple[int, int], .
 
 def _components(settings: ExportSettings, model: Model) -> tuple[str, ...]:
     """The components to export, in their order."""
-    source = model.facts.source if model.facts.text_graph else None
+    sources = [source for source in model.facts.sources if source != "text" or model.facts.text_graph]
     from_pictures = ("encoder",) if model.facts.from_pictures else ()
     reference = () if settings.ip_adapter is None else ("reference",)
-    possible = tuple(c for c in COMPONENTS if c in (source, "denoiser", "decoder", *from_pictures, *reference))
-    if source is None and "text" in (settings.components or ()):
+    possible = tuple(c for c in COMPONENTS if c in (*sources, "denoiser", "decoder", *from_pictures, *reference))
+    if not model.facts.text_graph and "text" in (settings.components or ()):
         raise ExportError(
             f"the text encoder of {settings.model} is not exported; leave out text, and encode prompts with tgate embed"
         )

@@ -44,7 +44,8 @@ def trace_text(job: Job, mode: FakeTensorMode, tokenizers: Sequence[Tokenizer]) 
 def trace_image(job: Job, mode: FakeTensorMode) -> TracedGraph:
     """The picture that a request starts from, and noise to add to it, to its conditioning."""
     family, height, width = job.family, job.size.height, job.size.width
-    module = family.image([_fake(job, mode, component) for component in family.image_components], job.checkpoint)
+    encoders = [_fake(job, mode, component) for component in family.image_parts(job.checkpoint)]
+    module = family.image(encoders, job.checkpoint, job.size)
     inputs = [
         TensorSpec(name="picture", dtype="uint8", shape=(1, height, width, 3)),
         TensorSpec(name="noise", dtype="float32", shape=(1, 3, height, width)),
@@ -251,7 +252,7 @@ def _trace_encoder(
     job: Job, mode: FakeTensorMode, name: str, module: nn.Module, inputs: Sequence[TensorSpec], source: str
 ) -> TracedGraph:
     """A graph of one request's conditioning of that source. Parameters are prefixed by their components' names."""
-    components = job.family.text_components if source == "text" else job.family.image_components
+    components = job.family.text_components if source == "text" else job.family.image_parts(job.checkpoint)
     return trace(
         name,
         TEXT if source == "text" else IMAGE,

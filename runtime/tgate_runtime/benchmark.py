@@ -208,20 +208,19 @@ class _Around:
             ms[self._names[role]] = (time.perf_counter() - begin) * 1e3
             return result
 
-        encoded: Mapping[str, NDArray[Any]] | None = None
+        encoded: dict[str, NDArray[Any]] = {}
         text, image, decoder = self._text, session.graph(IMAGE), session.graph(DECODE)
         if text is not None:
-            encoded = timed(TEXT, lambda: text.encode(PROMPT).tensors)
+            encoded |= timed(TEXT, lambda: text.encode(PROMPT).tensors)
         if image is not None:
-            encoded = timed(IMAGE, lambda: encode_image(session, image, self._grey, seed=0))
+            encoded |= timed(IMAGE, lambda: encode_image(session, image, self._grey, seed=0))
         if decoder is not None:
             timed(DECODE, lambda: decode(session, decoder, latents))
-        if encoded is None:  # the values do not matter to the time
-            specs = conditioning_inputs(session)
-            ones = {name: np.ones((1, *map(int, spec.shape[1:])), np.float32) for name, spec in specs.items()}
-            return from_embeddings(session, ones), ms
+        # Of what no graph gives, the values do not matter to the time.
+        specs = conditioning_inputs(session)
+        ones = {name: np.ones((1, *map(int, spec.shape[1:])), np.float32) for name, spec in specs.items()}
         negative = None if session.manifest.zero_negative else encoded
-        return conditioning_of(session, encoded, negative), ms
+        return {**from_embeddings(session, ones), **conditioning_of(session, encoded, negative)}, ms
 
 
 def _results(

@@ -21,30 +21,38 @@ from tgate_runtime.session import Session
 def conditioning_of(
     session: Session, positive: Tensors, negative: Tensors | None, *, size: str | None = None
 ) -> dict[str, NDArray[Any]]:
-    """``<name>.<half>`` to [1, ...] of one image at a size, from what the text or image graph gave. ``negative`` None
-    stands for zeros in place of a text; a reference picture's are zeros. Pure."""
+    """``<name>.<half>`` to [1, ...] of one image at a size, from what the text or image graph gave; what the other one
+    gives is not among them. ``negative`` None stands for zeros in place of a text; a reference picture's are zeros.
+    Pure."""
     manifest, shape = session.manifest, session.shapes(size)[0]
-    rows = halves(manifest.conditioning, shape.constants, positive, negative, guided=manifest.guided)
+    made = [c for c in manifest.conditioning if c.source not in ("text", "image") or c.name in positive]
+    rows = halves(made, shape.constants, positive, negative, guided=manifest.guided)
     return {**rows, **_without_reference(manifest, shape, 1)}
 
 
-def from_embeddings(session: Session, tensors: Tensors, *, size: str | None = None) -> dict[str, NDArray[Any]]:
+def from_embeddings(
+    session: Session, tensors: Tensors, *, size: str | None = None, pictured: bool = False
+) -> dict[str, NDArray[Any]]:
     """``<name>.<half>`` to [N, ...] from tensors that were encoded ahead of time, such as ``tgate embed`` writes.
 
-    Raises as :func:`check_embeddings` does.
+    ``pictured``, and what is raised: as in :func:`check_embeddings`.
     """
-    return check_embeddings(tensors, session.manifest, session.shapes(size)[0])
+    return check_embeddings(tensors, session.manifest, session.shapes(size)[0], pictured=pictured)
 
 
-def check_embeddings(tensors: Tensors, manifest: Manifest, shape: Shape) -> dict[str, NDArray[Any]]:
+def check_embeddings(
+    tensors: Tensors, manifest: Manifest, shape: Shape, *, pictured: bool = False
+) -> dict[str, NDArray[Any]]:
     """``<name>.<half>`` to [N, ...] from tensors that were encoded ahead of time, for the graphs of a shape.
 
+    ``pictured``: a request's image brings what the image graph gives, which is then neither wanted nor among them.
     Constants are added, and zeros for what a reference picture would add. Raises :class:`RequestError` for what is
     missing, has another shape or dtype than the graphs take, or is not finite.
     """
     check_mapping(tensors, "embeddings")
     specs = _inputs(manifest, shape)
-    encoded = {c.name for c in manifest.conditioning if c.source not in ("constant", *BESIDE)}
+    brought = {c.name for c in manifest.conditioning if pictured and c.source == "image"}
+    encoded = {c.name for c in manifest.conditioning if c.source not in ("constant", *BESIDE)} - brought
     beside = _without_reference(manifest, shape, 1)
     needed = {name: spec for name, spec in specs.items() if name.rpartition(".")[0] in encoded}
     if missing := [name for name in needed if name not in tensors]:
@@ -71,7 +79,7 @@ def check_embeddings(tensors: Tensors, manifest: Manifest, shape: Shape) -> dict
     constants = {
         name: np.tile(np.array([shape.constants[name.rpartition(".")[0]]], np.float32), (count, 1))
         for name in specs
-        if name not in needed and name not in beside
+        if name not in needed and name not in beside and name.rpartition(".")[0] not in brought
     }
     return {**numbers, **constants, **_without_reference(manifest, shape, count)}
 

@@ -15,6 +15,7 @@ from tgate_runtime.conditioning import conditioning_of
 from tgate_runtime.image import encode_image, fit_picture
 from tgate_runtime.reference import encode_reference
 from tgate_runtime.session import Session
+from tgate_runtime.signatures import PICTURE_NOISE
 from tgate_runtime.text import TextEncoder
 
 Row = Mapping[str, NDArray[Any]]
@@ -58,14 +59,16 @@ class Encoder:
         return rows, tuple(dict.fromkeys(text.cut for text in encoded.values() if text.cut))
 
     def of_picture(self, image: Image.Image, seeds: Sequence[int], size: str | None = None) -> list[Row]:
-        """What conditions an image of each seed, which the encoder's own noise is drawn from. Raises
-        :class:`RequestError` for a bundle without an image encoder."""
+        """What conditions an image of each seed, which the encoder's own noise is drawn from; beside a prompt, what the
+        picture brings to that. Raises :class:`RequestError` for a bundle without an image encoder."""
         graph = self._session.graph(IMAGE, size)
         if graph is None:
             raise RequestError("the bundle has no image encoder (--components); export it with one")
         picture = fit_picture(image, graph)
-        encoded = [encode_image(self._session, graph, picture, seed=seed) for seed in seeds]
-        return [conditioning_of(self._session, tensors, None, size=size) for tensors in encoded]
+        different = seeds if PICTURE_NOISE in graph.input_names() else seeds[:1]
+        encoded = [encode_image(self._session, graph, picture, seed=seed) for seed in different]
+        rows: list[Row] = [conditioning_of(self._session, tensors, None, size=size) for tensors in encoded]
+        return rows if len(rows) == len(seeds) else rows * len(seeds)
 
     def of_reference(self, image: Image.Image, scale: float, size: str | None = None) -> Row:
         """What a picture beside the prompt puts in the place of zeros in any of those rows. Raises

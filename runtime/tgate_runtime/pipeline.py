@@ -44,6 +44,7 @@ from tgate_runtime.request import (
     scales_of,
     seeds_of,
     strength_of,
+    takes_both,
 )
 from tgate_runtime.runner import StepDone, run
 from tgate_runtime.session import PlanLike, Session
@@ -159,11 +160,11 @@ class Pipeline:
     ) -> Result:
         """Draw ``num_images`` pictures (or videos) of each prompt, or from ``image``.
 
-        ``image``: what conditions an image-to-video model, in place of a prompt; beside a prompt, what the request
-        begins from in place of noise, with ``strength`` above 0 and at most 1, the part of the plan's steps that is
-        taken (:class:`~tgate_runtime.beginning.Beginner`; None is 0.6). ``mask``: what of it is drawn anew
-        (:func:`~tgate_runtime.picture.as_mask`); the rest of it stays. An inpainting model wants both, and there None
-        is a strength of 1.
+        ``image``: what conditions an image-to-video model, in place of a prompt, or beside it where the model takes
+        both; of other models, beside a prompt, what the request begins from in place of noise, with ``strength`` above
+        0 and at most 1, the part of the plan's steps that is taken (:class:`~tgate_runtime.beginning.Beginner`; None is
+        0.6). ``mask``: what of it is drawn anew (:func:`~tgate_runtime.picture.as_mask`); the rest of it stays. An
+        inpainting model wants both, and there None is a strength of 1.
         ``prompt_embeds``: in place of a prompt or an image, ``<name>.<half>`` to [N, ...], float32, as ``tgate embed``
         writes them for N prompts.
         ``seed``: 0 .. 2**63 - 1. Image j of the request has the seed ``seed + j``, and comes out the same when it is
@@ -319,10 +320,11 @@ class Pipeline:
         size: str | None,
     ) -> list[Row]:
         """What conditions each image, ``number`` of each prompt."""
-        if image is not None:
-            return self._encoder.of_picture(image, seeds, size)
+        pictured = [] if image is None else self._encoder.of_picture(image, seeds, size)
+        if pictured and not takes_both(self.session.manifest):
+            return pictured
         if embeds is not None:
-            tensors = from_embeddings(self.session, embeds, size=size)
+            tensors = from_embeddings(self.session, embeds, size=size, pictured=bool(pictured))
             each: list[Row] = [
                 {name: rows[i : i + 1] for name, rows in tensors.items()} for i in range(len(seeds) // number)
             ]
@@ -330,7 +332,8 @@ class Pipeline:
             each, cuts = self._encoder.of_texts(texts, size)
             for cut in cuts:
                 log.warning('the prompt is longer than the model takes; left out: "%s"', shown(cut, _CUT_SHOWN))
-        return [row for row in each for _ in range(number)]
+        rows = [row for row in each for _ in range(number)]
+        return [{**row, **picture} for row, picture in zip(rows, pictured, strict=True)] if pictured else rows
 
     def _records(
         self,

@@ -48,10 +48,14 @@ def check_source(
     image: object = None,
     prompt_embeds: object = None,
 ) -> None:
-    """What conditions a request is one thing, and one that the bundle takes; None is not given. Beside a prompt, or its
-    embeddings, an image is what the request begins from, where the bundle has an encoder."""
+    """What conditions a request is one thing, and one that the bundle takes, or a prompt and an image where its model
+    takes both; None is not given. Beside a prompt, or its embeddings, an image is what the request begins from, where
+    the bundle has an encoder."""
     source = "image" if manifest.conditioned_by("image") else "prompt"
-    if begins_from(manifest, image) and manifest.graph(ENCODE) is not None:
+    if takes_both(manifest):
+        _check_both(manifest, prompt, image, prompt_embeds)
+        source, image = "prompt", None
+    elif begins_from(manifest, image) and manifest.graph(ENCODE) is not None:
         image = None
     elif begins_from(manifest, image) and (prompt is not None or prompt_embeds is not None):
         raise RequestError(NO_ENCODER)
@@ -71,6 +75,28 @@ def check_source(
     if prompt is not None and manifest.graph(TEXT) is None:
         raise RequestError(
             "the bundle has no text encoder (--components): give prompt_embeds, which `tgate embed` makes"
+        )
+
+
+def takes_both(manifest: Manifest) -> bool:
+    """Whether a request is conditioned by a prompt and an image at once."""
+    return bool(manifest.conditioned_by("image")) and bool(manifest.conditioned_by("text"))
+
+
+def _check_both(manifest: Manifest, prompt: object, image: object, prompt_embeds: object) -> None:
+    """A bundle without an image encoder takes embeddings alone, which hold then what an image is encoded to."""
+    named = {"prompt": prompt, "prompt_embeds": prompt_embeds, "image": image}
+    got = " and ".join(name for name, value in named.items() if value is not None) or "neither"
+    texts = (prompt is not None) + (prompt_embeds is not None)
+    if manifest.graph(IMAGE) is None and (image is not None or prompt is not None or texts != 1):
+        raise RequestError(
+            f"the bundle has no image encoder (--components), and {manifest.model} is conditioned by a prompt and an "
+            f"image: give prompt_embeds that hold what both are encoded to, or export it with one; got {got}"
+        )
+    if manifest.graph(IMAGE) is not None and (image is None or texts != 1):
+        raise RequestError(
+            f"{manifest.model} is conditioned by a prompt and an image: give image, and prompt or prompt_embeds beside "
+            f"it; got {got}"
         )
 
 

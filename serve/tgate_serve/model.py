@@ -34,6 +34,7 @@ from tgate_runtime.request import (
     scales_of,
     seeds_of,
     strength_of,
+    takes_both,
 )
 from tgate_runtime.session import Session
 from tgate_serve.choice import Choice
@@ -134,6 +135,11 @@ class Model:
     def __init__(self, name: str, session: Session, worker: Worker) -> None:
         """Serve what the worker draws under a name. Raises :class:`RequestError` for a bundle that makes no pictures of
         its own."""
+        if takes_both(session.manifest):
+            raise RequestError(
+                f"{name} is conditioned by a prompt and an image at once, which a server does not take yet; draw with "
+                "tgate generate, or a Pipeline"
+            )
         if session.graph(DECODE) is None:
             raise RequestError(
                 f"{name} has no decoder, and a server answers with pictures; export it with --components all"

@@ -434,6 +434,21 @@ def test_embeddings_and_images_are_taken_again(run: Run, good: Path, tmp_path: P
     assert (tmp_path / "q.png").read_bytes() == (tmp_path / "p.png").read_bytes()
 
 
+def test_a_prompt_and_a_picture_together(run: Run, tmp_path: Path) -> None:
+    """As models that start from a picture and a prompt are asked; a record wants the picture again."""
+    both = build(tmp_path / "both", Toy(sees=True), goldens=False)
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "in.png")
+    image, drawn = ("--image", tmp_path / "in.png"), ("--seed", 2, "--output", tmp_path / "p.png")
+    fails(run("generate", both, PROMPTS[0], *drawn), "conditioned by a prompt and an image: give image", "got prompt")
+    fails(run("generate", both, *image, *drawn), "give image, and prompt or prompt_embeds beside it; got image")
+    assert not (tmp_path / "p.png").exists()
+    assert run("generate", both, PROMPTS[0], *image, *drawn)[0] == 0
+    again = ("generate", both, "--from", tmp_path / "p.png", "--output", tmp_path / "q.png", "--quiet")
+    fails(run(*again), "was drawn from --image, of which")
+    assert run(*again, *image)[2] == ""
+    assert (tmp_path / "q.png").read_bytes() == (tmp_path / "p.png").read_bytes()
+
+
 def test_a_picture_without_a_record(run: Run, good: Path, tmp_path: Path, drawn: Path) -> None:
     plain = tmp_path / "plain.png"
     options = ("--seed", 4, "--no-metadata", "--output", plain)

@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from tests.cpp import library as c
 from tests.cpp.library import Failure, Library, Request, Session, batch
 from tests.cpp.twins import Twins, same
+from tests.toy_bundle import Toy, build
 from tgate_engine.bundle import Bundle
 from tgate_engine.footprint import memory
 from tgate_runtime.mini import place_of
+from tgate_runtime.text import TextEncoder
 
 PROMPTS = ("a large red circle", "a small blue square", "a green star", "a yellow ring above a red disk")
 PLANS = ("default", "ungated", "guidance_stopped")
@@ -325,6 +328,21 @@ def test_what_a_request_refuses(mini: Twins, asked_for: dict[str, Any], says: st
         mini.request(**asked_for)
     assert failure.value.code in (c.REQUEST, c.BUNDLE)
     assert "\n" not in str(failure.value)
+
+
+def test_a_prompt_and_a_picture_at_once_are_brought_as_tensors(library: Library, tmp_path: Path) -> None:
+    both = Twins(library, build(tmp_path / "toy", Toy(sees=True), goldens=False))
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    wrong: list[dict[str, Any]] = [{"prompt": "a"}, {"picture": pixels}, {"prompt": "a", "picture": pixels}, {}]
+    for given in wrong:
+        with pytest.raises(Failure, match=r"by a prompt and a picture at once, .*: give tensors that hold what both"):
+            both.request(**given)
+    text = TextEncoder(both.python.session).encode(PROMPTS[0]).tensors["text"]
+    pooled = (pixels.transpose(2, 0, 1).ravel()[-4:] / np.float32(255))[np.newaxis]
+    tensors = {"text.positive": text, "text.negative": np.zeros_like(text)}
+    tensors |= {f"pooled.{half}": pooled for half in ("positive", "negative")}
+    wanted = both.python(PROMPTS[0], image=Image.fromarray(pixels), seed=3).latents
+    same(both.draw(tensors=tensors, seed=3), wanted)
 
 
 def test_numbers_that_are_not_finite(mini: Twins) -> None:

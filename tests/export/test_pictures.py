@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from tgate_engine.errors import ExportError
 from tgate_export.checkpoints.directory import DirectoryCheckpoint
-from tgate_export.pictures import check_processor, normalisation
+from tgate_export.pictures import ClipPicture, check_processor, normalisation
 
 PUBLISHED: dict[str, Any] = {
     "crop_size": 224,
@@ -82,3 +86,21 @@ def test_what_is_no_extractor(tmp_path: Path) -> None:
     for key, value in {"image_mean": [0.1], "image_std": [0, 1, 1]}.items():
         with pytest.raises(ExportError, match=f"has {key} = .*three finite numbers are wanted"):
             normalisation(checkpoint(tmp_path / key, {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side"), [(480, 832, 224), (832, 480, 224), (30, 47, 32), (224, 224, 224), (333, 224, 224)]
+)
+def test_a_picture_is_prepared_as_clips_processor_does_it(height: int, width: int, side: int) -> None:
+    """To the bit, at the ends of all colours too."""
+    drawn = np.random.default_rng(height)
+    pixels = drawn.integers(0, 256, (height, width, 3), np.uint8)
+    pixels[: height // 2] = np.where(drawn.random((height // 2, width, 1)) > 0.5, 255, 0)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=mean, image_std=std
+    )
+    wanted = processor(images=Image.fromarray(pixels), return_tensors="pt").pixel_values
+    got = ClipPicture(height, width, side, mean, std)(torch.from_numpy(pixels)[None])
+    assert got.shape == (1, 3, side, side)
+    assert (got - wanted).abs().max() < 1e-6  # a level of a colour is a hundredth

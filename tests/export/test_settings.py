@@ -19,9 +19,9 @@ def test_what_is_left_out_is_the_models_own(name: str) -> None:
     assert (settings.steps, settings.gate, settings.self_interval) == (model.steps, model.gate, model.self_interval)
     assert asked.guidance_scale_2 == (model.guidance_scale_2 or model.guidance_scale)
     assert (asked.sampler, asked.guidance_scale, asked.batches) == (model.sampler, model.guidance_scale, (model.batch,))
-    source = (model.facts.source,) if model.facts.text_graph else ()
+    sources = [source for source in model.facts.sources if source != "text" or model.facts.text_graph]
     encoder = ("encoder",) if model.facts.from_pictures else ()
-    assert asked.components == (*source, "denoiser", "decoder", *encoder)
+    assert asked.components == (*sources, "denoiser", "decoder", *encoder)
     assert asked.method.name == model.method
     assert ExportSettings(model=name).target == Path("bundles") / name
 
@@ -30,8 +30,8 @@ def test_what_is_left_out_is_the_models_own(name: str) -> None:
 def test_what_is_known_of_a_family_is_what_its_code_says(name: str) -> None:
     facts, family = MODELS[name].facts, MODELS[name].family
     assert family.facts is facts
-    assert facts.source == ("image" if family.image_components else "text")
-    assert bool(family.text_components) == (facts.source == "text")
+    assert ("image" in facts.sources) == bool(family.image_components)
+    assert ("text" in facts.sources) == bool(family.text_components)
     assert facts.video == (family.frames_axis is not None)
 
 

@@ -722,6 +722,53 @@ def test_a_picture_conditions_each_image_with_noise_of_its_seed(tmp_path: Path) 
             pipe(image=Image.fromarray(pixels), negative_prompt="blue")
 
 
+def test_a_prompt_and_a_picture_together(tmp_path: Path) -> None:
+    """The reference's: the text is the prompt's, what is pooled the picture's in both halves. Embeddings may bring the
+    text, and without an image encoder both."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    image, path = Image.fromarray(pixels), build(tmp_path / "toy", Toy(sees=True), goldens=False)
+    pooled = (pixels.transpose(2, 0, 1).ravel()[-4:] / 255)[np.newaxis].astype(np.float32)
+    with Pipeline.open(path, threads=1) as pipe:
+        given: dict[str, Any] = {"image": image, "seed": 5}
+        result = pipe([PROMPT, "green"], num_images=2, **given)
+        texts = {text: TextEncoder(pipe.session).encode(text).tensors["text"] for text in (PROMPT, "green", "blue")}
+        plan = pipe.session.manifest.plan("default")
+        for j, prompt in enumerate((PROMPT, PROMPT, "green", "green")):
+            rows = {"text.positive": texts[prompt], "text.negative": np.zeros_like(texts[prompt])}
+            rows |= {f"pooled.{half}": pooled for half in ("positive", "negative")}
+            rows |= {f"time_ids.{half}": np.array([TIME_IDS]) for half in ("positive", "negative")}
+            start = noise(5 + j, LATENTS)[np.newaxis]
+            states = toy_model.trajectory(toy_model.weights(), plan.sampler, start, rows, 3.0, m=5, k=2)
+            assert close(result.latents[j], states[-1][0])
+            assert set(result.records[j].given) == {"image"}
+        embeds = {"text.positive": texts[PROMPT], "text.negative": texts["blue"]}
+        wanted = pipe(PROMPT, negative_prompt="blue", **given).latents
+        assert same(pipe(prompt_embeds=embeds, **given).latents, wanted)
+        assert not close(pipe(PROMPT, image=Image.new("RGB", (4, 4)), seed=5).latents[0], result.latents[0])
+        wrong: list[tuple[dict[str, Any], str]] = [
+            ({"prompt": PROMPT}, "give image, and prompt or prompt_embeds beside it; got prompt"),
+            ({"image": image}, "give image, and prompt or prompt_embeds beside it; got image"),
+            ({}, "got neither"),
+            ({"prompt": PROMPT, "prompt_embeds": embeds, "image": image}, "got prompt and prompt_embeds and image"),
+            ({"prompt_embeds": embeds}, "is conditioned by a prompt and an image: give image"),
+            ({"prompt_embeds": embeds, "negative_prompt": "x", "image": image}, "hold the negative half already"),
+            ({"prompt": PROMPT, "image": image, "strength": 0.5}, "strength would change nothing"),
+            ({"prompt": PROMPT, "image": image, "mask": image}, "mask would change nothing"),
+        ]
+        for arguments, said in wrong:
+            with pytest.raises(RequestError, match=said):
+                pipe(**arguments)
+    edit_manifest(path, lambda d: [shape["graphs"].pop("image") for shape in d["shapes"]])
+    with Pipeline.open(path, threads=1) as pipe:
+        whole = {**embeds, **{f"pooled.{half}": pooled for half in ("positive", "negative")}}
+        assert same(pipe(prompt_embeds=whole, seed=5).latents, wanted)
+        with pytest.raises(RequestError, match=r"the embeddings lack pooled\.negative, pooled\.positive"):
+            pipe(prompt_embeds=embeds)
+        for arguments in ({"prompt": PROMPT}, {"prompt_embeds": whole, "image": image}, {"image": image}):
+            with pytest.raises(RequestError, match=r"no image encoder .* give prompt_embeds that hold what both"):
+                pipe(**arguments)
+
+
 def test_videos_are_lists_of_frames(tmp_path: Path) -> None:
     path = build(tmp_path / "toy")
     edit_manifest(path, lambda d: d.update(frames=2, fps=8))

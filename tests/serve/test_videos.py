@@ -14,12 +14,16 @@ import pytest
 from PIL import Image
 
 from tests.serve.videos import FOX, GIF, PROMPT, Models, Running, data_url, frames_of, png, running, start, until
+from tests.toy_bundle import Toy, build
 from tgate_engine.errors import RequestError
 from tgate_runtime.files import video_bytes
 from tgate_runtime.pipeline import Pipeline
+from tgate_runtime.session import Session
 from tgate_runtime.stamps import read_stamp
 from tgate_serve.api import videos
 from tgate_serve.api.limits import Limits
+from tgate_serve.model import Model
+from tgate_serve.worker import Worker
 
 # The client says so at each call: what it calls its own service's end is not this server's.
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API is scheduled:DeprecationWarning")
@@ -303,6 +307,18 @@ def test_list(models: Models) -> None:
             lambda: there.client.get("/metrics").text,
             lambda text: 'tgate_jobs{status="queued"} 3.0' in text,
         )
+
+
+def test_a_model_of_a_prompt_and_a_picture_at_once_is_not_served(tmp_path: Path) -> None:
+    with Session.open(build(tmp_path / "both", Toy(sees=True), goldens=False), threads=1) as session:
+        worker = Worker(session, rows=1)
+        try:
+            with pytest.raises(
+                RequestError, match="both is conditioned by a prompt and an image at once, which a server"
+            ):
+                Model("both", session, worker)
+        finally:
+            worker.close()
 
 
 def test_a_server_that_is_to_stop(video_bundles: Path) -> None:

@@ -169,7 +169,7 @@ class Subject:
         if picture is not None:
             names = [c.conditioning.name for c in job.inputs_from("image")]
             assert request.augmentation is not None
-            positive = encode(family.image(modules, checkpoint), names, picture, request.augmentation)
+            positive = encode(family.image(modules, checkpoint, job.size), names, picture, request.augmentation)
         else:
             names = [c.conditioning.name for c in job.inputs_from("text")]
             text, folder = family.text(modules), self.root / "tokenizers"

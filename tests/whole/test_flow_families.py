@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers import transformer_cosmos
-from diffusers.pipelines.wan import pipeline_wan
+from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
 from diffusers.utils import is_ftfy_available, is_torchvision_available
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
@@ -32,7 +32,7 @@ from tests.oracle_flow import (
     plain_run,
     stopped_run,
 )
-from tests.tiny_flow import FLOW_VARIANTS, flow_noise, load_tiny_flow, make_tiny_flow
+from tests.tiny_flow import FLOW_VARIANTS, flow_noise, flow_picture, load_tiny_flow, make_tiny_flow
 from tests.whole.cases import GUIDANCE_STOPPED, NAME, TOLERANCE, UNGATED, plans_of, relative
 from tgate_engine.bundle import Bundle
 from tgate_engine.errors import ExportError
@@ -56,6 +56,7 @@ ONE_OF_EACH = (
     "lumina_a",
     "sd3_a",
     "wan22_a",
+    "wan_i2v_a",
     "hunyuan_a",
     "ltx_a",
     "kolors_a",
@@ -89,6 +90,11 @@ class Subject:
             embed(self.tiny.model, [PROMPT], file, checkpoint=str(self.checkpoint), negative_prompt=negative)
             self.embeds = load_file(file)
 
+    @property
+    def pictured(self) -> bool:
+        """Whether its videos start from a picture."""
+        return "image" in self.model.facts.sources
+
     def settings(self, output: Path, method: str, **more: Any) -> ExportSettings:
         height, width = (side * self.tiny.pixels for side in self.tiny.latents[-2:])
         named: dict[str, Any] = {"steps": 6, "m": 3, "height": height, "width": width}
@@ -114,6 +120,8 @@ class Subject:
         qwen = self.model.facts.name == "qwen"
         if self.tiny.boundary is not None:
             options["guidance_scale_2"] = self.model.guidance_scale_2
+        if self.pictured:
+            options["image"] = flow_picture(self.variant)
         if self.model.facts.name == "flux" and not self.tiny.network["guidance_embeds"]:
             options["max_sequence_length"] = 256  # which its authors have as the most
         return options | {
@@ -131,6 +139,8 @@ class Subject:
             if self.embeds is None
             else {"prompt_embeds": self.embeds}
         )
+        if self.pictured:
+            given["image"] = flow_picture(self.variant)
         exact: dict[str, Any] = {"precision": "f32"} if on == "openvino" else {}
         with Pipeline.open(self.bundle, engine=on, threads=1, plans=[walked], **exact) as pipe:
             return pipe(**given, plan=walked, seed=SEED, initial_latents=flow_noise(self.variant).numpy())
@@ -150,7 +160,8 @@ def _cleaned() -> Iterator[None]:
             stack.enter_context(mock.patch.object(cosmos, "is_torchvision_available", return_value=True))
         if not is_ftfy_available():
             library = SimpleNamespace(fix_text=str)
-            stack.enter_context(mock.patch.object(pipeline_wan, "ftfy", library, create=True))
+            for module in (pipeline_wan, pipeline_wan_i2v):
+                stack.enter_context(mock.patch.object(module, "ftfy", library, create=True))
             stack.enter_context(mock.patch.object(wan, "is_ftfy_available", return_value=True))
         yield
 
@@ -177,12 +188,15 @@ def test_ungated_latents_and_picture_are_those_of_diffusers(subject_of: Callable
         got = subject.engine(sampler, UNGATED, n=n, m=min(2, n - 1))
         assert relative(got.latents, want) < TOLERANCE, sampler
         assert relative(other.numpy(), want) > 50 * TOLERANCE, "what conditions it matters"
+    if subject.pictured:
+        other = plain_run(subject.eager, PROMPT, NEGATIVE, **options | {"image": flow_picture(variant, 1)})
+        assert relative(other.numpy(), want) > 50 * TOLERANCE, "so does the picture"
     options = subject.options(sampler, n)
     noise = options.pop("latents")
     if sampler != "scm":
         options["negative_prompt"] = NEGATIVE
     with torch.no_grad(), drawn_as_engines_do(noise):
-        wanted = subject.eager(PROMPT, output_type="np", latents=held(subject.eager, noise), **options)[0]
+        wanted = subject.eager(prompt=PROMPT, output_type="np", latents=held(subject.eager, noise), **options)[0]
     pictures = np.stack([np.asarray(frame, np.float64) for frame in (got.videos[0] if got.videos else got.images)])
     assert pictures.std() > 5, "it is no grey card"
     assert np.abs(pictures - 255 * wanted.reshape(pictures.shape)).max() < 1.001
@@ -216,8 +230,9 @@ def test_two_networks_on_openvino_and_by_their_goldens(subject_of: Callable[...,
     assert relative(got, want) < TOLERANCE
     plain = plain_run(subject.eager, PROMPT, NEGATIVE, **options)
     assert relative(subject.engine("unipc", UNGATED, "openvino", n=7, m=3).latents, plain) < TOLERANCE
-    first = plain_run(subject.eager, PROMPT, NEGATIVE, **{**options, "guidance_scale_2": None})
-    assert relative(first.numpy(), plain) > 10 * TOLERANCE, "the second network has a guidance scale of its own"
+    if subject.model.guidance_scale_2 != subject.model.guidance_scale:
+        first = plain_run(subject.eager, PROMPT, NEGATIVE, **{**options, "guidance_scale_2": None})
+        assert relative(first.numpy(), plain) > 10 * TOLERANCE, "the second network has a guidance scale of its own"
     checked = verify(subject.bundle, engine=open_engine("ort-cpu"))
     assert {"ungated", "gated", "late_gated", "late_guidance_stopped"} <= {golden.name for golden in checked}
 
@@ -245,7 +260,7 @@ def test_forecasts_are_guided_outputs_extrapolated(subject_of: Callable[..., Sub
     assert relative(got, plain_run(subject.eager, PROMPT, NEGATIVE, **options)) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("variant", _marked(("sprint_a", "lumina_a", "cosmos_a")))
+@pytest.mark.parametrize("variant", _marked(("sprint_a", "lumina_a", "cosmos_a", "wan_i2v_a")))
 def test_goldens_pass_on_openvino(subject_of: Callable[..., Subject], variant: str) -> None:
     """Diffusers' trajectory, the gated one, and the picture."""
     pytest.importorskip("openvino")

@@ -34,6 +34,7 @@ from tgate_export.families.facts import (
     SPRINT,
     SVD,
     WAN,
+    WAN_I2V,
     Facts,
 )
 from tgate_export.methods.base import Settings
@@ -373,6 +374,27 @@ MODELS: Mapping[str, Model] = {
         guidance_scale_2=3.0,
         sampler="unipc",
     ),
+    "wan21-i2v-14b": Model(
+        facts=WAN_I2V,
+        checkpoint="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+        licence="apache-2.0",
+        steps=40,
+        gate=24,
+        self_interval=3,
+        guidance_scale=5.0,
+        sampler="unipc",
+    ),
+    "wan22-i2v-a14b": Model(
+        facts=WAN_I2V,
+        checkpoint="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+        licence="apache-2.0",
+        steps=40,
+        gate=24,
+        self_interval=3,
+        guidance_scale=3.5,
+        guidance_scale_2=3.5,
+        sampler="unipc",
+    ),
 }
 
 
@@ -395,7 +417,7 @@ def find_model(name: str) -> Model:
 def find_text_model(name: str) -> Model:
     """The model of that name, which a prompt conditions. Raises :class:`ExportError`."""
     model = find_model(name)
-    if model.facts.source != "text":
+    if "text" not in model.facts.sources:
         raise ExportError(f"{name} is conditioned by an image, not by a prompt; there is nothing to embed")
     return model
 

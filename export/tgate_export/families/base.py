@@ -123,7 +123,10 @@ class Family(ABC):
     """Whether the pipeline strips prompts and writes them in lower case before the tokenizer sees them."""
     tokenizer_class: type[Any] = transformers.CLIPTokenizer
     image_components: tuple[str, ...] = ()
-    """Components that encode the picture a request starts from; none where a prompt is all."""
+    """Components that encode the picture a request starts from, those that checkpoints may have
+    (:meth:`image_parts`); none where a prompt is all."""
+    picture_processor: str = "feature_extractor"
+    """What diffusers' pipeline calls that which prepares pictures for CLIP's vision model."""
     after_gate: Halves = "negative"
     """The half of guidance that goes on after the gate. Cross-attention no longer tells; other conditioning does."""
     frames_axis: int | None = None
@@ -337,6 +340,10 @@ class Family(ABC):
         """The components that denoise, the first steps' first."""
         return (self.denoiser,) if self.late(checkpoint) is None else (self.denoiser, self.late_denoiser)
 
+    def image_parts(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """Those of :attr:`image_components` that the checkpoint has."""
+        return self.image_components
+
     def class_of(self, component: str) -> type[Any]:
         """The module's class of a component."""
         component = self.denoiser if component == self.late_denoiser else component
@@ -504,10 +511,10 @@ class Family(ABC):
         """The token by which a text encoder tells where a prompt ends and padding begins; None where it does not."""
         return None
 
-    def image(self, encoders: Sequence[nn.Module], checkpoint: Checkpoint) -> nn.Module:
-        """A picture, uint8 [1, H, W, 3], and normal noise [1, 3, H, W] to the conditioning of source "image".
+    def image(self, encoders: Sequence[nn.Module], checkpoint: Checkpoint, size: Size) -> nn.Module:
+        """A picture, uint8 [1, H, W, 3], and normal noise [1, 3, H, W] to the conditioning of source "image" at a size.
 
-        The module's sub-modules carry the names of ``image_components``.
+        The module's sub-modules carry the names of :meth:`image_parts`, whose ``encoders`` are.
         """
         raise NotImplementedError(f"{self.name} is not conditioned by an image")
 
@@ -552,8 +559,8 @@ class Family(ABC):
         """What diffusers' own pipeline makes of a prompt and a negative prompt: conditioning of source "text"."""
         raise NotImplementedError(f"{self.name} is not conditioned by text")
 
-    def encode_image_with(self, pipe: Any, picture: Tensor, noise: Tensor) -> Texts:
-        """What diffusers' own pipeline makes of a picture and noise, as :meth:`image` takes them."""
+    def encode_image_with(self, pipe: Any, picture: Tensor, noise: Tensor, size: Size) -> Texts:
+        """What diffusers' own pipeline makes of a picture and noise, as :meth:`image` takes them, at a size."""
         raise NotImplementedError(f"{self.name} is not conditioned by an image")
 
     @abstractmethod

@@ -10,7 +10,7 @@ from typing import Literal
 class Facts:
     """What the command line has to know of an architecture.
 
-    ``name``: its own, and its file's in this folder. ``cls``: the class in it. ``source``: what conditions its models.
+    ``name``: its own, and its file's in this folder. ``cls``: the class in it. ``sources``: what conditions its models.
     ``video``: whether they make videos. ``clip_skips``: whether the pipeline can leave out its text encoders' last
     layers (``--clip-skip``). ``rescales_guidance``: whether it can rescale guidance (``--guidance-rescale``; arXiv
     2305.08891, section 3.4). ``text_graph``: whether its text encoders are exported as a graph; where they are not,
@@ -26,7 +26,7 @@ class Facts:
 
     name: str
     cls: str
-    source: Literal["text", "image"] = "text"
+    sources: tuple[Literal["text", "image"], ...] = ("text",)
     video: bool = False
     clip_skips: bool = False
     rescales_guidance: bool = False
@@ -59,7 +59,7 @@ SDXL = Facts(
 )
 KOLORS = Facts(name="kolors", cls="Kolors", text_graph=False, from_pictures=True)
 PIXART = Facts(name="pixart", cls="PixArt")
-SVD = Facts(name="svd", cls="StableVideo", source="image", video=True)
+SVD = Facts(name="svd", cls="StableVideo", sources=("image",), video=True)
 LATTE = Facts(name="latte", cls="Latte", video=True)
 SANA = Facts(name="sana", cls="Sana", text_graph=False)
 SPRINT = Facts(name="sprint", cls="SanaSprint", text_graph=False, guided=False)
@@ -67,6 +67,9 @@ LUMINA = Facts(name="lumina", cls="Lumina", text_graph=False)
 COSMOS = Facts(name="cosmos", cls="Cosmos", text_graph=False)
 SD3 = Facts(name="sd3", cls="StableDiffusion3", cross_attention=False)
 WAN = Facts(name="wan", cls="Wan", video=True, text_graph=False, late=True)
+WAN_I2V = Facts(
+    name="wan_i2v", cls="WanImageToVideo", sources=("text", "image"), video=True, text_graph=False, late=True
+)
 LTX = Facts(name="ltx", cls="Ltx", video=True, rescales_guidance=True)
 QWEN = Facts(name="qwen", cls="QwenImage", text_graph=False, cross_attention=False)
 FLUX = Facts(name="flux", cls="Flux", cross_attention=False, guided=False)

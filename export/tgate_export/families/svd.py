@@ -120,7 +120,7 @@ class StableVideo(Family):
     def guidance_ramp(self, latents: Sequence[int]) -> Tensor | None:
         return torch.linspace(0, 1, latents[0]).reshape(1, -1, 1, 1, 1)
 
-    def image(self, encoders: Sequence[nn.Module], checkpoint: Checkpoint) -> nn.Module:
+    def image(self, encoders: Sequence[nn.Module], checkpoint: Checkpoint, size: Size) -> nn.Module:
         encoder, vae = encoders
         return _Image(encoder, vae, *normalisation(checkpoint))
 
@@ -135,7 +135,7 @@ class StableVideo(Family):
     def default_frames(self, checkpoint: Checkpoint) -> int:
         return int(self.config(checkpoint, "unet")["num_frames"])
 
-    def encode_image_with(self, pipe: Any, picture: Tensor, noise: Tensor) -> Texts:
+    def encode_image_with(self, pipe: Any, picture: Tensor, noise: Tensor, size: Size) -> Texts:
         image = PIL.Image.fromarray(picture[0].numpy())
         pixels = pipe.video_processor.preprocess(image, height=image.height, width=image.width)
         embeds = pipe._encode_image(image, "cpu", 1, False)

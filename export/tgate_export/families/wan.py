@@ -110,7 +110,8 @@ class Wan(Family):
         return float(ratio) * levels
 
     def check(self, checkpoint: Checkpoint) -> None:
-        super().check(checkpoint)
+        self.check_networks(checkpoint)
+        self.check_decoder(checkpoint)
         if self.late(checkpoint) is not None:
             first, second = (dict(self.config(checkpoint, name)) for name in self.denoisers(checkpoint))
             for key in first:
@@ -120,6 +121,16 @@ class Wan(Family):
                         f"transformer_2/config.json {quoted(second[key])}; both networks must be of one structure"
                     )
         config = self.config(checkpoint, "transformer")
+        if list(config["patch_size"])[:1] != [1] or len(config["patch_size"]) != 3:
+            raise ExportError(
+                f"{checkpoint.where}: the transformer has patch_size = {list(config['patch_size'])}; three numbers are "
+                "wanted, the first of them 1"
+            )
+
+    def check_networks(self, checkpoint: Checkpoint) -> None:
+        """Raises :class:`~tgate_engine.errors.ExportError` for networks that take or give something else."""
+        super().check(checkpoint)
+        config = self.config(checkpoint, "transformer")
         if config["out_channels"] not in (None, config["in_channels"]):
             raise ExportError(
                 f"{checkpoint.where}: the transformer takes {config['in_channels']} channels and gives "
@@ -128,12 +139,7 @@ class Wan(Family):
         if config["image_dim"] is not None or config["added_kv_proj_dim"] is not None:
             raise ExportError(
                 f"{checkpoint.where}: the transformer takes a picture beside the prompt (image_dim, "
-                "added_kv_proj_dim); only text to video is exported"
-            )
-        if list(config["patch_size"])[:1] != [1] or len(config["patch_size"]) != 3:
-            raise ExportError(
-                f"{checkpoint.where}: the transformer has patch_size = {list(config['patch_size'])}; three numbers are "
-                "wanted, the first of them 1"
+                "added_kv_proj_dim); that is another model's: --model wan21-i2v-14b"
             )
 
     def check_decoder(self, checkpoint: Checkpoint) -> None:
@@ -245,16 +251,27 @@ class _Attention:
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         attended = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        picture: Tensor | None = None
+        if attention.add_k_proj is not None:  # what a picture was made into lies before the text
+            picture, attended = attended[:, :-TOKENS], attended[:, -TOKENS:]
         query = attention.norm_q(attention.to_q(hidden_states))
         key, value = attention.norm_k(attention.to_k(attended)), attention.to_v(attended)
         query, key, value = (x.unflatten(2, (attention.heads, -1)) for x in (query, key, value))  # [B, L, heads, width]
         if rotary_emb is not None:
             query, key = (_rotated(x, *rotary_emb) for x in (query, key))
-        result = nn.functional.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=attention_mask
-        )
-        projected: Tensor = attention.to_out[0](result.transpose(1, 2).flatten(2, 3))
+        result = _attended(query, key, value, attention_mask)
+        if picture is not None:
+            key, value = attention.norm_added_k(attention.add_k_proj(picture)), attention.add_v_proj(picture)
+            result = result + _attended(query, *(x.unflatten(2, (attention.heads, -1)) for x in (key, value)))
+        projected: Tensor = attention.to_out[0](result)
         return projected
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of [B, L, heads, width], its heads joined: [B, L, heads * width]."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    result = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return result.transpose(1, 2).flatten(2, 3)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def test_every_model_that_is_downloaded_has_its_configurations(name: str) -> Non
     model, checkpoint = published(name)
     family = model.family
     assert checkpoint.licence()
-    for component in (family.denoiser, family.decoder, *family.text_components, *family.image_components):
+    for component in (family.denoiser, family.decoder, *family.text_components, *family.image_parts(checkpoint)):
         assert checkpoint.config(component)
 
 

@@ -49,4 +49,4 @@ def test_a_feature_extractor_of_a_stranger(tmp_path: Path, file: str, content: o
     (tmp_path / "feature_extractor").mkdir()
     (tmp_path / "feature_extractor" / file).write_text(json.dumps(content))
     with pytest.raises(ExportError, match=re.escape(said)):
-        MODELS["svd"].family.image([torch.nn.Identity()] * 2, DirectoryCheckpoint(tmp_path))
+        MODELS["svd"].family.image([torch.nn.Identity()] * 2, DirectoryCheckpoint(tmp_path), Size(height=8, width=8))

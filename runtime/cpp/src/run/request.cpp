@@ -97,9 +97,15 @@ Request::~Request() {
 void Request::check(const Ask& ask) const {
   const Manifest& manifest = session_->manifest();
   const std::vector<const Shape*>& shapes = session_->shapes(pool_ != nullptr ? pool_->shape().size() : ask.image_size);
-  const bool by_picture = find_role(shapes, Role::image) != nullptr ||
-                          std::any_of(manifest.conditioning.begin(), manifest.conditioning.end(),
-                                      [](const Conditioning& each) { return each.source == Source::image; });
+  const auto by = [&manifest](Source source) {
+    return std::any_of(manifest.conditioning.begin(), manifest.conditioning.end(),
+                       [source](const Conditioning& each) { return each.source == source; });
+  };
+  const bool by_picture = find_role(shapes, Role::image) != nullptr || by(Source::image);
+  if (by_picture && by(Source::text) && !(ask.tensors && !ask.prompt && !ask.ids && ask.picture == nullptr)) {
+    refuse(shown(manifest.model) + " is conditioned by a prompt and a picture at once, which libtgate does not encode: " +
+           "give tensors that hold what both are encoded to, or draw with the Python runtime");
+  }
   const int ways = (ask.prompt ? 1 : 0) + (ask.ids ? 1 : 0) + (ask.tensors ? 1 : 0) + (ask.picture != nullptr ? 1 : 0);
   if (ways != 1 || (by_picture && (ask.prompt || ask.ids)) || (!by_picture && ask.picture != nullptr)) {
     refuse(shown(manifest.model) + " is conditioned by " +

@@ -1,4 +1,5 @@
-"""docs/performance.md and its pictures, from what `python -m benchmarks.performance` saved.
+"""docs/performance.md and its pictures, from what `python -m benchmarks.performance` saved and, where that was run,
+`python -m benchmarks.pipelines`.
 
 python -m benchmarks.performance_page
 """
@@ -8,11 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import OPENVINO_ALONE
+from benchmarks.pipelines import PACKAGES
 from tgate_engine.atomic import write_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +42,7 @@ def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/performance.json")
+    parser.add_argument("--pipelines", type=Path, default=ROOT / "benchmarks/results/pipelines.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/performance.md")
     args = parser.parse_args()
     found = json.loads(args.results.read_text())
@@ -47,11 +50,12 @@ def main() -> None:
     speedups(found, pictures / "performance-speedup.png")
     latencies(found, pictures / "performance-latency.png")
     memories(found, pictures / "performance-memory.png")
-    write_atomically(args.page, page(found).encode())
+    beside = json.loads(args.pipelines.read_text()) if args.pipelines.exists() else None
+    write_atomically(args.page, page(found, beside).encode())
 
 
-def page(found: Mapping[str, Any]) -> str:
-    """The whole page as Markdown."""
+def page(found: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> str:
+    """The whole page as Markdown. ``beside``: whole pictures beside other pipelines."""
     lines = [INTRODUCTION, "![speed-up against the limit](images/performance-speedup.png)\n"]
     lines.append("![milliseconds of each graph](images/performance-latency.png)\n")
     lines.append("![memory with one graph and with three](images/performance-memory.png)\n")
@@ -71,6 +75,8 @@ def page(found: Mapping[str, Any]) -> str:
         lines += [f"{name}: {data['note']}.\n" for name, data in engines.items() if "note" in data]
         if "peers" in parts:
             lines += [*peer_table(parts["peers"]), ""]
+    if beside is not None:
+        lines += pipelines(beside)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -122,6 +128,112 @@ def peer_table(peers: Mapping[str, Any]) -> list[str]:
         gated = min(peers["runs_ms"][f"{peers['engine']} gated"])
         rows.append(f"\n{peers['engine']} gated is {min(alone) / gated:.2f} times as fast as {OPENVINO_ALONE}.")
     return rows + [f"\n{name} failed: {said}" for name, said in peers["failed"].items()]
+
+
+def pipelines(found: Mapping[str, Any]) -> list[str]:
+    """Whole pictures beside other pipelines, and where those are ahead."""
+    s, rounds = found["settings"], found["rounds"]
+    seconds = {key: turns for key, turns in _turns(found).items() if turns}
+    isa = f" ({', '.join(s['isa'])})" if s["isa"] else ""
+    versions = ", ".join(f"{name} {s[name]}" for name in PACKAGES)
+    busiest = max(row["others_cpu_s"] / row["wall_s"] for each in rounds for row in each.values())
+    lines = [
+        "## Whole pictures, beside other pipelines\n",
+        f"`python -m benchmarks.pipelines` ([what it saved](../benchmarks/results/pipelines.json)): SD 1.5 with the "
+        f"same random weights in all, from prompt to pixels, {s['pixels']} × {s['pixels']}, {s['steps']} steps of "
+        f"{s['sampler']}, guidance {s['guidance_scale']}; gated is m={s['m']}, k={s['k']}. On {s['cores']} cores of "
+        f"{s['cpu']}{isa}, {s['threads']} threads; {versions}. Processes take turns, {len(rounds)} of each, and draw "
+        f"after a warm-up; meanwhile other work took at most {busiest:.2f} of a core. *Times ours* is a picture's time "
+        "over that of tgate openvino gated in the same precision, of the medians and, in brackets, the least and the "
+        "most of the rounds. *Holds* is the peak of a process's own memory, and with what it maps of files. *Apart* is "
+        "the root mean square of a picture's differences from tgate openvino f32 ungated, in levels of 255: what is "
+        "near 0 does the same work.\n",
+        "| precision | pipeline | | picture, s | times ours | opens in, s | holds, GiB | apart |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (name, way), turns in sorted(seconds.items(), key=lambda item: _precision(found, item[0][0])):
+        own = [each[name] for each in rounds if name in each]
+        opens = statistics.median(row["open_s"] for row in own if "open_s" in row)
+        holds = max(row["anonymous_bytes"] for row in own) / 2**30
+        mapped = max(row["anonymous_bytes"] + row["file_bytes"] for row in own) / 2**30
+        told = next(row["ways"][way] for row in own if "s" in row.get("ways", {}).get(way, {}))
+        cells = [_precision(found, name), name, way, f"{statistics.median(turns.values()):.1f}"]
+        cells += [_times_ours(found, seconds, name, way), f"{opens:.1f}", f"{holds:.1f} / {mapped:.1f}"]
+        lines.append(f"| {' | '.join([*cells, str(told.get('apart', '-'))])} |")
+    return [*lines, "", *_ahead(found, seconds), *_said(found), ""]
+
+
+def _turns(found: Mapping[str, Any]) -> dict[tuple[str, str], dict[int, float]]:
+    """Seconds of each pipeline's way, by round."""
+    turns: dict[tuple[str, str], dict[int, float]] = {}
+    for name, process in found["settings"]["processes"].items():
+        for way in process["ways"]:
+            every = enumerate(each.get(name, {}).get("ways", {}).get(way, {}).get("s") for each in found["rounds"])
+            turns[name, way] = {number: s for number, s in every if s is not None}
+    return turns
+
+
+def _precision(found: Mapping[str, Any], name: str) -> str:
+    return str(found["settings"]["processes"][name]["precision"])
+
+
+def _own(found: Mapping[str, Any], precision: str) -> str:
+    """Our process that the others of a precision are compared with."""
+    return next(name for name in found["settings"]["processes"] if _precision(found, name) == precision)
+
+
+def _times_ours(found: Mapping[str, Any], seconds: Mapping[tuple[str, str], Any], name: str, way: str) -> str:
+    ours = seconds.get((_own(found, _precision(found, name)), "gated"))
+    if ours is None:
+        return "-"
+    turns = seconds[name, way]
+    each = [turns[number] / ours[number] for number in turns if number in ours]
+    ratio = statistics.median(turns.values()) / statistics.median(ours.values())
+    return f"{ratio:.2f}× ({min(each):.2f} to {max(each):.2f})" if each else f"{ratio:.2f}×"
+
+
+def _ahead(found: Mapping[str, Any], seconds: Mapping[tuple[str, str], Any]) -> Iterator[str]:
+    """Where other pipelines are ahead of ours: faster, opened sooner, or smaller."""
+    processes, medians = found["settings"]["processes"], {k: statistics.median(v.values()) for k, v in seconds.items()}
+    rows = {name: [each[name] for each in found["rounds"] if "open_s" in each.get(name, {})] for name in processes}
+    for precision in dict.fromkeys(process["precision"] for process in processes.values()):
+        own = _own(found, precision)
+        others = [n for n, p in processes.items() if p["precision"] == precision and p["kind"] != "ours" and rows[n]]
+        if not rows[own] or not others:
+            continue
+        won = []
+        for plan in ("gated", "ungated"):
+            if (own, plan) not in medians:
+                continue
+            base = medians[own, plan]
+            faster = [f"{n} {w} ({base / s:.2f}×)" for (n, w), s in medians.items() if n in others and s < base]
+            won.append(f"faster than {own} {plan} {_are(faster)}")
+        opens = {name: statistics.median(row["open_s"] for row in rows[name]) for name in (own, *others)}
+        sooner = [
+            f"{name} ({opens[name]:.1f} s beside {opens[own]:.1f})" for name in others if opens[name] < opens[own]
+        ]
+        held = {name: max(row["anonymous_bytes"] for row in rows[name]) / 2**30 for name in (own, *others)}
+        smaller = [f"{n} ({held[n]:.1f} GiB beside {held[own]:.1f})" for n in others if held[n] < held[own]]
+        won += [f"opened sooner {_are(sooner)}", f"with less memory of their own {_are(smaller)}"]
+        yield f"Where they are ahead, {precision}: {'; '.join(won)}.\n"
+
+
+def _are(names: list[str]) -> str:
+    return f"are {', '.join(names)}" if len(names) > 1 else f"is {names[0]}" if names else "is none"
+
+
+def _said(found: Mapping[str, Any]) -> Iterator[str]:
+    """What pipelines said of their ways, in the first round; what changed nothing, and what failed."""
+    for name, row in found["rounds"][0].items():
+        if "failed" in row:
+            yield f"{name} failed: {row['failed'].strip().splitlines()[-1]}\n"
+        for way, told in row.get("ways", {}).items():
+            if "failed" in told:
+                yield f"{name} {way} failed: {told['failed']}\n"
+            if told.get("same_as"):
+                yield f"{name} {way} draws the picture of {told['same_as'][0]} to the bit: it does nothing here.\n"
+            if told.get("said"):
+                yield f"{name} {way} says: {'; '.join(told['said'])}.\n"
 
 
 def speedups(found: Mapping[str, Any], picture: Path) -> None:

@@ -52,9 +52,9 @@ def write_checkpoint(folder: Path, table: Path, sampler: str) -> None:
     checkpoint = PublishedCheckpoint(MODEL, family.build)
     with staging(folder) as place:
         for name in ("unet", "vae"):
-            real_module(family, checkpoint, name).save_pretrained(place / name)  # type: ignore[operator]
+            real_module(family, checkpoint, name).save_pretrained(place / name)
         text = real_module(family, checkpoint, "text_encoder")
-        text.config.save_pretrained(place / "text_encoder")  # type: ignore[union-attr, operator]
+        text.config.save_pretrained(place / "text_encoder")
         # By the names of the published file, which newer releases of transformers leave "text_model" out of.
         tensors = {f"text_model.{key.removeprefix('text_model.')}": t for key, t in text.state_dict().items()}
         save_file(tensors, place / "text_encoder" / "model.safetensors", {"format": "pt"})

@@ -122,7 +122,9 @@ def main() -> None:
     if args.steps < 2 or args.rounds < 1:
         parser.error(f"--steps is at least 2 and --rounds 1, got {args.steps} and {args.rounds}")
     settings = settings_of(args.steps, args.threads)
-    found = json.loads(args.output.read_text()) if args.output.exists() else {"settings": settings, "rounds": []}
+    found: dict[str, Any] = {"settings": settings, "rounds": []}
+    if args.output.exists():
+        found = json.loads(args.output.read_text())
     if found["settings"] != settings:
         parser.error(f"{args.output} is of other settings or another machine; remove it, or take another --output")
     write_files(args.work, args.steps)
@@ -246,7 +248,8 @@ def ours(work: Path, options: Mapping[str, Any], threads: int, say: Callable[[st
         ungated = next(name for name in plans["gated"].baselines if name.endswith("ungated"))
         # A plan that the bundle holds already is not made again: its name stands for it.
         plan = plans["gated"] if way["gated"] else plans.get(ungated, ungated)
-        asked = {"negative_prompt": NEGATIVE, "guidance_scale": GUIDANCE, "seed": SEED, "generator": GENERATOR}
+        asked: dict[str, Any] = {"negative_prompt": NEGATIVE, "guidance_scale": GUIDANCE}
+        asked |= {"seed": SEED, "generator": GENERATOR}
         return np.asarray(pipe(PROMPT, plan=plan, **asked).images[0])
 
     return draw
@@ -257,7 +260,7 @@ def genai(work: Path, options: Mapping[str, Any], threads: int, say: Callable[[s
     import openvino as ov
     import openvino_genai
 
-    class Noise(openvino_genai.Generator):  # type: ignore[misc]
+    class Noise(openvino_genai.Generator):
         """Ours, in place of its own."""
 
         def next(self) -> float:

@@ -71,7 +71,11 @@ def test_ours_are_the_librarys_pictures(tmp_path: Path) -> None:
     (tmp_path / "bundle").symlink_to(place_of("mini"))
     with Pipeline.open(place_of("mini"), threads=1) as pipe:
         steps = len(pipe.session.plan("default").steps)
-        asked = {"negative_prompt": pipelines.NEGATIVE, "guidance_scale": pipelines.GUIDANCE, "seed": pipelines.SEED}
+        asked: dict[str, Any] = {
+            "negative_prompt": pipelines.NEGATIVE,
+            "guidance_scale": pipelines.GUIDANCE,
+            "seed": pipelines.SEED,
+        }
         wanted = pipe(pipelines.PROMPT, plan="ungated", generator=pipelines.GENERATOR, **asked).images[0]
     draw = pipelines.ours(tmp_path, {"engine": "ort-cpu"}, 1, print)
     ungated, gated = (draw(steps, pipelines.OURS[way]) for way in ("ungated", "gated"))

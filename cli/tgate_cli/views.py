@@ -166,7 +166,13 @@ def models(known: Mapping[str, Any], out: TextIO | None = None) -> None:
         for name, model in known.items()
     ]
     headers = ("model", "family", "n", "m", "k", "w", "sampler", "guidance", "checkpoint", "licence of the weights")
-    table("models", headers, rows, right=(2, 3, 4, 5, 7), out=out or sys.stdout)
+    out = out or sys.stdout
+    table("models", headers, rows, right=(2, 3, 4, 5, 7), out=out)
+    for name, model in known.items():
+        if model.tuned is not None:
+            method, own = model.tuned
+            words = f"{method}, m={own.gate}, k={own.self_interval}, g={own.refresh_interval}"
+            print(f"{name}: where no part of a plan is named, its default is {words}: `tgate tune` found it", file=out)
 
 
 def engines(entries: Sequence[Mapping[str, str]], out: TextIO | None = None) -> None:

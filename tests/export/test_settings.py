@@ -22,8 +22,22 @@ def test_what_is_left_out_is_the_models_own(name: str) -> None:
     sources = [source for source in model.facts.sources if source != "text" or model.facts.text_graph]
     encoder = ("encoder",) if model.facts.from_pictures else ()
     assert asked.components == (*sources, "denoiser", "decoder", *encoder)
-    assert asked.method.name == model.method
+    assert asked.method.name == (model.tuned[0] if model.tuned else model.method)
+    assert asked.plan_settings == (model.tuned[1] if model.tuned else settings)
     assert ExportSettings(model=name).target == Path("bundles") / name
+
+
+@pytest.mark.parametrize(
+    "named",
+    [{"m": 15}, {"method": "tgate"}, {"steps": 30}, {"sampler": "ddim"}, {"guidance_scale": 1.0}, {"k": 2}],
+    ids=str,
+)
+def test_who_names_a_part_of_a_plan_has_the_papers_for_the_rest(named: dict[str, Any]) -> None:
+    model, asked = MODELS["mini-pixart"], check_settings(ExportSettings(model="mini-pixart", **named))
+    assert model.tuned is not None
+    assert asked.method.name == "tgate"
+    assert asked.plan_settings == asked.method_settings
+    assert (asked.method_settings.gate, asked.method_settings.refresh_interval) == (named.get("m", model.gate), 0)
 
 
 @pytest.mark.parametrize("name", MODELS)

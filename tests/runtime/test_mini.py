@@ -16,6 +16,8 @@ from tgate_engine.bundle import Bundle
 from tgate_engine.errors import BundleError, EngineError
 from tgate_engine.manifest import MANIFEST_FILE
 from tgate_engine.manifest_json import parse_manifest
+from tgate_engine.plan_report import report_of
+from tgate_export.build import _take_reports
 from tgate_export.plans import add_plan
 from tgate_runtime import mini
 from tgate_runtime.engines import open_engine
@@ -64,6 +66,21 @@ def test_it_replays_what_diffusers_drew_and_draws_what_is_asked_for(cache: Path)
     )
     assert len(circle) > len(square) > 50
     assert circle[:, 0].mean() < square[:, 0].mean()  # rows count downwards
+
+
+def test_what_was_measured_of_its_default_plan_ships(cache: Path, tmp_path: Path) -> None:
+    """With the bundle, and with the checkpoint, from which an export that comes out the same takes it."""
+    bundle = Bundle.open(place_of(MINI))
+    plan = bundle.manifest.plan("default")
+    found = report_of(bundle, plan)
+    assert found is not None
+    assert found.quality.low >= -1.5
+    assert found.ungated_ms > 1.3 * found.measured_ms
+    assert report_of(bundle, plan, MODELS / "mini-pixart") == found
+    again = Bundle.open(shutil.copytree(bundle.path, tmp_path / "again", ignore=shutil.ignore_patterns("reports")))
+    assert report_of(again, plan) is None
+    _take_reports(again, MODELS / "mini-pixart")
+    assert report_of(again, plan) == found
 
 
 def test_what_ships_is_small_and_comes_out_of_its_own_bundle_again(cache: Path, tmp_path: Path) -> None:

@@ -136,7 +136,8 @@ def test_gated_beside_ungated_from_one_seed(server: Server, session: Session, op
             assert width / sum(widths) == pytest.approx(ms / sum(spent_ms), abs=0.01)
     (gated_ms, gated_px, colours), (ungated_ms, ungated_px, colour) = shares["default"], shares["ungated"]
     assert gated_px / ungated_px == pytest.approx(gated_ms / ungated_ms, rel=0.15)  # gaps between bars are no time
-    assert (colours, colour) == (3, 1)
+    assert (colours, colour) == (len({step.graph for step in session.plan("default").steps}), 1)
+    assert colours > 1
 
 
 def test_a_picture_is_seen_as_it_forms(server: Server, opened: Callable[..., Page], brake: Brake) -> None:

@@ -167,7 +167,7 @@ def test_nothing_heavy_is_loaded_to_refuse_or_to_tell(good: Path, tmp_path: Path
         *(("tgate", [name, "--help"], 0, "130 interrupted") for name in names),
         *((program, ["--help"], 0, "130 interrupted") for program in ("tgate", "tgate-export")),
         *((program, ["--version"], 0, program) for program in ("tgate", "tgate-export")),
-        ("tgate-export", ["--list-models"], 0, "wan22"),
+        ("tgate-export", ["--list-models"], 0, "mini-pixart"),
     ]
     commands = [*told, *refused]
     asked = json.dumps([HEAVY, [command[:2] for command in commands]])

@@ -1,20 +1,34 @@
-"""The bundle ``mini``, opened once, what requests are made of, and a server of videos."""
+"""The bundle ``mini`` with the paper's plan, opened once, what requests are made of, and a server of videos."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import once
 from tests.serve.videos import Models, Running, running, write_bundles
+from tests.toy_bundle import edit_manifest
+from tgate_export.plans import add_plan
+from tgate_runtime.mini import place_of
 from tgate_runtime.session import Session
 
 
 @pytest.fixture(scope="package")
-def session() -> Iterator[Session]:
-    with Session.open("mini", threads=1) as opened:
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """Of plans that run all graphs: the bundle's own runs what `tgate tune` found to be fastest."""
+    place = Path(shutil.copytree(place_of("mini"), tmp_path_factory.mktemp("served") / "mini"))
+
+    def keep(data: dict[str, Any]) -> None:
+        del data["plans"]["guidance_stopped"]  # at m = 7
+        data["plans"]["default"]["baselines"] = ["ungated"]
+
+    edit_manifest(place, keep)
+    add_plan(place, name="default", m=15, k=3, force=True)
+    with Session.open(place, threads=1) as opened:
         yield opened
 
 

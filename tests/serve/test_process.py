@@ -70,7 +70,8 @@ def serving(*arguments: str) -> Iterator[Process]:
 
 
 def test_a_server_ends_what_was_asked_and_then_itself(session: Session) -> None:
-    with serving("mini", "star=mini", "--plan", "default") as process, ThreadPoolExecutor(6) as pool:
+    place = session.bundle.path
+    with serving(f"mini={place}", f"star={place}", "--plan", "default") as process, ThreadPoolExecutor(6) as pool:
         url = process.url
         models = httpx.get(f"{url}/v1/models").json()["data"]
         assert [model["id"] for model in models] == ["mini", "star"]

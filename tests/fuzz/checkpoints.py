@@ -44,8 +44,9 @@ _NOT_JSON = ("merges.txt", "spiece.model")
 @functools.cache
 def _files() -> Mapping[str, bytes]:
     """Every file of the embedded checkpoints that is no weights, by ``model/component/file``."""
+    left = shutil.ignore_patterns("*.safetensors", "*.md", "reports")
     for model in _MODELS:
-        shutil.copytree(location(model), workspace() / model, ignore=shutil.ignore_patterns("*.safetensors", "*.md"))
+        shutil.copytree(location(model), workspace() / model, ignore=left)
     paths = [path for model in _MODELS for path in sorted((workspace() / model).rglob("*")) if path.is_file()]
     return {path.relative_to(workspace()).as_posix(): path.read_bytes() for path in paths}
 

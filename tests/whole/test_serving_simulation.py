@@ -105,7 +105,9 @@ def test_tables_that_are_made_up() -> None:
 def test_a_bundle_is_measured() -> None:
     with Session.open("mini", threads=1) as session:
         table = measured(session, repeats=1)
-    graphs = {"full", "reuse_self", "reuse_cross"}
+        graphs = {step.graph for step in session.plan("default").steps}
+    assert "full" in graphs
+    assert len(graphs) > 1
     assert table.ms.keys() == {("128x128", graph, images) for graph in graphs for images in range(1, 5)}
     assert all(ms > 0 for ms in table.ms.values())
     assert "measured" in table.origin

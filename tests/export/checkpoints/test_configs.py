@@ -21,6 +21,7 @@ from tests.export.checkpoints.leaves import BAD, Leaf, bounded, changed, leaves
 from tests.tiny_families import FAMILY_VARIANTS, make_tiny
 from tests.tiny_models import make_tiny_sdxl
 from tgate_engine.errors import ExportError, TgateError
+from tgate_engine.plan_report import REPORTS
 from tgate_export import tokenizers
 from tgate_export.checkpoints import configs
 from tgate_export.checkpoints.configs import (
@@ -241,6 +242,7 @@ def _json(variant: str) -> dict[str, Any]:
 
 def _cases(root: Path) -> list[tuple[Path, Leaf, str]]:
     files = [p for p in sorted(root.rglob("*.json")) if p.name not in ("vocab.json", "tokenizer.json")]
+    files = [p for p in files if p.parent.name != REPORTS]
     return [(file, leaf, bad) for file in files for leaf in leaves(json.loads(file.read_text("utf-8"))) for bad in BAD]
 
 

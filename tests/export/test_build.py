@@ -22,6 +22,7 @@ from tgate_engine.report import Silent
 from tgate_engine.sampler_tables import load_tables
 from tgate_export import build
 from tgate_export.build import ExportSettings, _file, _plain, export
+from tgate_export.families import MODELS
 from tgate_export.families.base import Size
 from tgate_export.sampling import OTHER_STEPS, OWN_STEPS
 from tgate_runtime.pipeline import Pipeline
@@ -68,7 +69,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         shutil.copytree(made, stage, dirs_exist_ok=True)
         return Bundle.open(made).manifest
 
-    monkeypatch.setattr(build, "prepare", lambda settings: SimpleNamespace(settings=settings))
+    monkeypatch.setattr(build, "prepare", lambda settings: SimpleNamespace(settings=settings, model=MODELS["sdxl"]))
     monkeypatch.setattr(build, "_build", copied)
     return made
 

@@ -214,7 +214,7 @@ def test_the_shipped_models_images_share_calls(shipped_bundle: Path) -> None:
         for row in (1, 2):
             pictures[row].begin(session, state, row)
         shared = [done for done in walk(state) if len(done.rows) > 1]
-        assert {done.step.graph for done in shared} == {"full", "reuse_self", "reuse_cross"}
+        assert {done.step.graph for done in shared} == {*gated.graphs()} >= {"full", "reuse_cross"}
         assert any(done.steps[0].index != done.steps[-1].index for done in shared)
         assert any(set(done.steps[0].writes) != set(done.steps[-1].writes) for done in shared)
         for row, picture in enumerate(pictures):

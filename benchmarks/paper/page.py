@@ -38,12 +38,12 @@ FOUND = """## What holds, and what does not
 - Cross-attention settles, but to no fixed point: at the end its outputs still change by 2 % a step.
 - Self-attention computed every third step leaves the objects as right on either side of the gate. By PSNR a step that
   reuses it early moves a picture more than one late: the paper finds the opposite on photographs.
-- At the paper's m the method costs no share that 60 or 100 captions can tell, k included. At m = 5 it does:
-  `mini-pixart` falls from 96 % to 84 %, `mini-sdxl` from 100 % to 97 %.
+- At the paper's m the method costs no share that 60 or 100 captions can tell, k included. At m = 5 it does
+  for `mini-pixart`, which falls from 96 % to 84 %; `mini-sdxl` goes from 100 % to 97 %, two captions of 60.
 - Guidance that is dropped at the gate is most of what gating changes, in PSNR. Its last difference kept is worth 1 to
   2 dB, and computed anew at every fifth step 12.
 - Fréchet distance tells guidance more than faults: the less of it, the smaller the distance, also where a third of the
-  objects are missing. Only rows of the same guidance compare.
+  pictures lack an object. Only rows of the same guidance compare.
 """
 HEAD = "| {first} | all objects right | relations right | Fréchet distance | PSNR, dB |\n|---|---|---|---|---|"
 

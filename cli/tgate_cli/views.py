@@ -169,9 +169,8 @@ def models(known: Mapping[str, Any], out: TextIO | None = None) -> None:
     out = out or sys.stdout
     table("models", headers, rows, right=(2, 3, 4, 5, 7), out=out)
     for name, model in known.items():
-        if model.tuned is not None:
-            method, own = model.tuned
-            words = f"{method}, m={own.gate}, k={own.self_interval}, g={own.refresh_interval}"
+        if model.tuned_facts is not None:
+            words = facts(model.tuned_facts)
             print(f"{name}: where no part of a plan is named, its default is {words}: `tgate tune` found it", file=out)
 
 

@@ -149,7 +149,7 @@ def test_models() -> None:
     assert list(lines) == list(MODELS)
     (told,) = rows[len(MODELS) :]
     assert told.startswith(
-        "mini-pixart: where no part of a plan is named, its default is tgate+guidance_delta, m=7, k=1"
+        "mini-pixart: where no part of a plan is named, its default is tgate+guidance_delta, n=25, m=7,"
     )
     assert lines["sdxl"][:8] == ["sdxl", "sdxl", "25", "10", "5", "2", "dpmpp_2m", "5"]
     assert "latent-consistency/lcm-sdxl" in lines["lcm-sdxl"]

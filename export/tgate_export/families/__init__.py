@@ -17,6 +17,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from tgate_engine.errors import ExportError, shown
+from tgate_engine.sampler import Fact
 from tgate_export.families.facts import (
     COSMOS,
     FLUX,
@@ -78,6 +79,13 @@ class Model:
         if self.facts.cross_attention:
             return "tgate"
         return "guidance_delta" if self.facts.guided else "forecast"
+
+    @property
+    def tuned_facts(self) -> Mapping[str, Fact] | None:
+        """``tuned``, as a plan tells its settings."""
+        from tgate_export.methods import find_method
+
+        return None if self.tuned is None else find_method(self.tuned[0]).facts(self.tuned[1])
 
     @property
     def family(self) -> Family:

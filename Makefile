@@ -40,7 +40,7 @@ demo: $(or $(wildcard $(STAMP)),$(DEMO_STAMP))  ## draw with the bundle that shi
 
 # In the order of their folders: by the number of their tests, minutes of fuzzing in a file of four come last, one by one.
 test: setup lint  ## what CI runs
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Three builds of libtgate beside the tests' own, in one process: they take both cores.
 sanitizers: setup  ## libtgate under AddressSanitizer, UBSan and TSan, and libFuzzer's targets; CI runs it, too

@@ -90,8 +90,8 @@ def test_methods_and_a_batch_that_is_filled_up(library: Library, tiny_bundle: Ca
 
 
 def test_every_size_of_a_bundle(library: Library, tiny_bundle: Callable[..., Path]) -> None:
-    twins = Twins(library, tiny_bundle("conv_projection", sizes=((64, 64), (96, 64))))
-    assert twins.bundle.names("size") == ["64x64", "96x64"]
+    twins = Twins(library, tiny_bundle("conv_projection", sizes=((64, 64), (96, 64), (64, 128))))
+    assert twins.bundle.names("size") == ["64x64", "96x64", "64x128"]
     for size in twins.bundle.names("size"):
         request = twins.request(PROMPT, image_size=size, seed=6).run()
         wanted = twins.wanted(PROMPT, image_size=size, seed=6)

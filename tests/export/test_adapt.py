@@ -78,6 +78,7 @@ def test_a_request_draws_what_diffusers_draws(
             assert np.array_equal(own(PROMPT, plan=plans[plan], initial_latents=noise).latents, before)
 
 
+@pytest.mark.slow
 def test_names_of_the_original_code(
     tiny_checkpoint: Callable[[str], Path], tiny_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ def test_the_full_graph_counts_what_pytorch_counts(
     tiny_checkpoint: Callable[[str], Path], tiny_bundle: Callable[..., Path]
 ) -> None:
     """PyTorch's counter sees matrix products, convolutions and attention: two flops for each multiply-accumulate."""
-    variant = "sdxl_like"
+    variant = "conv_projection"
     model = tiny_model(variant)
     unet = load_tiny_sdxl(tiny_checkpoint(variant)).unet
     graphs = Bundle.open(tiny_bundle(variant)).manifest.shapes[0].graphs

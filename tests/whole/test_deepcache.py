@@ -280,21 +280,31 @@ def test_the_helper_counts_a_doubled_timestep_as_one(subject_of: Subjects) -> No
         subject.package(doubled)
 
 
-@pytest.mark.parametrize("method", [pytest.param(ALONE, marks=pytest.mark.slow), GATED])
+@pytest.mark.parametrize(
+    ("variant", "method"),
+    [
+        ("conv_projection", GATED),  # which others of these tests export, too
+        pytest.param("sdxl_like", GATED, marks=pytest.mark.slow),
+        pytest.param("sdxl_like", ALONE, marks=pytest.mark.slow),
+    ],
+)
 def test_a_bundle_proves_itself_and_has_no_more_graphs_than_it_needs(
-    tiny_bundle: Callable[..., Path], method: str
+    tiny_bundle: Callable[..., Path], variant: str, method: str
 ) -> None:
-    bundle = Bundle.open(tiny_bundle("sdxl_like", method=method))
+    bundle = Bundle.open(tiny_bundle(variant, method=method, batch=(2, 2) if variant == "conv_projection" else (1, 1)))
     checked = {golden.name: golden for golden in verify(bundle, threads=1)}
     assert {"ungated", "gated"} <= set(checked)
     assert all(golden.ok for golden in checked.values())
     graphs = bundle.manifest.shapes[0].graphs
     after = {"reuse_cross", "shallow_reuse_cross", "unguided"} if method == GATED else set()
     assert {name for name, graph in graphs.items() if graph.role == "denoise"} == {"full", "shallow"} | after
+    assert "deep_feature" in graphs["shallow"].input_names()
+    assert graphs["shallow"].macs.all < graphs["full"].macs.all / 2
     with pytest.raises(MethodError, match="wants the step" if method == GATED else "has no gate; leave it out"):
         add_plan(bundle.path, name="other", m=None if method == GATED else 3, steps=6, save=False)
 
 
+@pytest.mark.slow
 def test_a_shallow_graph_holds_the_last_layer_alone(subject_of: Subjects) -> None:
     """Of SDXL's kind, whose last layer attends to nothing: no text, no attention, and a fraction of the arithmetic."""
     graphs = subject_of("sdxl_like").bundle.manifest.shapes[0].graphs

@@ -206,6 +206,7 @@ def test_a_picture_or_a_video_comes_out(subject_of: Callable[[str], Subject], va
     assert not (result.images if subject.video else result.videos)
 
 
+@pytest.mark.slow
 def test_only_cross_attention_is_gated_as_the_package_gates_it(tmp_path: Path) -> None:
     """The module called attn1 attends to the text then: after the gate its mean is reused, and no text is left."""
     root = make_tiny(tmp_path / "checkpoint", "sd15_a")

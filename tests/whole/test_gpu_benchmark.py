@@ -84,6 +84,7 @@ def test_every_part_is_saved_and_resumed(bundles: Path, capsys: pytest.CaptureFi
     assert {aim["verdict"] for aim in second["aims"]} == {"open"}
 
 
+@pytest.mark.slow
 def test_without_diffusers_there_is_a_reason_and_no_crash(bundles: Path) -> None:
     (bundles / "mini-sdxl.reference.npz").unlink()
     done = measured(bundles, "--engines", "ort-cpu", "--sections", "check,peers")["sections"]

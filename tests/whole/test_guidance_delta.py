@@ -172,7 +172,8 @@ def test_before_the_gate_it_is_the_paper_s_method(subject_of: Callable[[str, str
     assert relative(eager_latents(subject, COMBINED, case).numpy(), package) < TOLERANCE / 10
 
 
-@pytest.mark.parametrize("method", [pytest.param(ALONE, marks=pytest.mark.slow), COMBINED])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [ALONE, COMBINED])
 def test_with_rescaled_guidance(
     subject_of: Callable[[str, str], Subject],
     tiny_checkpoint: Callable[[str], Path],

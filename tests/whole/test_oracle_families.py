@@ -37,7 +37,18 @@ def distilled(variant: str) -> bool:
     return FAMILY_VARIANTS[variant].model.startswith("lcm")
 
 
-IN_PACKAGE_GUIDED = [(name, on) for name in IN_PACKAGE for on in (True, False) if not (on and distilled(name))]
+def marks(variant: str) -> list[pytest.MarkDecorator]:
+    """Of each family one is in every run of the tests; others of the same shape are slow."""
+    return [pytest.mark.slow] if variant.endswith("_b") else []
+
+
+EVERY = [pytest.param(name, marks=marks(name)) for name in FAMILY_VARIANTS]
+IN_PACKAGE_GUIDED = [
+    pytest.param(name, on, marks=marks(name))
+    for name in IN_PACKAGE
+    for on in (True, False)
+    if not (on and distilled(name))
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,7 +100,7 @@ def request_for(variant: str, batch: int = 1, **changes: Any) -> Request:
     return Request(**{**given, **changes})
 
 
-@pytest.mark.parametrize("variant", FAMILY_VARIANTS)
+@pytest.mark.parametrize("variant", EVERY)
 def test_plain_is_deterministic_and_leaves_the_pipeline(pipes: Pipes, variant: str) -> None:
     pipe, request = pipes(variant), request_for(variant)
     before, scheduler = set(vars(pipe)), pipe.scheduler
@@ -115,7 +126,7 @@ def test_the_same_weights_every_time(tmp_path: Path, pipes: Pipes) -> None:
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("variant", FAMILY_VARIANTS)
+@pytest.mark.parametrize("variant", EVERY)
 def test_without_a_gate_all_are_diffusers(pipes: Pipes, variant: str) -> None:
     pipe, request = pipes(variant), request_for(variant, steps=4)
     wanted = plain_latents(pipe, request, pipe.scheduler)
@@ -149,7 +160,7 @@ def test_a_stochastic_sampler_takes_the_noise_it_is_given(pipes: Pipes) -> None:
         assert relative(tgate_latents(pipe, other, ancestral, **SETTINGS), package) > 1e-2
 
 
-@pytest.mark.parametrize("variant", FAMILY_VARIANTS)
+@pytest.mark.parametrize("variant", EVERY)
 def test_the_models_can_fail_parity(pipes: Pipes, variant: str) -> None:
     """Each rule and each input moves the latents; a change of 1e-6 in the noise does not."""
     pipe, request = pipes(variant), request_for(variant)

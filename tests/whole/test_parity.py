@@ -35,7 +35,8 @@ which knows other networks, in ``tests/whole/test_flow_families.py``."""
 
 PROMPT = "a large red circle above a small blue square"
 VARIANTS = ("sdxl_like", "conv_projection", "half_on_disk", "sharded")
-MARKS = {"sharded": [pytest.mark.slow]}  # how files are read is tested where they are: test_directory.py
+MARKS = {name: [pytest.mark.slow] for name in ("sdxl_like", "half_on_disk", "sharded")}
+"""How files are read is tested where they are, in ``test_directory.py``; ``conv_projection`` is of SDXL's kind, too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,8 @@ PIPELINES: dict[str, tuple[str, str, float]] = {
     "sdxl": ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline", 5.0),
 }
 
+SDXL = "conv_projection"
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*keep_in_fp32.*"),
@@ -61,7 +63,7 @@ def models(
     """(checkpoint, bundle) by family."""
 
     def get(family: str) -> tuple[Path, Path]:
-        return family_bundle("sd15_a") if family == "sd" else (tiny_checkpoint("sdxl_like"), tiny_bundle("sdxl_like"))
+        return family_bundle("sd15_a") if family == "sd" else (tiny_checkpoint(SDXL), tiny_bundle(SDXL))
 
     return functools.cache(get)
 

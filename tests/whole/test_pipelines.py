@@ -32,6 +32,7 @@ def test_the_vocabulary_is_clips() -> None:
         vocabulary('"version"\nr e\n', merges=2)
 
 
+@pytest.mark.slow
 def test_openvinos_files_compute_what_diffusers_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, folder = write_shrunken(tmp_path / "checkpoint", "sd15"), tmp_path / "openvino"
 

@@ -48,9 +48,11 @@ FIRST, SECOND = "a large red circle above a small blue square", "a photo of a gr
 
 PUBLISHED = tuple(name for name, model in MODELS.items() if model.checkpoint != EMBEDDED)
 DEFAULT = {"sd15": "plain", "sdxl": "plain", "pixart-alpha": "tgate", "opensora": "plain"}
-"""Exported in every run of the tests, and by which method: one of each architecture, but for Stable Video Diffusion,
-which takes a minute. Gating of each architecture has tests of its own (``tests/whole/test_families.py``); all of these
-models are gated in the slow tests."""
+"""By which method one of each architecture is exported, but for Stable Video Diffusion, which takes a minute. Gating of
+each architecture has tests of its own (``tests/whole/test_families.py``); all of these models are gated in the slow
+tests."""
+QUICK = ("sdxl", "pixart-alpha")
+"""A U-Net and a transformer, in every run of the tests."""
 
 SIZES: Mapping[str, tuple[int, int]] = {"svd": (64, 128), "opensora": (16, 32)}
 """Height and width in pixels. Elsewhere:"""
@@ -69,7 +71,10 @@ SCHEDULER = "DPMSolverMultistepScheduler"
 
 
 CASES = [
-    *(pytest.param(model, method, id=f"{model}-{method}") for model, method in DEFAULT.items()),
+    *(
+        pytest.param(model, method, id=f"{model}-{method}", marks=[] if model in QUICK else pytest.mark.slow)
+        for model, method in DEFAULT.items()
+    ),
     *(
         pytest.param(model, MODELS[model].method, id=f"{model}-{MODELS[model].method}", marks=pytest.mark.slow)
         for model in PUBLISHED

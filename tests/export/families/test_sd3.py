@@ -33,6 +33,7 @@ def test_texts_lie_one_behind_the_other(name: str) -> None:
     assert (scaling.scale, scaling.mean, scaling.std) == (1.5305, (0.0609,), (1.0,))
 
 
+@pytest.mark.slow  # at its published size
 def test_joint_attention_is_seen_and_the_papers_method_refused() -> None:
     settings = ExportSettings(model="sd35-medium", weights="none", components=("denoiser",))
     job = prepare(settings)

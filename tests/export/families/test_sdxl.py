@@ -51,6 +51,7 @@ def relative(got: Any, want: torch.Tensor) -> float:
     return float((torch.as_tensor(got) - want).abs().max() / want.abs().max())
 
 
+@pytest.mark.slow
 def test_playground_draws_what_diffusers_draws(copied: Path) -> None:
     """EDM's scheduler, and latents that are normalised by channel before they are decoded."""
     own = diffusers.EDMDPMSolverMultistepScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)

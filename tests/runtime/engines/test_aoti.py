@@ -226,6 +226,7 @@ def test_compilers_work_where_nobody_else_can_reach(
     assert tempfile.gettempdir() == temporary
 
 
+@pytest.mark.slow
 def test_the_processes_that_compile_begin_anew_in_each_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +258,7 @@ except EngineError as error:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     """An archive's writer used to end the process. The compilers find no space either, and write nowhere else."""
     disk, temporary = tmp_path / "disk", tmp_path / "temporary"

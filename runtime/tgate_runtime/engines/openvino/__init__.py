@@ -10,6 +10,7 @@ see :mod:`~tgate_runtime.engines.openvino.timestep`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -165,7 +166,7 @@ class OpenVino:
     version = str(ov.__version__).partition("-")[0]
 
     def __init__(self, options: EngineOptions) -> None:
-        self._core = ov.Core()
+        self._core = _core()
         able = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         precision = options.precision or ("bf16" if "BF16" in able else "f32")
         if _CAPABILITIES[precision] not in able:
@@ -250,6 +251,14 @@ class OpenVino:
             yield
         except Exception as error:  # the engine raises RuntimeError
             raise EngineError(f"OpenVINO {self.version} cannot load {spec.file}: {_short(error)}") from error
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO, opened once and kept for good. With each core its plugin for CPUs gives the thread another stack for
+    signals, and with the core's end it frees that and puts back the one before: of two cores, if the first one goes
+    first, one that is freed. The next signal that Python handles would end the process."""
+    return ov.Core()
 
 
 @dataclass(frozen=True)

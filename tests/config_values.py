@@ -1159,7 +1159,7 @@ def _cases() -> Iterator[Case]:
                         slow=not first
                         or alone
                         or verdict == "no effect"
-                        or (variant == "svd_b" and verdict == "honoured"),
+                        or (variant in ("svd_b", "latte_a") and verdict == "honoured"),
                         **same,
                     )
                     alone = alone or verdict != "no effect"

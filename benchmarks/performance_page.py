@@ -223,7 +223,7 @@ def _are(names: list[str]) -> str:
 
 
 def _said(found: Mapping[str, Any]) -> Iterator[str]:
-    """What pipelines said of their ways, in the first round; what changed nothing, and what failed."""
+    """What pipelines said of the calls of their ways, in the first round; what changed nothing, and what failed."""
     for name, row in found["rounds"][0].items():
         if "failed" in row:
             yield f"{name} failed: {row['failed'].strip().splitlines()[-1]}\n"
@@ -232,8 +232,8 @@ def _said(found: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{name} {way} failed: {told['failed']}\n"
             if told.get("same_as"):
                 yield f"{name} {way} draws the picture of {told['same_as'][0]} to the bit: it does nothing here.\n"
-            if told.get("said"):
-                yield f"{name} {way} says: {'; '.join(told['said'])}.\n"
+            if counts := [line for line in told.get("said", ()) if "skipp" in line or "calls of" in line]:
+                yield f"{name} {way} says: {'; '.join(counts)}.\n"
 
 
 def speedups(found: Mapping[str, Any], picture: Path) -> None:

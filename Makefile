@@ -39,6 +39,7 @@ demo: $(or $(wildcard $(STAMP)),$(DEMO_STAMP))  ## draw with the bundle that shi
 	PATH="$(abspath $(BIN)):$$PATH" scripts/demo.sh
 
 # In the order of their folders: by the number of their tests, minutes of fuzzing in a file of four come last, one by one.
+# A worker that dies fails the run: with a new one in its place, pytest-xdist waits for ever.
 test: setup lint  ## what CI runs
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 

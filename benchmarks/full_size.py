@@ -129,8 +129,7 @@ def main() -> None:
 
 
 def measure(model: str, work: Path, ways: list[str], keep: Callable[[str, dict[str, Any]], None]) -> None:
-    """Every part of one model; ``keep`` is given each as it ends. The bundle is removed. What eager PyTorch gave stays
-    where the engine failed, for the next run."""
+    """Every part of one model; ``keep`` is given each as it ends. The bundle is removed."""
     bundle = work / model
     shutil.rmtree(bundle, ignore_errors=True)
     options = CASES[model].options(model)
@@ -140,26 +139,17 @@ def measure(model: str, work: Path, ways: list[str], keep: Callable[[str, dict[s
         keep("export", {"command": f"tgate-export {' '.join(options)}", **_told(asdict(usage), log)})
         if usage.status:
             return
-        eager = work / f"{model}-eager-part.json"
-        if not eager.exists():
-            _part(model, work, "request")
+        _part(model, work, "request")
         if CASES[model].compared:
-            part = json.loads(eager.read_text()) if eager.exists() else _part(model, work, "eager")
-            keep("eager", part)
-            if part["status"]:
-                return
-            eager.write_text(json.dumps(part))
-            part = _part(model, work, "engine")
-            keep("engine", part)
-            if part["status"]:
-                return
+            keep("eager", _part(model, work, "eager"))
+            keep("engine", _part(model, work, "engine"))
         else:
             for way in ways:
                 keep(way, {"setting": WAYS[way], **_part(model, work, "graphs", way)})
-        for file in (*work.glob(f"{model}-*.npz"), eager):
-            file.unlink(missing_ok=True)
     finally:
         shutil.rmtree(bundle, ignore_errors=True)
+        for file in work.glob(f"{model}-*.npz"):
+            file.unlink()
 
 
 def _part(model: str, work: Path, role: str, way: str = "") -> dict[str, Any]:
